@@ -1,0 +1,45 @@
+# Each target does its own set-up in .venv; nothing has to be installed before.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help demo test test-slow test-gpu lint format bench clean
+help:
+	@echo "make demo      a video transformer on the CPU, dense and sparse (about 2 minutes)"
+	@echo "make test      the test suite (CPU and Triton's interpreter)"
+	@echo "make test-slow the tests that take longer"
+	@echo "make test-gpu  the GPU tests, with the python on the PATH (PYTHON=...)"
+	@echo "make lint      ruff, format check, mypy"
+	@echo "make bench     attention benchmark on this machine's device"
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,test,lint]"
+	touch $@
+
+demo: .venv/ready
+	$(BIN)/python examples/wan_demo.py
+
+test: .venv/ready
+	$(BIN)/python -m pytest -m "not gpu and not slow"
+
+test-slow: .venv/ready
+	$(BIN)/python -m pytest -m slow
+
+test-gpu:
+	$(PYTHON) -m pytest -m gpu
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/ready
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: .venv/ready
+	$(BIN)/python benchmarks/attention.py
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -1,0 +1,42 @@
+"""Block-sparse attention for any model: ``torch.compile(model, backend="sparge")``.
+
+Public names are imported when they are first used, so that this import is cheap and changes nothing global.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "attention": "functional",
+    "explain": "backend",
+    "BlockMap": "kernels.block_map",
+    "Calibration": "thresholds",
+    "CostModel": "cost",
+    "Options": "config",
+    "Report": "report",
+}
+
+__all__ = sorted(_WHERE)
+
+if TYPE_CHECKING:
+    from .backend import explain
+    from .config import Options
+    from .functional import attention
+    from .kernels.block_map import BlockMap
+    from .cost import CostModel
+    from .report import Report
+    from .thresholds import Calibration
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_WHERE[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

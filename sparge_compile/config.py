@@ -1,0 +1,91 @@
+"""The options of ``torch.compile(model, backend="sparge", options={...})``: validation, and one digest over all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from .cost import CostModel
+from .errors import explain_error
+from .thresholds import Calibration, check_pair
+
+# Untuned, nothing is known of a model, so half of the blocks and 70 % of the pooled mass are kept: the density lies
+# between 0.5 and 0.7. Lower values want a calibration or a fine-tuned checkpoint (DESIGN section 8).
+DEFAULT_TOPK = 0.5
+DEFAULT_TOPP = 0.7
+
+ON_UNSUPPORTED = ("dense", "warn", "error")
+INNER = ("inductor", "aot_eager", "eager")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Every option of the backend. Built with :meth:`parse`, which refuses what it does not know."""
+
+    calibration: Calibration | None = None
+    topk: float = DEFAULT_TOPK
+    topp: float = DEFAULT_TOPP
+    min_seq_len: int | None = None
+    costs: CostModel | None = None
+    on_unsupported: str = "warn"
+    inner: str = "inductor"
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+    inductor_mode: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.calibration, (str, os.PathLike)):
+            object.__setattr__(self, "calibration", Calibration.load(self.calibration))
+        _expect("calibration", self.calibration, (Calibration, type(None)), "a path or a Calibration")
+        check_pair(self.topk, self.topp, "options")
+        _expect("min_seq_len", self.min_seq_len, (int, type(None)), "a number of keys, or None for the cost model")
+        if self.min_seq_len is not None and self.min_seq_len < 0:
+            raise _bad_value("min_seq_len", self.min_seq_len, "0 or more keys, or None for the cost model")
+        if self.costs is not None:
+            object.__setattr__(self, "costs", CostModel.parse(self.costs))
+        for name, known in (("on_unsupported", ON_UNSUPPORTED), ("inner", INNER)):
+            if getattr(self, name) not in known:
+                raise _bad_value(name, getattr(self, name), ", ".join(map(repr, known)))
+        _expect("inductor", self.inductor, (Mapping,), "a dict of Inductor's options")
+        _expect("inductor_mode", self.inductor_mode, (str, type(None)), "a mode of torch.compile, or None")
+        if self.inner != "inductor" and (self.inductor or self.inductor_mode):
+            raise _bad_value("inner", self.inner, "'inductor' where inductor or inductor_mode is given")
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any] | Options | None) -> Options:
+        """Options from what a user gave to ``torch.compile``."""
+        if isinstance(options, cls):
+            return options
+        _expect("options", options, (Mapping, type(None)), "a dict")
+        given = dict(options or {})  # type: ignore[arg-type]
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(set(map(str, given)) - set(known))
+        if unknown:
+            raise ValueError(
+                explain_error(
+                    "unknown option for backend 'sparge'",
+                    given=", ".join(map(repr, unknown)),
+                    allowed=", ".join(known),
+                    todo="Remove it or mend its spelling; Inductor's own options go into 'inductor'.",
+                )
+            )
+        return cls(**given)
+
+    def digest(self) -> str:
+        """A hash over all fields: equal for equal options, in any process."""
+        content = {**asdict(self), "calibration": self.calibration.to_dict() if self.calibration else None}
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=repr).encode()).hexdigest()
+
+
+def _bad_value(name: str, given: object, allowed: str) -> ValueError:
+    return ValueError(explain_error(f"option {name!r} has a bad value", given=repr(given), allowed=allowed, todo="Change it."))
+
+
+def _expect(name: str, value: object, types: tuple[type, ...], allowed: str) -> None:
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        raise TypeError(
+            explain_error(f"option {name!r} has the wrong type", given=repr(value), allowed=allowed, todo="Change it.")
+        )

@@ -1,0 +1,124 @@
+"""The cost model: seconds of dense and of sparse attention, in closed form over shapes.
+
+Sizes may be ints or sympy expressions; block counts are taken as L / 128 and S / 64, so that the forms stay smooth.
+Coefficients are fitted by ``benchmarks/fit_cost_model.py``, one set for each class of device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import sympy
+import torch
+
+from .errors import explain_error
+from .kernels.block_map import KEY_BLOCK, QUERY_BLOCK
+from .report import Prediction
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes that the model asks for: ints or sympy expressions."""
+
+    batch: Any
+    heads: Any
+    kv_heads: Any
+    length: Any
+    keys: Any
+    head_size: Any
+    is_causal: bool = False
+
+    @staticmethod
+    def symbolic(is_causal: bool = False) -> Shape:
+        """All sizes as positive sympy symbols, to read the closed forms."""
+        return Shape(*sympy.symbols("B H Hk L S D", positive=True), is_causal=is_causal)
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Seconds for one forward.
+
+    dense  = dense_base + dense_pair · pairs · D
+    sparse = sparse_base + pool · B (H L + Hk S) D + select · B H Nq Nk + sparse_pair · density · pairs · D
+
+    with pairs = B H L S (half of it under a causal mask).
+    """
+
+    dense_base: float
+    dense_pair: float
+    sparse_base: float
+    pool: float
+    select: float
+    sparse_pair: float
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+                raise ValueError(
+                    explain_error(
+                        f"cost coefficient {f.name} is not usable",
+                        given=repr(value),
+                        allowed="seconds, 0 or more",
+                        todo="benchmarks/fit_cost_model.py prints a set for your device.",
+                    )
+                )
+
+    @classmethod
+    def parse(cls, coefficients: Mapping[str, float] | CostModel) -> CostModel:
+        """A model from a complete set of coefficients by name."""
+        if isinstance(coefficients, cls):
+            return coefficients
+        known = {f.name for f in fields(cls)}
+        if not isinstance(coefficients, Mapping) or set(coefficients) != known:
+            raise ValueError(
+                explain_error(
+                    "option 'costs' is not a set of cost coefficients",
+                    given=repr(coefficients)[:80],
+                    allowed=f"a dict with {', '.join(sorted(known))}, in seconds",
+                    todo="benchmarks/fit_cost_model.py prints one for your device.",
+                )
+            )
+        return cls(**coefficients)
+
+    def dense(self, s: Shape) -> Any:
+        return self.dense_base + self.dense_pair * _pairs(s) * s.head_size
+
+    def sparse(self, s: Shape, density: Any) -> Any:
+        pooled = s.batch * (s.heads * s.length + s.kv_heads * s.keys) * s.head_size
+        scored = s.batch * s.heads * (s.length / QUERY_BLOCK) * (s.keys / KEY_BLOCK)
+        kept = density * _pairs(s) * s.head_size
+        return self.sparse_base + self.pool * pooled + self.select * scored + self.sparse_pair * kept
+
+    def predict(self, s: Shape, density: float) -> Prediction:
+        return Prediction(float(self.dense(s)), float(self.sparse(s, density)), density)
+
+
+def _pairs(s: Shape) -> Any:
+    pairs = s.batch * s.heads * s.length * s.keys
+    return pairs / 2 if s.is_causal else pairs
+
+
+def device_class(device: torch.device) -> str:
+    """``"cpu"``, ``"sm90"`` and so on for CUDA."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"sm{major}{minor}"
+    return device.type
+
+
+def cost_model(device: torch.device) -> CostModel:
+    """The coefficients of a device's class; an unmeasured GPU is taken to be like the measured one."""
+    return COST_MODELS.get(device_class(device), COST_MODELS["sm90"])
+
+
+COST_MODELS = {
+    "cpu": CostModel(
+        dense_base=2e-5, dense_pair=2e-11, sparse_base=3e-4, pool=1e-10, select=1e-7, sparse_pair=3e-11
+    ),
+    "sm90": CostModel(
+        dense_base=1e-5, dense_pair=7.1e-15, sparse_base=5e-5, pool=1e-12, select=1e-10, sparse_pair=9e-15
+    ),
+}

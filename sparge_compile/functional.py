@@ -1,0 +1,97 @@
+"""Block-sparse attention as a function, for those who call it themselves."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .errors import explain_error
+from .kernels import capability
+from .kernels.block_map import BlockMap, visible_blocks
+from .kernels.reference import pool_mask
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    topk: float | Tensor | None = None,
+    topp: float | Tensor | None = None,
+    block_map: BlockMap | None = None,
+    return_lse: bool = False,
+    return_sparsity: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """Softmax attention over the key blocks that the hybrid Top-k + Top-p rule keeps.
+
+    The signature of ``torch.nn.functional.scaled_dot_product_attention``, and:
+
+    Args:
+        query: [B, H, L, D] in bfloat16, float16 or float32, D at most 256.
+        key, value: [B, Hk, S, D]; with ``enable_gqa`` H may be a multiple of Hk.
+        attn_mask: bool (True attends) or float (added to the scores), broadcastable to [B, H, L, S]. Unlike in SDPA it
+            may be combined with ``is_causal``. A block without a visible key is never read.
+        dropout_p: must be 0.
+        is_causal: mask the keys after each query, aligned to the top left; diagonal blocks are always kept.
+        topk: share of the visible key blocks in (0, 1], a number or a tensor [H]. Default: 1, unless topp is given.
+        topp: probability mass in [0, 1], a number or a tensor [H]. Default 0. The longer prefix of the two counts.
+        block_map: which key blocks to read instead of the rule, for example ``BlockMap.from_dense(bool [B, H, Nq, Nk])``.
+        return_lse: also return the log-sum-exp of the scaled scores, float32 [B, H, L]; differentiable.
+        return_sparsity: also return 1 − kept ÷ visible key blocks, a float32 scalar on the query's device.
+
+    Returns:
+        [B, H, L, D] in the query's dtype and stride order; with ``return_lse`` or ``return_sparsity`` a tuple that holds
+        them in this order. A row that sees no key gives zeros. topk = 1 equals dense attention to rounding.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or thresholds that do not fit; the message says what is allowed.
+
+    Source: SpargeAttention2 (arXiv 2602.13515), Eq. 9.
+    """
+    if dropout_p != 0:
+        raise ValueError(
+            explain_error("dropout is not supported", given=dropout_p, allowed="dropout_p=0", todo="Call model.eval(), or use SDPA.")
+        )
+    capability.check_qkv(query, key, value)
+    if query.shape[1] != key.shape[1] and not enable_gqa:
+        raise ValueError(
+            explain_error(
+                "query and key have different numbers of heads",
+                given=f"{query.shape[1]} and {key.shape[1]}",
+                allowed="equal numbers, unless enable_gqa=True",
+                todo="Pass enable_gqa=True.",
+            )
+        )
+    thresholds = None
+    if block_map is None:
+        if topk is None:
+            # Top-p alone needs the smallest Top-k there is: one block.
+            topk = 1.0 if topp is None else torch.finfo(torch.float32).tiny
+        thresholds = capability.make_thresholds(topk, 0.0 if topp is None else topp, query.shape[1], query.device)
+    elif topk is not None or topp is not None:
+        raise ValueError(
+            explain_error("two ways to select blocks", given="block_map and thresholds", allowed="one of them", todo="Drop one.")
+        )
+    out, lse, used = ops.attend(query, key, value, block_map, thresholds, attn_mask, is_causal, scale)
+    extra: tuple[Tensor, ...] = (lse,) if return_lse else ()
+    if return_sparsity:
+        extra += (sparsity(used, query, key, attn_mask, is_causal),)
+    return (out, *extra) if extra else out
+
+
+def sparsity(block_map: BlockMap, query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    """1 − kept ÷ visible key blocks over the whole tensor: a float32 scalar, computed on the query's device."""
+    batch, heads, length = query.shape[:3]
+    n_query, n_key = block_map.indices.shape[-2:]
+    visible = visible_blocks(n_query, n_key, length, is_causal, query.device).expand(batch, heads, n_query, n_key)
+    if attn_mask is not None:
+        mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)).expand(-1, -1, -1, key.shape[2])
+        visible = visible & (pool_mask(mask, length) != float("-inf"))
+    kept = block_map.counts.expand(batch, heads, n_query).sum()
+    return 1 - kept / visible.sum().clamp(min=1)

@@ -1,0 +1,145 @@
+"""What the kernels accept: asked as a value by the passes, and as an error by the ops."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from ..errors import explain_error
+from ..report import Reason
+from ..thresholds import check_pair
+from .block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap, ceil_div
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_HEAD_SIZE = 256
+DEVICES = ("cpu", "cuda")
+MIN_COMPUTE_CAPABILITY = (8, 0)  # older GPUs lack the asynchronous copies that the pipelined loops are built on
+
+
+def refusal(device: torch.device, dtype: torch.dtype, head_size: int) -> tuple[Reason, str] | None:
+    """Why this device, dtype and head size have no sparse kernel, or None where they have one."""
+    if device.type not in DEVICES:
+        return Reason.DEVICE, f"{device.type}; kernels exist for {' and '.join(DEVICES)}"
+    if device.type == "cuda":
+        if find_spec("triton") is None:
+            return Reason.DEVICE, "Triton is not installed"
+        capability = torch.cuda.get_device_capability(device)
+        if torch.version.hip is None and capability < MIN_COMPUTE_CAPABILITY:
+            return Reason.DEVICE, f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+    if dtype not in DTYPES:
+        return Reason.DTYPE, f"{_short(dtype)}; kernels exist for {', '.join(map(_short, DTYPES))}"
+    if not 1 <= head_size <= MAX_HEAD_SIZE:
+        return Reason.HEAD_SIZE, f"{head_size}; kernels exist for 1 to {MAX_HEAD_SIZE}"
+    return None
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise a ``ValueError`` unless q [B, H, L, D], k and v [B, Hk, S, D] can be attended to."""
+    for name, x in (("query", q), ("key", k), ("value", v)):
+        if x.dim() != 4:
+            raise _error(f"{name} has the wrong rank", tuple(x.shape), "[batch, heads, length, head size]", "Add or fold dimensions.")
+    if k.shape != v.shape:
+        raise _error(
+            "key and value differ in shape",
+            f"key {tuple(k.shape)}, value {tuple(v.shape)}",
+            "equal shapes",
+            "Values of another head size are not supported; use dense attention for them.",
+        )
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise _error(
+            "query and key do not fit",
+            f"query {tuple(q.shape)}, key {tuple(k.shape)}",
+            "equal batch and head size",
+            "Expand the batch, or project to one head size.",
+        )
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
+        raise _error(
+            "query heads are not a multiple of key heads",
+            f"{q.shape[1]} and {k.shape[1]}",
+            "query heads = n × key heads",
+            "Each key head serves the same number of query heads.",
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise _error("dtypes differ", f"{q.dtype}, {k.dtype}, {v.dtype}", "one dtype", "Cast query, key and value alike.")
+    if not q.device == k.device == v.device:
+        raise _error("devices differ", f"{q.device}, {k.device}, {v.device}", "one device", "Move them together.")
+    refused = refusal(q.device, q.dtype, q.shape[3])
+    if refused:
+        reason, detail = refused
+        raise _error(f"{reason.value} without a sparse kernel", detail, "see above", "Use dense attention for it.")
+
+
+def check_mask(attn_mask: Tensor, q: Tensor, k: Tensor) -> None:
+    """Raise a ``ValueError`` unless the mask broadcasts to [B, H, L, S] and is boolean or floating."""
+    target = (*q.shape[:3], k.shape[2])
+    shape = tuple(attn_mask.shape)
+    padded = (1,) * (4 - len(shape)) + shape
+    if len(shape) > 4 or any(have not in (1, want) for have, want in zip(padded, target, strict=True)):
+        raise _error("attn_mask has the wrong shape", shape, f"what broadcasts to {target}", "Reshape or expand the mask.")
+    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+        raise _error("attn_mask has the wrong dtype", attn_mask.dtype, "bool or floating point", "Cast it; True means attend.")
+    if attn_mask.device != q.device:
+        raise _error("attn_mask is on another device", attn_mask.device, q.device, "Move it.")
+    if attn_mask.requires_grad:
+        raise _error("attn_mask requires a gradient", "requires_grad=True", "a constant mask", "Detach it or use dense attention.")
+
+
+def check_thresholds(thresholds: Tensor, q: Tensor) -> None:
+    """Raise a ``ValueError`` unless thresholds are float32 [H, 2] on the query's device. Values are not read."""
+    want = (q.shape[1], 2)
+    if tuple(thresholds.shape) != want or thresholds.dtype != torch.float32 or thresholds.device != q.device:
+        raise _error(
+            "thresholds do not fit the query",
+            f"{thresholds.dtype} {tuple(thresholds.shape)} on {thresholds.device}",
+            f"float32 {want} on {q.device}: (topk, topp) for each query head",
+            "Give one pair for each query head.",
+        )
+
+
+def check_block_map(block_map: BlockMap, q: Tensor, k: Tensor) -> None:
+    """Raise a ``ValueError`` unless the map's lists fit q over k. Contents are not read."""
+    n_query, n_key = ceil_div(q.shape[2], QUERY_BLOCK), ceil_div(k.shape[2], KEY_BLOCK)
+    counts, indices = block_map
+    lead = tuple(counts.shape[:2])
+    fits = all(have in (1, want) for have, want in zip(lead, q.shape[:2], strict=False))
+    if counts.dim() != 3 or not fits or tuple(counts.shape[2:]) != (n_query,) or tuple(indices.shape) != (*counts.shape, n_key):
+        raise _error(
+            "block_map has the wrong shape",
+            f"counts {tuple(counts.shape)}, indices {tuple(indices.shape)}",
+            f"counts [B or 1, H or 1, {n_query}], indices [B or 1, H or 1, {n_query}, {n_key}]",
+            f"A query block has {QUERY_BLOCK} rows and a key block {KEY_BLOCK}; BlockMap.from_dense makes lists.",
+        )
+    if counts.dtype != torch.int32 or indices.dtype != torch.int32 or counts.device != q.device or indices.device != q.device:
+        raise _error(
+            "block_map has the wrong dtype or device",
+            f"{counts.dtype} on {counts.device}, {indices.dtype} on {indices.device}",
+            f"int32 on {q.device}",
+            "Convert it with .to().",
+        )
+
+
+def make_thresholds(topk: float | Tensor, topp: float | Tensor, heads: int, device: torch.device) -> Tensor:
+    """float32 [H, 2] from numbers, or from tensors of one value for each head (whose values are not read)."""
+    if not isinstance(topk, Tensor) and not isinstance(topp, Tensor):
+        return torch.tensor([check_pair(topk, topp)], device=device).expand(heads, 2)
+    columns = []
+    for name, value in (("topk", topk), ("topp", topp)):
+        if not isinstance(value, Tensor):
+            checked = check_pair(value, 0.0) if name == "topk" else check_pair(1.0, value)
+            value = torch.tensor(checked[name == "topp"], device=device)
+        elif value.shape not in ((), (1,), (heads,)):
+            raise _error(
+                f"{name} does not fit the query", f"shape {tuple(value.shape)}", f"a number or [{heads}]", "Give one for each head."
+            )
+        columns.append(value.to(device=device, dtype=torch.float32).expand(heads))
+    return torch.stack(columns, -1)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _error(what: str, given: object, allowed: object, todo: str) -> ValueError:
+    return ValueError(explain_error(what, given=given, allowed=str(allowed), todo=todo))

@@ -1,0 +1,72 @@
+"""The launch table: tile rows, warps and pipeline stages for each kernel, by architecture, head size and item size.
+
+No tuning at run time. Figures are for two limits of shared memory: 227 KB (H100, H200, B200) and 99 KB (RTX 30, 40, 50 and
+anything unknown, which also fits the A100).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+LARGE_SHARED_MEMORY = (9, 10)  # compute capability majors with 227 KB for one program
+
+SELECT_MAX_KEY_BLOCKS = 4096  # 262,144 keys; beyond, a row of scores does not fit a program's registers
+SELECT_SCORES = 16384  # scores that one program of 8 warps holds: 64 registers each for score image and mass
+
+
+class Launch(NamedTuple):
+    rows: int  # query rows that a program (forward, dq) or a step (dkv) works on; divides 128
+    warps: int
+    stages: int
+
+
+class SelectLaunch(NamedTuple):
+    rows: int  # query blocks of one program
+    warps: int
+
+
+def architecture(device: torch.device) -> int:
+    """Major of the compute capability; 0 where there is no GPU (the interpreter)."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+
+
+def pad_head(head_size: int) -> int:
+    """The next power of two that a tensor core takes."""
+    return max(16, 1 << (head_size - 1).bit_length())
+
+
+# (bytes of one padded row) -> Launch. A row is head_pad * itemsize: 256 is D = 128 in bf16.
+_LARGE = {
+    "forward": {64: (128, 4, 3), 128: (128, 4, 3), 256: (128, 4, 2), 512: (128, 8, 2)},
+    "dq": {64: (128, 8, 3), 128: (128, 8, 3), 256: (128, 8, 2), 512: (64, 8, 2)},
+    "dkv": {64: (64, 4, 3), 128: (64, 4, 3), 256: (64, 8, 2), 512: (32, 8, 2)},
+}
+_SMALL = {
+    "forward": {64: (128, 4, 3), 128: (128, 4, 2), 256: (64, 4, 2), 512: (64, 8, 1)},
+    "dq": {64: (64, 4, 2), 128: (64, 4, 2), 256: (64, 4, 1), 512: (32, 8, 1)},
+    "dkv": {64: (64, 4, 2), 128: (64, 4, 2), 256: (32, 4, 1), 512: (32, 8, 1)},
+}
+# float32 products run without tensor cores, from registers: small tiles, many warps.
+_WIDE = {
+    "forward": {64: (64, 4, 1), 128: (64, 4, 1), 256: (64, 8, 1), 512: (32, 8, 1), 1024: (16, 8, 1)},
+    "dq": {64: (64, 4, 1), 128: (64, 4, 1), 256: (32, 8, 1), 512: (32, 8, 1), 1024: (16, 8, 1)},
+    "dkv": {64: (32, 4, 1), 128: (32, 4, 1), 256: (32, 8, 1), 512: (16, 8, 1), 1024: (16, 8, 1)},
+}
+
+
+def attention_launch(direction: str, head_size: int, dtype: torch.dtype, device: torch.device) -> Launch:
+    """``direction`` is "forward", "dq" or "dkv"."""
+    row_bytes = max(64, pad_head(head_size) * dtype.itemsize)
+    if dtype.itemsize > 2:
+        table = _WIDE
+    else:
+        table = _LARGE if architecture(device) in LARGE_SHARED_MEMORY else _SMALL
+    return Launch(*table[direction][row_bytes])
+
+
+def select_launch(n_key: int) -> SelectLaunch:
+    """Query blocks and warps for rows of ``n_key`` scores."""
+    padded = max(16, 1 << (n_key - 1).bit_length())
+    return SelectLaunch(rows=max(4, min(16, SELECT_SCORES // padded)), warps=8 if padded > 256 else 4)

@@ -1,0 +1,155 @@
+"""The definition: pooling, selection and attention of the hybrid Top-k + Top-p rule, in plain torch.
+
+Slow, readable, good in float64, differentiable by autograd. Kernels are faster spellings of this file.
+
+Letters: B batch, H query heads, Hk key/value heads, L queries, S keys, D head size, Nq = ceil(L / 128) query blocks,
+Nk = ceil(S / 64) key blocks, i a query block, j a key block.
+
+Source: SpargeAttention2 (arXiv 2602.13515), Eq. 9 and Alg. 1; causal, masks and GQA are this project's extension.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap, ceil_div, diagonal_blocks, visible_blocks
+
+CEIL_SLACK = 0.001  # so that a float32 0.05 of 20 blocks is one block
+
+
+def default_scale(head_size: int, scale: float | None) -> float:
+    return 1.0 / math.sqrt(head_size) if scale is None else scale
+
+
+def pool(x: Tensor, block: int) -> Tensor:
+    """Means of the rows that exist in each block: [B, H, N, D] from [B, H, L, D], accumulated in float32 at least."""
+    length = x.shape[-2]
+    n_blocks = ceil_div(length, block)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    total = F.pad(wide, (0, 0, 0, n_blocks * block - length)).unflatten(-2, (n_blocks, block)).sum(-2)
+    rows = torch.full((n_blocks, 1), block, dtype=total.dtype, device=x.device)
+    if n_blocks:
+        rows[-1] = length - (n_blocks - 1) * block
+    return total / rows
+
+
+def pool_mask(attn_mask: Tensor, length: int) -> Tensor:
+    """What a mask [Bm, Hm, L or 1, S] adds to block scores: [Bm, Hm, Nq or 1, Nk] in float32 at least.
+
+    The mean of the mask over the pairs that it lets through (0 for a boolean mask), -inf where it lets none through.
+    """
+    if attn_mask.dtype == torch.bool:
+        open_pairs, value = attn_mask, torch.zeros((), device=attn_mask.device)
+    else:
+        value = attn_mask.to(torch.promote_types(attn_mask.dtype, torch.float32))
+        open_pairs = value != -math.inf
+    rows, keys = attn_mask.shape[-2:]
+    row_block = QUERY_BLOCK if rows == length else 1  # a mask of one row stays one row
+    n_query, n_key = ceil_div(rows, row_block), ceil_div(keys, KEY_BLOCK)
+
+    def block_sum(x: Tensor) -> Tensor:
+        x = F.pad(x, (0, n_key * KEY_BLOCK - keys, 0, n_query * row_block - rows))
+        return x.unflatten(-1, (n_key, KEY_BLOCK)).sum(-1).unflatten(-2, (n_query, row_block)).sum(-2)
+
+    pairs = block_sum(open_pairs.to(value.dtype))
+    mean = block_sum(torch.where(open_pairs, value, 0.0)) / pairs.clamp(min=1)
+    return torch.where(pairs > 0, mean, -math.inf)
+
+
+def select(scores: Tensor, visible: Tensor, thresholds: Tensor, forced: Tensor | None = None) -> Tensor:
+    """Which key blocks each query block keeps.
+
+    Args:
+        scores: [B, H, Nq, Nk], the logits of P-bar.
+        visible: bool, broadcastable to scores; invisible blocks are never kept.
+        thresholds: float32 [H, 2], ``topk`` and ``topp`` of each head.
+        forced: bool, broadcastable to scores; visible blocks that are always kept (the causal diagonal).
+
+    Returns:
+        bool [B, H, Nq, Nk]: the longer of the Top-k and the Top-p prefix, in descending order of score with the lower
+        index first on a tie. A row with a non-finite score keeps every visible block, as dense attention would.
+    """
+    visible = visible.expand_as(scores)
+    n = visible.sum(-1)  # visible blocks of each query block
+    topk, topp = thresholds.to(torch.float32).view(1, -1, 1, 2).unbind(-1)  # [1, H, 1] each
+    score = scores.masked_fill(~visible, -math.inf)
+    order = score.argsort(dim=-1, descending=True, stable=True)
+    mass = torch.softmax(score, -1).nan_to_num(0.0).gather(-1, order).cumsum(-1)
+
+    a = torch.ceil(topk * n - CEIL_SLACK).clamp(min=1)
+    b = (mass < topp.unsqueeze(-1)).sum(-1) + 1
+    b = torch.where(topp <= 0, 0, torch.where(topp >= 1, n, b))
+    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(scores.shape[-1], device=scores.device).expand_as(order))
+    kept = rank < torch.maximum(a, b).unsqueeze(-1)
+    if forced is not None:
+        kept = kept | forced
+    broken = (visible & ~torch.isfinite(scores)).any(-1, keepdim=True)
+    return (kept | broken) & visible
+
+
+def block_map(
+    q: Tensor,
+    k: Tensor,
+    thresholds: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> BlockMap:
+    """The block map of q [B, H, L, D] over k [B, Hk, S, D], by the rule of DESIGN section 3.
+
+    ``attn_mask`` is bool or float [B or 1, H or 1, L or 1, S]; ``is_causal`` is aligned to the top left, and may be
+    combined with a mask: a block is visible where each of them, taken alone, lets some pair through.
+    """
+    group = q.shape[1] // max(k.shape[1], 1)
+    q_mean, k_mean = pool(q, QUERY_BLOCK), pool(k, KEY_BLOCK).repeat_interleave(group, dim=1)
+    scores = (q_mean * default_scale(q.shape[-1], scale)) @ k_mean.mT  # [B, H, Nq, Nk]
+    n_query, n_key = scores.shape[-2:]
+    visible = visible_blocks(n_query, n_key, q.shape[2], is_causal, q.device)
+    if attn_mask is not None:
+        bias = pool_mask(attn_mask, q.shape[2])
+        visible = visible & (bias != -math.inf)
+        scores = scores + torch.where(bias == -math.inf, 0.0, bias)
+    forced = diagonal_blocks(n_query, n_key, q.device) if is_causal else None
+    return BlockMap.from_dense(select(scores, visible, thresholds, forced))
+
+
+def allowed_pairs(kept: Tensor, length: int, keys: int, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    """bool [B, H, L, S]: the (query, key) pairs that attention sees under a dense map, a mask and causality."""
+    allowed = kept.repeat_interleave(QUERY_BLOCK, 2)[:, :, :length].repeat_interleave(KEY_BLOCK, 3)[..., :keys]
+    if is_causal:
+        allowed = allowed & torch.ones(length, keys, dtype=torch.bool, device=kept.device).tril()
+    if attn_mask is not None:
+        allowed = allowed & (attn_mask if attn_mask.dtype == torch.bool else attn_mask != -math.inf)
+    return allowed
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_map: BlockMap,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Exact softmax attention over the kept keys.
+
+    Returns out [B, H, L, D] in q's dtype and the log-sum-exp of the scaled scores, [B, H, L] in float32 at least
+    (natural logarithm). A row that sees no key gives zeros and -inf.
+    """
+    group = q.shape[1] // max(k.shape[1], 1)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    key, value = (x.to(wide).repeat_interleave(group, dim=1) for x in (k, v))
+    scores = (q.to(wide) * default_scale(q.shape[-1], scale)) @ key.mT  # [B, H, L, S]
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        scores = scores + attn_mask.to(wide)
+    allowed = allowed_pairs(block_map.to_dense(), q.shape[2], k.shape[2], attn_mask, is_causal)
+    scores = scores.masked_fill(~allowed, -math.inf)
+    lse = torch.logsumexp(scores, -1)
+    empty = lse == -math.inf
+    weights = torch.exp(scores - lse.masked_fill(empty, 0.0).unsqueeze(-1))
+    return (weights @ value).to(q.dtype), lse

@@ -1,0 +1,272 @@
+"""The block map on the GPU: pooling, then selection by the hybrid Top-k + Top-p rule.
+
+Goes in: q, k, thresholds, a mask. Comes out: the lists of :class:`BlockMap`, equal to those of :func:`reference.block_map` up
+to rounding. A program holds some rows of block scores in registers and finds each row's cut by bisection, so nothing is
+sorted and no score reaches memory. Nothing here waits for the GPU: thresholds are read by the kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import allocate, launch, reference
+from .block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap, ceil_div, diagonal_blocks, visible_blocks
+from .tiles import load_tile, matrix_arguments, tile_offsets
+
+POOL_ELEMENTS = 4096  # elements of x that a pooling program holds at a time
+FALLBACK_SCORES = 1 << 24  # scores of one chunk of the torch path; its sort takes some 40 bytes for each
+
+
+@triton.jit
+def _pool_kernel(
+    x_ptr,
+    mean_ptr,
+    x_stride_b, x_stride_h, x_stride_l, x_stride_d,
+    heads, length, n_blocks,
+    HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    ALIGN: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    block = pid % n_blocks
+    b, h = pid // n_blocks // heads, pid // n_blocks % heads
+    lane, column = tl.arange(0, ROWS), tl.arange(0, HEAD_PAD)
+    offsets = tile_offsets(lane, column, x_stride_l, x_stride_d, ALIGN=ALIGN, OFFSET=OFFSET)
+    total = tl.zeros([ROWS, HEAD_PAD], tl.float32)
+    for first in tl.static_range(0, BLOCK, ROWS):
+        row = block * BLOCK + first
+        tile = x_ptr + (b * x_stride_b + h * x_stride_h + row * x_stride_l) * ALIGN
+        x = load_tile(
+            tile + offsets, row + lane, column, length, HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, CHECK_ROWS=True
+        )
+        total += x.to(tl.float32)
+    rows = tl.minimum(BLOCK, length - block * BLOCK).to(tl.float32)
+    tl.store(mean_ptr + pid * HEAD_SIZE + column, tl.sum(total, 0) / rows, mask=column < HEAD_SIZE)
+
+
+def pool(x: Tensor, block: int) -> Tensor:
+    """float32 [B, H, N, D], contiguous: the means of the rows that exist in each block of x [B, H, L, D]."""
+    batch, heads, length, head_size = x.shape
+    n_blocks = ceil_div(length, block)
+    mean = x.new_empty((batch, heads, n_blocks, head_size), dtype=torch.float32)
+    if mean.numel() == 0:
+        return mean
+    head_pad = launch.pad_head(head_size)
+    with torch.cuda.device_of(x):
+        _pool_kernel[(batch * heads * n_blocks,)](
+            x_ptr=x,
+            mean_ptr=mean,
+            heads=heads, length=length, n_blocks=n_blocks,
+            HEAD_SIZE=head_size, HEAD_PAD=head_pad, BLOCK=block, ROWS=min(block, max(1, POOL_ELEMENTS // head_pad)),
+            **matrix_arguments(block, x=x),
+        )  # fmt: skip
+    return mean
+
+
+@triton.jit
+def _pool_mask_kernel(
+    mask_ptr,
+    bias_ptr,
+    mask_stride_b, mask_stride_h, mask_stride_l, mask_stride_s,
+    heads, rows, keys, n_query, n_key,
+    ROWS: tl.constexpr, ROW_BLOCK: tl.constexpr, KEYS: tl.constexpr, IS_BOOL: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    j, i, bh = pid % n_key, pid // n_key % n_query, pid // n_key // n_query
+    key = j * KEYS + tl.arange(0, KEYS)
+    head_ptr = mask_ptr + bh // heads * mask_stride_b + bh % heads * mask_stride_h
+    total = tl.zeros([ROWS, KEYS], tl.float32)
+    pairs = tl.zeros([ROWS, KEYS], tl.int32)
+    for first in tl.static_range(0, ROW_BLOCK, ROWS):
+        row = i * ROW_BLOCK + first + tl.arange(0, ROWS)
+        inside = (row < rows)[:, None] & (key < keys)[None, :]
+        pointers = head_ptr + row[:, None] * mask_stride_l + key[None, :] * mask_stride_s
+        value = tl.load(pointers, mask=inside, other=0)
+        if IS_BOOL:
+            pairs += (value != 0).to(tl.int32)  # outside, 0 stands for "closed"
+        else:
+            value = value.to(tl.float32)
+            opened = inside & (value != float("-inf"))
+            total += tl.where(opened, value, 0.0)
+            pairs += opened.to(tl.int32)
+    count = tl.sum(tl.sum(pairs, 1), 0)
+    mean = tl.sum(tl.sum(total, 1), 0) / tl.maximum(count, 1).to(tl.float32)
+    tl.store(bias_ptr + pid, tl.where(count > 0, mean, float("-inf")))
+
+
+def pool_mask(attn_mask: Tensor, length: int) -> Tensor:
+    """float32 [Bm, Hm, Nq or 1, Nk]: what a mask adds to block scores, -inf where it hides a block."""
+    batch, heads, rows, keys = attn_mask.shape
+    row_block = QUERY_BLOCK if rows == length else 1
+    n_query, n_key = ceil_div(rows, row_block), ceil_div(keys, KEY_BLOCK)
+    is_bool = attn_mask.dtype == torch.bool
+    bias = torch.empty((batch, heads, n_query, n_key), dtype=torch.float32, device=attn_mask.device)
+    if bias.numel() == 0:
+        return bias
+    with torch.cuda.device_of(attn_mask):
+        _pool_mask_kernel[(bias.numel(),)](
+            mask_ptr=attn_mask.view(torch.uint8) if is_bool else attn_mask,
+            bias_ptr=bias,
+            mask_stride_b=attn_mask.stride(0), mask_stride_h=attn_mask.stride(1),
+            mask_stride_l=attn_mask.stride(2), mask_stride_s=attn_mask.stride(3),
+            heads=heads, rows=rows, keys=keys, n_query=n_query, n_key=n_key,
+            ROWS=min(row_block, 32), ROW_BLOCK=row_block, KEYS=KEY_BLOCK, IS_BOOL=is_bool,
+        )  # fmt: skip
+    return bias
+
+
+@triton.jit
+def _ordered(score):
+    """int32 that compares as the float does; both zeros are one number."""
+    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _select_kernel(
+    q_mean_ptr, k_mean_ptr, thresholds_ptr, bias_ptr,
+    counts_ptr, indices_ptr,
+    thresholds_stride_h, thresholds_stride_t, bias_stride_b, bias_stride_h, bias_stride_i,
+    heads, group, length, n_query, n_key, n_tiles, scale,
+    HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, N_PAD: tl.constexpr,
+    QUERY_ROWS: tl.constexpr, KEY_ROWS: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_BIAS: tl.constexpr,
+    CEIL_SLACK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    bh = (pid // n_tiles).to(tl.int64)
+    b, h = bh // heads, bh % heads
+    i = pid % n_tiles * ROWS + tl.arange(0, ROWS)
+    j = tl.arange(0, N_PAD)
+    wide_i = i.to(tl.int64)
+    real = (i < n_query)[:, None] & (j < n_key)[None, :]
+
+    # Scores, [ROWS, N_PAD], DEPTH columns of the means at a time.
+    q_head = q_mean_ptr + bh * n_query * HEAD_SIZE
+    k_head = k_mean_ptr + (b * (heads // group) + h // group) * n_key * HEAD_SIZE
+    score = tl.zeros([ROWS, N_PAD], tl.float32)
+    for first in tl.range(0, HEAD_PAD, DEPTH):
+        d = first + tl.arange(0, DEPTH)
+        q_mask = (i < n_query)[:, None] & (d < HEAD_SIZE)[None, :]
+        q = tl.load(q_head + wide_i[:, None] * HEAD_SIZE + d[None, :], mask=q_mask, other=0.0)
+        k_mask = (j < n_key)[:, None] & (d < HEAD_SIZE)[None, :]
+        k = tl.load(k_head + j[:, None] * HEAD_SIZE + d[None, :], mask=k_mask, other=0.0)
+        score = tl.dot(q * scale, tl.trans(k), score, input_precision=PRECISION)
+
+    # Visibility.
+    visible = real
+    if IS_CAUSAL:
+        last_row = tl.minimum((i + 1) * QUERY_ROWS, length) - 1
+        visible = visible & (j[None, :] * KEY_ROWS <= last_row[:, None])
+    if HAS_BIAS:
+        bias_ptrs = bias_ptr + b * bias_stride_b + h * bias_stride_h + wide_i[:, None] * bias_stride_i + j[None, :]
+        bias = tl.load(bias_ptrs, mask=real, other=0.0)
+        visible = visible & (bias != float("-inf"))
+        score += tl.where(visible, bias, 0.0)
+    broken = tl.max((visible & ~(tl.abs(score) < float("inf"))).to(tl.int32), 1) > 0
+    n = tl.sum(visible.to(tl.int32), 1)
+
+    # Softmax over the visible blocks, and the rule's two demands.
+    score = tl.where(visible, score, float("-inf"))
+    top = tl.max(score, 1)
+    mass = tl.where(visible, tl.exp(score - top[:, None]), 0.0)
+    mass = mass / tl.where(n > 0, tl.sum(mass, 1), 1.0)[:, None]
+    topk = tl.load(thresholds_ptr + h * thresholds_stride_h)
+    topp = tl.load(thresholds_ptr + h * thresholds_stride_h + thresholds_stride_t)
+    a = tl.maximum(tl.ceil(topk * n.to(tl.float32) - CEIL_SLACK), 1.0)
+    image = tl.where(visible, _ordered(score), -2147483648)
+
+    # The largest cut for which the blocks at or above it meet both demands; it stays at its lowest value, below every
+    # visible block, where no cut does (rounding can keep the total mass under topp).
+    low = tl.full([ROWS], -2147483647, tl.int32)
+    high = tl.full([ROWS], 2147483647, tl.int32)
+    for _ in tl.range(32):
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)  # high - low may not fit in 32 bits
+        above = image >= middle[:, None]
+        enough = tl.sum(above.to(tl.int32), 1).to(tl.float32) >= a
+        enough = enough & ((topp <= 0.0) | (tl.sum(tl.where(above, mass, 0.0), 1) >= topp))
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
+
+    # Above the cut all stay; of those at the cut, the lower indices, while a demand is open.
+    above = image > low[:, None]
+    equal = image == low[:, None]
+    one = tl.max(tl.where(equal, mass, 0.0), 1)  # the mass of each block at the cut
+    before = tl.cumsum(equal.to(tl.int32), 1) - 1
+    before = before.to(tl.float32)
+    rank = tl.sum(above.to(tl.int32), 1).to(tl.float32)[:, None] + before
+    passed = tl.sum(tl.where(above, mass, 0.0), 1)[:, None] + before * one[:, None]
+    kept = above | (equal & ((rank < a[:, None]) | ((topp > 0.0) & (passed < topp))))
+    kept = kept | broken[:, None] | (topp >= 1.0)
+    if IS_CAUSAL:
+        kept = kept | (j[None, :] // (QUERY_ROWS // KEY_ROWS) == i[:, None])
+    kept = kept & visible
+
+    place = tl.cumsum(kept.to(tl.int32), 1) - 1
+    row_ptrs = indices_ptr + (bh * n_query + wide_i)[:, None] * n_key
+    block = tl.broadcast_to(j[None, :], [ROWS, N_PAD])
+    tl.store(row_ptrs + place, block, mask=kept)
+    tl.store(counts_ptr + bh * n_query + i, tl.sum(kept.to(tl.int32), 1), mask=i < n_query)
+
+
+def _select_in_chunks(
+    q_mean: Tensor, k_mean: Tensor, thresholds: Tensor, bias: Tensor | None, is_causal: bool, scale: float, length: int
+) -> BlockMap:
+    """The rule by torch code, some query blocks at a time: for rows of scores that no program can hold."""
+    batch, heads, n_query, _ = q_mean.shape
+    n_key = k_mean.shape[2]
+    key = k_mean.repeat_interleave(heads // k_mean.shape[1], dim=1).mT
+    visible = visible_blocks(n_query, n_key, length, is_causal, q_mean.device)
+    forced = diagonal_blocks(n_query, n_key, q_mean.device) if is_causal else None
+    chunk = max(1, FALLBACK_SCORES // (batch * heads * n_key))
+    counts = torch.empty((batch, heads, n_query), dtype=torch.int32, device=q_mean.device)
+    indices = torch.empty((batch, heads, n_query, n_key), dtype=torch.int32, device=q_mean.device)
+    for start in range(0, n_query, chunk):
+        rows = slice(start, min(start + chunk, n_query))
+        scores, seen = (q_mean[:, :, rows] * scale) @ key, visible[rows]
+        if bias is not None:
+            part = bias if bias.shape[2] == 1 else bias[:, :, rows]
+            seen = seen & (part != -torch.inf)
+            scores = scores + torch.where(part == -torch.inf, 0.0, part)
+        kept = reference.select(scores, seen, thresholds, None if forced is None else forced[rows])
+        counts[:, :, rows], indices[:, :, rows] = BlockMap.from_dense(kept)
+    return BlockMap(counts, indices)
+
+
+def block_map(
+    q: Tensor, k: Tensor, thresholds: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float
+) -> BlockMap:
+    """The block map of q [B, H, L, D] over k [B, Hk, S, D], by the rule of DESIGN section 3.
+
+    ``thresholds`` is float32 [H, 2] on q's device; ``attn_mask`` is bool or float [B or 1, H or 1, L or 1, S].
+    """
+    batch, heads, length, head_size = q.shape
+    result = allocate.new_block_map(q, k)
+    n_query, n_key = result.indices.shape[-2:]
+    if result.indices.numel() == 0:
+        return BlockMap(result.counts.zero_(), result.indices)
+    q_mean, k_mean = pool(q, QUERY_BLOCK), pool(k, KEY_BLOCK)
+    bias = None if attn_mask is None else pool_mask(attn_mask, length)
+    if n_key > launch.SELECT_MAX_KEY_BLOCKS:
+        return _select_in_chunks(q_mean, k_mean, thresholds, bias, is_causal, scale, length)
+
+    tile = launch.select_launch(n_key)
+    n_tiles = triton.cdiv(n_query, tile.rows)
+    with torch.cuda.device_of(q):
+        _select_kernel[(batch * heads * n_tiles,)](
+            q_mean_ptr=q_mean, k_mean_ptr=k_mean, thresholds_ptr=thresholds, bias_ptr=bias,
+            counts_ptr=result.counts, indices_ptr=result.indices,
+            thresholds_stride_h=thresholds.stride(0), thresholds_stride_t=thresholds.stride(1),
+            bias_stride_b=0 if bias is None or bias.shape[0] == 1 else bias.stride(0),
+            bias_stride_h=0 if bias is None or bias.shape[1] == 1 else bias.stride(1),
+            bias_stride_i=0 if bias is None or bias.shape[2] == 1 else bias.stride(2),
+            heads=heads, group=heads // k.shape[1], length=length, n_query=n_query, n_key=n_key, n_tiles=n_tiles,
+            scale=scale,
+            HEAD_SIZE=head_size, HEAD_PAD=launch.pad_head(head_size), DEPTH=16, ROWS=tile.rows,
+            N_PAD=max(16, triton.next_power_of_2(n_key)), QUERY_ROWS=QUERY_BLOCK, KEY_ROWS=KEY_BLOCK,
+            IS_CAUSAL=is_causal, HAS_BIAS=bias is not None, CEIL_SLACK=reference.CEIL_SLACK, PRECISION="ieee",
+            num_warps=tile.warps, num_stages=1,
+            enable_fp_fusion=False,  # topk * n - slack must round as torch does, before the ceiling
+        )  # fmt: skip
+    return result

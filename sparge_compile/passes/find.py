@@ -1,0 +1,129 @@
+"""Find attention: graph in, matches out. Nothing is changed and nothing is decided here.
+
+Understood are fused calls of scaled-dot-product attention, in Dynamo graphs, ``torch.export`` programs and plain FX
+graphs; ``F.multi_head_attention_forward`` is looked into. Larger fused kernels are named, so that the report is whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx import GraphModule, Node
+
+from ..naming import SiteNames
+from ..report import Site
+from .fx_utils import bind, signature_of, size_text, submodule_of, value_of
+from .open_up import OPENABLE, open_up
+
+
+def _sdpa(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+):  # the argument names of SDPA, which has no Python signature
+    raise AssertionError("only its signature is used")
+
+
+_SDPA_SIGNATURE = signature_of(_sdpa)
+_SDPA = {torch._C._nn.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default}
+_OPAQUE = {torch._transformer_encoder_layer_fwd, torch._native_multi_head_attention}
+# Higher-order operators whose body runs once, with the operands after it as its inputs.
+_TRANSPARENT = {"tag_activation_checkpoint"}
+
+
+@dataclass(frozen=True)
+class Caller:
+    """A node that runs a nested graph, and the graph it stands in."""
+
+    graph_module: GraphModule
+    node: Node
+
+
+@dataclass(frozen=True)
+class Match:
+    """A site and where it stands.
+
+    ``node`` belongs to ``graph_module``, which the ``callers`` (outermost first) run. ``arguments`` are those of SDPA by
+    name. Where attention is inside a larger call, ``inside`` is that call as a graph, and ``arguments`` belong to it.
+    """
+
+    site: Site
+    graph_module: GraphModule
+    node: Node
+    arguments: Mapping[str, Any]
+    callers: tuple[Caller, ...] = ()
+    inside: GraphModule | None = None
+    in_control_flow: bool = False
+
+    @property
+    def output(self) -> Any:
+        """The fake tensor of the attention output, or None."""
+        return value_of(self.attention_node)
+
+    @property
+    def attention_node(self) -> Node:
+        """The attention call itself, in ``graph_module`` or in ``inside``."""
+        return next(filter(is_attention, self.inside.graph.nodes)) if self.inside else self.node
+
+
+def is_attention(node: Node) -> bool:
+    """Whether a node is a fused call of scaled-dot-product attention."""
+    return node.op == "call_function" and node.target in _SDPA
+
+
+def find(graph_module: GraphModule) -> list[Match]:
+    """Every attention computation of a graph and of the graphs nested in it, in order."""
+    return list(_find(graph_module, SiteNames(), (), False))
+
+
+def _find(owner: GraphModule, names: SiteNames, callers: tuple[Caller, ...], control_flow: bool) -> Iterator[Match]:
+    for node in owner.graph.nodes:
+        if node.op != "call_function":
+            continue
+        where = {"graph_module": owner, "node": node, "callers": callers, "in_control_flow": control_flow}
+        if is_attention(node):
+            arguments = bind(_SDPA_SIGNATURE, node)
+            yield Match(_site(names.name(node), "sdpa", arguments), arguments=arguments, **where)
+        elif node.target in OPENABLE:
+            inside = open_up(node)
+            inner = next(filter(is_attention, inside.graph.nodes), None) if inside else None
+            if inner is None:
+                yield Match(Site(names.name(node), "fused"), arguments={}, **where)
+            else:
+                arguments = bind(_SDPA_SIGNATURE, inner)
+                yield Match(_site(names.name(node), "fused", arguments), arguments=arguments, inside=inside, **where)
+        elif node.target in _OPAQUE:
+            yield Match(Site(names.name(node), "fused"), arguments={}, **where)
+        elif isinstance(node.target, torch._ops.HigherOrderOperator):
+            caller = Caller(owner, node)
+            for argument in node.all_input_nodes:
+                nested = submodule_of(argument, owner)
+                if nested is not None:
+                    once = node.target.name() in _TRANSPARENT and len(argument.users) == 1
+                    yield from _find(nested, names, (*callers, caller), control_flow or not once)
+
+
+def _site(name: str, kind: str, arguments: Mapping[str, Any]) -> Site:
+    query, key, mask = (value_of(arguments[x]) for x in ("query", "key", "attn_mask"))
+    how = {
+        "mask": "none" if mask is None else "bool" if getattr(mask, "dtype", None) == torch.bool else "additive",
+        "is_causal": arguments["is_causal"] is True,
+    }
+    if not isinstance(query, torch.Tensor) or not isinstance(key, torch.Tensor) or query.dim() != 4 or key.dim() != 4:
+        return Site(name, kind, **how)
+    batch, heads, length, head_size = map(size_text, query.shape)
+    return Site(
+        name,
+        kind,
+        batch=batch,
+        heads=heads,
+        kv_heads=size_text(key.shape[1]),
+        length=length,
+        keys=size_text(key.shape[2]),
+        head_size=head_size,
+        dtype=str(query.dtype).removeprefix("torch."),
+        device=query.device.type,
+        **how,
+    )

@@ -1,0 +1,90 @@
+"""Small tools on FX graphs: values behind nodes, arguments by name, new graph inputs."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+
+def value_of(node: Any) -> Any:
+    """The fake tensor or number that tracing left on a node, or None. Whatever is not a node stands for itself."""
+    if not isinstance(node, Node):
+        return node
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def bind(signature: inspect.Signature, node: Node) -> Mapping[str, Any]:
+    """A call's arguments by name, with defaults filled in."""
+    bound = signature.bind(*node.args, **node.kwargs)
+    bound.apply_defaults()
+    return bound.arguments
+
+
+def signature_of(function: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(function)
+
+
+def size_hint(size: Any) -> int | None:
+    """The size that was traced with, without a guard on it; None for a size that depends on data."""
+    if isinstance(size, torch.SymInt):
+        hint = size.node.hint
+        return None if hint is None else int(hint)
+    return int(size)
+
+
+def size_text(size: Any) -> int | str:
+    """An int, or a symbolic size as text."""
+    return str(size) if isinstance(size, torch.SymInt) else int(size)
+
+
+def submodule_of(node: Any, owner: GraphModule) -> GraphModule | None:
+    """The graph module that a get_attr node names, if it is one."""
+    if isinstance(node, Node) and node.op == "get_attr":
+        try:
+            target = owner.get_submodule(str(node.target))
+        except AttributeError:
+            return None
+        return target if isinstance(target, GraphModule) else None
+    return None
+
+
+def clone(graph_module: GraphModule) -> GraphModule:
+    """A copy of a graph and of the graphs nested in it; parameters and other tensors are shared.
+
+    Dynamo goes on reading the inputs of the graph that it gave to a backend, so new inputs may only enter a copy.
+    """
+    copies: dict[Node, Node] = {}
+    graph = torch.fx.Graph()
+    output = graph.graph_copy(graph_module.graph, copies)
+    graph.output(output)
+    graph._codegen = copy.copy(graph_module.graph._codegen)
+    new = GraphModule(graph_module, graph, class_name=type(graph_module).__name__)
+    for name, value in graph_module.__dict__.items():
+        new.__dict__.setdefault(name, value)  # what Dynamo noted on the module
+    new.meta = dict(graph_module.meta)
+    for old, copied in copies.items():
+        if old.op == "placeholder":
+            copied.meta.pop("grapharg", None)  # it holds the user's tensors
+            if hasattr(old, "_dynamo_source"):
+                copied._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+        elif old.op == "get_attr" and (nested := submodule_of(old, graph_module)) is not None:
+            new.add_submodule(str(old.target), clone(nested))
+    return new
+
+
+def add_input(graph_module: GraphModule, name: str, value: Any) -> Node:
+    """A new last input of a graph. ``value`` is the (fake) tensor that it stands for."""
+    graph = graph_module.graph
+    placeholders = graph.find_nodes(op="placeholder")
+    after = placeholders[-1] if placeholders else graph._root
+    with graph.inserting_after(after):
+        node = graph.placeholder(f"{name}_{len(placeholders)}")  # the target too must be unique
+    node.meta["example_value"] = value
+    # AOTAutograd asks every input of a Dynamo graph for the user variable it came from; this one came from none.
+    node._dynamo_source = None  # type: ignore[attr-defined]
+    return node

@@ -1,0 +1,52 @@
+"""Put the sparse op in the place of an attention call. Only nodes that the rewrite itself orphans are removed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from .find import Match
+from .fx_utils import add_input
+from .open_up import put_inside
+
+OP = torch.ops.sparge.attention.default
+
+
+def substitute(match: Match, root: GraphModule, thresholds: Any) -> Node:
+    """Rewrite one match; the thresholds become a new last input of ``root``, for which ``thresholds`` is the fake value.
+
+    Returns the new node. The caller lints and recompiles.
+    """
+    node = match.node
+    if match.inside is not None:
+        attention = match.attention_node
+        node = put_inside(match.graph_module, node, match.inside)[attention]
+        rename = dict(zip(attention.all_input_nodes, node.all_input_nodes, strict=True))
+        arguments = {name: rename.get(value, value) for name, value in match.arguments.items()}
+    else:
+        arguments = dict(match.arguments)
+    given = _pass_down(match, root, thresholds)
+    graph = match.graph_module.graph
+    with graph.inserting_before(node):
+        new = graph.call_function(
+            OP,
+            (arguments["query"], arguments["key"], arguments["value"], given),
+            {name: arguments[name] for name in ("attn_mask", "is_causal", "scale")},
+        )
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+    return new
+
+
+def _pass_down(match: Match, root: GraphModule, thresholds: Any) -> Node:
+    """A new input of the root graph, handed on by every caller down to the graph of the match."""
+    name = "sparge_thresholds"
+    given = add_input(root, name, thresholds)
+    for depth, caller in enumerate(match.callers):
+        inner = match.callers[depth + 1].graph_module if depth + 1 < len(match.callers) else match.graph_module
+        caller.node.args = (*caller.node.args, given)
+        given = add_input(inner, name, thresholds)
+    return given

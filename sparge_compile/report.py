@@ -1,0 +1,179 @@
+"""What was found and what became of it: Site, Reason, Decision, Report. Values only, no graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from typing import Any
+
+from tabulate import tabulate
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention computation of a graph.
+
+    Sizes are ints, or the text of a symbolic expression where the graph is dynamic; None where the graph carries no
+    shapes. ``mask`` is ``"none"``, ``"bool"`` or ``"additive"``.
+    """
+
+    name: str
+    kind: str  # "sdpa": a fused call; "fused": a larger call that holds attention inside
+    batch: int | str | None = None
+    heads: int | str | None = None
+    kv_heads: int | str | None = None
+    length: int | str | None = None
+    keys: int | str | None = None
+    head_size: int | str | None = None
+    dtype: str | None = None
+    device: str | None = None
+    mask: str = "none"
+    is_causal: bool = False
+
+
+class Reason(Enum):
+    """Why a site is sparse or dense. The list is closed; ``unsupported`` marks what the user may want to change."""
+
+    # sparse
+    PAYS = "predicted to be faster"
+    LONG_ENOUGH = "at least min_seq_len keys"
+    # dense, because sparse would not be faster
+    SLOWER = "predicted to be slower"
+    TOO_SHORT = "fewer than min_seq_len keys"
+    # dense, because it cannot be replaced
+    NO_SHAPES = "the graph carries no shapes"
+    DROPOUT = "dropout is active"
+    DTYPE = "dtype"
+    DEVICE = "device"
+    HEAD_SIZE = "head size"
+    VALUE_HEAD_SIZE = "value head size differs"
+    LAYOUT = "not [batch, heads, length, head size]"
+    HEADS = "query and key heads do not fit"
+    ADDITIVE_MASK = "additive mask changes scores"
+    MASK_SHAPE = "mask shape"
+    CAUSAL_AND_MASK = "is_causal together with a mask"
+    CONTROL_FLOW = "inside control flow"
+    WEIGHTS_USED = "attention weights are returned"
+    OPAQUE = "fused kernel without a graph"
+
+    @property
+    def sparse(self) -> bool:
+        return self in (Reason.PAYS, Reason.LONG_ENOUGH)
+
+    @property
+    def unsupported(self) -> bool:
+        return not self.sparse and self not in (Reason.SLOWER, Reason.TOO_SHORT)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The cost model's answer for one forward, in seconds. ``density`` is the upper bound it was asked for."""
+
+    dense: float
+    sparse: float
+    density: float
+
+    @property
+    def speedup(self) -> float:
+        return self.dense / self.sparse
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Sparse or dense, why, and what the cost model said (None where it was not asked)."""
+
+    reason: Reason
+    detail: str = ""
+    prediction: Prediction | None = None
+
+    @property
+    def status(self) -> str:
+        return "sparse" if self.reason.sparse else "dense"
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """A site and its decision, as one row of a report."""
+
+    site: Site
+    decision: Decision
+
+    @property
+    def name(self) -> str:
+        return self.site.name
+
+    @property
+    def kind(self) -> str:
+        return self.site.kind
+
+    @property
+    def status(self) -> str:
+        return self.decision.status
+
+    @property
+    def reason(self) -> Reason:
+        return self.decision.reason
+
+    @property
+    def detail(self) -> str:
+        return self.decision.detail
+
+    @property
+    def shapes(self) -> dict[str, int | str | None]:
+        """batch, heads, kv_heads, length, keys, head_size."""
+        names = ("batch", "heads", "kv_heads", "length", "keys", "head_size")
+        return {name: getattr(self.site, name) for name in names}
+
+    def to_dict(self) -> dict[str, Any]:
+        prediction = self.decision.prediction
+        return {
+            **asdict(self.site),
+            "status": self.status,
+            "reason": self.reason.name.lower(),
+            "detail": self.detail,
+            "prediction": asdict(prediction) if prediction else None,
+        }
+
+
+@dataclass
+class Report:
+    """Every site of a model, in graph order. Printed, it is a table."""
+
+    sites: list[SiteReport] = field(default_factory=list)
+    graphs: int = 0  # graphs that were looked at, those without attention included
+
+    def __iter__(self) -> Iterator[SiteReport]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    @property
+    def sparse(self) -> list[SiteReport]:
+        return [row for row in self.sites if row.status == "sparse"]
+
+    @property
+    def dense(self) -> list[SiteReport]:
+        return [row for row in self.sites if row.status == "dense"]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"graphs": self.graphs, "sites": [row.to_dict() for row in self.sites]}
+
+    def __str__(self) -> str:
+        graphs = "1 graph" if self.graphs == 1 else f"{self.graphs} graphs"
+        if not self.sites:
+            return f"sparge: no attention found in {graphs}; nothing was replaced"
+        head = f"sparge: {len(self.sparse)} of {len(self.sites)} attention sites sparse, in {graphs}"
+        columns = ("site", "kind", "status", "reason", "shape B H/Hk L×S D", "dtype", "mask", "predicted")
+        return f"{head}\n{tabulate([_row(row) for row in self.sites], headers=columns)}"
+
+
+def _row(row: SiteReport) -> list[str]:
+    site, prediction = row.site, row.decision.prediction
+    reason = f"{row.reason.value}: {row.detail}" if row.detail else row.reason.value
+    heads = site.heads if site.heads == site.kv_heads else f"{site.heads}/{site.kv_heads}"
+    shape = "" if site.length is None else f"{site.batch} {heads} {site.length}×{site.keys} {site.head_size}"
+    mask = "causal" if site.is_causal and site.mask == "none" else site.mask
+    predicted = f"{prediction.speedup:.2f}x" if prediction else ""
+    return [site.name, site.kind, row.status, reason, shape, site.dtype or "", mask, predicted]
