@@ -20,14 +20,14 @@ _WHERE = {
     "Report": "report",
 }
 
-__all__ = sorted(_WHERE)
+__all__ = ["BlockMap", "Calibration", "CostModel", "Options", "Report", "attention", "explain"]
 
 if TYPE_CHECKING:
     from .backend import explain
     from .config import Options
+    from .cost import CostModel
     from .functional import attention
     from .kernels.block_map import BlockMap
-    from .cost import CostModel
     from .report import Report
     from .thresholds import Calibration
 

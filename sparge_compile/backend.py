@@ -1,4 +1,4 @@
-"""The torch.compile entry: options → passes on Dynamo's graph → whoever compiles the rest. And ``explain``, its dry run."""
+"""The torch.compile entry: options → passes on Dynamo's graph → whoever compiles the rest; ``explain``, its dry run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch.fx import GraphModule
 
-from . import __version__, ops  # ops: importing it registers them
+from . import (
+    __version__,
+    ops,  # noqa: F401  importing it registers the ops
+)
 from .config import Options
 from .errors import explain_error
 from .passes import pipeline
@@ -93,7 +96,8 @@ def explain(model: Callable[..., Any], options: Mapping[str, Any] | None = None)
 
 def _compile(graph_module: GraphModule, inputs: list[Any], settings: Options, mode: str | None) -> Callable[..., Any]:
     if settings.inner != "inductor":
-        return torch._dynamo.lookup_backend(settings.inner)(graph_module, inputs)
+        backend: Any = torch._dynamo.lookup_backend(settings.inner)
+        return backend(graph_module, inputs)
     # Not torch.compile again: nested, it would silently run eager.
     from torch._inductor import config, list_mode_options
     from torch._inductor.compile_fx import compile_fx
@@ -104,7 +108,8 @@ def _compile(graph_module: GraphModule, inputs: list[Any], settings: Options, mo
         **config.unsafe_marked_cacheable_functions,
         "sparge_compile": f"{source_digest()}-{settings.digest()}",
     }
-    return compile_fx(graph_module, inputs, config_patches=patches)
+    compiled: Any = compile_fx(graph_module, inputs, config_patches=patches)
+    return compiled
 
 
 @functools.cache

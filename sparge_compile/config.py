@@ -81,7 +81,9 @@ class Options:
 
 
 def _bad_value(name: str, given: object, allowed: str) -> ValueError:
-    return ValueError(explain_error(f"option {name!r} has a bad value", given=repr(given), allowed=allowed, todo="Change it."))
+    return ValueError(
+        explain_error(f"option {name!r} has a bad value", given=repr(given), allowed=allowed, todo="Change it.")
+    )
 
 
 def _expect(name: str, value: object, types: tuple[type, ...], allowed: str) -> None:

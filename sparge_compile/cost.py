@@ -33,7 +33,7 @@ class Shape:
     @staticmethod
     def symbolic(is_causal: bool = False) -> Shape:
         """All sizes as positive sympy symbols, to read the closed forms."""
-        return Shape(*sympy.symbols("B H Hk L S D", positive=True), is_causal=is_causal)
+        return Shape(*sympy.symbols("B H Hk L S D", positive=True), is_causal)
 
 
 @dataclass(frozen=True)
@@ -115,9 +115,7 @@ def cost_model(device: torch.device) -> CostModel:
 
 
 COST_MODELS = {
-    "cpu": CostModel(
-        dense_base=2e-5, dense_pair=2e-11, sparse_base=3e-4, pool=1e-10, select=1e-7, sparse_pair=3e-11
-    ),
+    "cpu": CostModel(dense_base=2e-5, dense_pair=2e-11, sparse_base=3e-4, pool=1e-10, select=1e-7, sparse_pair=3e-11),
     "sm90": CostModel(
         dense_base=1e-5, dense_pair=7.1e-15, sparse_base=5e-5, pool=1e-12, select=1e-10, sparse_pair=9e-15
     ),

@@ -41,13 +41,13 @@ def attention(
         is_causal: mask the keys after each query, aligned to the top left; diagonal blocks are always kept.
         topk: share of the visible key blocks in (0, 1], a number or a tensor [H]. Default: 1, unless topp is given.
         topp: probability mass in [0, 1], a number or a tensor [H]. Default 0. The longer prefix of the two counts.
-        block_map: which key blocks to read instead of the rule, for example ``BlockMap.from_dense(bool [B, H, Nq, Nk])``.
+        block_map: which key blocks to read instead of the rule: ``BlockMap.from_dense(bool [B, H, Nq, Nk])``.
         return_lse: also return the log-sum-exp of the scaled scores, float32 [B, H, L]; differentiable.
         return_sparsity: also return 1 − kept ÷ visible key blocks, a float32 scalar on the query's device.
 
     Returns:
-        [B, H, L, D] in the query's dtype and stride order; with ``return_lse`` or ``return_sparsity`` a tuple that holds
-        them in this order. A row that sees no key gives zeros. topk = 1 equals dense attention to rounding.
+        [B, H, L, D] in the query's dtype and stride order; with ``return_lse`` or ``return_sparsity`` a tuple that
+        holds them in this order. A row that sees no key gives zeros. topk = 1 equals dense attention to rounding.
 
     Raises:
         ValueError: shapes, dtypes, devices or thresholds that do not fit; the message says what is allowed.
@@ -56,7 +56,12 @@ def attention(
     """
     if dropout_p != 0:
         raise ValueError(
-            explain_error("dropout is not supported", given=dropout_p, allowed="dropout_p=0", todo="Call model.eval(), or use SDPA.")
+            explain_error(
+                "dropout is not supported",
+                given=dropout_p,
+                allowed="dropout_p=0",
+                todo="Call model.eval(), or use SDPA.",
+            )
         )
     capability.check_qkv(query, key, value)
     if query.shape[1] != key.shape[1] and not enable_gqa:
@@ -76,7 +81,9 @@ def attention(
         thresholds = capability.make_thresholds(topk, 0.0 if topp is None else topp, query.shape[1], query.device)
     elif topk is not None or topp is not None:
         raise ValueError(
-            explain_error("two ways to select blocks", given="block_map and thresholds", allowed="one of them", todo="Drop one.")
+            explain_error(
+                "two ways to select blocks", given="block_map and thresholds", allowed="one of them", todo="Drop one."
+            )
         )
     out, lse, used = ops.attend(query, key, value, block_map, thresholds, attn_mask, is_causal, scale)
     extra: tuple[Tensor, ...] = (lse,) if return_lse else ()

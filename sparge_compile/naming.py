@@ -12,7 +12,9 @@ from typing import Any
 ROOT = "(root)"  # attention written directly in the forward of the compiled module
 
 _BASE = re.compile(r"^[LG]\['[^']*'\]")  # Dynamo's name of the local or global that holds the model
-_MODULES = re.compile(r"(?:\.__dict__)?(?:\['_modules'\]|\._modules)\['([^']*)'\]")  # diffusers' models reach children so
+_MODULES = re.compile(
+    r"(?:\.__dict__)?(?:\['_modules'\]|\._modules)\['([^']*)'\]"
+)  # diffusers' models reach children so
 _ITEM = re.compile(r"\['?([^'\]]*)'?\]")  # blocks[0], layers['a']
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}  # modules that wrap a user's module
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .errors import explain_error
 from .kernels import allocate, capability, cpu
-from .kernels.block_map import BlockMap, pack as pack_dense
+from .kernels.block_map import BlockMap
+from .kernels.block_map import pack as pack_dense
 from .kernels.reference import default_scale
 
 _QKV = "Tensor query, Tensor key, Tensor value"
@@ -130,9 +131,7 @@ def _gpu_pack(counts, indices):
 def _gpu_backward(grad_out, query, key, value, out, lse, grad_lse, bits, attn_mask, is_causal, scale):
     from .kernels import backward
 
-    return backward.backward(
-        grad_out, query, key, value, out, lse, grad_lse, bits, attn_mask, is_causal, scale
-    )
+    return backward.backward(grad_out, query, key, value, out, lse, grad_lse, bits, attn_mask, is_causal, scale)
 
 
 library.impl("block_map", _gpu_block_map, "CUDA")

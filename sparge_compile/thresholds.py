@@ -27,7 +27,10 @@ def check_pair(topk: float, topp: float, where: str = "thresholds") -> Pair:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(
                 explain_error(
-                    f"{where}: {name} has the wrong type", given=repr(value), allowed="a number", todo=f"Pass {name} as a float."
+                    f"{where}: {name} has the wrong type",
+                    given=repr(value),
+                    allowed="a number",
+                    todo=f"Pass {name} as a float.",
                 )
             )
     if not 0 < topk <= 1:
@@ -154,7 +157,11 @@ def _bad_file(path: object, given: str) -> ValueError:
 def _check_site(name: object, pairs: Any) -> tuple[Pair, ...]:
     where = f"calibration of site {name!r}"
     shape_ok = isinstance(pairs, (list, tuple)) and len(pairs) > 0
-    if not isinstance(name, str) or not shape_ok or not all(isinstance(p, (list, tuple)) and len(p) == 2 for p in pairs):
+    if (
+        not isinstance(name, str)
+        or not shape_ok
+        or not all(isinstance(p, (list, tuple)) and len(p) == 2 for p in pairs)
+    ):
         raise ValueError(
             explain_error(
                 f"{where} cannot be read",

@@ -14,7 +14,7 @@ def dense_like(x: Tensor) -> Tensor:
     ``empty_like`` answers differently for real and fake tensors that are not dense (a slice of a fused qkv), so the
     order is taken from the strides here.
     """
-    order = sorted(range(x.dim()), key=lambda d: -x.stride(d))  # stable: equal strides keep their places
+    order = sorted(range(x.dim()), key=x.stride, reverse=True)  # stable: equal strides keep their places
     return torch.empty_permuted(x.shape, order, dtype=x.dtype, device=x.device)
 
 

@@ -39,7 +39,12 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise a ``ValueError`` unless q [B, H, L, D], k and v [B, Hk, S, D] can be attended to."""
     for name, x in (("query", q), ("key", k), ("value", v)):
         if x.dim() != 4:
-            raise _error(f"{name} has the wrong rank", tuple(x.shape), "[batch, heads, length, head size]", "Add or fold dimensions.")
+            raise _error(
+                f"{name} has the wrong rank",
+                tuple(x.shape),
+                "[batch, heads, length, head size]",
+                "Add or fold dimensions.",
+            )
     if k.shape != v.shape:
         raise _error(
             "key and value differ in shape",
@@ -62,7 +67,9 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
             "Each key head serves the same number of query heads.",
         )
     if not q.dtype == k.dtype == v.dtype:
-        raise _error("dtypes differ", f"{q.dtype}, {k.dtype}, {v.dtype}", "one dtype", "Cast query, key and value alike.")
+        raise _error(
+            "dtypes differ", f"{q.dtype}, {k.dtype}, {v.dtype}", "one dtype", "Cast query, key and value alike."
+        )
     if not q.device == k.device == v.device:
         raise _error("devices differ", f"{q.device}, {k.device}, {v.device}", "one device", "Move them together.")
     refused = refusal(q.device, q.dtype, q.shape[3])
@@ -77,13 +84,22 @@ def check_mask(attn_mask: Tensor, q: Tensor, k: Tensor) -> None:
     shape = tuple(attn_mask.shape)
     padded = (1,) * (4 - len(shape)) + shape
     if len(shape) > 4 or any(have not in (1, want) for have, want in zip(padded, target, strict=True)):
-        raise _error("attn_mask has the wrong shape", shape, f"what broadcasts to {target}", "Reshape or expand the mask.")
+        raise _error(
+            "attn_mask has the wrong shape", shape, f"what broadcasts to {target}", "Reshape or expand the mask."
+        )
     if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
-        raise _error("attn_mask has the wrong dtype", attn_mask.dtype, "bool or floating point", "Cast it; True means attend.")
+        raise _error(
+            "attn_mask has the wrong dtype", attn_mask.dtype, "bool or floating point", "Cast it; True means attend."
+        )
     if attn_mask.device != q.device:
         raise _error("attn_mask is on another device", attn_mask.device, q.device, "Move it.")
     if attn_mask.requires_grad:
-        raise _error("attn_mask requires a gradient", "requires_grad=True", "a constant mask", "Detach it or use dense attention.")
+        raise _error(
+            "attn_mask requires a gradient",
+            "requires_grad=True",
+            "a constant mask",
+            "Detach it or use dense attention.",
+        )
 
 
 def check_thresholds(thresholds: Tensor, q: Tensor) -> None:
@@ -104,14 +120,24 @@ def check_block_map(block_map: BlockMap, q: Tensor, k: Tensor) -> None:
     counts, indices = block_map
     lead = tuple(counts.shape[:2])
     fits = all(have in (1, want) for have, want in zip(lead, q.shape[:2], strict=False))
-    if counts.dim() != 3 or not fits or tuple(counts.shape[2:]) != (n_query,) or tuple(indices.shape) != (*counts.shape, n_key):
+    if (
+        counts.dim() != 3
+        or not fits
+        or tuple(counts.shape[2:]) != (n_query,)
+        or tuple(indices.shape) != (*counts.shape, n_key)
+    ):
         raise _error(
             "block_map has the wrong shape",
             f"counts {tuple(counts.shape)}, indices {tuple(indices.shape)}",
             f"counts [B or 1, H or 1, {n_query}], indices [B or 1, H or 1, {n_query}, {n_key}]",
             f"A query block has {QUERY_BLOCK} rows and a key block {KEY_BLOCK}; BlockMap.from_dense makes lists.",
         )
-    if counts.dtype != torch.int32 or indices.dtype != torch.int32 or counts.device != q.device or indices.device != q.device:
+    if (
+        counts.dtype != torch.int32
+        or indices.dtype != torch.int32
+        or counts.device != q.device
+        or indices.device != q.device
+    ):
         raise _error(
             "block_map has the wrong dtype or device",
             f"{counts.dtype} on {counts.device}, {indices.dtype} on {indices.device}",
@@ -131,7 +157,10 @@ def make_thresholds(topk: float | Tensor, topp: float | Tensor, heads: int, devi
             value = torch.tensor(checked[name == "topp"], device=device)
         elif value.shape not in ((), (1,), (heads,)):
             raise _error(
-                f"{name} does not fit the query", f"shape {tuple(value.shape)}", f"a number or [{heads}]", "Give one for each head."
+                f"{name} does not fit the query",
+                f"shape {tuple(value.shape)}",
+                f"a number or [{heads}]",
+                "Give one for each head.",
             )
         columns.append(value.to(device=device, dtype=torch.float32).expand(heads))
     return torch.stack(columns, -1)

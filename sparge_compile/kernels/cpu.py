@@ -16,14 +16,14 @@ from torch import Tensor
 
 from . import allocate, reference
 from .block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap, ceil_div, diagonal_blocks, unpack, visible_blocks
-from .cpu_batches import Part, batches, from_blocks, gather, head_parts, over_heads, to_blocks, wide_dtype
+from .cpu_batches import Heads, Part, batches, from_blocks, gather, head_parts, over_heads, to_blocks, wide_dtype
 
 # The public function gives no log-sum-exp and its backward takes none. What these give for a row that a mask hides whole
 # differs between torch versions, so such rows are overwritten below.
 _attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-SCORES_AT_ONCE = 1 << 19  # block scores that are ranked together; ranking takes near 100 bytes for each
+SCORES_AT_ONCE = 1 << 18  # block scores that are ranked together; ranking takes near 100 bytes for each
 
 
 def block_map(
@@ -40,7 +40,6 @@ def block_map(
     visible = visible_blocks(n_query, n_key, q.shape[2], is_causal, q.device)
     forced = diagonal_blocks(n_query, n_key, q.device) if is_causal else torch.zeros_like(visible)
     thresholds = thresholds.expand(q.shape[1], 2)
-    attn_mask = None if attn_mask is None else over_heads(attn_mask, q)
 
     for at_q, at_k in head_parts(q, k):
         q_mean = reference.pool(q[at_q], QUERY_BLOCK) * reference.default_scale(q.shape[-1], scale)
@@ -50,7 +49,7 @@ def block_map(
             some = slice(i, min(i + step, n_query))
             scores, seen = q_mean[:, :, some] @ k_mean.mT, visible[some]  # [b, h, some of Nq, Nk]
             if attn_mask is not None:
-                bias = pool_mask_rows(attn_mask[at_q], some, q.shape[2])
+                bias = pool_mask_rows(attn_mask, at_q, some, q.shape[2])
                 seen = seen & (bias != -math.inf)
                 scores = scores + torch.where(bias == -math.inf, 0.0, bias)
             kept = reference.select(scores, seen, thresholds[at_q[1]], forced[some])
@@ -60,8 +59,10 @@ def block_map(
     return out
 
 
-def pool_mask_rows(attn_mask: Tensor, blocks: slice, length: int) -> Tensor:
-    """reference.pool_mask for some query blocks: [b, h, some of Nq or 1, Nk] from [b, h, L or 1, S]."""
+def pool_mask_rows(attn_mask: Tensor, at: Heads, blocks: slice, length: int) -> Tensor:
+    """reference.pool_mask for some heads and query blocks: [b or 1, h or 1, some of Nq or 1, Nk]."""
+    for dim in (0, 1):
+        attn_mask = attn_mask if attn_mask.shape[dim] == 1 else attn_mask[(slice(None),) * dim + (at[dim],)]
     if attn_mask.shape[2] == length:
         attn_mask = attn_mask[:, :, blocks.start * QUERY_BLOCK : blocks.stop * QUERY_BLOCK]
         length = attn_mask.shape[2]

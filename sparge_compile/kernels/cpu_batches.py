@@ -17,7 +17,7 @@ from torch import Tensor
 from .block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap, ceil_div, visible_blocks
 
 PART_BYTES = 32 << 20  # queries, keys, values and outputs of the heads that are worked on together
-GATHER_BYTES = 4 << 20  # keys, values and mask gathered for one kernel call; much more of it leaves the cache
+GATHER_BYTES = 8 << 20  # keys, values and mask gathered for one kernel call; much more of it leaves the cache
 
 Heads = tuple[slice, slice]  # an index into batch and heads
 
@@ -30,8 +30,9 @@ def wide_dtype(x: Tensor) -> torch.dtype:
 def head_parts(q: Tensor, k: Tensor) -> Iterator[tuple[Heads, Heads]]:
     """Indices into q and into k that together cover all heads, each of about PART_BYTES or of one key head."""
     (batch, heads, length, head_size), (key_heads, keys) = q.shape, k.shape[1:3]
-    group = heads // key_heads
-    at_once = max(1, PART_BYTES // (2 * (group * length + keys) * head_size * wide_dtype(q).itemsize))
+    group = heads // max(key_heads, 1)
+    head_bytes = 2 * (group * length + keys) * head_size * wide_dtype(q).itemsize
+    at_once = max(1, PART_BYTES // max(head_bytes, 1))
     head_step, batch_step = min(at_once, key_heads), max(1, at_once // key_heads)
     for b in range(0, batch, batch_step):
         for h in range(0, key_heads, head_step):

@@ -83,7 +83,9 @@ def select(scores: Tensor, visible: Tensor, thresholds: Tensor, forced: Tensor |
     a = torch.ceil(topk * n - CEIL_SLACK).clamp(min=1)
     b = (mass < topp.unsqueeze(-1)).sum(-1) + 1
     b = torch.where(topp <= 0, 0, torch.where(topp >= 1, n, b))
-    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(scores.shape[-1], device=scores.device).expand_as(order))
+    rank = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
+    )
     kept = rank < torch.maximum(a, b).unsqueeze(-1)
     if forced is not None:
         kept = kept | forced

@@ -17,6 +17,7 @@ from .block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap, ceil_div, diagonal_bloc
 from .tiles import load_tile, matrix_arguments, tile_offsets
 
 POOL_ELEMENTS = 4096  # elements of x that a pooling program holds at a time
+SCORE_PART = 1024  # key blocks of one product; four parts make up SELECT_MAX_KEY_BLOCKS
 FALLBACK_SCORES = 1 << 24  # scores of one chunk of the torch path; its sort takes some 40 bytes for each
 
 
@@ -43,7 +44,8 @@ def _pool_kernel(
         )
         total += x.to(tl.float32)
     rows = tl.minimum(BLOCK, length - block * BLOCK).to(tl.float32)
-    tl.store(mean_ptr + pid * HEAD_SIZE + column, tl.sum(total, 0) / rows, mask=column < HEAD_SIZE)
+    mean = tl.div_rn(tl.sum(total, 0), rows)  # as torch rounds: a plain / is approximate on a GPU
+    tl.store(mean_ptr + pid * HEAD_SIZE + column, mean, mask=column < HEAD_SIZE)
 
 
 def pool(x: Tensor, block: int) -> Tensor:
@@ -92,7 +94,7 @@ def _pool_mask_kernel(
             total += tl.where(opened, value, 0.0)
             pairs += opened.to(tl.int32)
     count = tl.sum(tl.sum(pairs, 1), 0)
-    mean = tl.sum(tl.sum(total, 1), 0) / tl.maximum(count, 1).to(tl.float32)
+    mean = tl.div_rn(tl.sum(tl.sum(total, 1), 0), tl.maximum(count, 1).to(tl.float32))
     tl.store(bias_ptr + pid, tl.where(count > 0, mean, float("-inf")))
 
 
@@ -125,13 +127,62 @@ def _ordered(score):
 
 
 @triton.jit
+def _scores_1(
+    q_ptrs, k_ptrs, q_mask, n_key, scale, first, STEP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, DEPTH: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, N] scores of the key blocks first, first + STEP, first + 2 STEP, ...; DEPTH columns of the means at a time."""
+    j = first + tl.arange(0, N) * STEP
+    depth = tl.arange(0, DEPTH)
+    score = tl.zeros([q_ptrs.shape[0], N], tl.float32)
+    for start in tl.range(0, HEAD_PAD, DEPTH):
+        d = start + depth
+        q = tl.load(q_ptrs + d[None, :], mask=q_mask & (d < HEAD_SIZE)[None, :], other=0.0)
+        k_mask = (j < n_key)[:, None] & (d < HEAD_SIZE)[None, :]
+        k = tl.load(k_ptrs + j[:, None] * HEAD_SIZE + d[None, :], mask=k_mask, other=0.0)
+        score = tl.dot(q * scale, tl.trans(k), score, input_precision=PRECISION)
+    return score
+
+
+@triton.jit
+def _interleave(even, odd):
+    return tl.reshape(tl.join(even, odd), [even.shape[0], 2 * even.shape[1]])
+
+
+@triton.jit
+def _scores_2(
+    q_ptrs, k_ptrs, q_mask, n_key, scale, first, STEP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, DEPTH: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    return _interleave(
+        _scores_1(q_ptrs, k_ptrs, q_mask, n_key, scale, first, 2 * STEP, HEAD_SIZE, HEAD_PAD, DEPTH, N // 2, PRECISION),
+        _scores_1(
+            q_ptrs, k_ptrs, q_mask, n_key, scale, first + STEP, 2 * STEP, HEAD_SIZE, HEAD_PAD, DEPTH, N // 2, PRECISION
+        ),
+    )
+
+
+@triton.jit
+def _scores_4(
+    q_ptrs, k_ptrs, q_mask, n_key, scale, first, STEP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, DEPTH: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    return _interleave(
+        _scores_2(q_ptrs, k_ptrs, q_mask, n_key, scale, first, 2 * STEP, HEAD_SIZE, HEAD_PAD, DEPTH, N // 2, PRECISION),
+        _scores_2(
+            q_ptrs, k_ptrs, q_mask, n_key, scale, first + STEP, 2 * STEP, HEAD_SIZE, HEAD_PAD, DEPTH, N // 2, PRECISION
+        ),
+    )
+
+
+@triton.jit
 def _select_kernel(
     q_mean_ptr, k_mean_ptr, thresholds_ptr, bias_ptr,
     counts_ptr, indices_ptr,
     thresholds_stride_h, thresholds_stride_t, bias_stride_b, bias_stride_h, bias_stride_i,
     heads, group, length, n_query, n_key, n_tiles, scale,
     HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, N_PAD: tl.constexpr,
-    QUERY_ROWS: tl.constexpr, KEY_ROWS: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_BIAS: tl.constexpr,
+    PART: tl.constexpr, QUERY_ROWS: tl.constexpr, KEY_ROWS: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_BIAS: tl.constexpr,
     CEIL_SLACK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -142,17 +193,16 @@ def _select_kernel(
     wide_i = i.to(tl.int64)
     real = (i < n_query)[:, None] & (j < n_key)[None, :]
 
-    # Scores, [ROWS, N_PAD], DEPTH columns of the means at a time.
-    q_head = q_mean_ptr + bh * n_query * HEAD_SIZE
-    k_head = k_mean_ptr + (b * (heads // group) + h // group) * n_key * HEAD_SIZE
-    score = tl.zeros([ROWS, N_PAD], tl.float32)
-    for first in tl.range(0, HEAD_PAD, DEPTH):
-        d = first + tl.arange(0, DEPTH)
-        q_mask = (i < n_query)[:, None] & (d < HEAD_SIZE)[None, :]
-        q = tl.load(q_head + wide_i[:, None] * HEAD_SIZE + d[None, :], mask=q_mask, other=0.0)
-        k_mask = (j < n_key)[:, None] & (d < HEAD_SIZE)[None, :]
-        k = tl.load(k_head + j[:, None] * HEAD_SIZE + d[None, :], mask=k_mask, other=0.0)
-        score = tl.dot(q * scale, tl.trans(k), score, input_precision=PRECISION)
+    # Scores [ROWS, N_PAD], built in up to four interleaved parts: a product's keys pass through shared memory.
+    q_ptrs = q_mean_ptr + (bh * n_query + wide_i)[:, None] * HEAD_SIZE
+    k_ptrs = k_mean_ptr + (b * (heads // group) + h // group) * n_key * HEAD_SIZE
+    q_mask = (i < n_query)[:, None]
+    if N_PAD <= PART:
+        score = _scores_1(q_ptrs, k_ptrs, q_mask, n_key, scale, 0, 1, HEAD_SIZE, HEAD_PAD, DEPTH, N_PAD, PRECISION)
+    elif N_PAD == 2 * PART:
+        score = _scores_2(q_ptrs, k_ptrs, q_mask, n_key, scale, 0, 1, HEAD_SIZE, HEAD_PAD, DEPTH, N_PAD, PRECISION)
+    else:
+        score = _scores_4(q_ptrs, k_ptrs, q_mask, n_key, scale, 0, 1, HEAD_SIZE, HEAD_PAD, DEPTH, N_PAD, PRECISION)
 
     # Visibility.
     visible = real
@@ -169,12 +219,14 @@ def _select_kernel(
 
     # Softmax over the visible blocks, and the rule's two demands.
     score = tl.where(visible, score, float("-inf"))
-    top = tl.max(score, 1)
+    top = tl.where(n > 0, tl.max(score, 1), 0.0)
     mass = tl.where(visible, tl.exp(score - top[:, None]), 0.0)
     mass = mass / tl.where(n > 0, tl.sum(mass, 1), 1.0)[:, None]
     topk = tl.load(thresholds_ptr + h * thresholds_stride_h)
     topp = tl.load(thresholds_ptr + h * thresholds_stride_h + thresholds_stride_t)
     a = tl.maximum(tl.ceil(topk * n.to(tl.float32) - CEIL_SLACK), 1.0)
+    a = tl.where(topp >= 1.0, tl.maximum(a, n.to(tl.float32)), a)  # rounding may not stop short of all
+    wanted = tl.where(topp <= 0.0, -1.0, topp)  # 0 is no demand: nothing falls short of -1
     image = tl.where(visible, _ordered(score), -2147483648)
 
     # The largest cut for which the blocks at or above it meet both demands; it stays at its lowest value, below every
@@ -185,7 +237,7 @@ def _select_kernel(
         middle = (low >> 1) + (high >> 1) + (low & high & 1)  # high - low may not fit in 32 bits
         above = image >= middle[:, None]
         enough = tl.sum(above.to(tl.int32), 1).to(tl.float32) >= a
-        enough = enough & ((topp <= 0.0) | (tl.sum(tl.where(above, mass, 0.0), 1) >= topp))
+        enough = enough & (tl.sum(tl.where(above, mass, 0.0), 1) >= wanted)
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle)
 
@@ -197,8 +249,8 @@ def _select_kernel(
     before = before.to(tl.float32)
     rank = tl.sum(above.to(tl.int32), 1).to(tl.float32)[:, None] + before
     passed = tl.sum(tl.where(above, mass, 0.0), 1)[:, None] + before * one[:, None]
-    kept = above | (equal & ((rank < a[:, None]) | ((topp > 0.0) & (passed < topp))))
-    kept = kept | broken[:, None] | (topp >= 1.0)
+    kept = above | (equal & ((rank < a[:, None]) | (passed < wanted)))
+    kept = kept | broken[:, None]
     if IS_CAUSAL:
         kept = kept | (j[None, :] // (QUERY_ROWS // KEY_ROWS) == i[:, None])
     kept = kept & visible
@@ -264,7 +316,7 @@ def block_map(
             heads=heads, group=heads // k.shape[1], length=length, n_query=n_query, n_key=n_key, n_tiles=n_tiles,
             scale=scale,
             HEAD_SIZE=head_size, HEAD_PAD=launch.pad_head(head_size), DEPTH=16, ROWS=tile.rows,
-            N_PAD=max(16, triton.next_power_of_2(n_key)), QUERY_ROWS=QUERY_BLOCK, KEY_ROWS=KEY_BLOCK,
+            N_PAD=max(16, triton.next_power_of_2(n_key)), PART=SCORE_PART, QUERY_ROWS=QUERY_BLOCK, KEY_ROWS=KEY_BLOCK,
             IS_CAUSAL=is_causal, HAS_BIAS=bias is not None, CEIL_SLACK=reference.CEIL_SLACK, PRECISION="ieee",
             num_warps=tile.warps, num_stages=1,
             enable_fp_fusion=False,  # topk * n - slack must round as torch does, before the ceiling

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2_E = 1.4426950408889634
+MAX_HEAD_SIZE = 256
 
 NO_MASK, KEY_MASK, FULL_MASK = 0, 1, 2  # MASK_KIND: none, one value per key, one value per (query, key)
 
@@ -24,15 +25,15 @@ def matrix_arguments(block_rows: int, **tensors: Tensor) -> dict:
     holds an offset inside a tile of ``block_rows`` rows; whatever lies before the tile is counted in 64 bits.
     """
     align = max(1, 16 // max(x.dtype.itemsize for x in tensors.values()))
-    strides = [stride for x in tensors.values() for stride in x.stride()[:3]]
-    while any(stride % align for stride in strides):
+    used = {name: [0 if n == 1 else s for n, s in zip(x.shape, x.stride())] for name, x in tensors.items()}
+    while any(stride % align for strides in used.values() for stride in strides[:3]):
         align //= 2
     arguments = {}
-    for name, x in tensors.items():
-        for letter, stride in zip("bhl", x.stride()):
+    for name, strides in used.items():
+        for letter, stride in zip("bhl", strides):
             arguments[f"{name}_stride_{letter}"] = stride // align
-        arguments[f"{name}_stride_d"] = x.stride(3)
-    reach = max(block_rows * x.stride(2) + x.shape[3] * x.stride(3) for x in tensors.values())
+        arguments[f"{name}_stride_d"] = strides[3]
+    reach = max(block_rows * strides[2] + MAX_HEAD_SIZE * strides[3] for strides in used.values())
     return arguments | dict(ALIGN=align, OFFSET=tl.int32 if reach < 2**31 else tl.int64)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..config import Options
@@ -39,7 +41,7 @@ def thresholds_for(match: Match, options: Options) -> tuple[Pair, ...]:
 
 
 def expected_density(pairs: tuple[Pair, ...]) -> float:
-    """An upper bound of the density: m leading blocks of n hold at least m/n of the mass, so Top-p keeps at most topp."""
+    """An upper bound of the density: m leading blocks of n hold m/n of the mass or more, so Top-p keeps at most topp."""
     return sum(max(pair) for pair in pairs) / max(len(pairs), 1)
 
 
@@ -48,7 +50,9 @@ def _refusal(match: Match) -> Decision | None:
     arguments = match.arguments
     if not arguments:
         weights = match.site.kind == "fused" and match.node.target is torch.nn.functional.multi_head_attention_forward
-        return Decision(Reason.WEIGHTS_USED if weights else Reason.OPAQUE, str(getattr(match.node.target, "__name__", "")))
+        return Decision(
+            Reason.WEIGHTS_USED if weights else Reason.OPAQUE, str(getattr(match.node.target, "__name__", ""))
+        )
     query, key, value = (value_of(arguments[name]) for name in ("query", "key", "value"))
     if not all(isinstance(x, torch.Tensor) for x in (query, key, value, match.output)):
         return Decision(Reason.NO_SHAPES)
@@ -89,8 +93,10 @@ def _mask_refusal(match: Match, target: tuple[int, ...]) -> Decision | None:
 
 def _shape(match: Match) -> Shape | None:
     query, key = value_of(match.arguments["query"]), value_of(match.arguments["key"])
-    sizes = [size_hint(x) for x in (*query.shape[:2], key.shape[1], query.shape[2], key.shape[2], query.shape[3])]
-    return None if None in sizes else Shape(*sizes, is_causal=bool(match.arguments["is_causal"]))
+    sizes: list[Any] = [
+        size_hint(x) for x in (*query.shape[:2], key.shape[1], query.shape[2], key.shape[2], query.shape[3])
+    ]
+    return None if None in sizes else Shape(*sizes, bool(match.arguments["is_causal"]))
 
 
 def _text(x: torch.Tensor) -> str:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
 from ..naming import SiteNames
@@ -27,7 +26,11 @@ def _sdpa(
 
 
 _SDPA_SIGNATURE = signature_of(_sdpa)
-_SDPA = {torch._C._nn.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default}
+_SDPA = {
+    torch._C._nn.scaled_dot_product_attention,
+    torch.ops.aten.scaled_dot_product_attention,
+    torch.ops.aten.scaled_dot_product_attention.default,
+}
 _OPAQUE = {torch._transformer_encoder_layer_fwd, torch._native_multi_head_attention}
 # Higher-order operators whose body runs once, with the operands after it as its inputs.
 _TRANSPARENT = {"tag_activation_checkpoint"}
@@ -45,17 +48,24 @@ class Caller:
 class Match:
     """A site and where it stands.
 
-    ``node`` belongs to ``graph_module``, which the ``callers`` (outermost first) run. ``arguments`` are those of SDPA by
-    name. Where attention is inside a larger call, ``inside`` is that call as a graph, and ``arguments`` belong to it.
+    ``node`` belongs to ``graph_module``, which the ``callers`` (outermost first) run. Where attention is inside a
+    larger call, ``inside`` is that call as a graph.
     """
 
     site: Site
     graph_module: GraphModule
     node: Node
-    arguments: Mapping[str, Any]
     callers: tuple[Caller, ...] = ()
     inside: GraphModule | None = None
     in_control_flow: bool = False
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """The arguments of SDPA by name; none where the call cannot be looked into.
+
+        Read off the node at each use: the rewrite of an earlier site may have changed them.
+        """
+        return attention_arguments(self.attention_node) if is_attention(self.attention_node) else {}
 
     @property
     def output(self) -> Any:
@@ -65,12 +75,17 @@ class Match:
     @property
     def attention_node(self) -> Node:
         """The attention call itself, in ``graph_module`` or in ``inside``."""
-        return next(filter(is_attention, self.inside.graph.nodes)) if self.inside else self.node
+        return self.node if self.inside is None else next(filter(is_attention, self.inside.graph.nodes))
 
 
 def is_attention(node: Node) -> bool:
     """Whether a node is a fused call of scaled-dot-product attention."""
     return node.op == "call_function" and node.target in _SDPA
+
+
+def attention_arguments(node: Node) -> Mapping[str, Any]:
+    """The arguments of an attention call by name, with SDPA's defaults."""
+    return bind(_SDPA_SIGNATURE, node)
 
 
 def find(graph_module: GraphModule) -> list[Match]:
@@ -84,18 +99,16 @@ def _find(owner: GraphModule, names: SiteNames, callers: tuple[Caller, ...], con
             continue
         where = {"graph_module": owner, "node": node, "callers": callers, "in_control_flow": control_flow}
         if is_attention(node):
-            arguments = bind(_SDPA_SIGNATURE, node)
-            yield Match(_site(names.name(node), "sdpa", arguments), arguments=arguments, **where)
+            yield Match(_site(names.name(node), "sdpa", node), **where)
         elif node.target in OPENABLE:
             inside = open_up(node)
             inner = next(filter(is_attention, inside.graph.nodes), None) if inside else None
             if inner is None:
-                yield Match(Site(names.name(node), "fused"), arguments={}, **where)
+                yield Match(Site(names.name(node), "fused"), **where)
             else:
-                arguments = bind(_SDPA_SIGNATURE, inner)
-                yield Match(_site(names.name(node), "fused", arguments), arguments=arguments, inside=inside, **where)
+                yield Match(_site(names.name(node), "fused", inner), inside=inside, **where)
         elif node.target in _OPAQUE:
-            yield Match(Site(names.name(node), "fused"), arguments={}, **where)
+            yield Match(Site(names.name(node), "fused"), **where)
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
             caller = Caller(owner, node)
             for argument in node.all_input_nodes:
@@ -105,9 +118,10 @@ def _find(owner: GraphModule, names: SiteNames, callers: tuple[Caller, ...], con
                     yield from _find(nested, names, (*callers, caller), control_flow or not once)
 
 
-def _site(name: str, kind: str, arguments: Mapping[str, Any]) -> Site:
+def _site(name: str, kind: str, attention: Node) -> Site:
+    arguments = attention_arguments(attention)
     query, key, mask = (value_of(arguments[x]) for x in ("query", "key", "attn_mask"))
-    how = {
+    how: dict[str, Any] = {
         "mask": "none" if mask is None else "bool" if getattr(mask, "dtype", None) == torch.bool else "additive",
         "is_causal": arguments["is_causal"] is True,
     }

@@ -56,11 +56,11 @@ def tensor_inputs(node: Node) -> list[Node]:
 def put_inside(graph_module: GraphModule, node: Node, inside: GraphModule) -> dict[Node, Node]:
     """Replace a call by its opened graph; returns the copy of each node of ``inside``."""
     graph = graph_module.graph
-    copies: dict[Node, Node] = dict(zip(inside.graph.find_nodes(op="placeholder"), tensor_inputs(node), strict=True))
+    copies: dict[Node, Any] = dict(zip(inside.graph.find_nodes(op="placeholder"), tensor_inputs(node), strict=True))
     for name, value in (*inside.named_parameters(), *inside.named_buffers()):
         raise AssertionError(f"an opened call owns no tensors, but {name} {tuple(value.shape)} was traced")
     with graph.inserting_before(node):
-        output = graph.graph_copy(inside.graph, copies)
+        output: Any = graph.graph_copy(inside.graph, copies)
     for inner, copy in copies.items():
         if inner.op != "placeholder":
             copy.meta = {**node.meta, **inner.meta, "nn_module_stack": node.meta.get("nn_module_stack")}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from .find import Match
+from .find import Match, attention_arguments
 from .fx_utils import add_input
 from .open_up import put_inside
 
@@ -15,18 +15,14 @@ OP = torch.ops.sparge.attention.default
 
 
 def substitute(match: Match, root: GraphModule, thresholds: Any) -> Node:
-    """Rewrite one match; the thresholds become a new last input of ``root``, for which ``thresholds`` is the fake value.
+    """Rewrite one match; ``thresholds`` is the (fake) value of the new last input of ``root`` that will carry them.
 
     Returns the new node. The caller lints and recompiles.
     """
     node = match.node
     if match.inside is not None:
-        attention = match.attention_node
-        node = put_inside(match.graph_module, node, match.inside)[attention]
-        rename = dict(zip(attention.all_input_nodes, node.all_input_nodes, strict=True))
-        arguments = {name: rename.get(value, value) for name, value in match.arguments.items()}
-    else:
-        arguments = dict(match.arguments)
+        node = put_inside(match.graph_module, node, match.inside)[match.attention_node]
+    arguments = attention_arguments(node)
     given = _pass_down(match, root, thresholds)
     graph = match.graph_module.graph
     with graph.inserting_before(node):

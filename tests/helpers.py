@@ -1,0 +1,235 @@
+"""What kernel tests share: inputs, comparison of block maps up to ties, error bounds that come from arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparge_compile.kernels import reference
+from sparge_compile.kernels.block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap, ceil_div, diagonal_blocks, visible_blocks
+
+GARBAGE = 1 << 30  # what fresh integer memory holds in tests: an index that no tensor has
+
+
+class Case(NamedTuple):
+    """One attention problem; ``str(case)`` is its test id."""
+
+    length: int
+    keys: int
+    head_size: int
+    batch: int = 1
+    heads: int = 2
+    key_heads: int = 2
+    dtype: torch.dtype = torch.float32
+    mask: str = "none"
+    is_causal: bool = False
+    layout: str = "bhld"
+    scale: float | None = None
+
+    def __str__(self) -> str:
+        words = [f"L{self.length}", f"S{self.keys}", f"D{self.head_size}", f"B{self.batch}", f"H{self.heads}"]
+        words += [f"Hk{self.key_heads}", str(self.dtype).removeprefix("torch."), self.mask, self.layout]
+        return "-".join(words + ["causal"] * self.is_causal + [f"scale{self.scale}"] * (self.scale is not None))
+
+
+def random_matrix(batch: int, heads: int, length: int, head_size: int, dtype: torch.dtype, layout: str) -> Tensor:
+    """Normal numbers [B, H, L, D] on the default device, whose memory is laid out as ``layout`` says."""
+    if layout == "bhld":
+        return torch.randn(batch, heads, length, head_size, dtype=dtype)
+    if layout == "blhd":
+        return torch.randn(batch, length, heads, head_size, dtype=dtype).transpose(1, 2)
+    if layout == "fused":  # a slice of a fused projection: not dense, rows not 16-byte aligned for odd head sizes
+        return torch.randn(batch, length, heads, 3 * head_size, dtype=dtype)[..., head_size : 2 * head_size].transpose(1, 2)
+    if layout == "bhdl":  # the last dimension is strided
+        return torch.randn(batch, heads, head_size, length, dtype=dtype).mT
+    raise ValueError(f"unknown layout {layout!r}; known: bhld, blhd, fused, bhdl")
+
+
+def random_qkv(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    q = random_matrix(case.batch, case.heads, case.length, case.head_size, case.dtype, case.layout)
+    k, v = (
+        random_matrix(case.batch, case.key_heads, case.keys, case.head_size, case.dtype, case.layout) for _ in range(2)
+    )
+    return q, k, v
+
+
+def random_mask(case: Case) -> Tensor | None:
+    """``none``, ``key`` (padding), ``full`` (bool, some rows closed), ``add`` (float, with -inf), ``add_key``."""
+    rows, keys = case.length, case.keys
+    if case.mask == "none":
+        return None
+    if case.mask == "key":
+        visible = torch.randint(max(1, keys // 2), keys + 1, (case.batch, 1, 1, 1))
+        return torch.arange(keys) < visible
+    if case.mask == "full":
+        mask = torch.rand(1, case.heads, rows, keys) < 0.7
+        mask[:, :, ::37] = False  # rows that see nothing
+        return mask
+    if case.mask == "add":
+        mask = torch.randn(case.batch, 1, rows, keys).to(case.dtype)
+        return mask.masked_fill(torch.rand(rows, keys) < 0.2, -torch.inf)
+    if case.mask == "add_key":
+        return torch.randn(1, 1, 1, keys).to(case.dtype).expand(case.batch, 1, 1, keys)
+    raise ValueError(f"unknown mask {case.mask!r}; known: none, key, full, add, add_key")
+
+
+def random_map(case: Case, density: float = 0.5) -> BlockMap:
+    """Lists of random blocks; some query blocks keep none, and causality is not respected, as in a caller's own map."""
+    n_query, n_key = ceil_div(case.length, QUERY_BLOCK), ceil_div(case.keys, KEY_BLOCK)
+    return BlockMap.from_dense(torch.rand(case.batch, case.heads, n_query, n_key) < density)
+
+
+def block_constant(batch: int, heads: int, length: int, head_size: int, block: int, values: int = 2) -> Tensor:
+    """Small integers, equal in all rows of a block: block means and scores are exact in float32, and ties are real."""
+    blocks = torch.randint(-values, values + 1, (batch, heads, ceil_div(length, block), head_size))
+    return blocks.repeat_interleave(block, 2)[:, :, :length].float()
+
+
+def scale_of(case: Case) -> float:
+    return reference.default_scale(case.head_size, case.scale)
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fresh memory is NaN, or an index that does not exist: what a kernel forgets to write shows."""
+
+    def poison(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def made(*args: Any, **kwargs: Any) -> Tensor:
+            x = make(*args, **kwargs)
+            return x.fill_(torch.nan if x.is_floating_point() else GARBAGE) if x.dtype != torch.uint8 else x
+
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("empty", "empty_like", "empty_permuted", "empty_strided"):
+            patch.setattr(torch, name, poison(getattr(torch, name)))
+        for name in ("new_empty", "new_empty_strided"):
+            patch.setattr(Tensor, name, poison(getattr(Tensor, name)))
+        yield
+
+
+def assert_same_map(got: BlockMap, want: BlockMap) -> None:
+    """Equal counts, equal blocks, and ascending lists."""
+    assert got.counts.dtype == got.indices.dtype == torch.int32
+    torch.testing.assert_close(got.counts, want.counts, rtol=0, atol=0)
+    live = torch.arange(want.indices.shape[-1], device=want.indices.device) < want.counts.unsqueeze(-1)
+    torch.testing.assert_close(got.indices[live], want.indices[live], rtol=0, atol=0)
+
+
+def assert_map_matches(
+    got: BlockMap,
+    q: Tensor,
+    k: Tensor,
+    thresholds: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    slack: float = 1e-4,
+) -> None:
+    """A map obeys the rule up to ties: scores closer than ``slack``, or a mass that close to ``topp``, may go either way.
+
+    Checked in float64: nothing invisible is kept, the diagonal is, no dropped block scores above a kept one, and the
+    number kept lies between the rule's for topp - slack and topp + slack.
+    """
+    kept = got.to_dense()
+    group = q.shape[1] // k.shape[1]
+    q_mean = reference.pool(q.double(), QUERY_BLOCK)
+    k_mean = reference.pool(k.double(), KEY_BLOCK).repeat_interleave(group, dim=1)
+    scores = (q_mean * reference.default_scale(q.shape[-1], scale)) @ k_mean.mT
+    n_query, n_key = scores.shape[-2:]
+    visible = visible_blocks(n_query, n_key, q.shape[2], is_causal, q.device)
+    if attn_mask is not None:
+        bias = reference.pool_mask(attn_mask, q.shape[2])
+        visible = visible & (bias != -torch.inf)
+        scores = scores + torch.where(bias == -torch.inf, 0.0, bias)
+    visible = visible.expand_as(scores)
+    forced = torch.zeros_like(visible)
+    if is_causal:
+        forced = diagonal_blocks(n_query, n_key, q.device) & visible
+    assert not (kept & ~visible).any(), "an invisible block was kept"
+    assert not (forced & ~kept).any(), "a diagonal block was dropped"
+    lowest_kept = scores.masked_fill(~kept | forced, torch.inf).amin(-1)
+    highest_dropped = scores.masked_fill(kept | ~visible, -torch.inf).amax(-1)
+    assert (lowest_kept >= highest_dropped - slack).all(), "a dropped block scores above a kept one"
+    counts = []
+    for shift in (-slack, slack):
+        moved = thresholds.clone()
+        moved[:, 1] = torch.where(moved[:, 1] > 0, moved[:, 1] + shift, 0.0)
+        counts.append(reference.select(scores, visible, moved, forced if is_causal else None).sum(-1))
+    assert (got.counts >= counts[0]).all() and (got.counts <= counts[1]).all(), "wrong number of blocks"
+
+
+def assert_error_bounded(actual: Tensor, exact: Tensor, plain: Tensor, what: str, factor: float = 3.0) -> None:
+    """The error is at most ``factor`` times that of a plain dense computation in the same dtype.
+
+    A few roundings of the largest value are always allowed: the plain error may happen to be zero.
+    """
+    assert not actual.isnan().any(), f"{what}: NaN"
+    error = (actual.double() - exact).abs().amax() if exact.numel() else torch.zeros(())
+    plain_error = (plain.double() - exact).abs().amax() if exact.numel() else torch.zeros(())
+    rounding = 4 * torch.finfo(actual.dtype).eps * exact.abs().amax() if exact.numel() else torch.zeros(())
+    bound = factor * plain_error + rounding
+    assert error <= bound, f"{what}: error {error:.3g}, bound {bound:.3g} (plain {plain_error:.3g})"
+
+
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, attn_mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Dense SDPA and log-sum-exp in the inputs' dtype over the allowed pairs, which every row must have."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    bias = torch.zeros(allowed.shape, dtype=q.dtype, device=q.device).masked_fill(~allowed, -torch.inf)
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        bias = bias + torch.where(allowed, attn_mask, 0).to(q.dtype)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    return out, torch.logsumexp(((q @ k.mT) * scale + bias).float(), -1)
+
+
+def check_attention(case: Case, block_map: BlockMap, with_dlse: bool = True) -> None:
+    """Forward and backward of the Triton kernels against the float64 reference, in poisoned memory.
+
+    Masked rows count: where nothing is seen, out and gradients are zero and lse is -inf.
+    """
+    from sparge_compile.kernels import backward, forward, lists
+
+    q, k, v = random_qkv(case)
+    mask, scale = random_mask(case), scale_of(case)
+    dense = block_map.to_dense().expand(case.batch, case.heads, -1, -1)
+    allowed = reference.allowed_pairs(dense, case.length, case.keys, mask, case.is_causal)
+    empty = ~allowed.any(-1)
+    dout = random_matrix(*q.shape, case.dtype, case.layout)
+    dlse = torch.randn(q.shape[:3]) if with_dlse else torch.zeros(q.shape[:3])
+
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    wide_mask = mask.double() if mask is not None and mask.dtype != torch.bool else mask
+    exact, exact_lse = reference.attention(*wide, block_map, wide_mask, case.is_causal, scale)
+    seen_lse = exact_lse.masked_fill(empty, 0.0)  # the gradient of -inf is NaN in autograd, and 0 in ours
+    exact_grads = torch.autograd.grad((exact, seen_lse), wide, (dout.double(), dlse.double()))
+
+    plain_inputs = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    plain, plain_lse = plain_attention(*plain_inputs, allowed | empty.unsqueeze(-1), mask, scale)
+    plain_weights = dout.masked_fill(empty.unsqueeze(-1), 0.0), dlse.masked_fill(empty, 0.0)
+    plain_grads = torch.autograd.grad((plain, plain_lse), plain_inputs, plain_weights)
+    plain = plain.masked_fill(empty.unsqueeze(-1), 0.0)
+
+    with poisoned_memory():
+        out, lse = forward.forward(q, k, v, block_map, mask, case.is_causal, scale)
+        bits = lists.pack(block_map, ceil_div(case.keys, KEY_BLOCK))
+        given_dlse = dlse.masked_fill(empty, torch.nan) if with_dlse else None
+        grads = backward.backward(dout, q, k, v, out, lse, given_dlse, bits, mask, case.is_causal, scale)
+
+    for name, x, like in zip(("out", "dq", "dk", "dv"), (out, *grads), (q, q, k, v), strict=True):
+        assert x.dtype == like.dtype and x.shape == like.shape, name
+    assert_error_bounded(out, exact.detach(), plain.detach(), "out")
+    assert torch.equal(lse == -torch.inf, empty)
+    assert_error_bounded(
+        lse.masked_fill(empty, 0.0), seen_lse.detach(), plain_lse.detach().masked_fill(empty, 0.0), "lse"
+    )
+    for name, grad, exact_grad, plain_grad in zip(("dq", "dk", "dv"), grads, exact_grads, plain_grads, strict=True):
+        assert_error_bounded(grad, exact_grad, plain_grad, name)

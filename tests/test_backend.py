@@ -1,0 +1,248 @@
+"""The backend as users call it: options, run-time thresholds, warnings, caches, dynamic shapes, graph breaks."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sparge_compile import Calibration, attention, backend, explain
+from sparge_compile.config import Options
+
+
+class Block(torch.nn.Module):
+    def __init__(self, width=32, heads=4):
+        super().__init__()
+        self.heads = heads
+        self.qkv = torch.nn.Linear(width, 3 * width)
+        self.out = torch.nn.Linear(width, width)
+
+    def forward(self, x):
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        return x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Model(torch.nn.Module):
+    def __init__(self, layers=2):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(Block() for _ in range(layers))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Broken(Model):
+    def forward(self, x):
+        x = self.blocks[0](x)
+        torch._dynamo.graph_break()
+        return self.blocks[1](x)
+
+
+FAST = {"min_seq_len": 0, "inner": "eager"}
+
+
+def test_found_by_name_without_an_import():
+    code = "import torch, sys; print('sparge' in torch._dynamo.list_backends(), 'sparge_compile' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.split() == ["True", "False"]
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+def test_dense_thresholds_give_dense_results_and_gradients(inner):
+    model, x = Model(), torch.randn(2, 300, 32)
+    compiled = torch.compile(
+        model, backend="sparge", fullgraph=True, options={"min_seq_len": 0, "topk": 1.0, "inner": inner}
+    )
+    got, want = compiled(x), model(x)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    parameters = list(model.parameters())
+    for a, b in zip(
+        torch.autograd.grad(got.sum(), parameters), torch.autograd.grad(want.sum(), parameters), strict=True
+    ):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_sparse_thresholds_give_what_the_op_gives(inner, monkeypatch):
+    model, x = Model(), torch.randn(2, 700, 32)
+    compiled = torch.compile(
+        model, backend="sparge", options={"min_seq_len": 0, "topk": 0.3, "topp": 0.2, "inner": inner}
+    )
+    got = compiled(x)
+    dense = model(x)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v: attention(q, k, v, topk=0.3, topp=0.2))
+    torch.testing.assert_close(got, model(x), atol=1e-5, rtol=1e-5)
+    assert (got - dense).abs().max() > 1e-3
+
+
+def test_thresholds_are_read_at_run_time(monkeypatch):
+    """One compiled graph serves any thresholds: its inputs are tensors, and writing to them is enough."""
+    made = []
+    real = backend.pipeline.apply
+    monkeypatch.setattr(backend.pipeline, "apply", lambda *args: made.append(real(*args)) or made[-1])
+    model, x = Model(), torch.randn(1, 700, 32)
+    compiled = torch.compile(
+        model, backend="sparge", fullgraph=True, options={"min_seq_len": 0, "topk": 0.2, "topp": 0.0}
+    )
+    with torch.no_grad():
+        sparse = compiled(x)
+        for thresholds in made[0]:
+            thresholds[:, 0] = 1.0
+        torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-5)
+    assert (sparse - model(x)).abs().max() > 1e-3
+    assert len(made) == 1, "changing thresholds must not recompile"
+
+
+def test_calibration_by_path_and_by_object(tmp_path):
+    calibration = Calibration({"blocks.0": [(0.2, 0.0)] * 4, "blocks.*": [(1.0, 0.0)]})
+    calibration.save(tmp_path / "model.json")
+    model, x = Model(), torch.randn(1, 700, 32)
+    outs = [
+        torch.compile(model, backend="sparge", options={**FAST, "calibration": given})(x)
+        for given in (calibration, str(tmp_path / "model.json"), tmp_path / "model.json")
+    ]
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+    assert (outs[0] - model(x)).abs().max() > 1e-3
+
+
+def test_calibration_for_other_heads_is_refused():
+    options = {**FAST, "calibration": Calibration({"blocks.1": [(0.2, 0.0)] * 3})}
+    with pytest.raises(Exception, match=r"blocks\.1.*3 heads.*4 pairs"):
+        torch.compile(Model(), backend="sparge", options=options)(torch.randn(1, 300, 32))
+
+
+def test_names_are_the_same_in_explain_and_in_compilation(caplog):
+    model, x = Model(), torch.randn(1, 300, 32)
+    names = [row.name for row in explain(model, FAST)(x)]
+    assert names == ["blocks.0", "blocks.1"]
+    with caplog.at_level(logging.INFO, logger="sparge_compile"):
+        torch.compile(model, backend="sparge", options=FAST)(x)
+    assert "2 of 2 attention sites sparse" in caplog.text
+    assert all(name in caplog.text for name in names)
+    assert [row.name for row in explain(torch.compile(model), FAST)(x)] == names
+
+
+def test_graph_breaks_give_one_report():
+    report = explain(Broken(), FAST)(torch.randn(1, 300, 32))
+    assert [row.name for row in report] == ["blocks.0", "blocks.1"]
+    assert report.graphs == 2
+
+
+def test_nothing_found_is_said():
+    report = explain(torch.nn.Linear(4, 4))(torch.randn(2, 4))
+    assert len(report) == 0 and "no attention found" in str(report)
+
+
+def test_report_as_table_and_dict():
+    report = explain(Model())(torch.randn(1, 300, 32))
+    first = report.to_dict()["sites"][0]
+    assert first["status"] == "dense" and first["reason"] == "slower" and first["prediction"]["dense"] > 0
+    assert (first["batch"], first["heads"], first["length"], first["keys"], first["head_size"]) == (1, 4, 300, 300, 8)
+    assert "blocks.1" in str(report) and "300×300" in str(report)
+    assert report.sites[0].shapes["kv_heads"] == 4
+
+
+def test_dynamic_lengths_take_one_compilation():
+    model, compilations = Model(), []
+
+    def counting(graph_module, inputs):
+        compilations.append(1)
+        return backend.sparge(graph_module, inputs, options={"min_seq_len": 0, "topk": 1.0})
+
+    compiled = torch.compile(model, backend=counting, dynamic=True)
+    for length in (300, 129, 640):
+        x = torch.randn(2, length, 32)
+        torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-5)
+    assert len(compilations) == 1
+
+
+def test_a_refused_site_warns_once_for_each_reason():
+    def two(q):
+        q = F.scaled_dot_product_attention(q, q, q)
+        return F.scaled_dot_product_attention(q, q, q)
+
+    q = torch.randn(1, 2, 64, 8, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="stays dense") as caught:
+        torch.compile(two, backend="sparge", options=FAST)(q)
+    assert sum("stays dense" in str(w.message) for w in caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.compile(two, backend="sparge", options={**FAST, "on_unsupported": "dense"})(q)
+    with pytest.raises(Exception, match="cannot be replaced"):
+        torch.compile(two, backend="sparge", options={**FAST, "on_unsupported": "error"})(q)
+
+
+def test_a_short_sequence_is_no_reason_to_warn_or_fail():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.compile(Model(), backend="sparge", options={"on_unsupported": "error"})(torch.randn(1, 300, 32))
+
+
+def test_an_error_in_a_pass_leaves_dynamos_graph_as_it_was(monkeypatch):
+    graphs = []
+
+    def caught(graph_module, inputs):
+        graphs.append((graph_module, graph_module.code))
+        return backend.sparge(graph_module, inputs, options=FAST)
+
+    monkeypatch.setattr(backend.pipeline, "substitute", lambda *a: 1 / 0)
+    with pytest.raises(Exception, match="division"):
+        torch.compile(Model(), backend=caught)(torch.randn(1, 300, 32))
+    assert graphs[0][0].code == graphs[0][1]
+
+
+def test_inductor_gets_its_options_and_mode(monkeypatch):
+    import torch._inductor.compile_fx as inductor
+
+    seen = []
+    real = inductor.compile_fx
+    monkeypatch.setattr(
+        inductor, "compile_fx", lambda *a, config_patches, **k: seen.append(config_patches) or real(*a, **k)
+    )
+    options = {"min_seq_len": 0, "inductor": {"epilogue_fusion": False}, "inductor_mode": "max-autotune-no-cudagraphs"}
+    torch.compile(Block(), backend="sparge", options=options)(torch.randn(1, 100, 32))
+    assert seen[0]["epilogue_fusion"] is False and seen[0]["max_autotune"] is True
+    torch.compiler.reset()
+    torch.compile(Block(), backend="sparge", mode="max-autotune-no-cudagraphs")(torch.randn(1, 100, 32))
+    assert seen[1]["max_autotune"] is True
+
+
+def test_source_and_options_enter_inductors_cache_key(monkeypatch):
+    """A changed kernel or option must not meet code that was compiled for another."""
+    from torch._inductor import config
+
+    assert len(backend.source_digest()) == 64
+    plain = config.save_config_portable()
+    with config.patch(unsafe_marked_cacheable_functions={"sparge_compile": "x"}):
+        assert config.save_config_portable() != plain
+
+
+def test_global_state_is_left_alone():
+    from torch._dynamo import config as dynamo
+    from torch._inductor import config as inductor
+
+    before = dynamo.save_config_portable(), inductor.save_config_portable()
+    torch.compile(Block(), backend="sparge", options={"min_seq_len": 0})(torch.randn(1, 100, 32))
+    explain(Block())(torch.randn(1, 100, 32))
+    assert before == (dynamo.save_config_portable(), inductor.save_config_portable())
+
+
+def test_two_models_in_one_process():
+    first, second, x = Model(1), Model(3), torch.randn(1, 300, 32)
+    a = torch.compile(first, backend="sparge", options={**FAST, "topk": 1.0})
+    b = torch.compile(second, backend="sparge", options={**FAST, "topk": 0.3, "topp": 0.0})
+    torch.testing.assert_close(a(x), first(x), atol=1e-5, rtol=1e-5)
+    b(x)
+    torch.testing.assert_close(a(x), first(x), atol=1e-5, rtol=1e-5)
+
+
+def test_equal_options_are_equal():
+    assert Options.parse({"topk": 0.3}) == Options.parse({"topk": 0.3})
+    assert Options.parse(None) == Options()

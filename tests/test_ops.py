@@ -1,0 +1,198 @@
+"""The ops as torch sees them: schemas, fake kernels, strides, autograd, autocast, what is saved."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.library import opcheck
+
+from sparge_compile import BlockMap, attention
+from sparge_compile.kernels import reference
+from sparge_compile.kernels.block_map import pack
+
+sparge = torch.ops.sparge
+
+
+def qkv(batch=2, heads=4, kv_heads=2, length=200, keys=150, head_size=24, *, fused=False, grad=False):
+    """Projections as models make them: [B, L, H, D] memory seen as [B, H, L, D], or slices of one fused tensor."""
+    if fused:
+        assert heads == kv_heads and length == keys
+        packed = torch.randn(batch, length, 3, heads, head_size)
+        parts = [packed[:, :, n].transpose(1, 2) for n in range(3)]
+    else:
+        shapes = [(batch, length, heads, head_size)] + 2 * [(batch, keys, kv_heads, head_size)]
+        parts = [torch.randn(shape).transpose(1, 2) for shape in shapes]
+    return [part.detach().requires_grad_(grad) for part in parts]
+
+
+def thresholds(heads=4, topk=0.4, topp=0.3):
+    return torch.tensor([[topk, topp]] * heads)
+
+
+MASKS = {
+    "none": lambda batch, length, keys: None,
+    "key": lambda batch, length, keys: (
+        torch.arange(keys).view(1, 1, 1, -1) < torch.tensor([keys, keys // 2]).view(-1, 1, 1, 1)
+    ),
+    "rows": lambda batch, length, keys: torch.rand(batch, 1, length, keys) > 0.3,
+    "additive": lambda batch, length, keys: torch.randn(length, keys)[None, None],
+}
+
+
+@pytest.mark.parametrize(
+    "mask, causal, fused",
+    [("none", False, True), ("key", True, False), ("rows", False, False), ("additive", True, True)],
+)
+def test_opcheck(mask, causal, fused):
+    shape = {"kv_heads": 4, "keys": 200} if fused else {}
+    q, k, v = qkv(fused=fused, **shape)
+    how = (MASKS[mask](2, q.shape[2], k.shape[2]), causal, 0.2)
+    opcheck(sparge.block_map.default, (q, k, thresholds(), *how))
+    lists = sparge.block_map(q, k, thresholds(), *how)
+    static = ("test_schema", "test_autograd_registration", "test_faketensor")
+    opcheck(sparge.pack.default, lists, test_utils=static)
+    opcheck(sparge.forward.default, (*[x.requires_grad_() for x in (q, k, v)], *lists, *how))
+    with torch.no_grad():
+        out, lse = sparge.forward(q, k, v, *lists, *how)
+        bits = sparge.pack(*lists)
+    detached = [x.detach() for x in (torch.randn_like(out), q, k, v, out, lse)]
+    grad_lse = torch.randn_like(lse) if causal else None
+    opcheck(sparge.backward.default, (*detached, grad_lse, bits, *how))
+
+
+def test_opcheck_attention():
+    q, k, v = qkv(grad=True)
+    opcheck(sparge.attention.default, (q, k, v, thresholds()), {"is_causal": True})
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3), (1, 2, 0, 3)])
+def test_output_has_the_stride_order_of_the_query(order):
+    shape = [2, 3, 70, 16]
+    q = torch.empty_permuted(shape, order).normal_()
+    out = attention(q, torch.randn(shape), torch.randn(shape), topk=0.5)
+    assert out.stride() == q.stride()
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(x) for x in (q, torch.randn(shape), torch.randn(shape))]
+        assert attention(*fake, topk=torch.full((3,), 0.5)).stride() == out.stride()
+
+
+def test_slices_of_a_fused_projection_keep_their_order_without_its_gaps():
+    q, k, v = qkv(kv_heads=4, keys=200, fused=True)
+    out = attention(q, k, v, topk=0.5)
+    assert out.stride() == (200 * 4 * 24, 24, 4 * 24, 1)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("mask", MASKS)
+def test_gradients_equal_the_reference(causal, mask):
+    q, k, v = qkv(grad=True)
+    m = MASKS[mask](2, 200, 150)
+    out, lse = attention(q, k, v, m, is_causal=causal, enable_gqa=True, topk=0.4, topp=0.3, return_lse=True)
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    lists = reference.block_map(q.detach(), k.detach(), thresholds(), m, causal)
+    expected, expected_lse = reference.attention(*wide, lists, m, causal)
+    finite = expected_lse.isfinite()  # a row that sees no key has no gradient through its log-sum-exp
+    weight, weight_lse = torch.randn_like(out), torch.randn_like(lse)
+    got = torch.autograd.grad((out * weight).sum() + (lse * weight_lse)[finite].sum(), (q, k, v))
+    want = torch.autograd.grad(
+        (expected * weight.double()).sum() + (expected_lse * weight_lse.double())[finite].sum(), wide
+    )
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=1e-5)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=2e-5, rtol=1e-4)
+
+
+def test_the_backward_keeps_one_bit_for_each_pair_of_blocks():
+    q, k, v = qkv(grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        out = attention(q, k, v, enable_gqa=True, topk=0.5)
+    ours = {x.data_ptr() for x in (q, k, v, out)}
+    rest = [x for x in saved if x.data_ptr() not in ours]
+    assert sorted((x.dtype, tuple(x.shape)) for x in rest if x.dtype != torch.float32) == [(torch.int32, (2, 4, 2, 1))]
+    assert [tuple(x.shape) for x in rest if x.dtype == torch.float32] == [(2, 4, 200)]  # the log-sum-exp
+
+
+def test_the_compiled_backward_keeps_no_lists():
+    q, k, v = qkv(keys=64 * 40, grad=True)  # 40 key blocks: two words
+    saved = []
+    compiled = torch.compile(lambda *x: attention(*x, enable_gqa=True, topk=0.5), backend="aot_eager", fullgraph=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        compiled(q, k, v)
+    integers = [tuple(x.shape) for x in saved if x.dtype == torch.int32]
+    assert integers == [(2, 4, 2, 2)]
+
+
+def test_gradient_through_lse_alone():
+    q, k, v = qkv(grad=True)
+    lse = attention(q, k, v, enable_gqa=True, topk=1.0, return_lse=True)[1]
+    got = torch.autograd.grad(lse.sum(), (q, k))
+    scores = q @ k.repeat_interleave(2, 1).mT / 24**0.5
+    want = torch.autograd.grad(scores.logsumexp(-1).sum(), (q, k))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_second_derivatives_are_refused():
+    q, k, v = qkv(grad=True)
+    out = attention(q, k, v, enable_gqa=True, topk=0.5)
+    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="differentiated twice"):
+        grad.sum().backward()
+
+
+def test_topk_one_is_dense_attention():
+    q, k, v = qkv(grad=True)
+    got, want = attention(q, k, v, enable_gqa=True), F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    weight = torch.randn_like(got)
+    for a, b in zip(
+        torch.autograd.grad((got * weight).sum(), (q, k, v)),
+        torch.autograd.grad((want * weight).sum(), (q, k, v)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_given_map_and_sparsity():
+    q, k, v = qkv()
+    kept = torch.rand(1, 4, 2, 3) > 0.4
+    kept[..., 0] = True
+    lists = BlockMap.from_dense(kept)
+    out, sparsity = attention(q, k, v, enable_gqa=True, block_map=lists, return_sparsity=True)
+    want, _ = reference.attention(q.double(), k.double(), v.double(), BlockMap.from_dense(kept.expand(2, 4, 2, 3)))
+    torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(sparsity, 1 - kept.float().mean())
+
+
+def test_sparsity_counts_visible_blocks_only():
+    q, k, v = qkv(keys=64 * 8)
+    mask = torch.arange(64 * 8) < 64 * 4  # half of the key blocks are padding
+    _, everything = attention(q, k, v, mask, enable_gqa=True, return_sparsity=True)
+    _, half = attention(q, k, v, mask, enable_gqa=True, topk=0.5, return_sparsity=True)
+    assert everything == 0 and half == 0.5
+
+
+def test_autocast_casts_like_dense_attention():
+    q, k, v = qkv(kv_heads=4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = sparge.attention(q, k.bfloat16(), v, thresholds(topk=1.0))
+        want = F.scaled_dot_product_attention(q, k.bfloat16(), v)
+    assert got.dtype == want.dtype == torch.bfloat16
+    torch.testing.assert_close(got, want, atol=2e-2, rtol=2e-2)
+
+
+def test_nothing_is_allocated_by_data():
+    """Equal shapes give equal shapes, whatever is in the tensors: the map's lists have room for every block."""
+    for topk in (0.01, 1.0):
+        q, k, _ = qkv()
+        counts, indices = sparge.block_map(q, k, thresholds(topk=topk), None, False, 0.2)
+        assert counts.shape == (2, 4, 2) and indices.shape == (2, 4, 2, 3)
+
+
+def test_packed_bits_are_the_map():
+    kept = torch.rand(2, 3, 5, 70) > 0.5
+    assert torch.equal(sparge.pack(*BlockMap.from_dense(kept)), pack(kept))

@@ -1,0 +1,267 @@
+"""find, decide and substitute on graphs of a few nodes. Each rewrite has a partner that must not be rewritten."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from sparge_compile import Calibration, explain
+from sparge_compile.config import Options
+from sparge_compile.passes import find as find_module
+from sparge_compile.passes.decide import decide, expected_density
+from sparge_compile.passes.find import find
+from sparge_compile.passes.fx_utils import clone
+from sparge_compile.passes.pipeline import apply, plan
+from sparge_compile.report import Reason
+
+SPARSE = Options(min_seq_len=0, on_unsupported="dense")
+OP = torch.ops.sparge.attention.default
+
+
+def qkv(batch=2, heads=4, length=100, keys=100, head_size=16, kv_heads=4, value_size=None, dtype=torch.float32):
+    return (
+        torch.randn(batch, heads, length, head_size, dtype=dtype),
+        torch.randn(batch, kv_heads, keys, head_size, dtype=dtype),
+        torch.randn(batch, kv_heads, keys, value_size or head_size, dtype=dtype),
+    )
+
+
+def rows(function, *args, options=SPARSE):
+    """What explain says of a function of tensors."""
+    return explain(function, options)(*args).sites
+
+
+def graph_of(function, *args):
+    """Dynamo's graph of a function."""
+    caught = []
+    torch.compile(function, backend=lambda gm, _: caught.append(gm) or gm.forward, fullgraph=True)(*args)
+    return caught[0]
+
+
+SPELLINGS = {
+    "positional": lambda q, k, v: F.scaled_dot_product_attention(q, k, v),
+    "keywords": lambda q, k, v: F.scaled_dot_product_attention(value=v, key=k, query=q),
+    "mixed": lambda q, k, v: F.scaled_dot_product_attention(q, k, value=v, dropout_p=0.0, is_causal=False),
+    "torch._C": lambda q, k, v: torch._C._nn.scaled_dot_product_attention(q, k, v),
+    "aten": lambda q, k, v: torch.ops.aten.scaled_dot_product_attention(q, k, v),
+    "aten.default": lambda q, k, v: torch.ops.aten.scaled_dot_product_attention.default(q, k, v),
+    "scale": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=0.1),
+    "causal": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+    "positional mask": lambda q, k, v: F.scaled_dot_product_attention(
+        q, k, v, torch.ones(1, 1, 1, 100, dtype=torch.bool)
+    ),
+    "keyword mask": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=torch.ones(100, 100).tril() > 0),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_every_spelling_of_the_fused_call_is_replaced(spelling):
+    function, args = SPELLINGS[spelling], qkv()
+    (row,) = rows(function, *args)
+    assert (row.status, row.kind, row.name) == ("sparse", "sdpa", "(root)")
+    compiled = torch.compile(
+        function, backend="sparge", fullgraph=True, options={"min_seq_len": 0, "topk": 1.0, "inner": "eager"}
+    )
+    torch.testing.assert_close(compiled(*args), function(*args), atol=1e-5, rtol=1e-5)
+
+
+def _gqa(q, k, v, enable_gqa=True):
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=enable_gqa)
+
+
+DENSE = {
+    "dropout": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.1), {}, Reason.DROPOUT),
+    "float64": (SPELLINGS["positional"], {"dtype": torch.float64}, Reason.DTYPE),
+    "head size": (SPELLINGS["positional"], {"head_size": 512}, Reason.HEAD_SIZE),
+    "value head size": (SPELLINGS["positional"], {"value_size": 32}, Reason.VALUE_HEAD_SIZE),
+    "three dimensions": (lambda q, k, v: F.scaled_dot_product_attention(q[0], k[0], v[0]), {}, Reason.LAYOUT),
+    "five dimensions": (lambda q, k, v: F.scaled_dot_product_attention(q[None], k[None], v[None]), {}, Reason.LAYOUT),
+    "batch broadcast": (lambda q, k, v: F.scaled_dot_product_attention(q, k[:1], v[:1]), {}, Reason.LAYOUT),
+    "additive mask": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=torch.zeros(100, 100)),
+        {},
+        Reason.ADDITIVE_MASK,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DENSE)
+def test_what_cannot_be_replaced_stays_with_a_reason(case):
+    function, shape, reason = DENSE[case]
+    args = qkv(**shape)
+    (row,) = rows(function, *args)
+    assert (row.status, row.reason) == ("dense", reason)
+    graph = clone(graph_of(function, *args))
+    before = graph.code
+    assert apply(graph, plan(graph, SPARSE), SPARSE, lambda x: x) == []
+    assert graph.code == before
+
+
+def test_gqa_is_understood_and_stays_dense_where_heads_do_not_fit():
+    assert rows(_gqa, *qkv(kv_heads=2))[0].status == "sparse"
+    assert (
+        rows(lambda q, k, v: _gqa(q, k, v, False), *qkv(kv_heads=1))[0].status == "sparse"
+    )  # broadcast, the same thing
+    assert rows(_gqa, *qkv(kv_heads=4))[0].status == "sparse"
+
+
+def test_the_order_of_sites_is_the_order_of_the_graph():
+    def three(q, k, v):
+        a = F.scaled_dot_product_attention(q, k, v)
+        b = F.scaled_dot_product_attention(a, k, v, dropout_p=0.5)
+        return F.scaled_dot_product_attention(b, k, v)
+
+    assert [(r.name, r.status) for r in rows(three, *qkv())] == [
+        ("(root)", "sparse"),
+        ("(root)#1", "dense"),
+        ("(root)#2", "sparse"),
+    ]
+
+
+def test_finding_and_deciding_leave_the_graph_alone():
+    graph = graph_of(SPELLINGS["causal"], *qkv())
+    before = graph.code
+    for match in find(graph):
+        decide(match, SPARSE)
+    assert graph.code == before
+
+
+def test_the_rewrite_replaces_one_node_by_one_and_adds_one_input():
+    graph = clone(graph_of(SPELLINGS["causal"], *qkv()))
+    nodes = len(graph.graph.nodes)
+    (thresholds,) = apply(graph, plan(graph, SPARSE), SPARSE, lambda x: x)
+    assert thresholds.shape == (4, 2) and thresholds.dtype == torch.float32
+    assert len(graph.graph.nodes) == nodes + 1
+    (new,) = graph.graph.find_nodes(op="call_function", target=OP)
+    assert new.kwargs["is_causal"] is True and new.args[3].op == "placeholder"
+    assert new.args[3] is graph.graph.find_nodes(op="placeholder")[-1]
+    assert "example_value" in new.meta and new.meta["stack_trace"]
+
+
+def test_unused_in_place_nodes_survive():
+    def writes(q, k, v, buffer):
+        buffer.add_(1)  # its result is unused, and it is not dead
+        return F.scaled_dot_product_attention(q, k, v)
+
+    compiled = torch.compile(writes, backend="sparge", options={"min_seq_len": 0, "inner": "eager"})
+    buffer = torch.zeros(3)
+    compiled(*qkv(), buffer)
+    assert buffer.tolist() == [1, 1, 1]
+
+
+def test_attention_inside_checkpointed_code():
+    def inside(q, k, v):
+        return checkpoint(
+            F.scaled_dot_product_attention, q, k, v, use_reentrant=False
+        ) + F.scaled_dot_product_attention(q, k, v)
+
+    q, k, v = (x.requires_grad_() for x in qkv())
+    assert [r.status for r in rows(inside, q, k, v)] == ["sparse", "sparse"]
+    compiled = torch.compile(
+        inside, backend="sparge", fullgraph=True, options={"min_seq_len": 0, "topk": 1.0, "inner": "aot_eager"}
+    )
+    got, want = compiled(q, k, v), inside(q, k, v)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    for a, b in zip(torch.autograd.grad(got.sum(), (q, k, v)), torch.autograd.grad(want.sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_attention_inside_control_flow_is_named_and_stays():
+    def branches(q, k, v):
+        return torch.cond(
+            q.sum() > 0, lambda q, k, v: F.scaled_dot_product_attention(q, k, v), lambda q, k, v: q + 0, (q, k, v)
+        )
+
+    (row,) = rows(branches, *qkv())
+    assert (row.status, row.reason) == ("dense", Reason.CONTROL_FLOW)
+
+
+def test_multi_head_attention_is_opened_only_where_no_weights_are_read():
+    mha = torch.nn.MultiheadAttention(32, 4, batch_first=True)
+    x = torch.randn(2, 100, 32)
+    (row,) = rows(lambda x: mha(x, x, x)[0], x)  # the weights are computed by default, but nobody reads them
+    assert (row.status, row.kind) == ("sparse", "fused")
+    (row,) = rows(lambda x: mha(x, x, x), x)
+    assert (row.status, row.reason) == ("dense", Reason.WEIGHTS_USED)
+    (row,) = rows(lambda x: mha(x, x, x, attn_mask=torch.zeros(100, 100), need_weights=False)[0], x)
+    assert (row.status, row.reason) == ("dense", Reason.ADDITIVE_MASK)
+
+
+def test_the_inference_kernel_of_the_encoder_layer_is_named():
+    layer = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
+    with torch.no_grad():
+        (row,) = rows(layer, torch.randn(2, 100, 32))
+    assert (row.status, row.reason) == ("dense", Reason.OPAQUE)
+
+
+def test_export_and_plain_graphs_are_understood():
+    class Model(torch.nn.Module):
+        def forward(self, q, k, v):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Model()
+
+        def forward(self, q, k, v):
+            return self.inner(q, k, v)
+
+    (match,) = find(torch.export.export(Wrapper(), qkv()).graph_module)
+    assert match.site.name == "inner" and match.site.is_causal and match.site.length == 100
+    assert decide(match, SPARSE).status == "sparse"
+    (match,) = find(torch.fx.symbolic_trace(lambda q, k, v: F.scaled_dot_product_attention(q, k, v)))
+    assert decide(match, SPARSE).reason is Reason.NO_SHAPES
+
+
+def test_min_seq_len_replaces_the_cost_model():
+    function, args = SPELLINGS["positional"], qkv(keys=100)
+    for least, status in ((0, "sparse"), (100, "sparse"), (101, "dense")):
+        (row,) = rows(function, *args, options=Options(min_seq_len=least))
+        assert row.status == status and row.decision.prediction is None
+
+
+def test_the_cost_model_keeps_tiny_sequences_dense_and_says_what_it_predicted():
+    function = SPELLINGS["positional"]
+    (row,) = rows(function, *qkv(length=100, keys=100))
+    assert row.status == "sparse"
+    (row,) = rows(function, *qkv(length=100, keys=100), options=Options())
+    assert row.reason is Reason.SLOWER and 0 < row.decision.prediction.speedup < 1
+    free = {"dense_base": 0, "dense_pair": 1e-9, "sparse_base": 0, "pool": 0, "select": 0, "sparse_pair": 1e-9}
+    (row,) = rows(function, *qkv(), options=Options(costs=free))
+    assert row.reason is Reason.PAYS and row.decision.prediction.speedup == pytest.approx(1 / 0.7)
+
+
+def test_expected_density_is_an_upper_bound():
+    """m leading blocks of n hold at least m/n of the mass, whatever the scores are."""
+    from sparge_compile.kernels.reference import select
+
+    for spread in (0.0, 0.1, 1.0, 10.0):
+        scores = spread * torch.randn(1, 2, 50, 200)
+        for topk, topp in ((0.05, 0.3), (0.5, 0.7), (0.3, 0.1)):
+            kept = select(scores, torch.ones(1, dtype=torch.bool), torch.tensor([[topk, topp]] * 2))
+            assert kept.float().mean() <= expected_density(((topk, topp),)) + 1 / 200
+
+
+def test_calibration_reaches_sites_by_name_and_pattern():
+    calibration = Calibration(
+        {"(root)": [(0.25, 0.0), (0.5, 0.0), (0.75, 0.0), (1.0, 0.0)], "(root)#*": [(0.125, 0.5)]}
+    )
+
+    def two(q, k, v):
+        return F.scaled_dot_product_attention(F.scaled_dot_product_attention(q, k, v), k, v)
+
+    options = Options(min_seq_len=0, calibration=calibration)
+    graph = clone(graph_of(two, *qkv()))
+    first, second = apply(graph, plan(graph, options), options, lambda x: x)
+    assert first[:, 0].tolist() == [0.25, 0.5, 0.75, 1.0]
+    assert second.tolist() == [[0.125, 0.5]] * 4
+
+
+def test_the_signature_that_binds_arguments_is_the_one_torch_has():
+    schema = torch.ops.aten.scaled_dot_product_attention.default._schema
+    assert [a.name for a in schema.arguments] == list(find_module._SDPA_SIGNATURE.parameters)
+    defaults = [p.default for p in find_module._SDPA_SIGNATURE.parameters.values()][3:]
+    assert [a.default_value for a in schema.arguments][3:] == defaults
