@@ -29,6 +29,12 @@ SHAPES = {  # (B, H, L, D); S = L
 }
 TOPK = 0.03  # the paper's; topp is found for the wanted density
 FLEX_BLOCK = 128
+SWEEP_DENSITIES = (0.05, 0.25, 0.5, 1.0)
+PRODUCTS = {"map": 0, "forward": 2, "backward": 5}  # of two flops for each pair and channel
+
+DENSE = {"cuda": "dense cuDNN", "cpu": "dense SDPA"}
+FLEX = "FlexAttention 128x128, map given"
+WHOLE = "ours: map + forward"
 
 
 class Inputs(NamedTuple):
@@ -52,6 +58,7 @@ class Method(NamedTuple):
     name: str
     direction: str  # forward, backward or map
     call: Callable[[], object]
+    kept: bool = True  # whether it computes the kept blocks alone
     check: Callable[[], None] = lambda: None
 
 
@@ -92,19 +99,19 @@ def our_methods(inputs: Inputs, thresholds: Tensor) -> tuple[list[Method], Block
     forward = lambda: ours.forward(q, k, v, block_map, *options)  # noqa: E731
     check = lambda: harness.check_forward(q, k, v, block_map, out, lse)  # noqa: E731
     return [
-        Method("ours: map", "map", lambda: ours.block_map(q, k, thresholds, *options), check_map),
-        Method("ours: forward, map given", "forward", forward, check),
+        Method("ours: map", "map", lambda: ours.block_map(q, k, thresholds, *options), check=check_map),
+        Method("ours: forward, map given", "forward", forward, check=check),
         Method(
-            "ours: map + forward",
+            WHOLE,
             "forward",
             lambda: ours.forward(q, k, v, ours.block_map(q, k, thresholds, *options), *options),
-            check,
+            check=check,
         ),
         Method(
             "ours: backward",
             "backward",
             backward,
-            lambda: harness.check_backward(q, k, v, out, lse, dout, block_map, backward()),
+            check=lambda: harness.check_backward(q, k, v, out, lse, dout, block_map, backward()),
         ),
     ], block_map
 
@@ -119,7 +126,7 @@ def dense_methods(name: str, inputs: Inputs, backend: torch.nn.attention.SDPBack
         with torch.nn.attention.sdpa_kernel(backend):
             return F.scaled_dot_product_attention(*x)
 
-    yield from autograd_methods(name, attend, inputs)
+    yield from autograd_methods(name, attend, inputs, kept=False)
 
 
 def flex_methods(inputs: Inputs, density: float) -> Iterator[Method]:
@@ -136,76 +143,140 @@ def flex_methods(inputs: Inputs, density: float) -> Iterator[Method]:
         torch.zeros_like(counts), indices, counts, indices, BLOCK_SIZE=FLEX_BLOCK, seq_lengths=(length, length)
     )
     compiled = torch.compile(flex_attention, dynamic=False)
-    yield from autograd_methods("FlexAttention 128x128, map given", lambda *x: compiled(*x, block_mask=mask), inputs)
+    yield from autograd_methods(FLEX, lambda *x: compiled(*x, block_mask=mask), inputs, kept=True)
 
 
-def autograd_methods(name: str, attend: Callable[..., Tensor], inputs: Inputs) -> Iterator[Method]:
+def autograd_methods(name: str, attend: Callable[..., Tensor], inputs: Inputs, kept: bool) -> Iterator[Method]:
     with torch.no_grad():
         attend(*inputs[:3])  # a rival that cannot run says so here
-    yield Method(name, "forward", torch.no_grad()(lambda: attend(*inputs[:3])))
+    yield Method(name, "forward", torch.no_grad()(lambda: attend(*inputs[:3])), kept)
     leaves = [x.detach().requires_grad_() for x in inputs[:3]]
     out = attend(*leaves)
-    yield Method(name, "backward", lambda: torch.autograd.grad(out, leaves, inputs.dout, retain_graph=True))
+    yield Method(name, "backward", lambda: torch.autograd.grad(out, leaves, inputs.dout, retain_graph=True), kept)
 
 
-def rivals(inputs: Inputs, density: float) -> Iterator[tuple[str, Callable[[], Iterator[Method]]]]:
-    """Names and makers; the first is what ratios refer to."""
+def rivals(inputs: Inputs, density: float) -> list[tuple[str, Callable[[], Iterator[Method]]]]:
+    """Names and makers; the first is the dense rival that ratios refer to."""
     from torch.nn.attention import SDPBackend
 
     if inputs.q.device.type != "cuda":
-        yield "dense", lambda: dense_methods("dense SDPA", inputs, None)
-        return
-    yield "dense", lambda: dense_methods("dense cuDNN", inputs, SDPBackend.CUDNN_ATTENTION)
-    yield "FA2", lambda: dense_methods("dense FlashAttention-2", inputs, SDPBackend.FLASH_ATTENTION)
-    yield "flex", lambda: flex_methods(inputs, density)
+        return [(DENSE["cpu"], lambda: dense_methods(DENSE["cpu"], inputs, None))]
+    return [
+        (DENSE["cuda"], lambda: dense_methods(DENSE["cuda"], inputs, SDPBackend.CUDNN_ATTENTION)),
+        ("dense FlashAttention-2", lambda: dense_methods("dense FlashAttention-2", inputs, SDPBackend.FLASH_ATTENTION)),
+        (FLEX, lambda: flex_methods(inputs, density)),
+    ]
 
 
 # ---- the table
 
 
-def compare(name: str, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, wanted: float) -> list[dict]:
-    """Rows of one shape: ms, TFLOP/s over the pairs that are computed, and how many times faster than the rivals."""
+class Measured(NamedTuple):
+    method: Method
+    seconds: float | None  # None where the result is wrong or the method did not run
+    extra_mib: float | None = None
+    trouble: str | None = None
+
+
+def measure(methods: list[Method], device: torch.device) -> list[Measured]:
+    """Check, then time what is right; on a CPU all of them take turns."""
+    right, found = [], []
+    for method in methods:
+        try:
+            method.check()
+            right.append(method)
+        except harness.WrongResult as error:
+            found.append(Measured(method, None, trouble=f"WRONG: {error}"))
+    times = harness.seconds_each({str(i): m.call for i, m in enumerate(right)}, device)
+    return [Measured(m, times[str(i)], harness.extra_memory(m.call, device)) for i, m in enumerate(right)] + found
+
+
+def measure_all(inputs: Inputs, ours: list[Method], density: float) -> list[Measured]:
+    device = inputs.q.device
+    if device.type == "cpu":
+        return measure([m for _, make in rivals(inputs, density) for m in make()] + ours, device)
+    found = []
+    for name, make in rivals(inputs, density):  # one after the other: each holds its output for the backward
+        try:
+            found += measure(list(make()), device)
+        except RuntimeError as error:  # no such backend for this device or shape
+            found.append(Measured(Method(name, "", lambda: None), None, trouble=f"not run: {error}".splitlines()[0][:90]))
+        torch.cuda.empty_cache()
+    return found + measure(ours, device)
+
+
+def rows_of(measured: list[Measured], inputs: Inputs, block_map: BlockMap) -> list[dict[str, object]]:
+    """ms, TFLOP/s over the pairs that a method computes, and how many times faster than dense and than FlexAttention."""
+    batch, heads, length, head_size = inputs.q.shape
+    kept_pairs = QUERY_BLOCK * KEY_BLOCK * block_map.counts.sum(dtype=torch.float64).item()
+    time_of = {(m.method.name, m.method.direction): m.seconds for m in measured}
+    dense_name, rows = DENSE[inputs.q.device.type], []
+    for (name, direction, _, kept, _), seconds, extra_mib, trouble in measured:
+        row: dict[str, object] = {"method": name, "direction": direction}
+        if seconds is None:
+            rows.append(row | {"trouble": trouble})
+            continue
+        flops = PRODUCTS[direction] * 2 * head_size * (kept_pairs if kept else batch * heads * length**2)
+        dense, flex = time_of.get((dense_name, direction)), time_of.get((FLEX, direction))
+        row |= {"ms": 1000 * seconds, "TFLOP/s": flops / seconds / 1e12 if flops else None}
+        row |= {"x dense": dense and dense / seconds, "x flex": flex and flex / seconds, "extra MiB": extra_mib}
+        rows.append(row)
+    return rows
+
+
+def compare(
+    name: str, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, wanted: float
+) -> list[dict[str, object]]:
+    """Print and return the table of one shape."""
     torch.manual_seed(0)
     inputs = Inputs.of(shape, dtype, device)
     thresholds = thresholds_for(wanted, inputs, harness.kernels(device).block_map)
     ours, block_map = our_methods(inputs, thresholds)
-    reached, head_size = harness.density(block_map), shape[3]
-    flops = {
-        True: 4 * head_size * QUERY_BLOCK * KEY_BLOCK * block_map.counts.sum(dtype=torch.float64).item(),
-        False: 4 * head_size * shape[0] * shape[1] * shape[2] ** 2,
-    }
-    print(f"\n{name}: B{shape[0]} H{shape[1]} L{shape[2]} D{head_size} {dtype}, sparsity reached {1 - reached:.2%}", flush=True)
-    rows, times = [], {}
+    sparsity = 1 - harness.density(block_map)
+    rows = rows_of(measure_all(inputs, ours, 1 - sparsity), inputs, block_map)
+    print(f"\n{name}: B, H, L, D = {shape}, {dtype}, sparsity reached {sparsity:.2%}\n{harness.table(rows)}", flush=True)
+    return [{"shape": name, "sparsity": sparsity, **row} for row in rows]
 
-    def measure(group: str, methods: list[Method]) -> None:
-        right = [m for m in methods if passes(m, rows)]
-        found = harness.seconds_each({f"{m.name} {m.direction}": m.call for m in right}, device)
-        for m in right:
-            time = found[f"{m.name} {m.direction}"]
-            times.setdefault((group, m.direction), time)
-            work = flops[group not in ("dense", "FA2")] * {"forward": 1.0, "backward": 2.5, "map": 0.0}[m.direction]
-            row = {"method": m.name, "direction": m.direction, "ms": 1000 * time, "TFLOP/s": work / time / 1e12 or None}
-            for rival, label in (("dense", "x dense"), ("flex", "x flex")):
-                if (rival, m.direction) in times:
-                    row[label] = times[rival, m.direction] / time
-            rows.append(row | {"extra MiB": harness.extra_memory(m.call, device)})
 
-    if device.type == "cpu":  # all take turns, since a CPU is disturbed for seconds
-        measure("all", [m for _, make in rivals(inputs, reached) for m in make()] + ours)
-        return fix_cpu_rows(rows, flops)
-    for group, make in rivals(inputs, reached):
-        try:
-            measure(group, list(make()))
-        except RuntimeError as error:  # no such backend for this device or shape
-            rows.append({"method": group, "direction": f"not run: {str(error).splitlines()[0][:60]}"})
-    measure("ours", ours)
+def sweep(lengths: list[int], device: torch.device, dtype: torch.dtype) -> list[dict[str, object]]:
+    """Where map + forward breaks even with dense, over lengths and densities (topk alone)."""
+    rows = []
+    for length in lengths:
+        inputs = Inputs.of((1, 4, length, 64), dtype, device)
+        row: dict[str, object] = {"length": length}
+        for density in SWEEP_DENSITIES:
+            ours, _ = our_methods(inputs, torch.tensor([[density, 0.0]] * 4, device=device))
+            whole = next(m for m in ours if m.name == WHOLE)
+            whole.check()
+            dense = next(dense_methods(DENSE["cpu"], inputs, None))
+            times = harness.seconds_each({"dense": dense.call, "ours": whole.call}, device)
+            row |= {"dense ms": 1000 * times["dense"], f"x dense at {density:.0%}": times["dense"] / times["ours"]}
+        rows.append(row)
+    print(f"\nmap + forward against dense, B1 H4 D64 {dtype}, by share of blocks kept\n{harness.table(rows)}", flush=True)
     return rows
 
 
-def passes(method: Method, rows: list[dict]) -> bool:
-    try:
-        method.check()
-    except harness.WrongResult as error:
-        rows.append({"method": method.name, "direction": method.direction, "ms": f"wrong ({error})"})
-        return False
-    return True
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), help="default: A B on CUDA, cpu on a CPU")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16 on CUDA, float32 on a CPU")
+    parser.add_argument("--density", type=float, default=0.05, help="share of key blocks to keep (default 0.05)")
+    parser.add_argument("--quick", action="store_true", help="a tiny shape, to see that everything runs")
+    parser.add_argument("--csv", help="write all rows to this file as well")
+    args = parser.parse_args()
+    device = harness.require(args.device)
+    on_gpu = device.type == "cuda"
+    dtype = getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32"))
+    names = args.shapes or (["quick"] if args.quick else ["A", "B"] if on_gpu else ["cpu"])
+
+    print(harness.header(device))
+    rows = [row for name in names for row in compare(name, SHAPES[name], dtype, device, args.density)]
+    if not on_gpu:
+        rows += sweep([512, 1024] if args.quick else [1024, 2048, 4096, 8192, 16384], device, dtype)
+    if args.csv:
+        harness.write_csv(args.csv, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,7 @@ Coefficients are fitted by ``benchmarks/fit_cost_model.py``, one set for each cl
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import sympy
@@ -28,12 +28,12 @@ class Shape:
     length: Any
     keys: Any
     head_size: Any
-    is_causal: bool = False
+    is_causal: bool = field(default=False, kw_only=True)
 
     @staticmethod
     def symbolic(is_causal: bool = False) -> Shape:
         """All sizes as positive sympy symbols, to read the closed forms."""
-        return Shape(*sympy.symbols("B H Hk L S D", positive=True), is_causal)
+        return Shape(*sympy.symbols("B H Hk L S D", positive=True), is_causal=is_causal)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from ..config import Options
@@ -41,7 +39,10 @@ def thresholds_for(match: Match, options: Options) -> tuple[Pair, ...]:
 
 
 def expected_density(pairs: tuple[Pair, ...]) -> float:
-    """An upper bound of the density: m leading blocks of n hold m/n of the mass or more, so Top-p keeps at most topp."""
+    """An upper bound of the density.
+
+    The m leading blocks of n hold at least m/n of the mass, so Top-p never keeps more than a share of topp.
+    """
     return sum(max(pair) for pair in pairs) / max(len(pairs), 1)
 
 
@@ -93,10 +94,9 @@ def _mask_refusal(match: Match, target: tuple[int, ...]) -> Decision | None:
 
 def _shape(match: Match) -> Shape | None:
     query, key = value_of(match.arguments["query"]), value_of(match.arguments["key"])
-    sizes: list[Any] = [
-        size_hint(x) for x in (*query.shape[:2], key.shape[1], query.shape[2], key.shape[2], query.shape[3])
-    ]
-    return None if None in sizes else Shape(*sizes, bool(match.arguments["is_causal"]))
+    batch, heads, length, head_size = query.shape
+    hints = [size_hint(x) for x in (batch, heads, key.shape[1], length, key.shape[2], head_size)]
+    return None if None in hints else Shape(*hints, is_causal=bool(match.arguments["is_causal"]))
 
 
 def _text(x: torch.Tensor) -> str:

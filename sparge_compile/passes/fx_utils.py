@@ -71,7 +71,7 @@ def clone(graph_module: GraphModule) -> GraphModule:
         if old.op == "placeholder":
             copied.meta.pop("grapharg", None)  # it holds the user's tensors
             if hasattr(old, "_dynamo_source"):
-                copied._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+                copied._dynamo_source = old._dynamo_source
         elif old.op == "get_attr" and (nested := submodule_of(old, graph_module)) is not None:
             new.add_submodule(str(old.target), clone(nested))
     return new
@@ -86,5 +86,5 @@ def add_input(graph_module: GraphModule, name: str, value: Any) -> Node:
         node = graph.placeholder(f"{name}_{len(placeholders)}")  # the target too must be unique
     node.meta["example_value"] = value
     # AOTAutograd asks every input of a Dynamo graph for the user variable it came from; this one came from none.
-    node._dynamo_source = None  # type: ignore[attr-defined]
+    node._dynamo_source = None
     return node
