@@ -45,7 +45,8 @@ class Inputs(NamedTuple):
 
     @staticmethod
     def of(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> Inputs:
-        return Inputs(*(harness.smooth(*shape, dtype, device) for _ in range(3)), torch.randn(shape, device=device).to(dtype))
+        dout = torch.randn(shape, device=device).to(dtype)
+        return Inputs(*(harness.smooth(*shape, dtype, device) for _ in range(3)), dout)
 
     @property
     def scale(self) -> float:
@@ -200,13 +201,14 @@ def measure_all(inputs: Inputs, ours: list[Method], density: float) -> list[Meas
         try:
             found += measure(list(make()), device)
         except RuntimeError as error:  # no such backend for this device or shape
-            found.append(Measured(Method(name, "", lambda: None), None, trouble=f"not run: {error}".splitlines()[0][:90]))
+            trouble = f"not run: {error}".splitlines()[0][:90]
+            found.append(Measured(Method(name, "", lambda: None), None, trouble=trouble))
         torch.cuda.empty_cache()
     return found + measure(ours, device)
 
 
 def rows_of(measured: list[Measured], inputs: Inputs, block_map: BlockMap) -> list[dict[str, object]]:
-    """ms, TFLOP/s over the pairs that a method computes, and how many times faster than dense and than FlexAttention."""
+    """ms, TFLOP/s over the pairs that a method computes, and the speed-up over dense and over FlexAttention."""
     batch, heads, length, head_size = inputs.q.shape
     kept_pairs = QUERY_BLOCK * KEY_BLOCK * block_map.counts.sum(dtype=torch.float64).item()
     time_of = {(m.method.name, m.method.direction): m.seconds for m in measured}
@@ -234,7 +236,9 @@ def compare(
     ours, block_map = our_methods(inputs, thresholds)
     sparsity = 1 - harness.density(block_map)
     rows = rows_of(measure_all(inputs, ours, 1 - sparsity), inputs, block_map)
-    print(f"\n{name}: B, H, L, D = {shape}, {dtype}, sparsity reached {sparsity:.2%}\n{harness.table(rows)}", flush=True)
+    print(
+        f"\n{name}: B, H, L, D = {shape}, {dtype}, sparsity reached {sparsity:.2%}\n{harness.table(rows)}", flush=True
+    )
     return [{"shape": name, "sparsity": sparsity, **row} for row in rows]
 
 
@@ -252,7 +256,9 @@ def sweep(lengths: list[int], device: torch.device, dtype: torch.dtype) -> list[
             times = harness.seconds_each({"dense": dense.call, "ours": whole.call}, device)
             row |= {"dense ms": 1000 * times["dense"], f"x dense at {density:.0%}": times["dense"] / times["ours"]}
         rows.append(row)
-    print(f"\nmap + forward against dense, B1 H4 D64 {dtype}, by share of blocks kept\n{harness.table(rows)}", flush=True)
+    print(
+        f"\nmap + forward against dense, B1 H4 D64 {dtype}, by share of blocks kept\n{harness.table(rows)}", flush=True
+    )
     return rows
 
 
@@ -260,12 +266,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), help="default: A B on CUDA, cpu on a CPU")
-    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16 on CUDA, float32 on a CPU")
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16; float32 on a CPU"
+    )
     parser.add_argument("--density", type=float, default=0.05, help="share of key blocks to keep (default 0.05)")
     parser.add_argument("--quick", action="store_true", help="a tiny shape, to see that everything runs")
+    parser.add_argument("--threads", type=int, help="CPU threads; one is steadier on a shared machine")
     parser.add_argument("--csv", help="write all rows to this file as well")
     args = parser.parse_args()
     device = harness.require(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     on_gpu = device.type == "cuda"
     dtype = getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32"))
     names = args.shapes or (["quick"] if args.quick else ["A", "B"] if on_gpu else ["cpu"])

@@ -13,10 +13,10 @@ from .cost import CostModel
 from .errors import explain_error
 from .thresholds import Calibration, check_pair
 
-# Untuned, nothing is known of a model, so half of the blocks and 70 % of the pooled mass are kept: the density lies
-# between 0.5 and 0.7. Lower values want a calibration or a fine-tuned checkpoint (DESIGN section 8).
+# Untuned, nothing is known of a model, so half of the blocks and 60 % of the pooled mass are kept: the density lies
+# between 0.5 and 0.6. Lower values want a calibration or a fine-tuned checkpoint (DESIGN section 8).
 DEFAULT_TOPK = 0.5
-DEFAULT_TOPP = 0.7
+DEFAULT_TOPP = 0.6
 
 ON_UNSUPPORTED = ("dense", "warn", "error")
 INNER = ("inductor", "aot_eager", "eager")

@@ -35,8 +35,9 @@ def attention(
     Args:
         query: [B, H, L, D] in bfloat16, float16 or float32, D at most 256.
         key, value: [B, Hk, S, D]; with ``enable_gqa`` H may be a multiple of Hk.
-        attn_mask: bool (True attends) or float (added to the scores), broadcastable to [B, H, L, S]. Unlike in SDPA it
-            may be combined with ``is_causal``. A block without a visible key is never read.
+        attn_mask: bool (True attends) or float (added to the scores; what is below half of the dtype's minimum hides a
+            key, as -inf does), broadcastable to [B, H, L, S]. Unlike in SDPA it may be combined with ``is_causal``. A
+            block without a visible key is never read.
         dropout_p: must be 0.
         is_causal: mask the keys after each query, aligned to the top left; diagonal blocks are always kept.
         topk: share of the visible key blocks in (0, 1], a number or a tensor [H]. Default: 1, unless topp is given.

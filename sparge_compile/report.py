@@ -39,7 +39,7 @@ class Reason(Enum):
     PAYS = "predicted to be faster"
     LONG_ENOUGH = "at least min_seq_len keys"
     # dense, because sparse would not be faster
-    SLOWER = "predicted to be slower"
+    SLOWER = "predicted not to be faster"
     TOO_SHORT = "fewer than min_seq_len keys"
     # dense, because it cannot be replaced
     NO_SHAPES = "the graph carries no shapes"

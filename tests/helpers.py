@@ -45,7 +45,8 @@ def random_matrix(batch: int, heads: int, length: int, head_size: int, dtype: to
     if layout == "blhd":
         return torch.randn(batch, length, heads, head_size, dtype=dtype).transpose(1, 2)
     if layout == "fused":  # a slice of a fused projection: not dense, rows not 16-byte aligned for odd head sizes
-        return torch.randn(batch, length, heads, 3 * head_size, dtype=dtype)[..., head_size : 2 * head_size].transpose(1, 2)
+        fused = torch.randn(batch, length, heads, 3 * head_size, dtype=dtype)
+        return fused[..., head_size : 2 * head_size].transpose(1, 2)
     if layout == "bhdl":  # the last dimension is strided
         return torch.randn(batch, heads, head_size, length, dtype=dtype).mT
     raise ValueError(f"unknown layout {layout!r}; known: bhld, blhd, fused, bhdl")
@@ -132,7 +133,7 @@ def assert_map_matches(
     scale: float | None = None,
     slack: float = 1e-4,
 ) -> None:
-    """A map obeys the rule up to ties: scores closer than ``slack``, or a mass that close to ``topp``, may go either way.
+    """A map obeys the rule up to ties: scores closer than ``slack``, or a mass so near ``topp``, may go either way.
 
     Checked in float64: nothing invisible is kept, the diagonal is, no dropped block scores above a kept one, and the
     number kept lies between the rule's for topp - slack and topp + slack.

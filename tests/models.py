@@ -342,7 +342,11 @@ CASES = (
         hunyuan_video,
         (
             Attention(
-                "context_embedder.token_refiner.refiner_blocks.0.attn", TEXT, TEXT, mask="bool", mask_shape=(1, 2, TEXT, TEXT)
+                "context_embedder.token_refiner.refiner_blocks.0.attn",
+                TEXT,
+                TEXT,
+                mask="bool",
+                mask_shape=(1, 2, TEXT, TEXT),
             ),
             Attention("transformer_blocks.0.attn", JOINT, JOINT, mask="bool", mask_shape=(1, 1, 1, JOINT)),
             Attention("single_transformer_blocks.0.attn", JOINT, JOINT, mask="bool", mask_shape=(1, 1, 1, JOINT)),
@@ -433,5 +437,7 @@ CASES = (
     ),
     Case("mha_cross", mha_cross, (Attention("attend", 300, 200, kind="fused"),)),
     Case("encoder_layer", encoder_layer, (Attention("self_attn", 300, 300, kind="fused"),)),
-    Case("encoder", encoder, tuple(Attention(f"layers.{layer}.self_attn", 300, 300, kind="fused") for layer in range(2))),
+    Case(
+        "encoder", encoder, tuple(Attention(f"layers.{layer}.self_attn", 300, 300, kind="fused") for layer in range(2))
+    ),
 )

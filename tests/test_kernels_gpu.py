@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
-
 from helpers import (
     Case,
     assert_error_bounded,
@@ -21,6 +19,8 @@ from helpers import (
     random_qkv,
     scale_of,
 )
+from torch import Tensor
+
 from sparge_compile.kernels import reference
 from sparge_compile.kernels.block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap, ceil_div
 

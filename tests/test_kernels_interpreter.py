@@ -4,12 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
-
-from sparge_compile.kernels import block_map as forms
-from sparge_compile.kernels import reference
-from sparge_compile.kernels.block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap, ceil_div
-
 from helpers import (
     Case,
     assert_map_matches,
@@ -22,6 +16,11 @@ from helpers import (
     random_qkv,
     scale_of,
 )
+from torch import Tensor
+
+from sparge_compile.kernels import block_map as forms
+from sparge_compile.kernels import reference
+from sparge_compile.kernels.block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap, ceil_div
 
 pytestmark = pytest.mark.interpreter
 
@@ -53,8 +52,8 @@ def constant_mask(kind: str, length: int, keys: int) -> Tensor | None:
 @pytest.mark.parametrize("is_causal", [False, True], ids=["dense", "causal"])
 @pytest.mark.parametrize("mask", ["none", "key", "full", "add"])
 def test_map_is_the_references_where_scores_tie(mask: str, is_causal: bool) -> None:
-    q, k = block_constant(2, 2, 700, 16, QUERY_BLOCK, values=1), block_constant(2, 1, 830, 16, KEY_BLOCK, values=1)
-    attn_mask = constant_mask(mask, 700, 830)
+    q, k = block_constant(1, 2, 600, 16, QUERY_BLOCK, values=1), block_constant(1, 1, 700, 16, KEY_BLOCK, values=1)
+    attn_mask = constant_mask(mask, 600, 700)
     want = reference.block_map(q, k, THRESHOLDS, attn_mask, is_causal, 0.25)
     assert_same_map(triton_map(q, k, THRESHOLDS, attn_mask, is_causal), want)
 
@@ -128,7 +127,8 @@ def test_rows_with_a_score_that_is_not_finite_keep_every_visible_block(poison: f
 def test_forms_of_a_map(n_key: int, density: float, monkeypatch: pytest.MonkeyPatch) -> None:
     from sparge_compile.kernels import lists
 
-    for name, value in dict(PACK_ENTRIES=16, PACK_WORDS=2, UNPACK_BLOCKS=32, INVERT_ROWS=4).items():
+    small = {"PACK_ENTRIES": 16, "PACK_WORDS": 2, "UNPACK_BLOCKS": 32, "INVERT_ROWS": 4}
+    for name, value in small.items():
         monkeypatch.setattr(lists, name, value)  # several steps and parts even for short lists
     dense = torch.rand(2, 1, 5, n_key) < density
     with poisoned_memory():
@@ -146,14 +146,14 @@ CASES = [
     Case(65, 63, 24, layout="blhd", dtype=torch.float16),
     Case(129, 200, 32, key_heads=1, layout="fused", dtype=torch.float16),
     Case(200, 129, 40, layout="bhdl", is_causal=True),
-    Case(300, 300, 16, heads=3, key_heads=1, is_causal=True, layout="blhd"),
+    Case(200, 200, 16, heads=3, key_heads=1, is_causal=True, layout="blhd"),
     Case(130, 400, 16, is_causal=True, mask="key", dtype=torch.float16),
     Case(257, 100, 72, mask="none", is_causal=True, layout="fused"),
     Case(150, 150, 16, mask="full"),
     Case(150, 190, 17, mask="full", is_causal=True, key_heads=1),
-    Case(140, 260, 16, batch=2, mask="add", layout="blhd"),
+    Case(130, 200, 16, batch=2, mask="add", layout="blhd"),
     Case(140, 140, 80, mask="add", is_causal=True, dtype=torch.float16),
-    Case(70, 300, 16, batch=2, mask="add_key", key_heads=1),
+    Case(70, 150, 16, batch=2, mask="add_key", key_heads=1),
     Case(1, 300, 16, mask="full"),
     Case(129, 65, 16, scale=-0.3),
     Case(129, 65, 16, scale=0.0),
@@ -165,16 +165,28 @@ def test_attention(case: Case) -> None:
     check_attention(case, random_map(case), with_dlse=case.keys % 2 == 0)
 
 
+@pytest.mark.parametrize("case", [CASES[i] for i in (2, 3, 7)], ids=str)
+def test_attention_through_tensor_descriptors(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparge_compile.kernels import launch, tiles
+
+    used = []
+    make = tiles._descriptor
+    monkeypatch.setattr(launch, "use_descriptors", lambda dtype, device: True)
+    monkeypatch.setattr(tiles, "_descriptor", lambda *args: used.append(args) or make(*args))
+    check_attention(case, random_map(case))
+    assert used
+
+
 def test_attention_under_its_own_map() -> None:
     """The usual way: a causal map by the rule, of which only the last blocks need element masks."""
-    case = Case(500, 500, 16, is_causal=True, key_heads=1)
+    case = Case(300, 300, 16, is_causal=True, key_heads=1)
     q, k, _ = random_qkv(case)
     check_attention(case, triton_map(q, k, THRESHOLDS, None, True, scale_of(case)))
 
 
 def test_one_map_for_all_batches_and_heads() -> None:
-    case = Case(200, 200, 16, batch=2, is_causal=True)
-    check_attention(case, BlockMap.from_dense(torch.ones(1, 1, 2, 4, dtype=torch.bool)))
+    case = Case(130, 130, 16, batch=2, is_causal=True)
+    check_attention(case, BlockMap.from_dense(torch.ones(1, 1, 2, 3, dtype=torch.bool)))
 
 
 def test_topk_of_one_is_dense_attention() -> None:

@@ -86,7 +86,7 @@ def sdpa_calls(monkeypatch) -> list[dict[str, Any]]:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
     def recorded(*args: Any, **kwargs: Any) -> Tensor:
-        calls.append({**dict(zip(names, args)), **kwargs})
+        calls.append({**dict(zip(names, args, strict=False)), **kwargs})
         return real(*args, **kwargs)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
@@ -151,6 +151,9 @@ def stand_in(site: sparge_compile.report.Site, options: dict[str, Any]) -> Any:
         query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
     ):  # SDPA's signature
         assert dropout_p == 0.0
+        # TODO(passes): Llama's is_causal reaches the graph as a boolean mask, so the diagonal blocks are not forced, and
+        # with these thresholds one row in six of its attention sees no key and gives zeros (DESIGN section 3, rule 6).
+        # Once `find` tells a causal mask, `site.is_causal` is true here and nothing is converted.
         if is_causal and not site.is_causal:
             assert site.mask == "bool"
             is_causal, attn_mask = False, torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool).tril()
@@ -184,6 +187,7 @@ def test_sparse_thresholds_give_what_the_reference_gives(name: str, monkeypatch)
     assert_equal_gradients(gradients, expected_gradients)
 
 
+@pytest.mark.slow  # a minute each, nearly all of it in the C++ compiler
 @pytest.mark.parametrize("name", ["wan", "llama"])
 def test_inductor(name: str, caplog):
     model, inputs = by_name[name].make()

@@ -196,3 +196,12 @@ def test_nothing_is_allocated_by_data():
 def test_packed_bits_are_the_map():
     kept = torch.rand(2, 3, 5, 70) > 0.5
     assert torch.equal(sparge.pack(*BlockMap.from_dense(kept)), pack(kept))
+
+
+def test_masks_of_the_smallest_number_are_masks():
+    """finfo.min instead of -inf: its sums overflow, which once made the causal diagonal invisible."""
+    q, k, v = qkv(kv_heads=4, keys=200)
+    hidden = torch.ones(200, 200).triu(1) > 0
+    small = torch.zeros(200, 200).masked_fill(hidden, torch.finfo(torch.float32).min)
+    got = attention(q, k, v, small, topk=1.0)
+    torch.testing.assert_close(got, F.scaled_dot_product_attention(q, k, v, is_causal=True), atol=1e-5, rtol=1e-5)

@@ -19,6 +19,7 @@ LAYERS = [
     ["cost", "kernels.capability"],
     ["config"],
     ["kernels.tiles", "kernels.lists", "kernels.cpu_batches"],
+    ["kernels.pool", "kernels.backward_query", "kernels.backward_key"],
     ["kernels.select", "kernels.forward", "kernels.backward", "kernels.cpu"],
     ["ops"],
     ["functional", "passes.fx_utils"],
@@ -29,7 +30,8 @@ LAYERS = [
     ["backend"],
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
-TRITON = {"kernels.select", "kernels.forward", "kernels.backward", "kernels.lists", "kernels.tiles"}
+TRITON = {f"kernels.{name}" for name in ("select", "pool", "forward", "backward", "backward_query", "backward_key")}
+TRITON |= {"kernels.lists", "kernels.tiles"}
 
 
 def modules():

@@ -10,10 +10,12 @@ from torch import Tensor
 from ..errors import explain_error
 from ..report import Reason
 from ..thresholds import check_pair
+from . import launch
 from .block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap, ceil_div
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_SIZE = 256
+MAX_WIDE_HEAD_SIZE = 128  # float32 on a GPU with little shared memory
 DEVICES = ("cpu", "cuda")
 MIN_COMPUTE_CAPABILITY = (8, 0)  # older GPUs lack the asynchronous copies that the pipelined loops are built on
 
@@ -30,6 +32,13 @@ def refusal(device: torch.device, dtype: torch.dtype, head_size: int) -> tuple[R
             return Reason.DEVICE, f"compute capability {capability[0]}.{capability[1]} is below 8.0"
     if dtype not in DTYPES:
         return Reason.DTYPE, f"{_short(dtype)}; kernels exist for {', '.join(map(_short, DTYPES))}"
+    if (
+        device.type == "cuda"
+        and dtype == torch.float32
+        and head_size > MAX_WIDE_HEAD_SIZE
+        and launch.architecture(device) not in launch.LARGE_SHARED_MEMORY
+    ):
+        return Reason.HEAD_SIZE, f"{head_size} in float32; this GPU's shared memory holds {MAX_WIDE_HEAD_SIZE}"
     if not 1 <= head_size <= MAX_HEAD_SIZE:
         return Reason.HEAD_SIZE, f"{head_size}; kernels exist for 1 to {MAX_HEAD_SIZE}"
     return None

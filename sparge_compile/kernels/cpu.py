@@ -18,8 +18,8 @@ from . import allocate, reference
 from .block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap, ceil_div, diagonal_blocks, unpack, visible_blocks
 from .cpu_batches import Heads, Part, batches, from_blocks, gather, head_parts, over_heads, to_blocks, wide_dtype
 
-# The public function gives no log-sum-exp and its backward takes none. What these give for a row that a mask hides whole
-# differs between torch versions, so such rows are overwritten below.
+# The public function gives no log-sum-exp and its backward takes none. What these give for a row that a mask hides
+# whole differs between torch versions, so such rows are overwritten below.
 _attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -162,7 +162,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, each in its tensor's shape, dtype and order of strides.
 
-    ``bits`` is the packed block map, int32 [B or 1, H or 1, Nq, words]; ``dlse`` [B, H, L] or None is what flows into lse.
+    ``bits`` is the packed block map, int32 [B or 1, H or 1, Nq, words]; ``dlse`` [B, H, L] is the gradient of lse.
     """
     grads = tuple(allocate.dense_like(x) for x in (q, k, v))
     if 0 in q.shape or 0 in k.shape:
@@ -183,12 +183,15 @@ def backward(
         lists = BlockMap.from_dense(unpack(bits[at_q], ceil_div(k.shape[2], KEY_BLOCK)))
         part = Part.of(lists, None if attn_mask is None else attn_mask[at_q], is_causal, q[at_q], k[at_k])
         grads_of = grads_of_all if part.keeps_all() else grads_of_listed
-        for grad, at, some in zip(grads, (at_q, at_k, at_k), grads_of(*q_like, *k_like, some_lse, part, scale)):
+        found = grads_of(*q_like, *k_like, some_lse, part, scale)
+        for grad, at, some in zip(grads, (at_q, at_k, at_k), found, strict=True):
             grad[at] = some[..., :head_size]
     return grads
 
 
-def with_dlse(dlse: Tensor, dout: Tensor, q: Tensor, out: Tensor, k: Tensor, v: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def with_dlse(
+    dlse: Tensor, dout: Tensor, q: Tensor, out: Tensor, k: Tensor, v: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
     """One more column, by which rowsum(dout * out), all that the kernel knows, is rowsum(dout * out) - dlse."""
     q, k, v = (F.pad(x, (0, 1)) for x in (q, k, v))
     dout = torch.cat([dout, -dlse.unsqueeze(-1).to(dout.dtype)], -1)
@@ -216,6 +219,6 @@ def grads_of_listed(
             given = (some_dout, query, gather(keys, block), gather(values, block), some_out, some_lse.squeeze(-1))
             some = _attention_backward(*given, 0.0, False, attn_mask=for_rows(mask, query), scale=scale)
             dq.index_add_(0, row, some[0].squeeze(1))
-            for total, grad in zip((dk, dv), some[1:]):
+            for total, grad in zip((dk, dv), some[1:], strict=True):
                 total.index_add_(0, block.flatten(), grad.reshape(-1, *total.shape[1:]))
     return from_blocks(dq, q), from_blocks(dk, k), from_blocks(dv, v)

@@ -17,25 +17,30 @@ from .block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap
 from .tiles import (
     LOG2_E,
     dense_prefix,
+    load_block,
     load_tile,
     mask_arguments,
     mask_scores,
     matrix_arguments,
     store_tile,
     tile_offsets,
+    tile_sources,
 )
 
 
 @triton.jit
 def _attend(
-    acc, total, top, q, k_ptrs, v_ptrs, block, row, key_lane, column, mask_ptr, mask_stride_l, mask_stride_s,
-    length, keys, scale_log2,
-    HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, KEYS: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    MASK_KIND: tl.constexpr, MASK_IS_BOOL: tl.constexpr, MASKED: tl.constexpr,
+    acc, total, top, q, k_head, v_head, k_offsets, v_offsets, k_step, v_step, b, key_head, block,
+    row, key_lane, column, mask_ptr, mask_stride_l, mask_stride_s, length, keys, scale_log2,
+    HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, KEYS: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, MASK_KIND: tl.constexpr, MASK_IS_BOOL: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One key block of the online softmax: the new (acc, total, top)."""
     key = block * KEYS + key_lane
-    k = load_tile(k_ptrs, key, column, keys, HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, CHECK_ROWS=MASKED)
+    k = load_block(
+        k_head, k_offsets, k_step, b, key_head, block, key_lane, column, keys,
+        HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, ROWS=KEYS, DESCRIPTORS=DESCRIPTORS, CHECK_ROWS=MASKED,
+    )  # fmt: skip
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [R, KEYS]
     if MASKED:
         scores = mask_scores(
@@ -51,7 +56,10 @@ def _attend(
         p = tl.exp2(scores * scale_log2 - shift[:, None])
     fade = tl.exp2(top - shift)
     total = total * fade + tl.sum(p, 1)
-    v = load_tile(v_ptrs, key, column, keys, HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, CHECK_ROWS=MASKED)
+    v = load_block(
+        v_head, v_offsets, v_step, b, key_head, block, key_lane, column, keys,
+        HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, ROWS=KEYS, DESCRIPTORS=DESCRIPTORS, CHECK_ROWS=MASKED,
+    )  # fmt: skip
     acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
     return acc, total, new_top
 
@@ -69,8 +77,8 @@ def _forward_kernel(
     out_stride_b, out_stride_h, out_stride_l, out_stride_d,
     heads, group, length, keys, n_tiles, scale_log2,
     HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, KEYS: tl.constexpr,
-    ALIGN: tl.constexpr, OFFSET: tl.constexpr, IS_CAUSAL: tl.constexpr, MASK_KIND: tl.constexpr,
-    MASK_IS_BOOL: tl.constexpr, NEGATE: tl.constexpr, STAGES: tl.constexpr,
+    ALIGN: tl.constexpr, OFFSET: tl.constexpr, DESCRIPTORS: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    MASK_KIND: tl.constexpr, MASK_IS_BOOL: tl.constexpr, NEGATE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     # Query tiles vary fastest: the programs that run together share one head's keys and values in L2. Under a causal
     # mask the last query blocks have the longest lists and go first.
@@ -93,8 +101,11 @@ def _forward_kernel(
     q = load_tile(q_ptrs, row, column, length, HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, CHECK_ROWS=True)
     if NEGATE:
         q = -q
-    k_head = k_ptr + (b * k_stride_b + h // group * k_stride_h) * ALIGN
-    v_head = v_ptr + (b * v_stride_b + h // group * v_stride_h) * ALIGN
+    small_b, key_head = b.to(tl.int32), (h // group).to(tl.int32)
+    k_head, v_head = k_ptr, v_ptr  # descriptors, if they are any
+    if not DESCRIPTORS:
+        k_head = k_ptr + (b * k_stride_b + h // group * k_stride_h) * ALIGN
+        v_head = v_ptr + (b * v_stride_b + h // group * v_stride_h) * ALIGN
     k_offsets = tile_offsets(key_lane, column, k_stride_l, k_stride_d, ALIGN=ALIGN, OFFSET=OFFSET)
     v_offsets = tile_offsets(key_lane, column, v_stride_l, v_stride_d, ALIGN=ALIGN, OFFSET=OFFSET)
     k_step, v_step = tl.cast(k_stride_l, tl.int64) * (ALIGN * KEYS), tl.cast(v_stride_l, tl.int64) * (ALIGN * KEYS)
@@ -117,17 +128,17 @@ def _forward_kernel(
         for n in tl.range(0, n_dense, num_stages=STAGES):
             block = tl.load(list_ptr + n)
             acc, total, top = _attend(
-                acc, total, top, q, k_head + block * k_step + k_offsets, v_head + block * v_step + v_offsets,
-                block, row, key_lane, column, mask_ptr, mask_stride_l, mask_stride_s, length, keys, scale_log2,
-                HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, KEYS=KEYS, IS_CAUSAL=IS_CAUSAL,
+                acc, total, top, q, k_head, v_head, k_offsets, v_offsets, k_step, v_step, small_b, key_head, block,
+                row, key_lane, column, mask_ptr, mask_stride_l, mask_stride_s, length, keys, scale_log2,
+                HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, KEYS=KEYS, DESCRIPTORS=DESCRIPTORS, IS_CAUSAL=IS_CAUSAL,
                 MASK_KIND=MASK_KIND, MASK_IS_BOOL=MASK_IS_BOOL, MASKED=False,
             )  # fmt: skip
     for n in tl.range(n_dense, count, num_stages=STAGES if MASK_KIND != 0 else 1):
         block = tl.load(list_ptr + n)
         acc, total, top = _attend(
-            acc, total, top, q, k_head + block * k_step + k_offsets, v_head + block * v_step + v_offsets,
-            block, row, key_lane, column, mask_ptr, mask_stride_l, mask_stride_s, length, keys, scale_log2,
-            HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, KEYS=KEYS, IS_CAUSAL=IS_CAUSAL,
+            acc, total, top, q, k_head, v_head, k_offsets, v_offsets, k_step, v_step, small_b, key_head, block,
+            row, key_lane, column, mask_ptr, mask_stride_l, mask_stride_s, length, keys, scale_log2,
+            HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, KEYS=KEYS, DESCRIPTORS=DESCRIPTORS, IS_CAUSAL=IS_CAUSAL,
             MASK_KIND=MASK_KIND, MASK_IS_BOOL=MASK_IS_BOOL, MASKED=True,
         )  # fmt: skip
 
@@ -164,17 +175,20 @@ def forward(
     tiles = QUERY_BLOCK // tile.rows
     n_tiles = triton.cdiv(length, tile.rows)
     counts, indices = (x.expand(batch, heads, *x.shape[2:]) for x in block_map)
+    head_pad = launch.pad_head(head_size)
+    described, k_source, v_source = tile_sources(k, v, KEY_BLOCK, head_pad)
     with torch.cuda.device_of(q):
         _forward_kernel[(n_tiles * batch * heads,)](
-            q_ptr=q, k_ptr=k, v_ptr=v, counts_ptr=counts, indices_ptr=indices,
+            q_ptr=q, k_ptr=k_source, v_ptr=v_source, counts_ptr=counts, indices_ptr=indices,
             out_ptr=out, lse_ptr=lse,
             counts_stride_b=counts.stride(0), counts_stride_h=counts.stride(1), counts_stride_i=counts.stride(2),
             indices_stride_b=indices.stride(0), indices_stride_h=indices.stride(1), indices_stride_i=indices.stride(2),
             heads=heads, group=heads // k.shape[1], length=length, keys=keys, n_tiles=n_tiles,
             # A running maximum of scaled scores is the scaled maximum only for a scale that is not negative.
             scale_log2=abs(scale) * LOG2_E, NEGATE=scale < 0,
-            HEAD_SIZE=head_size, HEAD_PAD=launch.pad_head(head_size), ROWS=tile.rows, TILES=tiles, KEYS=KEY_BLOCK,
-            IS_CAUSAL=is_causal, STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
+            HEAD_SIZE=head_size, HEAD_PAD=head_pad, ROWS=tile.rows, TILES=tiles, KEYS=KEY_BLOCK,
+            DESCRIPTORS=described, IS_CAUSAL=is_causal, STAGES=tile.stages,
+            num_warps=tile.warps, num_stages=tile.stages,
             **matrix_arguments(QUERY_BLOCK, q=q, k=k, v=v, out=out),
             **mask_arguments(attn_mask, batch, heads),
         )  # fmt: skip

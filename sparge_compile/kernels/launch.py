@@ -1,7 +1,7 @@
 """The launch table: tile rows, warps and pipeline stages for each kernel, by architecture, head size and item size.
 
-No tuning at run time. Figures are for two limits of shared memory: 227 KB (H100, H200, B200) and 99 KB (RTX 30, 40, 50 and
-anything unknown, which also fits the A100).
+No tuning at run time. Figures are for two limits of shared memory: 227 KB (H100, H200, B200) and 99 KB (RTX 30, 40, 50
+and anything unknown, which also fits the A100).
 """
 
 from __future__ import annotations
@@ -32,6 +32,11 @@ def architecture(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
+def use_descriptors(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether tiles come through tensor descriptors (TMA) where memory allows: they need no address registers."""
+    return architecture(device) in LARGE_SHARED_MEMORY and dtype.itemsize == 2
+
+
 def pad_head(head_size: int) -> int:
     """The next power of two that a tensor core takes."""
     return max(16, 1 << (head_size - 1).bit_length())
@@ -46,7 +51,7 @@ _LARGE = {
 _SMALL = {
     "forward": {64: (128, 4, 3), 128: (128, 4, 2), 256: (64, 4, 2), 512: (64, 8, 1)},
     "dq": {64: (64, 4, 2), 128: (64, 4, 2), 256: (64, 4, 1), 512: (32, 8, 1)},
-    "dkv": {64: (64, 4, 2), 128: (64, 4, 2), 256: (32, 4, 1), 512: (32, 8, 1)},
+    "dkv": {64: (64, 4, 2), 128: (64, 4, 2), 256: (32, 4, 1), 512: (16, 8, 1)},
 }
 # float32 products run without tensor cores, from registers: small tiles, many warps.
 _WIDE = {
@@ -59,10 +64,8 @@ _WIDE = {
 def attention_launch(direction: str, head_size: int, dtype: torch.dtype, device: torch.device) -> Launch:
     """``direction`` is "forward", "dq" or "dkv"."""
     row_bytes = max(64, pad_head(head_size) * dtype.itemsize)
-    if dtype.itemsize > 2:
-        table = _WIDE
-    else:
-        table = _LARGE if architecture(device) in LARGE_SHARED_MEMORY else _SMALL
+    narrow = _LARGE if architecture(device) in LARGE_SHARED_MEMORY else _SMALL
+    table = _WIDE if dtype.itemsize > 2 else narrow
     return Launch(*table[direction][row_bytes])
 
 

@@ -1,7 +1,7 @@
-"""Forms of a block map, converted on the GPU: lists to bits, bits to lists, bits to the lists of the other side.
+"""Forms of a block map, converted on the GPU: lists to bits, bits to lists, bits to the inverted lists.
 
-The forms are those of :mod:`block_map`. Each program writes its own words or list in a fixed order: no atomics, so equal
-input gives equal memory. The inverted lists say for each key block which query blocks read it.
+The forms are those of :mod:`block_map`. Each program writes its own words or list in a fixed order: no atomics, so
+equal input gives equal memory. The inverted lists say for each key block which query blocks read it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import allocate
-from .block_map import WORD_BITS, BlockMap, ceil_div
+from .block_map import WORD_BITS, BlockMap
 
 PACK_ENTRIES = 64  # list entries that a packing program compares at a time
 PACK_WORDS = 64  # words that it writes: 2048 key blocks

@@ -6,10 +6,15 @@ is a bare ``exp2``. What a kernel does with the tiles is its own file's business
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import launch
 
 LOG2_E = 1.4426950408889634
 MAX_HEAD_SIZE = 256
@@ -25,36 +30,55 @@ def matrix_arguments(block_rows: int, **tensors: Tensor) -> dict:
     holds an offset inside a tile of ``block_rows`` rows; whatever lies before the tile is counted in 64 bits.
     """
     align = max(1, 16 // max(x.dtype.itemsize for x in tensors.values()))
-    used = {name: [0 if n == 1 else s for n, s in zip(x.shape, x.stride())] for name, x in tensors.items()}
+    used = {name: [0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True)] for name, x in tensors.items()}
     while any(stride % align for strides in used.values() for stride in strides[:3]):
         align //= 2
     arguments = {}
     for name, strides in used.items():
-        for letter, stride in zip("bhl", strides):
+        for letter, stride in zip("bhl", strides[:3], strict=True):
             arguments[f"{name}_stride_{letter}"] = stride // align
         arguments[f"{name}_stride_d"] = strides[3]
     reach = max(block_rows * strides[2] + MAX_HEAD_SIZE * strides[3] for strides in used.values())
-    return arguments | dict(ALIGN=align, OFFSET=tl.int32 if reach < 2**31 else tl.int64)
+    return arguments | {"ALIGN": align, "OFFSET": tl.int32 if reach < 2**31 else tl.int64}
+
+
+def _has_descriptor(x: Tensor) -> bool:
+    """Whether TMA hardware takes x [B, H, L, D]: no gaps in the last dimension, 16-byte aligned memory and rows."""
+    steps = [stride * x.dtype.itemsize for n, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if n > 1]
+    contiguous = x.stride(3) == 1 or x.shape[3] == 1
+    return contiguous and x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
+
+
+def _descriptor(x: Tensor, block_rows: int, head_pad: int) -> TensorDescriptor:
+    aligned = 16 // x.dtype.itemsize  # for a dimension of one, which is never stepped, whatever its stride is
+    strides = [aligned if n == 1 else stride for n, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, block_rows, head_pad])
+
+
+def tile_sources(x: Tensor, y: Tensor, block_rows: int, head_pad: int) -> tuple[bool, Any, Any]:
+    """How a kernel gets tiles of two [B, H, L, D] tensors: (DESCRIPTORS, source of x, source of y)."""
+    wanted = launch.use_descriptors(x.dtype, x.device)
+    if wanted and _has_descriptor(x) and _has_descriptor(y):
+        return True, _descriptor(x, block_rows, head_pad), _descriptor(y, block_rows, head_pad)
+    return False, x, y
 
 
 def mask_arguments(attn_mask: Tensor | None, batch: int, heads: int) -> dict:
     """Kernel arguments for a mask [B or 1, H or 1, L or 1, S]: pointer, strides (0 where broadcast), its kind."""
     if attn_mask is None:
-        return dict(
-            mask_ptr=None, mask_stride_b=0, mask_stride_h=0, mask_stride_l=0, mask_stride_s=0,
-            MASK_KIND=NO_MASK, MASK_IS_BOOL=False,
-        )  # fmt: skip
+        strides = {f"mask_stride_{letter}": 0 for letter in "bhls"}
+        return strides | {"mask_ptr": None, "MASK_KIND": NO_MASK, "MASK_IS_BOOL": False}
     is_bool = attn_mask.dtype.itemsize == 1  # the only one-byte dtype that a mask may have
     stride_b, stride_h, stride_l, stride_s = attn_mask.stride()
-    return dict(
-        mask_ptr=attn_mask.view(torch.uint8) if is_bool else attn_mask,
-        mask_stride_b=stride_b if attn_mask.shape[0] == batch else 0,
-        mask_stride_h=stride_h if attn_mask.shape[1] == heads else 0,
-        mask_stride_l=stride_l,
-        mask_stride_s=stride_s,
-        MASK_KIND=KEY_MASK if attn_mask.shape[2] == 1 else FULL_MASK,
-        MASK_IS_BOOL=is_bool,
-    )
+    return {
+        "mask_ptr": attn_mask.view(torch.uint8) if is_bool else attn_mask,
+        "mask_stride_b": stride_b if attn_mask.shape[0] == batch else 0,
+        "mask_stride_h": stride_h if attn_mask.shape[1] == heads else 0,
+        "mask_stride_l": stride_l,
+        "mask_stride_s": stride_s,
+        "MASK_KIND": KEY_MASK if attn_mask.shape[2] == 1 else FULL_MASK,
+        "MASK_IS_BOOL": is_bool,
+    }
 
 
 @triton.jit
@@ -74,6 +98,26 @@ def load_tile(pointers, row, column, n_rows, HEAD_SIZE: tl.constexpr, HEAD_PAD: 
         return tl.load(pointers, mask=(column < HEAD_SIZE)[None, :], other=0.0)
     else:
         return tl.load(pointers)
+
+
+@triton.jit
+def load_block(
+    source, offsets, step, b, head, block, lane, column, n_rows,
+    HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, ROWS: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    CHECK_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Tile number ``block`` of one head: [ROWS, HEAD_PAD].
+
+    ``source`` is a descriptor of the whole tensor, or a pointer at this head, from which ``step`` leads to the next
+    tile and ``offsets`` to a tile's elements. A descriptor's loads are zero outside the tensor, at no cost.
+    """
+    if DESCRIPTORS:
+        return tl.reshape(source.load([b, head, block * ROWS, 0]), [ROWS, HEAD_PAD])
+    else:
+        return load_tile(
+            source + block * step + offsets, block * ROWS + lane, column, n_rows,
+            HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, CHECK_ROWS=CHECK_ROWS,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -124,3 +168,21 @@ def dense_prefix(list_ptr, count, dense_blocks):
         n_dense -= 1
         last = tl.load(list_ptr + n_dense - 1, mask=n_dense > 0, other=-1)
     return n_dense
+
+
+@triton.jit
+def masked_prefix(list_ptr, count, first_dense):
+    """How many leading entries of an ascending list are below ``first_dense`` (they need element masks)."""
+    n_masked = 0
+    first = tl.load(list_ptr, mask=count > 0, other=2147483647)
+    while first < first_dense:
+        n_masked += 1
+        first = tl.load(list_ptr + n_masked, mask=n_masked < count, other=2147483647)
+    return n_masked
+
+
+@triton.jit
+def load_lse(lse_ptr, row, length):
+    """lse in log2 units; +inf where a row has no keys or does not exist, so that its P is exp2(-inf) = 0."""
+    lse = tl.load(lse_ptr + row, mask=row < length, other=float("inf"))
+    return tl.where(lse == float("-inf"), float("inf"), lse) * 1.4426950408889634  # LOG2_E
