@@ -5,7 +5,6 @@
 
 in seconds of one forward, with pairs = B H L S, half of it when causal. The map and the attention are measured and
 fitted apart and then added, so that the small map does not drown in the attention's noise. Relative errors are fitted.
-A second form adds ``chain · density · S · D``, the time of one query block's list, which bounds a small grid below.
 
     python benchmarks/fit_cost_model.py --device cuda
 """
@@ -24,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from sparge_compile.kernels.block_map import KEY_BLOCK, QUERY_BLOCK, ceil_div, visible_blocks
+from sparge_compile.passes.decide import MARGIN
 
 LENGTHS = {"cuda": (1024, 2048, 4096, 8192, 16384, 32768, 65536), "cpu": (512, 1024, 2048, 4096, 8192)}
 HEADS = {"cuda": (1, 8, 32), "cpu": (1, 4, 8)}
@@ -121,29 +121,25 @@ def fit(columns: np.ndarray, times: np.ndarray) -> np.ndarray:
     return best
 
 
-def fit_all(found: list[Sample], chain: bool) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
+def fit_all(found: list[Sample]) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
     """Coefficients by name, and what the form predicts for dense and for map + forward."""
     one = np.ones(len(found))
     pair = np.array([s.shape.pairs * s.shape.head_size for s in found])
     pool, select = (np.array([getattr(s.shape, name) for s in found], float) for name in ("pool", "select"))
     share = np.array([s.density for s in found])
-    tail = np.array([s.shape.keys * s.shape.head_size for s in found], float) * chain
     dense, maps, forward = (np.array([getattr(s, name) for s in found]) for name in ("dense", "map", "forward"))
 
-    columns_dense = np.stack([one, pair, tail], 1)[:, : 2 + chain]
+    columns_dense = np.stack([one, pair], 1)
     columns_map = np.stack([one, pool, select], 1)
-    columns_forward = np.stack([one, pool, share * pair, share * tail], 1)[:, : 3 + chain]
+    columns_forward = np.stack([one, pool, share * pair], 1)
     d, m, f = fit(columns_dense, dense), fit(columns_map, maps), fit(columns_forward, forward)
     named = {"dense_base": d[0], "dense_pair": d[1], "sparse_base": m[0] + f[0], "pool": m[1] + f[1]}
     named |= {"select": m[2], "sparse_pair": f[2]}
-    if chain:
-        named |= {"dense_chain": d[2], "sparse_chain": f[3]}
     return {k: float(f"{v:.4g}") for k, v in named.items()}, columns_dense @ d, columns_map @ m + columns_forward @ f
 
 
-def report(found: list[Sample], chain: bool) -> None:
-    coefficients, dense, sparse = fit_all(found, chain)
-    print("\nwith the chain term" if chain else "\nthe form of sparge_compile/cost.py")
+def report(found: list[Sample]) -> None:
+    coefficients, dense, sparse = fit_all(found)
     print(coefficients)
     for name, predicted, measured in (
         ("dense", dense, [s.dense for s in found]),
@@ -155,7 +151,7 @@ def report(found: list[Sample], chain: bool) -> None:
             f"{name}: relative error median {statistics.median(errors):.1%}, worst {max(errors):.0%} at {worst.shape}"
         )
     gain = [s.dense / (s.map + s.forward) for s in found]
-    wrong = sorted(g for g, d, s in zip(gain, dense, sparse, strict=True) if (d > s) != (g > 1))
+    wrong = sorted(g for g, d, s in zip(gain, dense, sparse, strict=True) if (d >= MARGIN * s) != (g >= 1))
     gains = ", ".join(f"{g:.2f}x" for g in wrong)
     print(f"decided wrongly: {len(wrong)} of {len(found)} (their speed-ups over dense: {gains or '–'})")
 
@@ -180,8 +176,7 @@ def main() -> None:
         if 4 * shape.pairs * shape.head_size <= MOST_FLOPS[device.type]:
             found += samples(shape, device, dtype)
     print(f"{len(found)} samples of {dtype}")
-    for chain in (False, True):
-        report(found, chain)
+    report(found)
     if args.csv:
         harness.write_csv(args.csv, [s.shape._asdict() | s._replace(shape=None)._asdict() for s in found])
 

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +104,12 @@ def _compile(graph_module: GraphModule, inputs: list[Any], settings: Options, mo
     from torch._inductor.compile_fx import compile_fx
 
     patches = {**list_mode_options(settings.inductor_mode or mode or "default"), **settings.inductor}
-    # Inductor's caches know our ops by name alone; what they do enters the key here, with all options.
+    # Inductor's caches know our ops by name alone; what they do enters the key here, and the options with it. Not the
+    # thresholds: they are run-time inputs, and another pair may use what was compiled for this one.
+    fixed = replace(settings, calibration=None, topk=1.0, topp=0.0)
     patches["unsafe_marked_cacheable_functions"] = {
         **config.unsafe_marked_cacheable_functions,
-        "sparge_compile": f"{source_digest()}-{settings.digest()}",
+        "sparge_compile": f"{source_digest()}-{fixed.digest()}",
     }
     compiled: Any = compile_fx(graph_module, inputs, config_patches=patches)
     return compiled

@@ -115,7 +115,14 @@ def cost_model(device: torch.device) -> CostModel:
 
 
 COST_MODELS = {
-    "cpu": CostModel(dense_base=2e-5, dense_pair=2e-11, sparse_base=3e-4, pool=1e-10, select=1e-7, sparse_pair=3e-11),
+    "cpu": CostModel(  # two cores of a server, float32, torch 2.13
+        dense_base=4.11e-5,
+        dense_pair=3.90e-11,
+        sparse_base=1.22e-3,
+        pool=8.52e-10,
+        select=1.18e-7,
+        sparse_pair=6.39e-11,
+    ),
     "sm90": CostModel(  # H200, bfloat16, torch 2.11, cuDNN 9.19
         dense_base=1.42e-5,
         dense_pair=7.36e-15,

@@ -135,8 +135,8 @@ def assert_map_matches(
 ) -> None:
     """A map obeys the rule up to ties: scores closer than ``slack``, or a mass so near ``topp``, may go either way.
 
-    Checked in float64: nothing invisible is kept, the diagonal is, no dropped block scores above a kept one, and the
-    number kept lies between the rule's for topp - slack and topp + slack.
+    Checked in float64: nothing invisible is kept, the diagonal and what a mask cuts are kept, no dropped block scores
+    above a kept one, and the number kept lies between the rule's for topp - slack and topp + slack.
     """
     kept = got.to_dense()
     group = q.shape[1] // k.shape[1]
@@ -145,16 +145,15 @@ def assert_map_matches(
     scores = (q_mean * reference.default_scale(q.shape[-1], scale)) @ k_mean.mT
     n_query, n_key = scores.shape[-2:]
     visible = visible_blocks(n_query, n_key, q.shape[2], is_causal, q.device)
+    forced = diagonal_blocks(n_query, n_key, q.device) if is_causal else torch.zeros_like(visible)
     if attn_mask is not None:
-        bias = reference.pool_mask(attn_mask, q.shape[2])
-        visible = visible & (bias != -torch.inf)
-        scores = scores + torch.where(bias == -torch.inf, 0.0, bias)
+        pooled = reference.pool_mask(attn_mask, q.shape[2])
+        scores, visible, forced = reference.apply_pooled_mask(scores, visible, forced, *pooled)
     visible = visible.expand_as(scores)
-    forced = torch.zeros_like(visible)
-    if is_causal:
-        forced = diagonal_blocks(n_query, n_key, q.device) & visible
+    forced = forced & visible
+    anchor = reference.needs_anchor(attn_mask, is_causal)
     assert not (kept & ~visible).any(), "an invisible block was kept"
-    assert not (forced & ~kept).any(), "a diagonal block was dropped"
+    assert not (forced & ~kept).any(), "a diagonal or cut block was dropped"
     lowest_kept = scores.masked_fill(~kept | forced, torch.inf).amin(-1)
     highest_dropped = scores.masked_fill(kept | ~visible, -torch.inf).amax(-1)
     assert (lowest_kept >= highest_dropped - slack).all(), "a dropped block scores above a kept one"
@@ -162,7 +161,7 @@ def assert_map_matches(
     for shift in (-slack, slack):
         moved = thresholds.clone()
         moved[:, 1] = torch.where(moved[:, 1] > 0, moved[:, 1] + shift, 0.0)
-        counts.append(reference.select(scores, visible, moved, forced if is_causal else None).sum(-1))
+        counts.append(reference.select(scores, visible, moved, forced, anchor).sum(-1))
     assert (got.counts >= counts[0]).all() and (got.counts <= counts[1]).all(), "wrong number of blocks"
 
 

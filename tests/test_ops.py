@@ -168,6 +168,16 @@ def test_given_map_and_sparsity():
     torch.testing.assert_close(sparsity, 1 - kept.float().mean())
 
 
+def test_a_given_map_that_ignores_causality():
+    """As many blocks as are visible, but not those: the CPU path once took it for dense attention."""
+    q, k, v = qkv(kv_heads=4, length=64 * 6, keys=64 * 6)
+    kept = torch.zeros(1, 1, 3, 6, dtype=torch.bool)
+    kept[0, 0, 0, [0, 5]] = kept[0, 0, 1, :4] = kept[0, 0, 2, :] = True  # block 5 is invisible, block 1 is dropped
+    out = attention(q, k, v, is_causal=True, block_map=BlockMap.from_dense(kept))
+    want, _ = reference.attention(q, k, v, BlockMap.from_dense(kept.expand(2, 4, 3, 6)), None, True)
+    torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-5)
+
+
 def test_sparsity_counts_visible_blocks_only():
     q, k, v = qkv(keys=64 * 8)
     mask = torch.arange(64 * 8) < 64 * 4  # half of the key blocks are padding
@@ -196,6 +206,27 @@ def test_nothing_is_allocated_by_data():
 def test_packed_bits_are_the_map():
     kept = torch.rand(2, 3, 5, 70) > 0.5
     assert torch.equal(sparge.pack(*BlockMap.from_dense(kept)), pack(kept))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("topk, topp", [(0.01, 0.0), (0.3, 0.2)])
+@pytest.mark.parametrize("mask", ["triangle", "window", "random", "padded on the left", "one key a row"])
+def test_a_row_that_sees_a_key_in_dense_attention_sees_one_here(mask, causal, topk, topp):
+    """The kept prefix alone may hold no key of a row: query block 0 of a triangle might keep key block 1 only."""
+    length, keys = 330, 390
+    row, key = torch.arange(length).view(-1, 1), torch.arange(keys).view(1, -1)
+    allowed = {
+        "triangle": key <= row,
+        "window": (key <= row) & (key > row - 70),
+        "random": torch.rand(length, keys) > 0.995,
+        "padded on the left": (key >= 100).view(1, 1, 1, -1),
+        "one key a row": key == (row * 37) % keys,
+    }[mask]
+    allowed = allowed.expand(1, 1, *allowed.shape[-2:]) if allowed.dim() == 2 else allowed
+    q, k, v = qkv(kv_heads=4, length=length, keys=keys)
+    lse = attention(q, k, v, allowed, is_causal=causal, topk=topk, topp=topp, return_lse=True)[1]
+    sees = (allowed & (key <= row) if causal else allowed).any(-1).expand(2, 4, length)
+    assert torch.equal(lse.isfinite(), sees)
 
 
 def test_masks_of_the_smallest_number_are_masks():

@@ -88,7 +88,7 @@ def backward(
     or None; ``bits`` is the packed map, of which B and H may be 1.
     """
     if q.numel() == 0 or k.numel() == 0:
-        return tuple(allocate.dense_like(x).zero_() for x in (q, k, v))
+        return allocate.dense_like(q).zero_(), allocate.dense_like(k).zero_(), allocate.dense_like(v).zero_()
     lse = lse.contiguous()
     with torch.cuda.device_of(q):
         delta = _delta(dout, out, lse, dlse)

@@ -157,13 +157,11 @@ def check_block_map(block_map: BlockMap, q: Tensor, k: Tensor) -> None:
 
 def make_thresholds(topk: float | Tensor, topp: float | Tensor, heads: int, device: torch.device) -> Tensor:
     """float32 [H, 2] from numbers, or from tensors of one value for each head (whose values are not read)."""
-    if not isinstance(topk, Tensor) and not isinstance(topp, Tensor):
-        return torch.tensor([check_pair(topk, topp)], device=device).expand(heads, 2)
     columns = []
     for name, value in (("topk", topk), ("topp", topp)):
         if not isinstance(value, Tensor):
             checked = check_pair(value, 0.0) if name == "topk" else check_pair(1.0, value)
-            value = torch.tensor(checked[name == "topp"], device=device)
+            value = torch.full((), checked[name == "topp"], device=device)  # a fill, where a copy would wait
         elif value.shape not in ((), (1,), (heads,)):
             raise _error(
                 f"{name} does not fit the query",

@@ -9,6 +9,7 @@ float64 stays float64; every other dtype is computed in float32. Letters and sha
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,7 @@ def block_map(
     n_query, n_key = out.indices.shape[-2:]
     visible = visible_blocks(n_query, n_key, q.shape[2], is_causal, q.device)
     forced = diagonal_blocks(n_query, n_key, q.device) if is_causal else torch.zeros_like(visible)
+    anchor = reference.needs_anchor(attn_mask, is_causal)
     thresholds = thresholds.expand(q.shape[1], 2)
 
     for at_q, at_k in head_parts(q, k):
@@ -47,20 +49,20 @@ def block_map(
         step = max(1, SCORES_AT_ONCE // max(1, q_mean.shape[:2].numel() * n_key))
         for i in range(0, n_query, step):
             some = slice(i, min(i + step, n_query))
-            scores, seen = q_mean[:, :, some] @ k_mean.mT, visible[some]  # [b, h, some of Nq, Nk]
+            scores = q_mean[:, :, some] @ k_mean.mT  # [b, h, some of Nq, Nk]
+            seen, always = visible[some], forced[some]
             if attn_mask is not None:
-                bias = pool_mask_rows(attn_mask, at_q, some, q.shape[2])
-                seen = seen & (bias != -math.inf)
-                scores = scores + torch.where(bias == -math.inf, 0.0, bias)
-            kept = reference.select(scores, seen, thresholds[at_q[1]], forced[some])
+                pooled = pool_mask_rows(attn_mask, at_q, some, q.shape[2])
+                scores, seen, always = reference.apply_pooled_mask(scores, seen, always, *pooled)
+            kept = reference.select(scores, seen, thresholds[at_q[1]], always, anchor)
             counts, indices = BlockMap.from_dense(kept)
             out.counts[at_q][:, :, some] = counts
             out.indices[at_q][:, :, some] = indices
     return out
 
 
-def pool_mask_rows(attn_mask: Tensor, at: Heads, blocks: slice, length: int) -> Tensor:
-    """reference.pool_mask for some heads and query blocks: [b or 1, h or 1, some of Nq or 1, Nk]."""
+def pool_mask_rows(attn_mask: Tensor, at: Heads, blocks: slice, length: int) -> tuple[Tensor, Tensor]:
+    """reference.pool_mask for some heads and query blocks: each [b or 1, h or 1, some of Nq or 1, Nk]."""
     for dim in (0, 1):
         attn_mask = attn_mask if attn_mask.shape[dim] == 1 else attn_mask[(slice(None),) * dim + (at[dim],)]
     if attn_mask.shape[2] == length:
@@ -164,9 +166,9 @@ def backward(
 
     ``bits`` is the packed block map, int32 [B or 1, H or 1, Nq, words]; ``dlse`` [B, H, L] is the gradient of lse.
     """
-    grads = tuple(allocate.dense_like(x) for x in (q, k, v))
+    grads = dq, dk, dv = allocate.dense_like(q), allocate.dense_like(k), allocate.dense_like(v)
     if 0 in q.shape or 0 in k.shape:
-        return tuple(x.zero_() for x in grads)
+        return dq.zero_(), dk.zero_(), dv.zero_()
     scale, head_size = reference.default_scale(q.shape[-1], scale), q.shape[-1]
     bits = over_heads(bits, q)
     attn_mask = None if attn_mask is None else over_heads(attn_mask, q)
@@ -182,11 +184,11 @@ def backward(
 
         lists = BlockMap.from_dense(unpack(bits[at_q], ceil_div(k.shape[2], KEY_BLOCK)))
         part = Part.of(lists, None if attn_mask is None else attn_mask[at_q], is_causal, q[at_q], k[at_k])
-        grads_of = grads_of_all if part.keeps_all() else grads_of_listed
+        grads_of: Callable[..., tuple[Tensor, ...]] = grads_of_all if part.keeps_all() else grads_of_listed
         found = grads_of(*q_like, *k_like, some_lse, part, scale)
         for grad, at, some in zip(grads, (at_q, at_k, at_k), found, strict=True):
             grad[at] = some[..., :head_size]
-    return grads
+    return dq, dk, dv
 
 
 def with_dlse(

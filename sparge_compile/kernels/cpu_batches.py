@@ -62,7 +62,8 @@ class Part(NamedTuple):
     def of(lists: BlockMap, attn_mask: Tensor | None, is_causal: bool, q: Tensor, k: Tensor) -> Part:
         n_key = lists.indices.shape[-1]
         flat = lists.counts.reshape(-1), lists.indices.reshape(-1, n_key)
-        return Part(*flat, attn_mask, is_causal, q.shape[:2], q.shape[1] // k.shape[1], q.shape[2], k.shape[2], n_key)
+        heads = (q.shape[0], q.shape[1])
+        return Part(*flat, attn_mask, is_causal, heads, q.shape[1] // k.shape[1], q.shape[2], k.shape[2], n_key)
 
     @property
     def n_query(self) -> int:
@@ -95,8 +96,15 @@ class Part(NamedTuple):
 
     def keeps_all(self) -> bool:
         """Whether this is plain dense attention. Under a mask never: which blocks are visible is not known here."""
+        if self.attn_mask is not None:
+            return False
         visible = visible_blocks(self.n_query, self.n_key, self.length, self.is_causal, self.counts.device).sum(-1)
-        return self.attn_mask is None and bool((self.counts.view(-1, self.n_query) == visible).all())
+        counts = self.counts.view(-1, self.n_query)
+        if not bool((counts == visible).all()):
+            return False
+        # A caller's own map may list as many blocks and still others than the visible ones, which are the first.
+        last = self.indices.view(-1, self.n_query, self.n_key).gather(-1, (visible - 1).expand_as(counts).unsqueeze(-1))
+        return bool((last.squeeze(-1) == visible - 1).all())
 
 
 def to_blocks(x: Tensor, rows: int) -> Tensor:
@@ -122,8 +130,8 @@ def batches(part: Part, queries: Tensor) -> Iterator[tuple[Tensor, Tensor, Tenso
     an additive mask [c, 1, 1 or rows, n * key rows]. Shorter lists are filled up with their own first block, hidden, so
     that a NaN reaches no row that does not keep its block.
     """
-    counts, rows = part.counts.sort(descending=True, stable=True)
-    counts = counts[counts > 0].tolist()
+    ordered, rows = part.counts.sort(descending=True, stable=True)
+    counts: list[int] = ordered[ordered > 0].tolist()
     masked = part.is_causal or part.attn_mask is not None
     block_bytes = part.key_rows * queries.itemsize * (2 * queries.shape[-1] + (part.query_rows if masked else 1))
     start = 0

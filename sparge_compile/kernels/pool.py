@@ -66,7 +66,7 @@ def pool(x: Tensor, block: int) -> Tensor:
 @triton.jit
 def _pool_mask_kernel(
     mask_ptr,
-    bias_ptr,
+    bias_ptr, cut_ptr,
     mask_stride_b, mask_stride_h, mask_stride_l, mask_stride_s,
     heads, rows, keys, n_query, n_key,
     ROWS: tl.constexpr, ROW_BLOCK: tl.constexpr, KEYS: tl.constexpr, IS_BOOL: tl.constexpr,
@@ -77,39 +77,43 @@ def _pool_mask_kernel(
     head_ptr = mask_ptr + bh // heads * mask_stride_b + bh % heads * mask_stride_h
     total = tl.zeros([ROWS, KEYS], tl.float32)
     pairs = tl.zeros([ROWS, KEYS], tl.int32)
+    blind = tl.zeros([ROWS], tl.int32)  # rows that see no key of this block
     for first in tl.static_range(0, ROW_BLOCK, ROWS):
         row = i * ROW_BLOCK + first + tl.arange(0, ROWS)
         inside = (row < rows)[:, None] & (key < keys)[None, :]
         pointers = head_ptr + row[:, None] * mask_stride_l + key[None, :] * mask_stride_s
         value = tl.load(pointers, mask=inside, other=0)
         if IS_BOOL:
-            pairs += (value != 0).to(tl.int32)  # outside, 0 stands for "closed"
+            opened = (value != 0).to(tl.int32)  # outside, 0 stands for "closed"
         else:
             value = value.to(tl.float32)
-            opened = inside & (value != float("-inf"))
-            total += tl.where(opened, value, 0.0)
-            pairs += opened.to(tl.int32)
+            opened = (inside & (value != float("-inf"))).to(tl.int32)
+            total += tl.where(opened != 0, value, 0.0)
+        pairs += opened
+        blind += ((row < rows) & (tl.sum(opened, 1) == 0)).to(tl.int32)
     count = tl.sum(tl.sum(pairs, 1), 0)
     mean = tl.div_rn(tl.sum(tl.sum(total, 1), 0), tl.maximum(count, 1).to(tl.float32))
     tl.store(bias_ptr + pid, tl.where(count > 0, mean, float("-inf")))
+    tl.store(cut_ptr + pid, ((count > 0) & (tl.sum(blind, 0) > 0)).to(tl.uint8))
 
 
-def pool_mask(attn_mask: Tensor, length: int) -> Tensor:
-    """float32 [Bm, Hm, Nq or 1, Nk]: what a mask adds to block scores, -inf where it hides a block."""
+def pool_mask(attn_mask: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """reference.pool_mask: bias float32 and cut bool, each [Bm, Hm, Nq or 1, Nk]."""
     batch, heads, rows, keys = attn_mask.shape
     row_block = QUERY_BLOCK if rows == length else 1
     n_query, n_key = ceil_div(rows, row_block), ceil_div(keys, KEY_BLOCK)
     is_bool = attn_mask.dtype == torch.bool
     bias = torch.empty((batch, heads, n_query, n_key), dtype=torch.float32, device=attn_mask.device)
+    cut = torch.empty_like(bias, dtype=torch.bool)
     if bias.numel() == 0:
-        return bias
+        return bias, cut
     with torch.cuda.device_of(attn_mask):
         _pool_mask_kernel[(bias.numel(),)](
             mask_ptr=attn_mask.view(torch.uint8) if is_bool else attn_mask,
-            bias_ptr=bias,
+            bias_ptr=bias, cut_ptr=cut.view(torch.uint8),
             mask_stride_b=attn_mask.stride(0), mask_stride_h=attn_mask.stride(1),
             mask_stride_l=attn_mask.stride(2), mask_stride_s=attn_mask.stride(3),
             heads=heads, rows=rows, keys=keys, n_query=n_query, n_key=n_key,
             ROWS=min(row_block, 32), ROW_BLOCK=row_block, KEYS=KEY_BLOCK, IS_BOOL=is_bool,
         )  # fmt: skip
-    return bias
+    return bias, cut

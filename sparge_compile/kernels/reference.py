@@ -37,10 +37,12 @@ def pool(x: Tensor, block: int) -> Tensor:
     return total / rows
 
 
-def pool_mask(attn_mask: Tensor, length: int) -> Tensor:
-    """What a mask [Bm, Hm, L or 1, S] adds to block scores: [Bm, Hm, Nq or 1, Nk] in float32 at least.
+def pool_mask(attn_mask: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """What a mask [Bm, Hm, L or 1, S] means for blocks: (bias, cut), each [Bm, Hm, Nq or 1, Nk].
 
-    The mean of the mask over the pairs that it lets through (0 for a boolean mask), -inf where it lets none through.
+    ``bias``, in float32 at least, is added to block scores: the mean of the mask over the pairs that it lets through (0
+    for a boolean mask), -inf where it lets none through. ``cut``, bool, marks the blocks of which some rows see a key
+    and others none.
     """
     if attn_mask.dtype == torch.bool:
         open_pairs, value = attn_mask, torch.zeros((), device=attn_mask.device)
@@ -57,17 +59,26 @@ def pool_mask(attn_mask: Tensor, length: int) -> Tensor:
 
     pairs = block_sum(open_pairs.to(value.dtype))
     mean = block_sum(torch.where(open_pairs, value, 0.0)) / pairs.clamp(min=1)
-    return torch.where(pairs > 0, mean, -math.inf)
+    bias = torch.where(pairs > 0, mean, -math.inf)
+
+    sees = F.pad(open_pairs, (0, n_key * KEY_BLOCK - keys)).unflatten(-1, (n_key, KEY_BLOCK)).any(-1)
+    sees = F.pad(sees, (0, 0, 0, n_query * row_block - rows), value=True)  # rows that do not exist miss nothing
+    cut = (pairs > 0) & ~sees.unflatten(-2, (n_query, row_block)).all(-2)
+    return bias, cut
 
 
-def select(scores: Tensor, visible: Tensor, thresholds: Tensor, forced: Tensor | None = None) -> Tensor:
+def select(
+    scores: Tensor, visible: Tensor, thresholds: Tensor, forced: Tensor | None = None, anchor: bool = False
+) -> Tensor:
     """Which key blocks each query block keeps.
 
     Args:
         scores: [B, H, Nq, Nk], the logits of P-bar.
         visible: bool, broadcastable to scores; invisible blocks are never kept.
         thresholds: float32 [H, 2], ``topk`` and ``topp`` of each head.
-        forced: bool, broadcastable to scores; visible blocks that are always kept (the causal diagonal).
+        forced: bool, broadcastable to scores; visible blocks that are always kept (the causal diagonal, and what a mask
+            cuts).
+        anchor: keep as well the best block that is not forced, so that a row for which the prefix has no key sees one.
 
     Returns:
         bool [B, H, Nq, Nk]: the longer of the Top-k and the Top-p prefix, in descending order of score with the lower
@@ -89,6 +100,9 @@ def select(scores: Tensor, visible: Tensor, thresholds: Tensor, forced: Tensor |
     kept = rank < torch.maximum(a, b).unsqueeze(-1)
     if forced is not None:
         kept = kept | forced
+    if anchor:
+        uncut = rank.masked_fill(~visible if forced is None else ~visible | forced, scores.shape[-1])
+        kept = kept | (uncut == uncut.amin(-1, keepdim=True))
     broken = (visible & ~torch.isfinite(scores)).any(-1, keepdim=True)
     return (kept | broken) & visible
 
@@ -111,12 +125,24 @@ def block_map(
     scores = (q_mean * default_scale(q.shape[-1], scale)) @ k_mean.mT  # [B, H, Nq, Nk]
     n_query, n_key = scores.shape[-2:]
     visible = visible_blocks(n_query, n_key, q.shape[2], is_causal, q.device)
+    forced = diagonal_blocks(n_query, n_key, q.device) if is_causal else torch.zeros_like(visible)
     if attn_mask is not None:
-        bias = pool_mask(attn_mask, q.shape[2])
-        visible = visible & (bias != -math.inf)
-        scores = scores + torch.where(bias == -math.inf, 0.0, bias)
-    forced = diagonal_blocks(n_query, n_key, q.device) if is_causal else None
-    return BlockMap.from_dense(select(scores, visible, thresholds, forced))
+        bias, cut = pool_mask(attn_mask, q.shape[2])
+        scores, visible, forced = apply_pooled_mask(scores, visible, forced, bias, cut)
+    return BlockMap.from_dense(select(scores, visible, thresholds, forced, needs_anchor(attn_mask, is_causal)))
+
+
+def apply_pooled_mask(
+    scores: Tensor, visible: Tensor, forced: Tensor, bias: Tensor, cut: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(scores, visible, forced) under what :func:`pool_mask` gave."""
+    hidden = bias == -math.inf
+    return scores + bias.masked_fill(hidden, 0.0), visible & ~hidden, forced | cut
+
+
+def needs_anchor(attn_mask: Tensor | None, is_causal: bool) -> bool:
+    """Whether rows of one query block may see different keys in a way that the causal diagonal alone does not mend."""
+    return attn_mask is not None and (is_causal or attn_mask.shape[2] > 1)
 
 
 def allowed_pairs(kept: Tensor, length: int, keys: int, attn_mask: Tensor | None, is_causal: bool) -> Tensor:

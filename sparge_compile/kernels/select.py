@@ -78,13 +78,13 @@ def _scores_4(
 
 @triton.jit
 def _select_kernel(
-    q_mean_ptr, k_mean_ptr, thresholds_ptr, bias_ptr,
+    q_mean_ptr, k_mean_ptr, thresholds_ptr, bias_ptr, cut_ptr,
     counts_ptr, indices_ptr,
     thresholds_stride_h, thresholds_stride_t, bias_stride_b, bias_stride_h, bias_stride_i,
     heads, group, length, n_query, n_key, n_tiles, scale,
     HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, N_PAD: tl.constexpr,
     PART: tl.constexpr, QUERY_ROWS: tl.constexpr, KEY_ROWS: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    HAS_BIAS: tl.constexpr, CEIL_SLACK: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_MASK: tl.constexpr, ANCHOR: tl.constexpr, CEIL_SLACK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     bh = (pid // n_tiles).to(tl.int64)
@@ -107,13 +107,16 @@ def _select_kernel(
 
     # Visibility.
     visible = real
+    forced = (j < 0)[None, :]  # none
     if IS_CAUSAL:
+        forced = j[None, :] // (QUERY_ROWS // KEY_ROWS) == i[:, None]
         last_row = tl.minimum((i + 1) * QUERY_ROWS, length) - 1
         visible = visible & (j[None, :] * KEY_ROWS <= last_row[:, None])
-    if HAS_BIAS:
-        bias_ptrs = bias_ptr + b * bias_stride_b + h * bias_stride_h + wide_i[:, None] * bias_stride_i + j[None, :]
-        bias = tl.load(bias_ptrs, mask=real, other=0.0)
+    if HAS_MASK:
+        pooled = b * bias_stride_b + h * bias_stride_h + wide_i[:, None] * bias_stride_i + j[None, :]
+        bias = tl.load(bias_ptr + pooled, mask=real, other=0.0)
         visible = visible & (bias != float("-inf"))
+        forced = forced | (tl.load(cut_ptr + pooled, mask=real, other=0) != 0)
         score += tl.where(visible, bias, 0.0)
     broken = tl.max((visible & ~(tl.abs(score) < float("inf"))).to(tl.int32), 1) > 0
     n = tl.sum(visible.to(tl.int32), 1)
@@ -151,10 +154,12 @@ def _select_kernel(
     rank = tl.sum(above.to(tl.int32), 1).to(tl.float32)[:, None] + before
     passed = tl.sum(tl.where(above, mass, 0.0), 1)[:, None] + before * one[:, None]
     kept = above | (equal & ((rank < a[:, None]) | (passed < wanted)))
-    kept = kept | broken[:, None]
-    if IS_CAUSAL:
-        kept = kept | (j[None, :] // (QUERY_ROWS // KEY_ROWS) == i[:, None])
-    kept = kept & visible
+    if ANCHOR:
+        uncut = visible & ~forced
+        best = tl.max(tl.where(uncut, image, -2147483648), 1)
+        best_j = tl.min(tl.where(uncut & (image == best[:, None]), j[None, :], N_PAD), 1)
+        kept = kept | (uncut & (j[None, :] == best_j[:, None]))
+    kept = (kept | forced | broken[:, None]) & visible
 
     place = tl.cumsum(kept.to(tl.int32), 1) - 1
     row_ptrs = indices_ptr + (bh * n_query + wide_i)[:, None] * n_key
@@ -164,25 +169,31 @@ def _select_kernel(
 
 
 def _select_in_chunks(
-    q_mean: Tensor, k_mean: Tensor, thresholds: Tensor, bias: Tensor | None, is_causal: bool, scale: float, length: int
+    q_mean: Tensor,
+    k_mean: Tensor,
+    thresholds: Tensor,
+    pooled: tuple[Tensor, ...],
+    is_causal: bool,
+    anchor: bool,
+    scale: float,
+    length: int,
 ) -> BlockMap:
     """The rule by torch code, some query blocks at a time: for rows of scores that no program can hold."""
     batch, heads, n_query, _ = q_mean.shape
     n_key = k_mean.shape[2]
     key = k_mean.repeat_interleave(heads // k_mean.shape[1], dim=1).mT
     visible = visible_blocks(n_query, n_key, length, is_causal, q_mean.device)
-    forced = diagonal_blocks(n_query, n_key, q_mean.device) if is_causal else None
+    forced = diagonal_blocks(n_query, n_key, q_mean.device) if is_causal else torch.zeros_like(visible)
     chunk = max(1, FALLBACK_SCORES // (batch * heads * n_key))
     counts = torch.empty((batch, heads, n_query), dtype=torch.int32, device=q_mean.device)
     indices = torch.empty((batch, heads, n_query, n_key), dtype=torch.int32, device=q_mean.device)
     for start in range(0, n_query, chunk):
         rows = slice(start, min(start + chunk, n_query))
-        scores, seen = (q_mean[:, :, rows] * scale) @ key, visible[rows]
-        if bias is not None:
-            part = bias if bias.shape[2] == 1 else bias[:, :, rows]
-            seen = seen & (part != -torch.inf)
-            scores = scores + torch.where(part == -torch.inf, 0.0, part)
-        kept = reference.select(scores, seen, thresholds, None if forced is None else forced[rows])
+        scores, seen, always = (q_mean[:, :, rows] * scale) @ key, visible[rows], forced[rows]
+        if pooled:
+            parts = [x if x.shape[2] == 1 else x[:, :, rows] for x in pooled]
+            scores, seen, always = reference.apply_pooled_mask(scores, seen, always, *parts)
+        kept = reference.select(scores, seen, thresholds, always, anchor)
         counts[:, :, rows], indices[:, :, rows] = BlockMap.from_dense(kept)
     return BlockMap(counts, indices)
 
@@ -200,15 +211,19 @@ def block_map(
     if result.indices.numel() == 0:
         return BlockMap(result.counts.zero_(), result.indices)
     q_mean, k_mean = pool(q, QUERY_BLOCK), pool(k, KEY_BLOCK)
-    bias = None if attn_mask is None else pool_mask(attn_mask, length)
+    pooled = () if attn_mask is None else pool_mask(attn_mask, length)
+    anchor = reference.needs_anchor(attn_mask, is_causal)
     if n_key > launch.SELECT_MAX_KEY_BLOCKS:
-        return _select_in_chunks(q_mean, k_mean, thresholds, bias, is_causal, scale, length)
+        return _select_in_chunks(q_mean, k_mean, thresholds, pooled, is_causal, anchor, scale, length)
+
+    bias, cut = pooled or (None, None)
 
     tile = launch.select_launch(n_key)
     n_tiles = triton.cdiv(n_query, tile.rows)
     with torch.cuda.device_of(q):
         _select_kernel[(batch * heads * n_tiles,)](
-            q_mean_ptr=q_mean, k_mean_ptr=k_mean, thresholds_ptr=thresholds, bias_ptr=bias,
+            q_mean_ptr=q_mean, k_mean_ptr=k_mean, thresholds_ptr=thresholds,
+            bias_ptr=bias, cut_ptr=None if cut is None else cut.view(torch.uint8),
             counts_ptr=result.counts, indices_ptr=result.indices,
             thresholds_stride_h=thresholds.stride(0), thresholds_stride_t=thresholds.stride(1),
             bias_stride_b=0 if bias is None or bias.shape[0] == 1 else bias.stride(0),
@@ -218,7 +233,8 @@ def block_map(
             scale=scale,
             HEAD_SIZE=head_size, HEAD_PAD=launch.pad_head(head_size), DEPTH=16, ROWS=tile.rows,
             N_PAD=max(16, triton.next_power_of_2(n_key)), PART=SCORE_PART, QUERY_ROWS=QUERY_BLOCK, KEY_ROWS=KEY_BLOCK,
-            IS_CAUSAL=is_causal, HAS_BIAS=bias is not None, CEIL_SLACK=reference.CEIL_SLACK, PRECISION="ieee",
+            IS_CAUSAL=is_causal, HAS_MASK=bias is not None, ANCHOR=anchor, CEIL_SLACK=reference.CEIL_SLACK,
+            PRECISION="ieee",
             num_warps=tile.warps, num_stages=1,
             enable_fp_fusion=False,  # topk * n - slack must round as torch does, before the ceiling
         )  # fmt: skip

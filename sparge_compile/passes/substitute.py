@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from .. import ops  # noqa: F401  importing it registers the op
 from .find import Match, attention_arguments
 from .fx_utils import add_input
 from .open_up import put_inside
