@@ -1,4 +1,4 @@
-"""The op and the backend on a GPU: opcheck, no synchronisation, CUDA graphs, compiled models. Kernels: test_kernels_gpu."""
+"""The op and the backend on a GPU: opcheck, no synchronisation, CUDA graphs, models. Kernels: test_kernels_gpu.py."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_the_report_predicts_a_gain_for_long_sequences_and_none_for_short_ones()
 
 
 def test_both_devices_keep_the_same_blocks():
-    q, k, v = (torch.randint(-4, 5, x.shape, device="cuda").to(torch.float32) for x in qkv())  # sums are exact
+    q, k, _ = (torch.randint(-4, 5, x.shape, device="cuda").to(torch.float32) for x in qkv())  # sums are exact
     gpu, cpu = (
         sparge.block_map(q, k, thresholds(topp=0.0), None, True, 0.25),
         reference.block_map(q.cpu(), k.cpu(), thresholds(topp=0.0).cpu(), None, True, 0.25),

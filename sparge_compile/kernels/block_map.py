@@ -3,7 +3,7 @@
 A map says for each (batch, head, query block) which key blocks are read:
 
 * lists, what kernels walk: ``counts`` int32 [B, H, Nq] and ``indices`` int32 [B, H, Nq, Nk], of which the
-  first ``counts`` entries are key blocks in ascending order and the rest is undefined memory;
+  first ``counts`` entries are the kept key blocks in ascending order; the rest is never read;
 * dense, what tests compare: bool [B, H, Nq, Nk];
 * bits, what the backward keeps: int32 [B, H, Nq, ceil(Nk / 32)], key block j in bit j % 32 of word j // 32.
 
@@ -31,7 +31,7 @@ class BlockMap(NamedTuple):
     """The lists that the kernels walk.
 
     ``counts`` is int32 [B, H, Nq]. ``indices`` is int32 [B, H, Nq, Nk]: the first ``counts`` entries of a row are
-    the kept key blocks, ascending; what follows is undefined. B or H may be 1 in a map given by a user, which then
+    the kept key blocks, ascending; what follows is never read. B or H may be 1 in a map given by a user, which then
     holds for every batch or head.
     """
 

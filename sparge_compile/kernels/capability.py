@@ -157,20 +157,20 @@ def check_block_map(block_map: BlockMap, q: Tensor, k: Tensor) -> None:
 
 def make_thresholds(topk: float | Tensor, topp: float | Tensor, heads: int, device: torch.device) -> Tensor:
     """float32 [H, 2] from numbers, or from tensors of one value for each head (whose values are not read)."""
-    columns = []
+    # Numbers are filled in, where a copy would wait for the GPU.
+    if not isinstance(topk, Tensor):
+        topk = torch.full((), check_pair(topk, 0.0)[0], device=device)
+    if not isinstance(topp, Tensor):
+        topp = torch.full((), check_pair(1.0, topp)[1], device=device)
     for name, value in (("topk", topk), ("topp", topp)):
-        if not isinstance(value, Tensor):
-            checked = check_pair(value, 0.0) if name == "topk" else check_pair(1.0, value)
-            value = torch.full((), checked[name == "topp"], device=device)  # a fill, where a copy would wait
-        elif value.shape not in ((), (1,), (heads,)):
+        if value.shape not in ((), (1,), (heads,)):
             raise _error(
                 f"{name} does not fit the query",
                 f"shape {tuple(value.shape)}",
                 f"a number or [{heads}]",
                 "Give one for each head.",
             )
-        columns.append(value.to(device=device, dtype=torch.float32).expand(heads))
-    return torch.stack(columns, -1)
+    return torch.stack([x.to(device=device, dtype=torch.float32).expand(heads) for x in (topk, topp)], -1)
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -161,11 +161,14 @@ def _select_kernel(
         kept = kept | (uncut & (j[None, :] == best_j[:, None]))
     kept = (kept | forced | broken[:, None]) & visible
 
-    place = tl.cumsum(kept.to(tl.int32), 1) - 1
+    # The kept blocks and then the dropped ones, each ascending. The latter are never read, but so equal inputs give
+    # equal memory.
+    count = tl.sum(kept.to(tl.int32), 1)
+    so_far = tl.cumsum(kept.to(tl.int32), 1)  # up to and with j
+    place = tl.where(kept, so_far - 1, count[:, None] + j[None, :] - so_far)
     row_ptrs = indices_ptr + (bh * n_query + wide_i)[:, None] * n_key
-    block = tl.broadcast_to(j[None, :], [ROWS, N_PAD])
-    tl.store(row_ptrs + place, block, mask=kept)
-    tl.store(counts_ptr + bh * n_query + i, tl.sum(kept.to(tl.int32), 1), mask=i < n_query)
+    tl.store(row_ptrs + place, tl.broadcast_to(j[None, :], [ROWS, N_PAD]), mask=real)
+    tl.store(counts_ptr + bh * n_query + i, count, mask=i < n_query)
 
 
 def _select_in_chunks(
