@@ -37,10 +37,10 @@ class Reason(Enum):
 
     # sparse
     PAYS = "predicted to be faster"
-    LONG_ENOUGH = "at least min_seq_len keys"
+    LONG_ENOUGH = "min_seq_len is reached"
     # dense, because sparse would not be faster
     SLOWER = "predicted not to be faster"
-    TOO_SHORT = "fewer than min_seq_len keys"
+    TOO_SHORT = "too few keys"
     # dense, because it cannot be replaced
     NO_SHAPES = "the graph carries no shapes"
     DROPOUT = "dropout is active"

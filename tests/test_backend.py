@@ -141,11 +141,12 @@ def test_nothing_found_is_said():
 
 
 def test_report_as_table_and_dict():
-    report = explain(Model())(torch.randn(1, 300, 32))
+    slow = {"dense_base": 0, "dense_pair": 1e-9, "sparse_base": 1, "pool": 0, "select": 0, "sparse_pair": 1}
+    report = explain(Model(), {"costs": slow})(torch.randn(1, 1100, 32))
     first = report.to_dict()["sites"][0]
     assert first["status"] == "dense" and first["reason"] == "slower" and first["prediction"]["dense"] > 0
-    assert (first["batch"], first["heads"], first["length"], first["keys"], first["head_size"]) == (1, 4, 300, 300, 8)
-    assert "blocks.1" in str(report) and "300×300" in str(report)
+    assert (first["batch"], first["heads"], first["length"], first["keys"], first["head_size"]) == (1, 4, 1100, 1100, 8)
+    assert "blocks.1" in str(report) and "1100×1100" in str(report)
     assert report.sites[0].shapes["kv_heads"] == 4
 
 
@@ -173,7 +174,7 @@ def test_a_refused_site_warns_once_for_each_reason():
         torch.compile(two, backend="sparge", options=FAST)(q)
     assert sum("stays dense" in str(w.message) for w in caught) == 1
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         torch.compile(two, backend="sparge", options={**FAST, "on_unsupported": "dense"})(q)
     with pytest.raises(Exception, match="cannot be replaced"):
         torch.compile(two, backend="sparge", options={**FAST, "on_unsupported": "error"})(q)
@@ -181,7 +182,7 @@ def test_a_refused_site_warns_once_for_each_reason():
 
 def test_a_short_sequence_is_no_reason_to_warn_or_fail():
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         torch.compile(Model(), backend="sparge", options={"on_unsupported": "error"})(torch.randn(1, 300, 32))
 
 

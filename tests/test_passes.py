@@ -224,14 +224,17 @@ def test_min_seq_len_replaces_the_cost_model():
 
 
 def test_the_cost_model_keeps_tiny_sequences_dense_and_says_what_it_predicted():
-    function = SPELLINGS["positional"]
-    (row,) = rows(function, *qkv(length=100, keys=100))
-    assert row.status == "sparse"
-    (row,) = rows(function, *qkv(length=100, keys=100), options=Options())
-    assert row.reason is Reason.SLOWER and 0 < row.decision.prediction.speedup < 1
-    free = {"dense_base": 0, "dense_pair": 1e-9, "sparse_base": 0, "pool": 0, "select": 0, "sparse_pair": 1e-9}
-    (row,) = rows(function, *qkv(), options=Options(costs=free))
-    assert row.reason is Reason.PAYS and row.decision.prediction.speedup == pytest.approx(1 / 0.6)
+    function, costs = SPELLINGS["positional"], {"dense_base": 0, "dense_pair": 1e-9, "sparse_base": 0}
+    even, high = ({**costs, "pool": 0, "select": 0, "sparse_pair": pair} for pair in (1e-9, 2e-9))
+    for keys, given, reason in (
+        (1024, even, Reason.PAYS),
+        (1024, high, Reason.SLOWER),
+        (1023, even, Reason.TOO_SHORT),  # a text that a video attends to, whatever it would gain
+    ):
+        (row,) = rows(function, *qkv(length=3000, keys=keys), options=Options(costs=given))
+        assert row.reason is reason
+        if reason is not Reason.TOO_SHORT:
+            assert row.decision.prediction.speedup == pytest.approx(1e-9 / (0.6 * given["sparse_pair"]))
 
 
 def test_expected_density_is_an_upper_bound():

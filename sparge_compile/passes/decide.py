@@ -12,6 +12,10 @@ from ..thresholds import Pair
 from .find import Match
 from .fx_utils import size_hint, value_of
 
+# Of fewer key blocks than 16 there is little to choose, and what is so short is mostly a text that a video attends to:
+# little time, much meaning. min_seq_len overrides it.
+MIN_KEYS = 1024
+
 # The cost model is off by about a tenth; a site must be predicted to gain so much, lest it lose.
 MARGIN = 1.1
 
@@ -23,12 +27,14 @@ def decide(match: Match, options: Options) -> Decision:
         return refused
     pairs = thresholds_for(match, options)
     keys = size_hint(value_of(match.arguments["key"]).shape[2])
-    if options.min_seq_len is not None:
-        long_enough = keys is not None and keys >= options.min_seq_len
-        return Decision(Reason.LONG_ENOUGH if long_enough else Reason.TOO_SHORT, f"{keys} keys")
     shape = _shape(match)
-    if shape is None:
+    if keys is None or shape is None:
         return Decision(Reason.NO_SHAPES, "a size depends on data")
+    least = MIN_KEYS if options.min_seq_len is None else options.min_seq_len
+    if keys < least:
+        return Decision(Reason.TOO_SHORT, f"{keys} of at least {least}")
+    if options.min_seq_len is not None:
+        return Decision(Reason.LONG_ENOUGH, f"{keys} keys")
     costs = options.costs or cost_model(match.output.device)
     prediction = costs.predict(shape, expected_density(pairs))
     return Decision(Reason.PAYS if prediction.speedup >= MARGIN else Reason.SLOWER, "", prediction)
