@@ -20,8 +20,9 @@ help:
 demo: .venv/ready
 	$(BIN)/python examples/wan_demo.py
 
+# One thread for each worker: small parallel operations of several workers would wait for each other.
 test: .venv/ready
-	$(BIN)/python -m pytest -m "not gpu and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 -m "not gpu and not slow"
 
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -m slow
