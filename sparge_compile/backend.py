@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from . import (
 from .config import Options
 from .errors import explain_error
 from .passes import pipeline
+from .passes.find import Match, find
 from .passes.fx_utils import clone
 from .report import Report
 
@@ -46,11 +49,12 @@ def sparge(
 
     Raises:
         ValueError, TypeError: an option that is unknown or ill-typed, a calibration that does not fit the model, or,
-            with ``on_unsupported="error"``, a site that cannot be replaced.
+            with ``on_unsupported="error"``, a site that cannot be replaced. Out of a compiled model, Dynamo raises them
+            wrapped as ``torch._dynamo.exc.BackendCompilerFailed``.
     """
     settings = Options.parse(options)
     graph_module = clone(graph_module)
-    plan = pipeline.plan(graph_module, settings)
+    plan = pipeline.plan(find(graph_module), settings)
     report = Report()
     plan.add_to(report)
     logger.info("%s", report)
@@ -78,19 +82,44 @@ def explain(model: Callable[..., Any], options: Mapping[str, Any] | None = None)
     target = getattr(model, "_orig_mod", model)  # of a model that is compiled already, the model
 
     def run(*args: Any, **kwargs: Any) -> Report:
-        report = Report()
-
-        def look(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-            pipeline.plan(graph_module, settings).add_to(report)
-            return graph_module.forward
-
         def call(*args: Any, **kwargs: Any) -> Any:
             return target(*args, **kwargs)
 
-        # Dynamo keeps its cache on the code object; a fresh one sees no earlier compilation and disturbs none.
-        call.__code__ = call.__code__.replace()
-        torch.compile(call, backend=look)(*args, **kwargs)
+        # Dynamo keeps compiled code with the code object, and by its name which sizes have changed between calls; a
+        # fresh one sees no earlier call and disturbs none.
+        call.__code__ = call.__code__.replace(co_name=f"explain_{next(_calls)}")
+        seen: dict[int, list[Match]] = {}
+        token = _seen.set(seen)
+        try:
+            torch.compile(call, backend=_look)(*args, **kwargs)
+        finally:
+            _seen.reset(token)
+        report = Report()
+        for matches in seen.values():
+            pipeline.plan(matches, settings).add_to(report)
         return report
+
+    return run
+
+
+_calls = itertools.count()
+
+# What the running ``explain`` has seen: the matches of each graph, in the order in which the graphs ran.
+_seen: ContextVar[dict[int, list[Match]]] = ContextVar("sparge_explain")
+
+
+def _look(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Dynamo backend of ``explain``: note what a graph holds whenever it runs, and run it as it is.
+
+    One function for all calls, and noting at run time: where a graph breaks, the frames of the model itself are
+    compiled, and a backend for each call would use up the limit of compilations that Dynamo grants them.
+    """
+    matches = find(graph_module)
+
+    def run(*args: Any) -> Any:
+        if (seen := _seen.get(None)) is not None:
+            seen[id(matches)] = matches
+        return graph_module.forward(*args)
 
     return run
 
@@ -108,7 +137,7 @@ def _compile(graph_module: GraphModule, inputs: list[Any], settings: Options, mo
     # thresholds: they are run-time inputs, and another pair may use what was compiled for this one.
     fixed = replace(settings, calibration=None, topk=1.0, topp=0.0)
     patches["unsafe_marked_cacheable_functions"] = {
-        **config.unsafe_marked_cacheable_functions,
+        **patches.get("unsafe_marked_cacheable_functions", config.unsafe_marked_cacheable_functions),
         "sparge_compile": f"{source_digest()}-{fixed.digest()}",
     }
     compiled: Any = compile_fx(graph_module, inputs, config_patches=patches)
@@ -165,7 +194,7 @@ _warned: set[str] = set()
 
 
 def _reset() -> None:
-    """Called by ``torch.compiler.reset``-aware wrappers: forget which reasons were spoken of."""
+    """What torch calls as ``backend.reset`` when a compiled model is reset: forget which reasons were spoken of."""
     _warned.clear()
 
 

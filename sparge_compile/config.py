@@ -51,8 +51,23 @@ class Options:
                 raise _bad_value(name, getattr(self, name), ", ".join(map(repr, known)))
         _expect("inductor", self.inductor, (Mapping,), "a dict of Inductor's options")
         _expect("inductor_mode", self.inductor_mode, (str, type(None)), "a mode of torch.compile, or None")
+        self._check_inductor()
         if self.inner != "inductor" and (self.inductor or self.inductor_mode):
             raise _bad_value("inner", self.inner, "'inductor' where inductor or inductor_mode is given")
+
+    def _check_inductor(self) -> None:
+        """Refuse a mode or an option that Inductor does not know, before it meets a graph."""
+        if not self.inductor and self.inductor_mode is None:
+            return
+        from torch._inductor import list_mode_options, list_options
+
+        modes, known = sorted(list_mode_options()), {name.replace("-", "_") for name in list_options()}
+        if self.inductor_mode is not None and self.inductor_mode not in modes:
+            raise _bad_value("inductor_mode", self.inductor_mode, ", ".join(modes))
+        unknown = [name for name in self.inductor if name.replace("-", "_") not in known]
+        if unknown:
+            raise _bad_value("inductor", ", ".join(unknown), "the names that torch._inductor.list_options() gives")
+        object.__setattr__(self, "inductor", {name.replace("-", "_"): value for name, value in self.inductor.items()})
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | Options | None) -> Options:

@@ -99,7 +99,7 @@ def sparsity(block_map: BlockMap, query: Tensor, key: Tensor, attn_mask: Tensor 
     n_query, n_key = block_map.indices.shape[-2:]
     visible = visible_blocks(n_query, n_key, length, is_causal, query.device).expand(batch, heads, n_query, n_key)
     if attn_mask is not None:
-        mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)).expand(-1, -1, -1, key.shape[2])
-        visible = visible & (pool_mask(mask, length)[0] != float("-inf"))
+        bias, _ = pool_mask(capability.normal_mask(attn_mask, key.shape[2]), length)
+        visible = visible & (bias != float("-inf"))
     kept = block_map.counts.expand(batch, heads, n_query).sum()
     return 1 - kept / visible.sum().clamp(min=1)

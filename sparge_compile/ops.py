@@ -7,8 +7,6 @@ No op synchronises with the host, and no allocation depends on data.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -49,11 +47,7 @@ def attend(
     resolved = default_scale(query.shape[-1], scale)
     if attn_mask is not None:
         capability.check_mask(attn_mask, query, key)
-        attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape))
-        attn_mask = attn_mask.expand(*attn_mask.shape[:3], key.shape[2])
-        if attn_mask.dtype != torch.bool:
-            # Many models hide keys with finfo.min. Its sums overflow, and no sum of it means anything: it is -inf.
-            attn_mask = attn_mask.masked_fill(attn_mask <= torch.finfo(attn_mask.dtype).min / 2, -math.inf)
+        attn_mask = capability.normal_mask(attn_mask, key.shape[2])
     if block_map is None:
         assert thresholds is not None
         capability.check_thresholds(thresholds, query)

@@ -54,6 +54,7 @@ class Reason(Enum):
     MASK_SHAPE = "mask shape"
     CAUSAL_AND_MASK = "is_causal together with a mask"
     CONTROL_FLOW = "inside control flow"
+    TRANSFORM = "inside torch.func.grad or jvp"
     WEIGHTS_USED = "attention weights are returned"
     OPAQUE = "fused kernel without a graph"
 

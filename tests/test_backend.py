@@ -259,3 +259,34 @@ def test_two_models_in_one_process():
 def test_equal_options_are_equal():
     assert Options.parse({"topk": 0.3}) == Options.parse({"topk": 0.3})
     assert Options.parse(None) == Options()
+
+
+def test_explain_leaves_room_for_compilation():
+    """A backend for each explain once used up Dynamo's limit on the frames after a break, and nothing was replaced."""
+    model, x = Broken(), torch.randn(1, 700, 32)
+    assert {len(explain(model, FAST)(x)) for _ in range(12)} == {2}
+    out = torch.compile(model, backend="sparge", options={**FAST, "topk": 0.1, "topp": 0.0})(x)
+    assert (out - model(x)).abs().max() > 1e-3
+
+
+def test_lengths_on_both_sides_of_the_limit():
+    """The first length once decided for all."""
+    model = Model(1)
+    options = {**FAST, "min_seq_len": 500, "topk": 0.1, "topp": 0.0}
+    for lengths in ((700, 300, 900), (300, 700, 200)):
+        torch.compiler.reset()
+        compiled = torch.compile(model, backend="sparge", options=options, dynamic=True)
+        for length in lengths:
+            x = torch.randn(1, length, 32)
+            assert ((compiled(x) - model(x)).abs().max() > 1e-3) == (length >= 500)
+
+
+def test_an_expanded_query_can_be_viewed_after_attention():
+    """Learned queries for a batch: the output once had another order of strides than dense attention gives."""
+    latent, x = torch.randn(1, 2, 100, 16), torch.randn(3, 2, 150, 16)
+
+    def pooled(latent, x):
+        return F.scaled_dot_product_attention(latent.expand(3, -1, -1, -1), x, x).view(6, -1, 16)
+
+    compiled = torch.compile(pooled, backend="sparge", options={"min_seq_len": 0, "topk": 1.0, "inner": "aot_eager"})
+    torch.testing.assert_close(compiled(latent, x), pooled(latent, x), atol=1e-5, rtol=1e-5)

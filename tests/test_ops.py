@@ -236,3 +236,10 @@ def test_masks_of_the_smallest_number_are_masks():
     small = torch.zeros(200, 200).masked_fill(hidden, torch.finfo(torch.float32).min)
     got = attention(q, k, v, small, topk=1.0)
     torch.testing.assert_close(got, F.scaled_dot_product_attention(q, k, v, is_causal=True), atol=1e-5, rtol=1e-5)
+
+
+def test_sparsity_under_a_mask_of_the_smallest_number():
+    q, k, v = (x.half() for x in qkv(kv_heads=4, keys=64 * 8))
+    small = torch.zeros(1, 1, 1, 64 * 8, dtype=torch.float16)
+    small[..., 128:] = torch.finfo(torch.float16).min
+    assert attention(q, k, v, small, topk=1.0, return_sparsity=True)[1] == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -95,7 +97,7 @@ def test_what_cannot_be_replaced_stays_with_a_reason(case):
     assert (row.status, row.reason) == ("dense", reason)
     graph = clone(graph_of(function, *args))
     before = graph.code
-    assert apply(graph, plan(graph, SPARSE), SPARSE, lambda x: x) == []
+    assert apply(graph, plan(find(graph), SPARSE), SPARSE, lambda x: x) == []
     assert graph.code == before
 
 
@@ -131,7 +133,7 @@ def test_finding_and_deciding_leave_the_graph_alone():
 def test_the_rewrite_replaces_one_node_by_one_and_adds_one_input():
     graph = clone(graph_of(SPELLINGS["causal"], *qkv()))
     nodes = len(graph.graph.nodes)
-    (thresholds,) = apply(graph, plan(graph, SPARSE), SPARSE, lambda x: x)
+    (thresholds,) = apply(graph, plan(find(graph), SPARSE), SPARSE, lambda x: x)
     assert thresholds.shape == (4, 2) and thresholds.dtype == torch.float32
     assert len(graph.graph.nodes) == nodes + 1
     (new,) = graph.graph.find_nodes(op="call_function", target=OP)
@@ -258,7 +260,7 @@ def test_calibration_reaches_sites_by_name_and_pattern():
 
     options = Options(min_seq_len=0, calibration=calibration)
     graph = clone(graph_of(two, *qkv()))
-    first, second = apply(graph, plan(graph, options), options, lambda x: x)
+    first, second = apply(graph, plan(find(graph), options), options, lambda x: x)
     assert first[:, 0].tolist() == [0.25, 0.5, 0.75, 1.0]
     assert second.tolist() == [[0.125, 0.5]] * 4
 
@@ -268,3 +270,41 @@ def test_the_signature_that_binds_arguments_is_the_one_torch_has():
     assert [a.name for a in schema.arguments] == list(find_module._SDPA_SIGNATURE.parameters)
     defaults = [p.default for p in find_module._SDPA_SIGNATURE.parameters.values()][3:]
     assert [a.default_value for a in schema.arguments][3:] == defaults
+
+
+def test_shared_code_is_decided_by_its_surroundings():
+    """torch.func.grad once crashed inside our autograd formula; vmap works."""
+    x = torch.randn(1, 2, 64, 8)
+
+    def square(x):
+        return F.scaled_dot_product_attention(x, x, x).square().sum()
+
+    options = {"min_seq_len": 0, "topk": 1.0, "inner": "aot_eager", "on_unsupported": "dense"}
+    grad = torch.func.grad(square)
+    assert [row.reason for row in rows(grad, x)] == [Reason.TRANSFORM]
+    torch.testing.assert_close(torch.compile(grad, backend="sparge", options=options)(x), grad(x))
+
+    def both(x):
+        return grad(x) + F.scaled_dot_product_attention(x, x, x)
+
+    assert [row.status for row in rows(both, x)] == ["dense", "sparse"]
+    torch.testing.assert_close(torch.compile(both, backend="sparge", options=options)(x), both(x))
+
+
+def test_plain_graphs_with_multi_head_attention_are_named():
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    y = graph.call_function(
+        F.multi_head_attention_forward, (x, x, x, 32, 4, None, None, None, None, False, 0.0, x, None)
+    )
+    graph.output(graph.call_function(operator.getitem, (y, 0)))
+    (match,) = find(torch.fx.GraphModule({}, graph))
+    assert decide(match, SPARSE).reason is Reason.NO_SHAPES
+
+
+def test_a_dynamic_number_of_heads_stays_dense():
+    q, k, v = qkv()
+    for x in (q, k, v):
+        torch._dynamo.mark_dynamic(x, 1)
+    (row,) = rows(SPELLINGS["positional"], q, k, v)
+    assert (row.status, row.reason) == ("dense", Reason.HEADS)

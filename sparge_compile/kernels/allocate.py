@@ -9,13 +9,15 @@ from .block_map import KEY_BLOCK, QUERY_BLOCK, WORD_BITS, BlockMap, ceil_div
 
 
 def dense_like(x: Tensor) -> Tensor:
-    """Fresh dense memory of x's shape and dtype in x's order of dimensions.
+    """Fresh dense memory of x's shape and dtype, rows of D in adjacent memory, the other dimensions in x's order.
 
-    ``empty_like`` answers differently for real and fake tensors that are not dense (a slice of a fused qkv), so the
-    order is taken from the strides here.
+    As dense attention does, an expanded dimension (stride 0) keeps its place. ``empty_like`` answers differently for
+    real and fake tensors that are not dense (a slice of a fused qkv), so the order is taken from the strides here.
     """
-    order = sorted(range(x.dim()), key=x.stride, reverse=True)  # stable: equal strides keep their places
-    return torch.empty_permuted(x.shape, order, dtype=x.dtype, device=x.device)
+    outer = range(x.dim() - 1)
+    stepped = iter(sorted((d for d in outer if x.stride(d) != 0), key=x.stride, reverse=True))  # stable
+    order = [d if x.stride(d) == 0 else next(stepped) for d in outer]
+    return torch.empty_permuted(x.shape, [*order, x.dim() - 1], dtype=x.dtype, device=x.device)
 
 
 def new_lse(q: Tensor) -> Tensor:

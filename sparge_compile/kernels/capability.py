@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib.util import find_spec
 
 import torch
@@ -96,9 +97,12 @@ def check_mask(attn_mask: Tensor, q: Tensor, k: Tensor) -> None:
         raise _error(
             "attn_mask has the wrong shape", shape, f"what broadcasts to {target}", "Reshape or expand the mask."
         )
-    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+    if attn_mask.dtype not in (torch.bool, torch.float64, *DTYPES):
         raise _error(
-            "attn_mask has the wrong dtype", attn_mask.dtype, "bool or floating point", "Cast it; True means attend."
+            "attn_mask has the wrong dtype",
+            attn_mask.dtype,
+            "bool, float64, or a dtype of the kernels",
+            "Cast it; True means attend.",
         )
     if attn_mask.device != q.device:
         raise _error("attn_mask is on another device", attn_mask.device, q.device, "Move it.")
@@ -109,6 +113,18 @@ def check_mask(attn_mask: Tensor, q: Tensor, k: Tensor) -> None:
             "a constant mask",
             "Detach it or use dense attention.",
         )
+
+
+def normal_mask(attn_mask: Tensor, keys: int) -> Tensor:
+    """A mask as the ops take it: [B or 1, H or 1, L or 1, S], with -inf for every number that is meant as -inf.
+
+    Many models hide keys with finfo.min. Its sums overflow, and no sum with it means anything.
+    """
+    attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape))
+    attn_mask = attn_mask.expand(*attn_mask.shape[:3], keys)
+    if attn_mask.dtype == torch.bool:
+        return attn_mask
+    return attn_mask.masked_fill(attn_mask <= torch.finfo(attn_mask.dtype).min / 2, -math.inf)
 
 
 def check_thresholds(thresholds: Tensor, q: Tensor) -> None:

@@ -11,6 +11,7 @@ from ..report import Decision, Reason
 from ..thresholds import Pair
 from .find import Match
 from .fx_utils import size_hint, value_of
+from .open_up import OPENABLE, returns_weights
 
 # Of fewer key blocks than 16 there is little to choose, and what is so short is mostly a text that a video attends to:
 # little time, much meaning. min_seq_len overrides it.
@@ -26,15 +27,15 @@ def decide(match: Match, options: Options) -> Decision:
     if refused is not None:
         return refused
     pairs = thresholds_for(match, options)
-    keys = size_hint(value_of(match.arguments["key"]).shape[2])
-    shape = _shape(match)
-    if keys is None or shape is None:
+    keys, shape = value_of(match.arguments["key"]).shape[2], _shape(match)
+    if shape is None:
         return Decision(Reason.NO_SHAPES, "a size depends on data")
     least = MIN_KEYS if options.min_seq_len is None else options.min_seq_len
+    # Where the length is dynamic, this comparison becomes a guard: lengths on its other side are compiled anew.
     if keys < least:
-        return Decision(Reason.TOO_SHORT, f"{keys} of at least {least}")
+        return Decision(Reason.TOO_SHORT, f"{shape.keys} of at least {least}")
     if options.min_seq_len is not None:
-        return Decision(Reason.LONG_ENOUGH, f"{keys} keys")
+        return Decision(Reason.LONG_ENOUGH, f"{shape.keys} keys")
     costs = options.costs or cost_model(match.output.device)
     prediction = costs.predict(shape, expected_density(pairs))
     return Decision(Reason.PAYS if prediction.speedup >= MARGIN else Reason.SLOWER, "", prediction)
@@ -59,17 +60,17 @@ def _refusal(match: Match) -> Decision | None:
     """Why this site cannot be sparse at all, or None."""
     arguments = match.arguments
     if not arguments:
-        weights = match.site.kind == "fused" and match.node.target is torch.nn.functional.multi_head_attention_forward
-        return Decision(
-            Reason.WEIGHTS_USED if weights else Reason.OPAQUE, str(getattr(match.node.target, "__name__", ""))
-        )
+        target = match.node.target
+        if target not in OPENABLE:
+            return Decision(Reason.OPAQUE, str(getattr(target, "__name__", target)))
+        return Decision(Reason.WEIGHTS_USED if returns_weights(match.node) else Reason.NO_SHAPES)
     query, key, value = (value_of(arguments[name]) for name in ("query", "key", "value"))
     if not all(isinstance(x, torch.Tensor) for x in (query, key, value, match.output)):
         return Decision(Reason.NO_SHAPES)
     if not query.dim() == key.dim() == value.dim() == 4:
         return Decision(Reason.LAYOUT, f"query has {query.dim()} dimensions")
-    if match.in_control_flow:
-        return Decision(Reason.CONTROL_FLOW, str(match.callers[-1].node.target))
+    if match.obstacle is not None:
+        return Decision(match.obstacle)
     dropout = value_of(arguments["dropout_p"])
     if dropout != 0:
         return Decision(Reason.DROPOUT, f"p = {dropout}")
@@ -78,6 +79,8 @@ def _refusal(match: Match) -> Decision | None:
     if query.shape[0] != key.shape[0] or key.shape[:3] != value.shape[:3]:
         return Decision(Reason.LAYOUT, f"query {_text(query)}, key {_text(key)}, value {_text(value)}")
     heads, kv_heads = query.shape[1], key.shape[1]
+    if isinstance(heads, torch.SymInt) or isinstance(kv_heads, torch.SymInt):
+        return Decision(Reason.HEADS, "their number is dynamic, and thresholds belong to heads")
     if heads != kv_heads and (heads % kv_heads != 0 or not (arguments["enable_gqa"] or kv_heads == 1)):
         return Decision(Reason.HEADS, f"{heads} and {kv_heads}")
     # Under autocast the inputs' dtypes may differ; the output has the dtype that attention is computed in.
@@ -94,7 +97,8 @@ def _mask_refusal(match: Match, target: tuple[int, ...]) -> Decision | None:
     if match.arguments["is_causal"]:
         return Decision(Reason.CAUSAL_AND_MASK)
     if mask.dtype != torch.bool:
-        return Decision(Reason.ADDITIVE_MASK, "learned" if mask.requires_grad else "")
+        detail = "nn.MultiheadAttention makes every mask additive" if match.inside is not None else ""
+        return Decision(Reason.ADDITIVE_MASK, "learned" if mask.requires_grad else detail)
     padded = (1,) * (4 - mask.dim()) + tuple(mask.shape)
     if mask.dim() > 4 or any(have != want and have != 1 for have, want in zip(padded, target, strict=True)):
         return Decision(Reason.MASK_SHAPE, f"{_text(mask)} for {target}")

@@ -14,7 +14,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..naming import SiteNames
-from ..report import Site
+from ..report import Reason, Site
 from .fx_utils import bind, signature_of, size_text, submodule_of, value_of
 from .open_up import OPENABLE, open_up
 
@@ -34,6 +34,9 @@ _SDPA = {
 _OPAQUE = {torch._transformer_encoder_layer_fwd, torch._native_multi_head_attention}
 # Higher-order operators whose body runs once, with the operands after it as its inputs.
 _TRANSPARENT = {"tag_activation_checkpoint"}
+# torch.func.grad, vjp and jvp; our autograd formulas are not written for them (vmap is decomposed and works).
+_ENTER_TRANSFORM = {"_grad_increment_nesting", "_jvp_increment_nesting"}
+_LEAVE_TRANSFORM = {"_grad_decrement_nesting", "_jvp_decrement_nesting"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Match:
     """A site and where it stands.
 
     ``node`` belongs to ``graph_module``, which the ``callers`` (outermost first) run. Where attention is inside a
-    larger call, ``inside`` is that call as a graph.
+    larger call, ``inside`` is that call as a graph. ``obstacle`` is what is around it that forbids a rewrite.
     """
 
     site: Site
@@ -57,7 +60,7 @@ class Match:
     node: Node
     callers: tuple[Caller, ...] = ()
     inside: GraphModule | None = None
-    in_control_flow: bool = False
+    obstacle: Reason | None = None
 
     @property
     def arguments(self) -> Mapping[str, Any]:
@@ -90,14 +93,20 @@ def attention_arguments(node: Node) -> Mapping[str, Any]:
 
 def find(graph_module: GraphModule) -> list[Match]:
     """Every attention computation of a graph and of the graphs nested in it, in order."""
-    return list(_find(graph_module, SiteNames(), (), False))
+    return list(_find(graph_module, SiteNames(), (), None))
 
 
-def _find(owner: GraphModule, names: SiteNames, callers: tuple[Caller, ...], control_flow: bool) -> Iterator[Match]:
+def _find(
+    owner: GraphModule, names: SiteNames, callers: tuple[Caller, ...], obstacle: Reason | None
+) -> Iterator[Match]:
+    transforms = 0  # of torch.func, entered and not yet left
     for node in owner.graph.nodes:
         if node.op != "call_function":
             continue
-        where = {"graph_module": owner, "node": node, "callers": callers, "in_control_flow": control_flow}
+        target = getattr(node.target, "__name__", "")
+        transforms += (target in _ENTER_TRANSFORM) - (target in _LEAVE_TRANSFORM)
+        around = Reason.TRANSFORM if transforms > 0 else obstacle
+        where: dict[str, Any] = {"graph_module": owner, "node": node, "callers": callers, "obstacle": around}
         if is_attention(node):
             yield Match(_site(names.name(node), "sdpa", node), **where)
         elif node.target in OPENABLE:
@@ -115,7 +124,7 @@ def _find(owner: GraphModule, names: SiteNames, callers: tuple[Caller, ...], con
                 nested = submodule_of(argument, owner)
                 if nested is not None:
                     once = node.target.name() in _TRANSPARENT and len(argument.users) == 1
-                    yield from _find(nested, names, (*callers, caller), control_flow or not once)
+                    yield from _find(nested, names, (*callers, caller), around if once else Reason.CONTROL_FLOW)
 
 
 def _site(name: str, kind: str, attention: Node) -> Site:

@@ -26,7 +26,7 @@ def open_up(node: Node) -> GraphModule | None:
     carries no shapes.
     """
     inputs = tensor_inputs(node)
-    if _returns_weights(node) or not all(isinstance(value_of(n), FakeTensor) for n in inputs):
+    if not inputs or returns_weights(node) or not all(isinstance(value_of(n), FakeTensor) for n in inputs):
         return None
     arguments = dict(bind(_MHA, node))
     arguments["need_weights"] = False  # nobody reads them, and without them attention is one fused call
@@ -73,7 +73,7 @@ def put_inside(graph_module: GraphModule, node: Node, inside: GraphModule) -> di
     return copies
 
 
-def _returns_weights(node: Node) -> bool:
+def returns_weights(node: Node) -> bool:
     """Whether somebody reads the second output, the attention weights, or the pair as a whole."""
     return not all(
         user.op == "call_function" and user.target is operator.getitem and user.args[1] == 0 for user in node.users

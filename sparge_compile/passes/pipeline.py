@@ -1,8 +1,8 @@
-"""The passes in order: find, decide, substitute. The first two can be run alone."""
+"""What follows on find: decide about every match, substitute those that become sparse. The first can be run alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from ..config import Options
 from ..report import Decision, Report, SiteReport
 from .decide import decide, thresholds_for
-from .find import Match, find
+from .find import Match
 from .fx_utils import value_of
 from .substitute import substitute
 
@@ -29,9 +29,9 @@ class Plan:
         report.sites += [SiteReport(match.site, decision) for match, decision in self.steps]
 
 
-def plan(graph_module: GraphModule, options: Options) -> Plan:
-    """Find and decide; the graph is not changed."""
-    return Plan(tuple((match, decide(match, options)) for match in find(graph_module)))
+def plan(matches: Iterable[Match], options: Options) -> Plan:
+    """Decide about everything that was found in a graph; the graph is not changed."""
+    return Plan(tuple((match, decide(match, options)) for match in matches))
 
 
 def apply(graph_module: GraphModule, todo: Plan, options: Options, as_input: Callable[[Tensor], Any]) -> list[Tensor]:
