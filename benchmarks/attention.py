@@ -1,6 +1,6 @@
 """Our kernels beside their rivals in one run: the table of DESIGN section 10, or its CPU counterpart.
 
-    python benchmarks/attention.py                      # CUDA: shapes A and B
+    python benchmarks/attention.py                      # this machine's device; CUDA: shapes A and B
     python benchmarks/attention.py --device cpu         # L = 16384, then lengths and densities against dense
     python benchmarks/attention.py --device cpu --quick
 
@@ -264,7 +264,8 @@ def sweep(lengths: list[int], device: torch.device, dtype: torch.dtype) -> list[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, choices=["cuda", "cpu"], help=f"({device})")
     parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), help="default: A B on CUDA, cpu on a CPU")
     parser.add_argument(
         "--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16; float32 on a CPU"
