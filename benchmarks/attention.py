@@ -264,8 +264,8 @@ def sweep(lengths: list[int], device: torch.device, dtype: torch.dtype) -> list[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device, choices=["cuda", "cpu"], help=f"({device})")
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=here, choices=["cuda", "cpu"], help=f"({here})")
     parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), help="default: A B on CUDA, cpu on a CPU")
     parser.add_argument(
         "--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16; float32 on a CPU"

@@ -158,8 +158,8 @@ def report(found: list[Sample]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device, choices=["cuda", "cpu"], help=f"({device})")
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=here, choices=["cuda", "cpu"], help=f"({here})")
     parser.add_argument(
         "--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16; float32 on a CPU"
     )
