@@ -31,6 +31,7 @@ class Options:
     topp: float = DEFAULT_TOPP
     min_seq_len: int | None = None
     costs: CostModel | None = None
+    additive_masks: bool = False
     on_unsupported: str = "warn"
     inner: str = "inductor"
     inductor: Mapping[str, Any] = field(default_factory=dict)
@@ -44,6 +45,7 @@ class Options:
         _expect("min_seq_len", self.min_seq_len, (int, type(None)), "a number of keys, or None for the cost model")
         if self.min_seq_len is not None and self.min_seq_len < 0:
             raise _bad_value("min_seq_len", self.min_seq_len, "0 or more keys, or None for the cost model")
+        _expect("additive_masks", self.additive_masks, (bool,), "True or False")
         if self.costs is not None:
             object.__setattr__(self, "costs", CostModel.parse(self.costs))
         for name, known in (("on_unsupported", ON_UNSUPPORTED), ("inner", INNER)):

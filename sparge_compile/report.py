@@ -19,7 +19,7 @@ class Site:
     """
 
     name: str
-    kind: str  # "sdpa": a fused call; "fused": a larger call that holds attention inside
+    kind: str  # "sdpa": a fused call; "fused": a larger call that holds it; "decomposed"; "softmax": no attention
     batch: int | str | None = None
     heads: int | str | None = None
     kv_heads: int | str | None = None
@@ -51,12 +51,19 @@ class Reason(Enum):
     LAYOUT = "not [batch, heads, length, head size]"
     HEADS = "query and key heads do not fit"
     ADDITIVE_MASK = "additive mask changes scores"
+    LEARNED_BIAS = "a learned bias needs gradients"
     MASK_SHAPE = "mask shape"
     CAUSAL_AND_MASK = "is_causal together with a mask"
     CONTROL_FLOW = "inside control flow"
     TRANSFORM = "inside torch.func.grad or jvp"
-    WEIGHTS_USED = "attention weights are returned"
+    WEIGHTS_USED = "attention weights are read elsewhere"
+    SCORES_USED = "scores are read elsewhere"
+    SCORES_CHANGED = "scores or weights are changed"
+    IN_PLACE = "a tensor is changed in place"
+    CONTEXT = "autocast or gradient mode changes inside"
     OPAQUE = "fused kernel without a graph"
+    # no attention
+    NOT_ATTENTION = "softmax that is not attention"
 
     @property
     def sparse(self) -> bool:
@@ -64,7 +71,7 @@ class Reason(Enum):
 
     @property
     def unsupported(self) -> bool:
-        return not self.sparse and self not in (Reason.SLOWER, Reason.TOO_SHORT)
+        return not self.sparse and self not in (Reason.SLOWER, Reason.TOO_SHORT, Reason.NOT_ATTENTION)
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,7 @@ CHANGED = {
     "topp": 0.125,
     "min_seq_len": 17,
     "costs": CostModel(**COSTS),
+    "additive_masks": True,
     "on_unsupported": "error",
     "inner": "eager",
     "inductor": {"max_autotune": True},

@@ -121,7 +121,8 @@ def test_topk_1_is_dense_attention_and_every_call_is_in_the_report(case: Case):
     assert [row.status for row in report] == [a.status for a in case.attentions]
     assert report.graphs == 1
     for row, expected in zip(report, case.attentions, strict=True):
-        assert row.site.mask in (expected.traced_masks or (expected.mask,))
+        assert (row.site.mask, row.site.is_causal) == (expected.mask, expected.is_causal)
+        assert (row.shapes["heads"] != row.shapes["kv_heads"]) == expected.enable_gqa
 
     call = compiled(model, DENSE)
     output, gradients = run(model, call, inputs)
@@ -144,19 +145,13 @@ def test_short_keys_stay_dense_and_the_others_do_not():
     assert sparse_calls(call, inputs) == len(report.sparse) == 2
 
 
-def stand_in(site: sparge_compile.report.Site, options: dict[str, Any]) -> Any:
-    """The reference in the place of SDPA, with the mask in the form that it has in the graph of ``site``."""
+def stand_in(options: dict[str, Any]) -> Any:
+    """The reference in the place of SDPA."""
 
     def attention(
         query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
     ):  # SDPA's signature
         assert dropout_p == 0.0
-        # Llama's is_causal reaches the graph as a boolean mask, and the map is that of the mask: cut blocks are kept,
-        # but a diagonal block that every row sees competes with the others. Once `find` recognises a causal mask,
-        # `site.is_causal` is true here and nothing is converted.
-        if is_causal and not site.is_causal:
-            assert site.mask == "bool"
-            is_causal, attn_mask = False, torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool).tril()
         if attn_mask is not None:
             attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape))
         thresholds = torch.tensor([[options["topk"], options["topp"]]]).expand(query.shape[1], 2)
@@ -177,7 +172,7 @@ def test_sparse_thresholds_give_what_the_reference_gives(name: str, monkeypatch)
     output, gradients = run(model, compiled(model, SPARSE), inputs)
     dense = tensor_of(model(**inputs))
 
-    patched = stand_in(report.sites[0].site, SPARSE)
+    patched = stand_in(SPARSE)
     monkeypatch.setattr(F, "scaled_dot_product_attention", patched)
     expected_output, expected_gradients = run(model, model, inputs)
     assert len(patched.densities) == len(report.sites)

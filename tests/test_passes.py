@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sparge_compile import Calibration, explain
 from sparge_compile.config import Options
-from sparge_compile.passes import find as find_module
+from sparge_compile.passes import fused
 from sparge_compile.passes.decide import decide, expected_density
 from sparge_compile.passes.find import find
 from sparge_compile.passes.fx_utils import clone
@@ -82,7 +82,7 @@ DENSE = {
     "five dimensions": (lambda q, k, v: F.scaled_dot_product_attention(q[None], k[None], v[None]), {}, Reason.LAYOUT),
     "batch broadcast": (lambda q, k, v: F.scaled_dot_product_attention(q, k[:1], v[:1]), {}, Reason.LAYOUT),
     "additive mask": (
-        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=torch.zeros(100, 100)),
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=-torch.arange(100.0).expand(100, 100)),
         {},
         Reason.ADDITIVE_MASK,
     ),
@@ -267,8 +267,8 @@ def test_calibration_reaches_sites_by_name_and_pattern():
 
 def test_the_signature_that_binds_arguments_is_the_one_torch_has():
     schema = torch.ops.aten.scaled_dot_product_attention.default._schema
-    assert [a.name for a in schema.arguments] == list(find_module._SDPA_SIGNATURE.parameters)
-    defaults = [p.default for p in find_module._SDPA_SIGNATURE.parameters.values()][3:]
+    assert [a.name for a in schema.arguments] == list(fused._SIGNATURE.parameters)
+    defaults = [p.default for p in fused._SIGNATURE.parameters.values()][3:]
     assert [a.default_value for a in schema.arguments][3:] == defaults
 
 

@@ -1,36 +1,28 @@
 """Find attention: graph in, matches out. Nothing is changed and nothing is decided here.
 
-Understood are fused calls of scaled-dot-product attention, in Dynamo graphs, ``torch.export`` programs and plain FX
-graphs; ``F.multi_head_attention_forward`` is looked into. Larger fused kernels are named, so that the report is whole.
+Understood are fused calls (:mod:`.fused`) and attention written out around a softmax (:mod:`.decomposed`), in Dynamo
+graphs, ``torch.export`` programs and plain FX graphs; larger calls are looked into (:mod:`.open_up`) or named, so that
+the report is whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-from ..naming import SiteNames
+from ..naming import SiteNames, module_path
 from ..report import Reason, Site
-from .fx_utils import bind, signature_of, size_text, submodule_of, value_of
-from .open_up import OPENABLE, open_up
+from .attention import Attention, Refusal
+from .decomposed import is_softmax, match_softmax
+from .fused import is_fused, match_fused
+from .fx_utils import size_text, submodule_of
+from .open_up import OPENABLE, open_up, returns_weights
+from .reading import Reader
 
-
-def _sdpa(
-    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
-):  # the argument names of SDPA, which has no Python signature
-    raise AssertionError("only its signature is used")
-
-
-_SDPA_SIGNATURE = signature_of(_sdpa)
-_SDPA = {
-    torch._C._nn.scaled_dot_product_attention,
-    torch.ops.aten.scaled_dot_product_attention,
-    torch.ops.aten.scaled_dot_product_attention.default,
-}
 _OPAQUE = {torch._transformer_encoder_layer_fwd, torch._native_multi_head_attention}
 # Higher-order operators whose body runs once, with the operands after it as its inputs.
 _TRANSPARENT = {"tag_activation_checkpoint"}
@@ -52,72 +44,54 @@ class Match:
     """A site and where it stands.
 
     ``node`` belongs to ``graph_module``, which the ``callers`` (outermost first) run. Where attention is inside a
-    larger call, ``inside`` is that call as a graph. ``obstacle`` is what is around it that forbids a rewrite.
+    larger call, ``inside`` is that call as a graph. ``attention`` is None where it cannot be replaced; ``refusal`` says
+    why, or names what is around it that forbids a rewrite.
     """
 
     site: Site
     graph_module: GraphModule
     node: Node
+    reader: Reader
     callers: tuple[Caller, ...] = ()
     inside: GraphModule | None = None
-    obstacle: Reason | None = None
-
-    @property
-    def arguments(self) -> Mapping[str, Any]:
-        """The arguments of SDPA by name; none where the call cannot be looked into.
-
-        Read off the node at each use: the rewrite of an earlier site may have changed them.
-        """
-        return attention_arguments(self.attention_node) if is_attention(self.attention_node) else {}
-
-    @property
-    def output(self) -> Any:
-        """The fake tensor of the attention output, or None."""
-        return value_of(self.attention_node)
-
-    @property
-    def attention_node(self) -> Node:
-        """The attention call itself, in ``graph_module`` or in ``inside``."""
-        return self.node if self.inside is None else next(filter(is_attention, self.inside.graph.nodes))
-
-
-def is_attention(node: Node) -> bool:
-    """Whether a node is a fused call of scaled-dot-product attention."""
-    return node.op == "call_function" and node.target in _SDPA
-
-
-def attention_arguments(node: Node) -> Mapping[str, Any]:
-    """The arguments of an attention call by name, with SDPA's defaults."""
-    return bind(_SDPA_SIGNATURE, node)
+    attention: Attention | None = None
+    refusal: Refusal | None = None
 
 
 def find(graph_module: GraphModule) -> list[Match]:
-    """Every attention computation of a graph and of the graphs nested in it, in order."""
+    """Every attention computation of a graph and of the graphs nested in it, in order; and every other softmax."""
     return list(_find(graph_module, SiteNames(), (), None))
 
 
 def _find(
     owner: GraphModule, names: SiteNames, callers: tuple[Caller, ...], obstacle: Reason | None
 ) -> Iterator[Match]:
+    reader = Reader(owner)
     transforms = 0  # of torch.func, entered and not yet left
     for node in owner.graph.nodes:
-        if node.op != "call_function":
-            continue
         target = getattr(node.target, "__name__", "")
         transforms += (target in _ENTER_TRANSFORM) - (target in _LEAVE_TRANSFORM)
         around = Reason.TRANSFORM if transforms > 0 else obstacle
-        where: dict[str, Any] = {"graph_module": owner, "node": node, "callers": callers, "obstacle": around}
-        if is_attention(node):
-            yield Match(_site(names.name(node), "sdpa", node), **where)
+        where: dict[str, Any] = {"graph_module": owner, "node": node, "reader": reader, "callers": callers}
+        if is_fused(node):
+            yield _match(names.name(node), "sdpa", match_fused(node, reader), around, where)
+        elif is_softmax(node, reader):
+            found = match_softmax(node, reader)
+            named = found.output if isinstance(found, Attention) else node
+            kind = "softmax" if isinstance(found, Refusal) and found.reason is Reason.NOT_ATTENTION else "decomposed"
+            yield _match(names.name(named) if kind == "decomposed" else module_path(node), kind, found, around, where)
         elif node.target in OPENABLE:
             inside = open_up(node)
-            inner = next(filter(is_attention, inside.graph.nodes), None) if inside else None
-            if inner is None:
-                yield Match(Site(names.name(node), "fused"), **where)
+            inner = next(filter(is_fused, inside.graph.nodes), None) if inside else None
+            if inside is None or inner is None:
+                refusal = Refusal(Reason.WEIGHTS_USED if returns_weights(node) else Reason.NO_SHAPES)
+                yield Match(Site(names.name(node), "fused"), refusal=refusal, **where)
             else:
-                yield Match(_site(names.name(node), "fused", inner), inside=inside, **where)
+                yield _match(
+                    names.name(node), "fused", match_fused(inner, Reader(inside)), around, {**where, "inside": inside}
+                )
         elif node.target in _OPAQUE:
-            yield Match(Site(names.name(node), "fused"), **where)
+            yield Match(Site(names.name(node), "fused"), refusal=Refusal(Reason.OPAQUE, target), **where)
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
             caller = Caller(owner, node)
             for argument in node.all_input_nodes:
@@ -127,26 +101,21 @@ def _find(
                     yield from _find(nested, names, (*callers, caller), around if once else Reason.CONTROL_FLOW)
 
 
-def _site(name: str, kind: str, attention: Node) -> Site:
-    arguments = attention_arguments(attention)
-    query, key, mask = (value_of(arguments[x]) for x in ("query", "key", "attn_mask"))
-    how: dict[str, Any] = {
-        "mask": "none" if mask is None else "bool" if getattr(mask, "dtype", None) == torch.bool else "additive",
-        "is_causal": arguments["is_causal"] is True,
-    }
-    if not isinstance(query, torch.Tensor) or not isinstance(key, torch.Tensor) or query.dim() != 4 or key.dim() != 4:
-        return Site(name, kind, **how)
-    batch, heads, length, head_size = map(size_text, query.shape)
-    return Site(
+def _match(name: str, kind: str, found: Attention | Refusal, around: Reason | None, where: dict[str, Any]) -> Match:
+    if isinstance(found, Refusal):
+        return Match(Site(name, kind), refusal=found, **where)
+    site = Site(
         name,
         kind,
-        batch=batch,
-        heads=heads,
-        kv_heads=size_text(key.shape[1]),
-        length=length,
-        keys=size_text(key.shape[2]),
-        head_size=head_size,
-        dtype=str(query.dtype).removeprefix("torch."),
-        device=query.device.type,
-        **how,
+        batch=size_text(found.batch),
+        heads=size_text(found.heads),
+        kv_heads=size_text(found.kv_heads),
+        length=size_text(found.length),
+        keys=size_text(found.keys),
+        head_size=size_text(found.head_size),
+        dtype=str(found.dtype).removeprefix("torch."),
+        device=found.device.type,
+        mask=found.mask_kind,
+        is_causal=found.is_causal,
     )
+    return Match(site, attention=found, refusal=Refusal(around) if around else None, **where)

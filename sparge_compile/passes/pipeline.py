@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from ..config import Options
 from ..report import Decision, Report, SiteReport
 from .decide import decide, thresholds_for
 from .find import Match
-from .fx_utils import value_of
 from .substitute import substitute
 
 
@@ -44,11 +43,13 @@ def apply(graph_module: GraphModule, todo: Plan, options: Options, as_input: Cal
     """
     new_inputs: list[Tensor] = []
     touched = {graph_module}
+    replaced: dict[Node, Node] = {}
     for match, decision in todo.steps:
         if decision.status == "sparse":
-            device = value_of(match.arguments["query"]).device
+            assert match.attention is not None
+            device = match.attention.device
             thresholds = torch.tensor(thresholds_for(match, options), dtype=torch.float32, device=device)
-            substitute(match, graph_module, as_input(thresholds))
+            substitute(match, graph_module, as_input(thresholds), replaced)
             new_inputs.append(thresholds)
             touched |= {match.graph_module, *(caller.graph_module for caller in match.callers)}
     if new_inputs:

@@ -1,4 +1,4 @@
-"""Put the sparse op in the place of an attention call. Only nodes that the rewrite itself orphans are removed."""
+"""Put the sparse op in the place of an attention. Only nodes that the rewrite itself orphans are removed."""
 
 from __future__ import annotations
 
@@ -8,34 +8,61 @@ import torch
 from torch.fx import GraphModule, Node
 
 from .. import ops  # noqa: F401  importing it registers the op
-from .find import Match, attention_arguments
+from .emit import Emitter
+from .find import Match
 from .fx_utils import add_input
+from .mutations import is_pure
 from .open_up import put_inside
 
 OP = torch.ops.sparge.attention.default
 
 
-def substitute(match: Match, root: GraphModule, thresholds: Any) -> Node:
+def substitute(match: Match, root: GraphModule, thresholds: Any, replaced: dict[Node, Node]) -> Node:
     """Rewrite one match; ``thresholds`` is the (fake) value of the new last input of ``root`` that will carry them.
 
-    Returns the new node. The caller lints and recompiles.
+    ``replaced`` says what became of the results of earlier sites, and is added to. Returns the op's node. The caller
+    lints and recompiles.
     """
-    node = match.node
-    if match.inside is not None:
-        node = put_inside(match.graph_module, node, match.inside)[match.attention_node]
-    arguments = attention_arguments(node)
+    found = match.attention
+    assert found is not None
+    copies = put_inside(match.graph_module, match.node, match.inside) if match.inside is not None else {}
+
+    def translate(node: Node) -> Node:
+        node = copies.get(node, node)
+        while node in replaced:
+            node = replaced[node]
+        return node
+
     given = _pass_down(match, root, thresholds)
+    output = translate(found.output)
     graph = match.graph_module.graph
-    with graph.inserting_before(node):
-        new = graph.call_function(
-            OP,
-            (arguments["query"], arguments["key"], arguments["value"], given),
-            {name: arguments[name] for name in ("attn_mask", "is_causal", "scale")},
-        )
-    new.meta = dict(node.meta)
-    node.replace_all_uses_with(new)
-    graph.erase_node(node)
+    emitter = Emitter(graph, found, translate)
+    with graph.inserting_before(output):
+        query, key, value = emitter.operands()
+        options: dict[str, Any] = {"attn_mask": emitter.mask(), "is_causal": found.is_causal, "scale": found.scale}
+        new = graph.call_function(OP, (query, key, value, given), options)
+        result = emitter.result(new)
+    new.meta = dict(output.meta)
+    result.meta = dict(output.meta)
+    output.replace_all_uses_with(result)
+    replaced[output] = result
+    _erase(match, [copies.get(node, node) for node in reversed(found.region)])
     return new
+
+
+def _erase(match: Match, region: list[Node]) -> None:
+    """Remove what the rewrite left without readers: the region, and what only it had read."""
+    graph = match.graph_module.graph
+    orphans: list[Node] = []
+    for node in region:
+        if not node.users:
+            orphans += node.all_input_nodes
+            graph.erase_node(node)
+    while orphans:
+        node = orphans.pop()
+        if not node.users and not node._erased and is_pure(node, match.reader.lowering):
+            orphans += node.all_input_nodes
+            graph.erase_node(node)
 
 
 def _pass_down(match: Match, root: GraphModule, thresholds: Any) -> Node:

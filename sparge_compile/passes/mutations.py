@@ -1,0 +1,98 @@
+"""Tensors that a graph changes in place: which version of a tensor a node reads.
+
+``scores *= c`` and ``scores.masked_fill_(...)`` change what later readers of ``scores`` see, through whatever view.
+Tensors are told apart by the storage of their fake tensors.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from .lower import Lowering
+
+_OPERATORS = (
+    "iadd",
+    "isub",
+    "imul",
+    "itruediv",
+    "ifloordiv",
+    "imod",
+    "ipow",
+    "iand",
+    "ior",
+    "ixor",
+    "imatmul",
+    "setitem",
+)
+_IN_PLACE = {getattr(operator, name) for name in _OPERATORS}
+
+
+class Mutations:
+    """The nodes of one graph that change tensors in place, by storage."""
+
+    def __init__(self, lowering: Lowering) -> None:
+        self._lowering = lowering
+        self.position = {node: i for i, node in enumerate(lowering.owner.graph.nodes)}
+        self._writers: dict[Any, list[tuple[Node, Node]]] = {}
+        for node in self.position:
+            if _may_write(node):
+                for written in lowering.mutated(node):
+                    self._writers.setdefault(self._storage(written), []).append((node, written))
+
+    def version(self, node: Node, reader: Node) -> Node | None:
+        """The node whose result is what ``reader`` sees of ``node``; None where it was changed through a view."""
+        seen = node
+        for writer, written in self._between(node, node, reader):
+            if written not in (node, seen):
+                return None
+            seen = writer
+        return seen
+
+    def changed(self, node: Node, since: Node, until: Node, ignore: Collection[Node] = ()) -> bool:
+        """Whether a writer that is not ignored changes a tensor between two nodes."""
+        return any(writer not in ignore for writer, _ in self._between(node, since, until))
+
+    def written(self, node: Node) -> list[Node]:
+        """The tensors that a node changes."""
+        return [written for found in self._writers.values() for writer, written in found if writer is node]
+
+    def _between(self, node: Node, since: Node, until: Node) -> list[tuple[Node, Node]]:
+        start, end = self.position[since], self.position[until]
+        found = self._writers.get(self._storage(node), []) if self._writers else []
+        return [w for w in found if start < self.position[w[0]] < end]
+
+    def _storage(self, node: Node) -> Any:
+        fake = self._lowering.fake(node)
+        return fake.untyped_storage()._cdata if isinstance(fake, Tensor) else None
+
+
+def _may_write(node: Node) -> bool:
+    """Whether a node's name or arguments speak of a change in place; a cheap filter, lowering gives the answer."""
+    if node.op == "call_method":
+        name = str(node.target)
+        return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or name.startswith("__i")
+    if node.op == "call_module":
+        owner = node.graph.owning_module
+        return owner is not None and bool(getattr(owner.get_submodule(str(node.target)), "inplace", False))
+    if node.op != "call_function":
+        return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        return bool(node.target._schema.is_mutable)
+    name = getattr(node.target, "__name__", "")
+    flagged = (
+        bool(node.kwargs.get("inplace")) or node.kwargs.get("out") is not None or any(x is True for x in node.args)
+    )
+    return node.target in _IN_PLACE or flagged or (name.endswith("_") and not name.endswith("__"))
+
+
+def is_pure(node: Node, lowering: Lowering) -> bool:
+    """Whether nothing but a node's result tells that it ran."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return not node.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in node.target.tags
+    return not _may_write(node) and lowering.runs_quietly(node)

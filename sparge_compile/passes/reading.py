@@ -1,0 +1,71 @@
+"""Reading a graph backwards: from a value to what computed it, through views, copies and changes in place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from .axes import COPIES, Layout, before, is_layout
+from .lower import Lowering, Value
+from .mutations import Mutations
+
+
+@dataclass(frozen=True)
+class Held:
+    """A graph node that holds a tensor, the axes of its dimensions, and the node that reads it."""
+
+    node: Node
+    layout: Layout
+    reader: Node
+    copied: bool = False  # a copy stands between this node and the tensor that was asked for
+
+
+class Reader:
+    """One graph, to be read."""
+
+    def __init__(self, owner: GraphModule) -> None:
+        self.owner = owner
+        self.lowering = Lowering(owner)
+        self.mutations = Mutations(self.lowering)
+
+    def holder(self, value: Value, reader: Node) -> Node | None:
+        """The graph node that holds what ``reader`` reads as ``value``; None for an intermediate result."""
+        if value.node is None:
+            return None
+        seen = self.mutations.version(value.node, reader)
+        return seen if seen is not None and isinstance(self.lowering.fake(seen), Tensor) else value.node
+
+    def definition(self, value: Value, reader: Node) -> tuple[Value, Node] | None:
+        """What computed a value that ``reader`` reads: a value with a call, and the node that the call belongs to."""
+        while value.call is None:
+            node = self.mutations.version(value.node, reader) if value.node is not None else None
+            inner = self.lowering.value(node) if node is not None else None
+            if node is None or inner is None:
+                return None
+            value, reader = inner, node
+        return value, reader
+
+    def holders(self, value: Value, reader: Node, layout: Layout) -> list[Held]:
+        """The nodes that hold a tensor in some layout, from the nearest back to where it is more than laid out anew."""
+        found: list[Held] = []
+        copied = False
+        while True:
+            node = self.holder(value, reader)
+            if node is not None:
+                found.append(Held(node, layout, reader, copied))
+            if value.call is None:
+                seen = self.mutations.version(value.node, reader) if value.node is not None else None
+                inner = self.lowering.value(seen) if seen is not None else None
+                if seen is None or inner is None:
+                    return found
+                value, reader = inner, seen
+                continue
+            if not is_layout(value.call):
+                return found
+            earlier = before(value.call, layout)
+            if earlier is None:
+                return found
+            copied = copied or value.call.name in COPIES
+            value, layout = value.call.args[0], earlier
