@@ -171,7 +171,7 @@ def weights_of_the_first_key_read(q, k, v):
     return weights @ v, weights[..., 0]
 
 
-@lookalike(*WEIGHTS_CHANGED, Reason.SCORES_CHANGED)
+@lookalike(Reason.SCORES_USED)
 def scores_returned(q, k, v):
     scores = scores_of(q, k)
     return scores.softmax(dim=-1) @ v, scores
@@ -199,7 +199,7 @@ def mask_multiplied_after_the_softmax(q, k, v):
     return (scores_of(q, k).softmax(-1) * (torch.arange(S) < 77)) @ v
 
 
-@lookalike(*WEIGHTS_CHANGED, inputs=with_extra(lambda: torch.randn(H, H)))
+@lookalike(Reason.NOT_ATTENTION, inputs=with_extra(lambda: torch.randn(H, H)))
 def heads_mixed_after_the_softmax(q, k, v, mix):
     weights = torch.einsum("bhqk,hg->bgqk", scores_of(q, k).softmax(dim=-1), mix)
     return weights @ v

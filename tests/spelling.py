@@ -25,7 +25,7 @@ OTHER_AXIS = (Reason.NOT_ATTENTION,)
 RETURNED = (Reason.WEIGHTS_USED,)
 ACTIVE_DROPOUT = (Reason.DROPOUT,)
 # The weights are changed on their way to the values: not plain attention, and a use of the weights.
-WEIGHTS_CHANGED = (Reason.NOT_ATTENTION, Reason.WEIGHTS_USED)
+WEIGHTS_CHANGED = (Reason.SCORES_CHANGED, Reason.WEIGHTS_USED)
 # A finite number at masked places: a changed score or an additive mask, as one likes to see it.
 FINITE = (Reason.ADDITIVE_MASK, Reason.SCORES_CHANGED)
 

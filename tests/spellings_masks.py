@@ -6,8 +6,11 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from spelling import FINITE, OTHER_AXIS, RETURNED, SCALE, SPELLINGS, B, H, L, S, Spelling, qkv, sdpa, spelling
 from torch import nn
+
+from sparge_compile.report import Reason
 
 LOWEST = torch.finfo(torch.float32).min
 CAUSAL: dict[str, Any] = {"inputs": qkv(length=S), "length": S, "is_causal": True}
@@ -86,8 +89,15 @@ def where_turned_round(q, k, v, m, dim=-1):
     return torch.where(~m[:, None, None], -math.inf, q @ k.mT * SCALE).softmax(dim) @ v
 
 
-@spelling(twin={"lowest": -2.0}, why=FINITE, **PADDED_FLOAT)
+@spelling(twin={"lowest": -2.0}, why=FINITE, **PADDED)
 def inverted_and_multiplied(q, k, v, m, lowest=LOWEST):
+    bias = (1.0 - m[:, None, None, :].to(q.dtype)) * lowest
+    return (q @ k.mT * SCALE + bias).softmax(-1) @ v
+
+
+@spelling(twin={"lowest": -2.0}, why=FINITE, **{**PADDED_FLOAT, "mask": "additive"}, reason=Reason.ADDITIVE_MASK)
+def inverted_floats_multiplied(q, k, v, m, lowest=LOWEST):
+    """Floats that are given may be other numbers than 0 and 1."""
     bias = (1.0 - m[:, None, None, :]) * lowest
     return (q @ k.mT * SCALE + bias).softmax(-1) @ v
 
@@ -232,7 +242,9 @@ def sliding_window(q, k, v, fill=-math.inf):
 
 
 def _causal_and_padded(attend, q, k, v, m):
-    return attend(q, k, v, attn_mask=m.view(B, 1, 1, S) & causal_pairs(), scale=SCALE)
+    if attend is F.scaled_dot_product_attention:  # which takes causality or a mask
+        return attend(q, k, v, attn_mask=m.view(B, 1, 1, S) & causal_pairs(), scale=SCALE)
+    return attend(q, k, v, attn_mask=m.view(B, 1, 1, S), is_causal=True, scale=SCALE)
 
 
 @spelling(

@@ -59,8 +59,8 @@ def assert_near(got: Tensor, want: Tensor, bounds: dict[torch.dtype, float]) -> 
 
 
 def differentiable(inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """The floating inputs, as leaves that gradients are asked for."""
-    return [x.requires_grad_() for x in inputs if x.is_floating_point()]
+    """The floating inputs, as leaves that gradients are asked for; not what tells padding, [B, S]."""
+    return [x.requires_grad_() for x in inputs if x.is_floating_point() and x.dim() != 2]
 
 
 def gradients(output: Tensor, leaves: list[Tensor]) -> list[Tensor | None]:
@@ -151,7 +151,8 @@ def test_scale_mask_and_heads_are_understood(spelling: Spelling):
     inputs = spelling.inputs()
     got = compiled(spelling.function, SPARSE)(*inputs)
     assert_near(got, spelling.same(partial(sparge_compile.attention, topk=0.3), *inputs), OUTPUT_ERROR)
-    if spelling.keys > 64:  # more than one key block, so that some can be dropped
+    # More than one key block, so that some can be dropped; but not those that a window cuts.
+    if spelling.keys > 64 and spelling.name != "sliding_window":
         dense = spelling.function(*inputs)
         assert (got - dense).abs().max() > 1e-3 * dense.abs().max(), "nothing was dropped"
 

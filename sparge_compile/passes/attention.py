@@ -16,10 +16,11 @@ from .fx_utils import value_of
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why something is not, or cannot become, sparse attention."""
+    """Why something is not, or cannot become, sparse attention. ``node`` is one of its products, where that is known."""
 
     reason: Reason
     detail: str = ""
+    node: Node | None = None
 
 
 @dataclass(frozen=True)
@@ -134,5 +135,5 @@ class Attention:
     @property
     def learned_mask(self) -> bool:
         """Whether a gradient would flow into what is added to the scores."""
-        added = (value_of(m.operand.node) for m in self.masks if m.kind == "add")
+        added = (value_of(m.operand.node) for m in self.masks if m.kind in ("add", "hide"))
         return any(isinstance(x, Tensor) and x.requires_grad for x in added)

@@ -134,6 +134,8 @@ def _axes(
     lead = tuple(a for a in all_axes if a not in rows and a not in keys)
     if _strangers((q,), (*lead, *rows, *feature)) or _strangers((k,), (*lead, *keys, *feature)):
         return Refusal(Reason.LAYOUT, "query and key have axes of their own")
+    if any(a in v and a not in k for a in all_axes):
+        return Refusal(Reason.NOT_ATTENTION, "values differ from query to query")
     if set(keys) - set(k) or set(keys) - set(v) or _strangers((v,), (*lead, *keys, *value_feature)):
         return Refusal(Reason.LAYOUT, "key and value have other axes than the weights")
     first = (

@@ -40,6 +40,7 @@ _SOFTMAX = {"softmax", "_softmax", "_safe_softmax"}
 _PRODUCTS = {"bmm", "mm"}
 _ADDED_PRODUCTS = {"baddbmm", "addmm"}
 MAX_STEPS = 64  # calls between a softmax and either product; real code has a dozen
+OTHER_AXIS = "the product with values sums over another axis"
 MAX_LOOK = 12  # graph nodes that are searched for a product where the way to it is not understood
 
 
@@ -167,7 +168,7 @@ class _Match:
         *batch, rows, columns = layout
         summed, kept = (columns, rows) if first else (rows, columns)
         if summed != settle_dim(self.keys):
-            return Refusal(Reason.NOT_ATTENTION, "its product sums over another axis")
+            return Refusal(Reason.NOT_ATTENTION, OTHER_AXIS)
         new = new_dim(other.shape[-1] if first else other.shape[-2])
         if first:
             return _Product(user, (*batch, kept, new), Part(other, user, (*batch, summed, new)))
@@ -389,8 +390,10 @@ class _Match:
         reads = isinstance(product, _Product) or _near_product(self.softmax.users, lambda n: n.users, self.reader)
         refusals = [x for x in (scores, product) if isinstance(x, Refusal)]
         if makes and reads:
+            other_axis = [x for x in refusals if x.detail == OTHER_AXIS]
             named = [x for x in refusals if x.reason is not Reason.NOT_ATTENTION]
-            return named[0] if named else refusals[0]
+            node = next((x.node for x in (scores, product) if not isinstance(x, Refusal)), None)
+            return replace((other_axis or named or refusals)[0], node=node)
         if not makes:
             return Refusal(Reason.NOT_ATTENTION, "no product of queries and keys")
         return Refusal(Reason.NOT_ATTENTION, "no product with values")

@@ -77,7 +77,7 @@ def _find(
             yield _match(names.name(node), "sdpa", match_fused(node, reader), around, where)
         elif is_softmax(node, reader):
             found = match_softmax(node, reader)
-            named = found.output if isinstance(found, Attention) else node
+            named = found.output if isinstance(found, Attention) else found.node or node
             kind = "softmax" if isinstance(found, Refusal) and found.reason is Reason.NOT_ATTENTION else "decomposed"
             yield _match(names.name(named) if kind == "decomposed" else module_path(node), kind, found, around, where)
         elif node.target in OPENABLE:

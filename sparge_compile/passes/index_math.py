@@ -94,7 +94,9 @@ def as_cases(x: Any) -> Cases:
 
 
 def symbol_of(size: Any) -> Any:
-    """A size as a sympy expression."""
+    """A size or a number as a sympy expression; a float that is a whole number as that, so that 0.0 is 0."""
+    if isinstance(size, float) and size.is_integer():
+        return sympy.Integer(int(size))
     return size.node.expr if isinstance(size, (torch.SymInt, torch.SymFloat)) else sympy.sympify(size)
 
 
@@ -275,6 +277,8 @@ def _merge(cases: Cases) -> Cases:
     merged: dict[Any, Any] = {}
     for condition, value in cases:
         if condition != sympy.false:
+            if sympy.Eq(value, 0) in sympy.And.make_args(condition):
+                value = sympy.S.Zero  # x.masked_fill(x != 0, ...)
             merged[value] = sympy.Or(merged.get(value, sympy.false), condition)
     if len(merged) > MAX_CASES:
         raise _Unknown
