@@ -23,11 +23,13 @@ LAYERS = [
     ["kernels.select", "kernels.forward", "kernels.backward", "kernels.cpu"],
     ["ops"],
     ["functional", "passes.fx_utils"],
+    ["passes.mask_source", "passes.spelled_out", "passes.fused_kernels"],
     ["passes.open_up"],
     ["passes.find"],
     ["passes.decide", "passes.substitute"],
     ["passes.pipeline"],
     ["backend"],
+    ["rewrite"],
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 TRITON = {f"kernels.{name}" for name in ("select", "pool", "forward", "backward", "backward_query", "backward_key")}

@@ -11,7 +11,7 @@ from ..report import Decision, Reason
 from ..thresholds import Pair
 from .find import Match
 from .fx_utils import size_hint, value_of
-from .open_up import OPENABLE, returns_weights
+from .open_up import why_closed
 
 # Of fewer key blocks than 16 there is little to choose, and what is so short is mostly a text that a video attends to:
 # little time, much meaning. min_seq_len overrides it.
@@ -61,9 +61,8 @@ def _refusal(match: Match) -> Decision | None:
     arguments = match.arguments
     if not arguments:
         target = match.node.target
-        if target not in OPENABLE:
-            return Decision(Reason.OPAQUE, str(getattr(target, "__name__", target)))
-        return Decision(Reason.WEIGHTS_USED if returns_weights(match.node) else Reason.NO_SHAPES)
+        reason = why_closed(match.node) or Reason.OPAQUE
+        return Decision(reason, str(getattr(target, "__name__", target)) if reason is Reason.OPAQUE else "")
     query, key, value = (value_of(arguments[name]) for name in ("query", "key", "value"))
     if not all(isinstance(x, torch.Tensor) for x in (query, key, value, match.output)):
         return Decision(Reason.NO_SHAPES)
@@ -97,8 +96,7 @@ def _mask_refusal(match: Match, target: tuple[int, ...]) -> Decision | None:
     if match.arguments["is_causal"]:
         return Decision(Reason.CAUSAL_AND_MASK)
     if mask.dtype != torch.bool:
-        detail = "nn.MultiheadAttention makes every mask additive" if match.inside is not None else ""
-        return Decision(Reason.ADDITIVE_MASK, "learned" if mask.requires_grad else detail)
+        return Decision(Reason.ADDITIVE_MASK, "learned" if mask.requires_grad else "")
     padded = (1,) * (4 - mask.dim()) + tuple(mask.shape)
     if mask.dim() > 4 or any(have != want and have != 1 for have, want in zip(padded, target, strict=True)):
         return Decision(Reason.MASK_SHAPE, f"{_text(mask)} for {target}")

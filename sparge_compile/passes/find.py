@@ -1,7 +1,7 @@
 """Find attention: graph in, matches out. Nothing is changed and nothing is decided here.
 
 Understood are fused calls of scaled-dot-product attention, in Dynamo graphs, ``torch.export`` programs and plain FX
-graphs; ``F.multi_head_attention_forward`` is looked into. Larger fused kernels are named, so that the report is whole.
+graphs; ``F.multi_head_attention_forward`` and the inference kernels of torch.nn are looked into.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch.fx import GraphModule, Node
 
 from ..naming import SiteNames
 from ..report import Reason, Site
+from .fused_kernels import FUSED_KERNELS, only_attention_is_read
+from .fused_kernels import attention_arguments as kernel_arguments
 from .fx_utils import bind, signature_of, size_text, submodule_of, value_of
 from .open_up import OPENABLE, open_up
 
@@ -31,9 +33,8 @@ _SDPA = {
     torch.ops.aten.scaled_dot_product_attention,
     torch.ops.aten.scaled_dot_product_attention.default,
 }
-_OPAQUE = {torch._transformer_encoder_layer_fwd, torch._native_multi_head_attention}
 # Higher-order operators whose body runs once, with the operands after it as its inputs.
-_TRANSPARENT = {"tag_activation_checkpoint"}
+_TRANSPARENT = {"tag_activation_checkpoint", "wrap_with_autocast", "wrap_with_set_grad_enabled"}
 # torch.func.grad, vjp and jvp; our autograd formulas are not written for them (vmap is decomposed and works).
 _ENTER_TRANSFORM = {"_grad_increment_nesting", "_jvp_increment_nesting"}
 _LEAVE_TRANSFORM = {"_grad_decrement_nesting", "_jvp_decrement_nesting"}
@@ -73,7 +74,8 @@ class Match:
     @property
     def output(self) -> Any:
         """The fake tensor of the attention output, or None."""
-        return value_of(self.attention_node)
+        value = value_of(self.attention_node)
+        return value[0] if isinstance(value, (tuple, list)) else value
 
     @property
     def attention_node(self) -> Node:
@@ -83,12 +85,12 @@ class Match:
 
 def is_attention(node: Node) -> bool:
     """Whether a node is a fused call of scaled-dot-product attention."""
-    return node.op == "call_function" and node.target in _SDPA
+    return node.op == "call_function" and (node.target in _SDPA or node.target in FUSED_KERNELS)
 
 
 def attention_arguments(node: Node) -> Mapping[str, Any]:
     """The arguments of an attention call by name, with SDPA's defaults."""
-    return bind(_SDPA_SIGNATURE, node)
+    return kernel_arguments(node) or bind(_SDPA_SIGNATURE, node)
 
 
 def find(graph_module: GraphModule) -> list[Match]:
@@ -108,16 +110,16 @@ def _find(
         around = Reason.TRANSFORM if transforms > 0 else obstacle
         where: dict[str, Any] = {"graph_module": owner, "node": node, "callers": callers, "obstacle": around}
         if is_attention(node):
+            if node.target in FUSED_KERNELS and not only_attention_is_read(node):
+                where["obstacle"] = Reason.OUTPUTS_USED
             yield Match(_site(names.name(node), "sdpa", node), **where)
         elif node.target in OPENABLE:
-            inside = open_up(node)
+            inside, name = open_up(node), names.name(node, OPENABLE[node.target].child)
             inner = next(filter(is_attention, inside.graph.nodes), None) if inside else None
             if inner is None:
-                yield Match(Site(names.name(node), "fused"), **where)
+                yield Match(Site(name, "fused"), **where)
             else:
-                yield Match(_site(names.name(node), "fused", inner), inside=inside, **where)
-        elif node.target in _OPAQUE:
-            yield Match(Site(names.name(node), "fused"), **where)
+                yield Match(_site(name, "fused", inner), inside=inside, **where)
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
             caller = Caller(owner, node)
             for argument in node.all_input_nodes:

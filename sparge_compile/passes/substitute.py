@@ -9,6 +9,7 @@ from torch.fx import GraphModule, Node
 
 from .. import ops  # noqa: F401  importing it registers the op
 from .find import Match, attention_arguments
+from .fused_kernels import FUSED_KERNELS, replace_kernel
 from .fx_utils import add_input
 from .open_up import put_inside
 
@@ -33,6 +34,8 @@ def substitute(match: Match, root: GraphModule, thresholds: Any) -> Node:
             {name: arguments[name] for name in ("attn_mask", "is_causal", "scale")},
         )
     new.meta = dict(node.meta)
+    if node.target in FUSED_KERNELS:
+        replace_kernel(node, new)
     node.replace_all_uses_with(new)
     graph.erase_node(node)
     return new
