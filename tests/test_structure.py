@@ -25,11 +25,11 @@ LAYERS = [
     ["functional", "passes.fx_utils"],
     ["passes.mask_source", "passes.spelled_out", "passes.fused_kernels"],
     ["passes.open_up"],
-    ["passes.find"],
+    ["passes.find", "passes.leaves"],
     ["passes.decide", "passes.substitute"],
     ["passes.pipeline"],
     ["backend"],
-    ["rewrite"],
+    ["rewriting"],
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 TRITON = {f"kernels.{name}" for name in ("select", "pool", "forward", "backward", "backward_query", "backward_key")}

@@ -20,6 +20,8 @@ MIN_KEYS = 1024
 # The cost model is off by about a tenth; a site must be predicted to gain so much, lest it lose.
 MARGIN = 1.1
 
+_HOW_TO_GET_SHAPES = "give example_inputs to sparge_compile.rewrite"
+
 
 def decide(match: Match, options: Options) -> Decision:
     """Whether a site becomes sparse under these options. An error in the thresholds is raised, not decided."""
@@ -60,12 +62,12 @@ def _refusal(match: Match) -> Decision | None:
     """Why this site cannot be sparse at all, or None."""
     arguments = match.arguments
     if not arguments:
-        target = match.node.target
-        reason = why_closed(match.node) or Reason.OPAQUE
-        return Decision(reason, str(getattr(target, "__name__", target)) if reason is Reason.OPAQUE else "")
+        target, reason = match.node.target, why_closed(match.node) or Reason.OPAQUE
+        detail = {Reason.OPAQUE: str(getattr(target, "__name__", target)), Reason.NO_SHAPES: _HOW_TO_GET_SHAPES}
+        return Decision(reason, detail.get(reason, ""))
     query, key, value = (value_of(arguments[name]) for name in ("query", "key", "value"))
     if not all(isinstance(x, torch.Tensor) for x in (query, key, value, match.output)):
-        return Decision(Reason.NO_SHAPES)
+        return Decision(Reason.NO_SHAPES, _HOW_TO_GET_SHAPES)
     if not query.dim() == key.dim() == value.dim() == 4:
         return Decision(Reason.LAYOUT, f"query has {query.dim()} dimensions")
     if match.obstacle is not None:

@@ -18,7 +18,7 @@ from ..report import Reason, Site
 from .fused_kernels import FUSED_KERNELS, only_attention_is_read
 from .fused_kernels import attention_arguments as kernel_arguments
 from .fx_utils import bind, signature_of, size_text, submodule_of, value_of
-from .open_up import OPENABLE, open_up
+from .open_up import OPENABLE, holds_attention, open_up
 
 
 def _sdpa(
@@ -103,6 +103,8 @@ def _find(
 ) -> Iterator[Match]:
     transforms = 0  # of torch.func, entered and not yet left
     for node in owner.graph.nodes:
+        if holds_attention(node):
+            yield Match(Site(names.name(node), "fused"), owner, node, callers, None, obstacle)
         if node.op != "call_function":
             continue
         target = getattr(node.target, "__name__", "")

@@ -85,10 +85,10 @@ def open_up(node: Node) -> GraphModule | None:
 
 def why_closed(node: Node) -> Reason | None:
     """Why a call cannot be opened up, or None."""
-    if node.target not in OPENABLE:
-        return Reason.OPAQUE
     if returns_weights(node):
         return Reason.WEIGHTS_USED
+    if node.op == "call_module":
+        return Reason.NO_SHAPES if value_of(node) is None else Reason.OPAQUE
     values = [value_of(n) for n in tensor_inputs(node)]
     if not values or not all(isinstance(value, FakeTensor) for value in values):
         return Reason.NO_SHAPES
@@ -134,9 +134,26 @@ def put_inside(graph_module: GraphModule, node: Node, inside: GraphModule) -> di
 
 def returns_weights(node: Node) -> bool:
     """Whether somebody reads the second output, the attention weights, or the pair as a whole."""
-    return OPENABLE[node.target].returns_weights and not all(
+    if node.op == "call_module":
+        returns_both = isinstance(_module_of(node), torch.nn.MultiheadAttention)
+    else:
+        returns_both = OPENABLE[node.target].returns_weights
+    return returns_both and not all(
         user.op == "call_function" and user.target is operator.getitem and user.args[1] == 0 for user in node.users
     )
+
+
+def holds_attention(node: Node) -> bool:
+    """Whether a node calls a module that is, or is built of, nn.MultiheadAttention: a leaf of ``symbolic_trace``."""
+    module = _module_of(node) if node.op == "call_module" else None
+    if module is None or isinstance(module, GraphModule):
+        return False
+    return any(isinstance(inner, torch.nn.MultiheadAttention) for inner in module.modules())
+
+
+def _module_of(node: Node) -> torch.nn.Module | None:
+    owner = node.graph.owning_module
+    return None if owner is None else owner.get_submodule(str(node.target))
 
 
 def _arguments(node: Node) -> Mapping[str, Any]:
