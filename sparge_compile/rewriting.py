@@ -9,12 +9,19 @@ import copy
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, overload
 
 from torch import Tensor, nn
 from torch._dynamo.source import ConstantSource
 from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeCopyMode,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.export import ExportedProgram
 from torch.export.graph_signature import (
     ExportGraphSignature,
@@ -209,7 +216,6 @@ def _apply(new: GraphModule, plan: pipeline.Plan, settings: Options) -> Iterator
         while name in taken:
             name += "_"
         taken.add(name)
-        placeholder.meta["val"] = placeholder.meta.pop("example_value")
         yield name, placeholder, thresholds
 
 
@@ -249,12 +255,16 @@ def _copy(given: GraphModule) -> GraphModule:
 
 
 def _propagate_shapes(graph_module: GraphModule, inputs: Sequence[Any]) -> None:
-    """Note on each node what it gives for these inputs. Nothing is computed and nothing of the module changes."""
+    """Note on each node what it gives for these inputs, up to the first that depends on their values.
+
+    Nothing is computed and nothing of the module changes.
+    """
     mode = detect_fake_mode(tree_leaves(inputs)) or FakeTensorMode()
     with FakeCopyMode(mode):
         fake = copy.deepcopy(graph_module)  # layers write to their buffers, even if they are run for shapes alone
     fakes = tree_map(lambda x: _as_fake(x, mode), tuple(inputs))
-    FakeTensorProp(fake, mode).propagate_dont_convert_inputs(*fakes)
+    with suppress(DataDependentOutputException, DynamicOutputShapeException):
+        FakeTensorProp(fake, mode).propagate_dont_convert_inputs(*fakes)
     for node, known in zip(graph_module.graph.nodes, fake.graph.nodes, strict=True):
         node.meta.pop("example_value", None)
         node.meta["val"] = known.meta.get("val")

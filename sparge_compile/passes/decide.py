@@ -20,7 +20,7 @@ MIN_KEYS = 1024
 # The cost model is off by about a tenth; a site must be predicted to gain so much, lest it lose.
 MARGIN = 1.1
 
-_HOW_TO_GET_SHAPES = "give example_inputs to sparge_compile.rewrite"
+_HOW_TO_GET_SHAPES = "give example_inputs to sparge_compile.rewrite, or export the model"
 
 
 def decide(match: Match, options: Options) -> Decision:

@@ -66,8 +66,7 @@ def _export(node: Node, owner: GraphModule) -> ExportedProgram | None:
         for x in given:
             if isinstance(x, Node) and x not in blanks:
                 value = value_of(x)
-                blank = isinstance(value, Tensor)
-                blanks[x] = _blank(value) if blank else value
+                blanks[x] = _blank(value) if isinstance(value, Tensor) else value
     fake_args, fake_kwargs = tree_map(lambda x: blanks[x] if isinstance(x, Node) else x, (args, kwargs))
     by_name = inspect.signature(module.forward).bind(*fake_args, **fake_kwargs).arguments
     any_size = {name: _dynamic(value) for name, value in by_name.items()}
@@ -132,7 +131,7 @@ def _stack(node: Node, inner: Node) -> dict[str, Any]:
 
 
 def _dynamic(value: Any) -> Any:
-    """Any batch and length; the last dimension is the model's."""
+    """Any size in each dimension in which the module takes any."""
     leaves, spec = tree_flatten(value)
     return tree_unflatten(
         [[Dim.AUTO] * x.dim() if isinstance(x, Tensor) else None for x in leaves],
