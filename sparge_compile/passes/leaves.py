@@ -35,7 +35,7 @@ class LeafOpener:
         """Open the leaves of these node names (None: all), in place.
 
         Returns what was put in, node by node, with the name of the leaf. A leaf stays whole whose attention weights are
-        used, that changes its own buffers, or whose inputs have no shapes.
+        used, that changes its own buffers, or whose inputs or outputs have no shapes.
         """
         made: dict[Node, str] = {}
         for node in list(graph_module.graph.nodes):
@@ -57,8 +57,8 @@ def _export(node: Node, owner: GraphModule) -> ExportedProgram | None:
     if is_attention and returns_weights(node):
         return None
     given = tree_leaves((node.args, node.kwargs))
-    if any(isinstance(x, Node) and value_of(x) is None for x in given):
-        return None
+    if any(isinstance(x, Node) and value_of(x) is None for x in (node, *given)):
+        return None  # shapes are not known, or the module does what depends on data
     args, kwargs = _arguments(node, module)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     blanks: dict[Node, Any] = {}  # one for each node: nn.MultiheadAttention asks whether query and key are the same
