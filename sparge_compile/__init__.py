@@ -18,9 +18,10 @@ _WHERE = {
     "CostModel": "cost",
     "Options": "config",
     "Report": "report",
+    "rewrite": "rewriting",
 }
 
-__all__ = ["BlockMap", "Calibration", "CostModel", "Options", "Report", "attention", "explain"]
+__all__ = ["BlockMap", "Calibration", "CostModel", "Options", "Report", "attention", "explain", "rewrite"]
 
 if TYPE_CHECKING:
     from .backend import explain
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from .functional import attention
     from .kernels.block_map import BlockMap
     from .report import Report
+    from .rewriting import rewrite
     from .thresholds import Calibration
 
 

@@ -58,7 +58,7 @@ def sparge(
     report = Report()
     plan.add_to(report)
     logger.info("%s", report)
-    _speak_up(report, settings)
+    speak_up(report, settings)
     thresholds = pipeline.apply(graph_module, plan, settings, _faker(example_inputs))
     logger.debug("rewritten graph:\n%s", graph_module.graph)
     inputs = [*example_inputs, *map(_faker(example_inputs), thresholds)]
@@ -159,7 +159,7 @@ def _faker(example_inputs: Sequence[Any]) -> Callable[[Tensor], Tensor]:
     return mode.from_tensor if mode is not None else lambda tensor: tensor
 
 
-def _speak_up(report: Report, settings: Options) -> None:
+def speak_up(report: Report, settings: Options) -> None:
     """Warn once for each reason, or raise, where attention that a user may have meant to replace stays dense."""
     unsupported = [row for row in report.dense if row.reason.unsupported]
     if settings.on_unsupported == "error" and unsupported:

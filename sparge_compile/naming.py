@@ -38,8 +38,11 @@ class SiteNames:
     def __init__(self) -> None:
         self._seen: Counter[str] = Counter()
 
-    def name(self, node: Any) -> str:
+    def name(self, node: Any, child: str = "") -> str:
+        """The name of a site; ``child`` is the module below the node's own that the attention belongs to."""
         path = module_path(node)
+        if child:
+            path = child if path == ROOT else f"{path}.{child}"
         earlier = self._seen[path]
         self._seen[path] += 1
         return f"{path}#{earlier}" if earlier else path

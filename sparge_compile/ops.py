@@ -64,6 +64,7 @@ def attend(
 
 
 def _attention(query, key, value, thresholds, attn_mask=None, is_causal=False, scale=None):
+    thresholds = thresholds.float()  # as buffers of a module they were cast with it
     return attend(query, key, value, None, thresholds, attn_mask, is_causal, scale)[0]
 
 

@@ -56,6 +56,7 @@ class Reason(Enum):
     CAUSAL_AND_MASK = "is_causal together with a mask"
     CONTROL_FLOW = "inside control flow"
     TRANSFORM = "inside torch.func.grad or jvp"
+    OUTPUTS_USED = "more than the attention output is used"
     WEIGHTS_USED = "attention weights are read elsewhere"
     SCORES_USED = "scores are read elsewhere"
     SCORES_CHANGED = "scores or weights are changed"

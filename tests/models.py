@@ -414,7 +414,8 @@ CASES = (
         vit,
         tuple(Attention(f"layers.{layer}.attention", 325, 325) for layer in range(2)),
     ),
-    # torch.nn: one call of F.multi_head_attention_forward; it makes an additive mask of a boolean padding mask.
+    # torch.nn: one call of F.multi_head_attention_forward; it makes an additive mask of a boolean padding mask,
+    # which is boolean again where the call is opened.
     Case("mha", mha, (Attention("(root)", 300, 300, kind="fused"),)),
     Case(
         "mha_padded",
@@ -426,8 +427,8 @@ CASES = (
                 300,
                 mask="additive",
                 mask_shape=(2, 2, 1, 300),
+                traced_masks=("bool",),
                 kind="fused",
-                reason=Reason.ADDITIVE_MASK,
             ),
         ),
     ),

@@ -191,13 +191,6 @@ def test_multi_head_attention_is_opened_only_where_no_weights_are_read():
     assert (row.status, row.reason) == ("dense", Reason.ADDITIVE_MASK)
 
 
-def test_the_inference_kernel_of_the_encoder_layer_is_named():
-    layer = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
-    with torch.no_grad():
-        (row,) = rows(layer, torch.randn(2, 100, 32))
-    assert (row.status, row.reason) == ("dense", Reason.OPAQUE)
-
-
 def test_export_and_plain_graphs_are_understood():
     class Model(torch.nn.Module):
         def forward(self, q, k, v):

@@ -16,7 +16,7 @@ from .fx_utils import value_of
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why something is not, or cannot become, sparse attention. ``node`` is one of its products, where that is known."""
+    """Why something is not, or cannot become, sparse attention. ``node`` is one of its products, where it is known."""
 
     reason: Reason
     detail: str = ""
@@ -124,8 +124,14 @@ class Attention:
         return size_of(self.axes.value_feature)
 
     @property
+    def result(self) -> Tensor:
+        """The fake tensor of the result."""
+        value = value_of(self.output)
+        return value[0] if isinstance(value, (tuple, list)) else value
+
+    @property
     def device(self) -> torch.device:
-        return value_of(self.output).device
+        return self.result.device
 
     @property
     def mask_kind(self) -> str:

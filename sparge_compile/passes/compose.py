@@ -55,7 +55,8 @@ def compose(
     others are batch where that is known; else it is told from how heads were split. ``scores_dtype`` is what the
     product of queries and keys was computed in.
     """
-    out_dtype = reader.lowering.fake(output).dtype
+    result = reader.lowering.fake(output)
+    out_dtype = (result[0] if isinstance(result, (tuple, list)) else result).dtype
     seen = []
     for part, dtype in ((query, scores_dtype), (key, scores_dtype), (value, out_dtype)):
         held = _exact(reader, reader.holders(part.value, part.reader, part.layout), dtype or out_dtype)

@@ -20,6 +20,8 @@ MIN_KEYS = 1024
 # The cost model is off by about a tenth; a site must be predicted to gain so much, lest it lose.
 MARGIN = 1.1
 
+_HOW_TO_GET_SHAPES = "give example_inputs to sparge_compile.rewrite, or export the model"
+
 
 def decide(match: Match, options: Options) -> Decision:
     """Whether a site becomes sparse under these options. An error in the thresholds is raised, not decided."""
@@ -63,7 +65,8 @@ def _refusal(match: Match, options: Options) -> Decision | None:
     """Why this site cannot be sparse at all, or None."""
     found = match.attention
     if match.refusal is not None:
-        return Decision(match.refusal.reason, match.refusal.detail)
+        hint = _HOW_TO_GET_SHAPES if match.refusal.reason is Reason.NO_SHAPES else ""
+        return Decision(match.refusal.reason, match.refusal.detail or hint)
     assert found is not None
     dropout = value_of(found.dropout)
     if dropout != 0:

@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
 
 from .attention import Attention, Factor, Mask, Operand
 from .axes import Axis, Layout, settle
@@ -47,7 +50,11 @@ class Emitter:
         self.translate = translate
 
     def call(self, op: Any, *args: Any, **kwargs: Any) -> Node:
-        return self.graph.call_function(op, args, kwargs)
+        node = self.graph.call_function(op, args, kwargs)
+        value = _fake_result(op, args, kwargs)
+        if value is not None:
+            node.meta["val"] = node.meta["example_value"] = value
+        return node
 
     def operands(self) -> tuple[Node, Node, Node]:
         """query [B, H, L, D], key and value [B, Hk, S, D], in the dtype that attention is computed in."""
@@ -127,8 +134,8 @@ class Emitter:
         axes = found.axes
         heads = (*axes.heads, *axes.group)
         made = self.arrange(node, settle((axes.batch, heads, axes.rows, axes.value_feature)), found.output_layout)
-        old = value_of(found.output)
-        if isinstance(old, Tensor) and old.dtype != found.dtype:
+        old = found.result
+        if old.dtype != found.dtype:
             made = self.call(aten.to.dtype, made, old.dtype)
         if (
             found.region != (found.output,)
@@ -183,6 +190,16 @@ def _static(axis: Axis) -> int:
 def _dtype(node: Node) -> torch.dtype | None:
     value = value_of(node)
     return value.dtype if isinstance(value, Tensor) else None
+
+
+def _fake_result(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a call returns in fake tensors; None where its arguments carry none, or those of two modes (Dynamo's do)."""
+    values = map_arg((args, kwargs), value_of)
+    modes = {x.fake_mode for x in tree_leaves(values) if isinstance(x, FakeTensor)}
+    if len(modes) != 1 or len(tree_leaves(values)) != len(tree_leaves((args, kwargs))):
+        return None
+    with modes.pop():
+        return op(*values[0], **values[1])
 
 
 def _wants_strides(node: Node) -> bool:

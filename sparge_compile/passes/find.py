@@ -20,12 +20,11 @@ from .attention import Attention, Refusal
 from .decomposed import is_softmax, match_softmax
 from .fused import is_fused, match_fused
 from .fx_utils import size_text, submodule_of
-from .open_up import OPENABLE, open_up, returns_weights
+from .open_up import OPENABLE, holds_attention, open_up, why_closed
 from .reading import Reader
 
-_OPAQUE = {torch._transformer_encoder_layer_fwd, torch._native_multi_head_attention}
 # Higher-order operators whose body runs once, with the operands after it as its inputs.
-_TRANSPARENT = {"tag_activation_checkpoint"}
+_TRANSPARENT = {"tag_activation_checkpoint", "wrap_with_autocast", "wrap_with_set_grad_enabled"}
 # torch.func.grad, vjp and jvp; our autograd formulas are not written for them (vmap is decomposed and works).
 _ENTER_TRANSFORM = {"_grad_increment_nesting", "_jvp_increment_nesting"}
 _LEAVE_TRANSFORM = {"_grad_decrement_nesting", "_jvp_decrement_nesting"}
@@ -81,17 +80,14 @@ def _find(
             kind = "softmax" if isinstance(found, Refusal) and found.reason is Reason.NOT_ATTENTION else "decomposed"
             yield _match(names.name(named) if kind == "decomposed" else module_path(node), kind, found, around, where)
         elif node.target in OPENABLE:
-            inside = open_up(node)
+            inside, name = open_up(node), names.name(node, OPENABLE[node.target].child)
             inner = next(filter(is_fused, inside.graph.nodes), None) if inside else None
             if inside is None or inner is None:
-                refusal = Refusal(Reason.WEIGHTS_USED if returns_weights(node) else Reason.NO_SHAPES)
-                yield Match(Site(names.name(node), "fused"), refusal=refusal, **where)
+                yield Match(Site(name, "fused"), refusal=_closed(node), **where)
             else:
-                yield _match(
-                    names.name(node), "fused", match_fused(inner, Reader(inside)), around, {**where, "inside": inside}
-                )
-        elif node.target in _OPAQUE:
-            yield Match(Site(names.name(node), "fused"), refusal=Refusal(Reason.OPAQUE, target), **where)
+                yield _match(name, "fused", match_fused(inner, Reader(inside)), around, {**where, "inside": inside})
+        elif holds_attention(node):
+            yield Match(Site(names.name(node), "fused"), refusal=_closed(node), **where)
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
             caller = Caller(owner, node)
             for argument in node.all_input_nodes:
@@ -99,6 +95,13 @@ def _find(
                 if nested is not None:
                     once = node.target.name() in _TRANSPARENT and len(argument.users) == 1
                     yield from _find(nested, names, (*callers, caller), around if once else Reason.CONTROL_FLOW)
+
+
+def _closed(node: Node) -> Refusal:
+    """Why a larger call could not be looked into."""
+    reason = why_closed(node) or Reason.OPAQUE
+    target = str(getattr(node.target, "__name__", node.target))
+    return Refusal(reason, target if reason is Reason.OPAQUE else "")
 
 
 def _match(name: str, kind: str, found: Attention | Refusal, around: Reason | None, where: dict[str, Any]) -> Match:

@@ -13,6 +13,8 @@ from ..report import Reason
 from .attention import Attention, Refusal
 from .axes import Layout, broadcast, new_dim, same
 from .compose import Part, compose
+from .fused_kernels import FUSED_KERNELS, only_attention_is_read
+from .fused_kernels import attention_arguments as kernel_arguments
 from .fx_utils import bind, signature_of
 from .lower import Value
 from .masks import Term
@@ -35,22 +37,25 @@ _SDPA = {
 
 def is_fused(node: Node) -> bool:
     """Whether a node is a fused call of scaled-dot-product attention."""
-    return node.op == "call_function" and node.target in _SDPA
+    return node.op == "call_function" and node.target in _SDPA | FUSED_KERNELS
 
 
 def arguments_of(node: Node) -> Mapping[str, Any]:
     """The arguments of an attention call by name, with SDPA's defaults."""
-    return bind(_SIGNATURE, node)
+    return kernel_arguments(node) or bind(_SIGNATURE, node)
 
 
 def match_fused(node: Node, reader: Reader) -> Attention | Refusal:
     """The attention of a fused call, or why it cannot be replaced."""
+    if node.target in FUSED_KERNELS and not only_attention_is_read(node):
+        return Refusal(Reason.OUTPUTS_USED)
     given = arguments_of(node)
     tensors = [
         reader.lowering.fake(given[name]) if isinstance(given[name], Node) else None
         for name in ("query", "key", "value")
     ]
     output = reader.lowering.fake(node)
+    output = output[0] if isinstance(output, (tuple, list)) else output
     if not isinstance(output, Tensor) or not all(isinstance(x, Tensor) for x in tensors):
         return Refusal(Reason.NO_SHAPES)
     query, key, value = tensors

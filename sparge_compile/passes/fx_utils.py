@@ -84,7 +84,7 @@ def add_input(graph_module: GraphModule, name: str, value: Any) -> Node:
     after = placeholders[-1] if placeholders else graph._root
     with graph.inserting_after(after):
         node = graph.placeholder(f"{name}_{len(placeholders)}")  # the target too must be unique
-    node.meta["example_value"] = value
+    node.meta["example_value"] = node.meta["val"] = value  # under Dynamo's key and under everybody else's
     # AOTAutograd asks every input of a Dynamo graph for the user variable it came from; this one came from none.
     node._dynamo_source = None
     return node

@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 from .. import ops  # noqa: F401  importing it registers the op
 from .emit import Emitter
 from .find import Match
+from .fused_kernels import FUSED_KERNELS, replace_kernel
 from .fx_utils import add_input
 from .mutations import is_pure
 from .open_up import put_inside
@@ -44,6 +45,9 @@ def substitute(match: Match, root: GraphModule, thresholds: Any, replaced: dict[
         result = emitter.result(new)
     new.meta = dict(output.meta)
     result.meta = dict(output.meta)
+    if output.target in FUSED_KERNELS:
+        replaced.update(dict.fromkeys(output.users, result))
+        replace_kernel(output, result)
     output.replace_all_uses_with(result)
     replaced[output] = result
     _erase(match, [copies.get(node, node) for node in reversed(found.region)])

@@ -1,0 +1,302 @@
+"""Other front doors than torch.compile: ``rewrite`` takes an exported program or an FX graph and gives a rewritten one.
+
+Finding, deciding and substituting are those of the backend. Here the thresholds become buffers of the result.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, overload
+
+from torch import Tensor, nn
+from torch._dynamo.source import ConstantSource
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeCopyMode,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.export import ExportedProgram
+from torch.export.graph_signature import (
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    OutputSpec,
+    TensorArgument,
+)
+from torch.fx import GraphModule, Node
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .backend import logger, speak_up
+from .config import Options
+from .errors import explain_error
+from .passes import pipeline
+from .passes.find import find
+from .passes.fx_utils import clone, submodule_of
+from .passes.leaves import LeafOpener
+from .passes.open_up import EXAMPLE_SHAPES
+from .report import Report
+
+THRESHOLDS = "sparge_thresholds"  # the module that owns the buffers
+REPORT = "sparge_report"  # the key of the report in the result's meta
+_COMPILERS = ("inner", "inductor", "inductor_mode")  # options that say who compiles; nothing is compiled here
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
+@overload
+def rewrite(graph: ExportedProgram, options: Mapping[str, Any] | Options | None = None) -> ExportedProgram: ...
+
+
+@overload
+def rewrite(
+    graph: GraphModule,
+    options: Mapping[str, Any] | Options | None = None,
+    *,
+    example_inputs: Sequence[Any] | None = None,
+) -> GraphModule: ...
+
+
+def rewrite(
+    graph: ExportedProgram | GraphModule,
+    options: Mapping[str, Any] | Options | None = None,
+    *,
+    example_inputs: Sequence[Any] | None = None,
+) -> ExportedProgram | GraphModule:
+    """Replace attention where it pays, in a program of ``torch.export`` or an FX graph of any tracer.
+
+    Args:
+        graph: a ``torch.export.ExportedProgram``, or a ``torch.fx.GraphModule``: of ``symbolic_trace``, ``make_fx``,
+            ``ExportedProgram.module()``, Dynamo. It is not changed; parameters are shared with the result.
+        options: those of the backend, but for ``inner``, ``inductor`` and ``inductor_mode``: nothing is compiled here.
+        example_inputs: positional inputs (real or fake tensors) of a GraphModule that was traced without shapes.
+            Without them, all its sites stay dense.
+
+    Returns:
+        A graph of the same type. The report is ``.meta["sparge_report"]`` of a GraphModule, and of a program's
+        ``graph_module``. Thresholds are persistent float32 buffers [H, 2], named ``sparge_thresholds.<site>`` with
+        ``_`` for what no name may hold: they are saved, loaded and read at run time. What was saved is loaded after
+        ``import sparge_compile.ops``.
+
+    Raises:
+        TypeError: ``graph`` is neither of the two.
+        ValueError: an option that is unknown, has a bad value, or means nothing here; ``example_inputs`` for a program;
+            with ``on_unsupported="error"``, a site that cannot be replaced.
+    """
+    settings = _options(options)
+    if not isinstance(graph, (ExportedProgram, GraphModule)):
+        raise TypeError(
+            explain_error(
+                "this is not a graph",
+                given=type(graph).__name__,
+                allowed="a torch.export.ExportedProgram or a torch.fx.GraphModule",
+                todo='Trace the model first, or use torch.compile(model, backend="sparge").',
+            )
+        )
+    if isinstance(graph, ExportedProgram):
+        if example_inputs is not None:
+            raise ValueError(
+                explain_error(
+                    "example_inputs have no meaning here",
+                    given="example_inputs for an exported program",
+                    allowed="them for a GraphModule without shapes",
+                    todo="Leave them out: the program carries its shapes.",
+                )
+            )
+        return _rewrite_program(graph, settings)
+    return _rewrite_module(graph, settings, example_inputs)
+
+
+def _rewrite_module(given: GraphModule, settings: Options, example_inputs: Sequence[Any] | None) -> GraphModule:
+    def fresh() -> GraphModule:
+        new = _copy(given)
+        if example_inputs is not None:
+            _propagate_shapes(new, example_inputs)
+        return new
+
+    # Leaves are opened in a trial. Only those are opened in the result in which something becomes sparse.
+    opener, trial = LeafOpener(), fresh()
+    opened = opener.open(trial)
+    plan = pipeline.plan(find(trial), settings)
+    report = _report(plan, settings)
+    new = trial
+    if opened:
+        firsts = [(match.callers[0].node if match.callers else match.node) for match, _ in plan.steps]
+        sparse = [decision.status == "sparse" for _, decision in plan.steps]
+        wanted = {opened[node] for node, chosen in zip(firsts, sparse, strict=True) if chosen and node in opened}
+        new = fresh()
+        opener.open(new, wanted)
+        plan = pipeline.plan(find(new), settings)
+    for name, placeholder, thresholds in _apply(new, plan, settings):
+        if not hasattr(new, THRESHOLDS):
+            new.add_module(THRESHOLDS, nn.Module())
+        new.get_submodule(THRESHOLDS).register_buffer(name, thresholds)
+        with new.graph.inserting_before(placeholder):
+            buffer = new.graph.get_attr(f"{THRESHOLDS}.{name}")
+        buffer.meta = {"val": placeholder.meta["val"]}
+        placeholder.replace_all_uses_with(buffer)
+        new.graph.erase_node(placeholder)
+        if hasattr(given, "_param_name_to_source"):  # AOTAutograd asks where each tensor of a Dynamo graph came from
+            sources = {**new.__dict__["_param_name_to_source"], str(buffer.target): ConstantSource(buffer.name)}
+            new.__dict__["_param_name_to_source"] = sources
+    new.meta.pop(EXAMPLE_SHAPES, None)
+    new.meta[REPORT] = report
+    new.graph.lint()
+    new.recompile()
+    return new
+
+
+def _rewrite_program(given: ExportedProgram, settings: Options) -> ExportedProgram:
+    new = clone(given.graph_module)
+    plan = pipeline.plan(find(new), settings)
+    report = _report(plan, settings)
+    renamed: dict[str, str] = {}
+    with new._set_replace_hook(lambda old, new, user: renamed.update({old.name: new})):
+        added = list(_apply(new, plan, settings))
+    inputs, state = list(given.graph_signature.input_specs), dict(given.state_dict)
+    # Parameters and buffers come before constants and what the user passes.
+    early = {InputKind.TOKEN, InputKind.PARAMETER, InputKind.BUFFER}
+    place = sum(spec.kind in early for spec in inputs)
+    following = [*new.graph.find_nodes(op="placeholder")[place : len(inputs)], None][0]
+    for offset, (name, placeholder, thresholds) in enumerate(added):
+        target = f"{THRESHOLDS}.{name}"
+        placeholder._rename(f"b_{THRESHOLDS}_{name}")
+        placeholder.target = placeholder.name
+        if following is not None:
+            following.prepend(placeholder)
+        spec = InputSpec(InputKind.BUFFER, TensorArgument(name=placeholder.name), target, persistent=True)
+        inputs.insert(place + offset, spec)
+        state[target] = thresholds
+    outputs = [_rename_output(spec, renamed) for spec in given.graph_signature.output_specs]
+    calls = copy.deepcopy(given.module_call_graph)
+    for call in calls:
+        if call.signature is not None:
+            call.signature.outputs[:] = [_rename(argument, renamed) for argument in call.signature.outputs]
+            call.signature.inputs[:] = [_rename(argument, renamed) for argument in call.signature.inputs]
+    new.meta[REPORT] = report
+    new.graph.lint()
+    new.recompile()
+    return ExportedProgram(
+        root=new,
+        graph=new.graph,
+        graph_signature=ExportGraphSignature(inputs, outputs),
+        state_dict=state,
+        range_constraints=copy.deepcopy(given.range_constraints),
+        module_call_graph=calls,
+        example_inputs=given.example_inputs,
+        constants=given.constants,
+        verifiers=given.verifiers,
+    )
+
+
+def _apply(new: GraphModule, plan: pipeline.Plan, settings: Options) -> Iterator[tuple[str, Node, Tensor]]:
+    """Substitute: for each sparse site the name of its buffer, the graph input made for it, and the thresholds."""
+    values = (value for node in new.graph.nodes for value in tree_leaves(node.meta.get("val")))
+    mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
+    as_input = (lambda x: mode.from_tensor(x, static_shapes=True)) if mode is not None else lambda x: x
+    made = pipeline.apply(new, plan, settings, as_input)
+    owner = getattr(new, THRESHOLDS, None)
+    taken = set(owner._buffers) if isinstance(owner, nn.Module) else set()
+    sites = [match.site.name for match, decision in plan.steps if decision.status == "sparse"]
+    placeholders = new.graph.find_nodes(op="placeholder")[-len(made) :] if made else []
+    for site, placeholder, thresholds in zip(sites, placeholders, made, strict=True):
+        name = re.sub(r"\W+", "_", site.strip("()"))
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        yield name, placeholder, thresholds
+
+
+def _rename(argument: Any, renamed: Mapping[str, str]) -> Any:
+    """An argument of a signature under the name that its node has now."""
+    name = getattr(argument, "name", None)
+    return argument if name is None or name not in renamed else type(argument)(name=renamed[name])
+
+
+def _rename_output(spec: OutputSpec, renamed: Mapping[str, str]) -> OutputSpec:
+    return OutputSpec(spec.kind, _rename(spec.arg, renamed), spec.target)
+
+
+def _copy(given: GraphModule) -> GraphModule:
+    """A copy of a graph module that shares its tensors: of the same class, with its hooks and kinds of attributes."""
+    new = clone(given)
+    for name in _HOOKS:
+        setattr(new, name, copy.copy(getattr(given, name)))
+    # Each graph module has a class of its own, which torch knows by its name, below the class that was asked for.
+    own, kind = type(given).__mro__[:2]
+    if kind is not GraphModule:
+        new.__class__ = types.new_class(
+            own.__name__, (kind,), exec_body=lambda body: body.update(__qualname__=own.__qualname__)
+        )
+    # torch makes a persistent buffer of each tensor that a graph reads. What state_dict holds must not change.
+    for node in given.graph.find_nodes(op="get_attr"):
+        path, _, name = str(node.target).rpartition(".")
+        if submodule_of(node, given) is None:
+            old, made = given.get_submodule(path), new.get_submodule(path)
+            if name in made._buffers and old is not made:
+                if name in old._non_persistent_buffers_set:
+                    made._non_persistent_buffers_set.add(name)
+                elif name not in old._buffers:
+                    setattr(made, name, made._buffers.pop(name))
+    new.recompile()
+    return new
+
+
+def _propagate_shapes(graph_module: GraphModule, inputs: Sequence[Any]) -> None:
+    """Note on each node what it gives for these inputs, up to the first that depends on their values.
+
+    Nothing is computed and nothing of the module changes.
+    """
+    mode = detect_fake_mode(tree_leaves(inputs)) or FakeTensorMode()
+    with FakeCopyMode(mode):
+        fake = copy.deepcopy(graph_module)  # layers write to their buffers, even if they are run for shapes alone
+    fakes = tree_map(lambda x: _as_fake(x, mode), tuple(inputs))
+    with suppress(DataDependentOutputException, DynamicOutputShapeException):
+        FakeTensorProp(fake, mode).propagate_dont_convert_inputs(*fakes)
+    for node, known in zip(graph_module.graph.nodes, fake.graph.nodes, strict=True):
+        node.meta.pop("example_value", None)
+        node.meta["val"] = known.meta.get("val")
+    graph_module.meta[EXAMPLE_SHAPES] = True
+
+
+def _as_fake(x: Any, mode: FakeTensorMode) -> Any:
+    return mode.from_tensor(x) if isinstance(x, Tensor) and not isinstance(x, FakeTensor) else x
+
+
+def _report(plan: pipeline.Plan, settings: Options) -> Report:
+    report = Report()
+    plan.add_to(report)
+    logger.info("%s", report)
+    speak_up(report, settings)
+    return report
+
+
+def _options(options: Mapping[str, Any] | Options | None) -> Options:
+    """The options, without those that say who compiles."""
+    default = Options()
+    if isinstance(options, Options):
+        given = [name for name in _COMPILERS if getattr(options, name) != getattr(default, name)]
+    else:
+        given = [name for name in _COMPILERS if isinstance(options, Mapping) and name in options]
+    if given:
+        raise ValueError(
+            explain_error(
+                "options that mean nothing to rewrite",
+                given=", ".join(map(repr, given)),
+                allowed="the other options of the backend",
+                todo="Nothing is compiled here: give the result to torch.compile or AOTInductor.",
+            )
+        )
+    return Options.parse(options)
