@@ -188,7 +188,6 @@ DYNAMIC = (
     "grouped_by_broadcasting",
     "tril_filled",
     "arange_compared",
-    "sdpa_of_expanded_keys",
 )
 
 
