@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test test-slow test-gpu lint format bench clean
+.PHONY: help demo test test-slow test-gpu lint format bench coverage clean
 help:
 	@echo "make demo      a video transformer on the CPU, dense and sparse (about 2 minutes)"
 	@echo "make test      the test suite (CPU and Triton's interpreter)"
@@ -10,6 +10,7 @@ help:
 	@echo "make test-gpu  the GPU tests, with the python on the PATH (PYTHON=...)"
 	@echo "make lint      ruff, format check, mypy"
 	@echo "make bench     attention benchmark on this machine's device"
+	@echo "make coverage  what is found in real models, into docs/coverage.md (about 10 minutes)"
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -41,6 +42,9 @@ format: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python benchmarks/attention.py
+
+coverage: .venv/ready
+	$(BIN)/python benchmarks/coverage.py --markdown docs/coverage.md
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

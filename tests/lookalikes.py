@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from spelling import FINITE, SCALE, WEIGHTS_CHANGED, B, D, H, Inputs, L, S, qkv
+from spelling import FINITE, OTHER_AXIS, SCALE, WEIGHTS_CHANGED, B, D, H, Inputs, L, S, qkv
 from torch import Tensor
 
 from sparge_compile.report import Reason
@@ -61,12 +61,12 @@ def softmax_over_queries(q, k, v):
     return scores_of(q, k).softmax(dim=-2) @ v
 
 
-@lookalike(Reason.NOT_ATTENTION)
+@lookalike(*OTHER_AXIS)
 def softmax_over_heads(q, k, v):
     return scores_of(q, k).softmax(dim=1) @ v
 
 
-@lookalike(Reason.NOT_ATTENTION)
+@lookalike(*OTHER_AXIS)
 def softmax_over_the_batch(q, k, v):
     return scores_of(q, k).softmax(dim=0) @ v
 

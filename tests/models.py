@@ -43,6 +43,16 @@ class Attention:
         return "sparse" if self.reason.sparse else "dense"
 
 
+def seeded(build: Callable[[], tuple[nn.Module, dict[str, Any]]]) -> tuple[nn.Module, dict[str, Any]]:
+    """The model and the inputs that ``build`` makes, always the same, without layers that start at zero."""
+    torch.manual_seed(0)
+    model, inputs = build()
+    with torch.no_grad():
+        for parameter in model.parameters():  # a layer of zeros hides what comes before it
+            parameter += 0.05 * torch.randn_like(parameter)
+    return model, inputs
+
+
 @dataclass(frozen=True)
 class Case:
     name: str
@@ -51,11 +61,7 @@ class Case:
 
     def make(self) -> tuple[nn.Module, dict[str, Any]]:
         """The model, in training mode, and its inputs by name; always the same."""
-        torch.manual_seed(0)
-        model, inputs = self.build()
-        with torch.no_grad():
-            for parameter in model.parameters():  # some layers start at zero, and hide what comes before them
-                parameter += 0.05 * torch.randn_like(parameter)
+        model, inputs = seeded(self.build)
         return model.train(), inputs
 
 
@@ -227,7 +233,7 @@ def sd3() -> tuple[nn.Module, dict[str, Any]]:
     return model, inputs
 
 
-def llama() -> tuple[nn.Module, dict[str, Any]]:
+def llama(attn_implementation: str = "sdpa") -> tuple[nn.Module, dict[str, Any]]:
     from transformers import LlamaConfig, LlamaModel
 
     config = LlamaConfig(
@@ -238,12 +244,12 @@ def llama() -> tuple[nn.Module, dict[str, Any]]:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
-        attn_implementation="sdpa",
+        attn_implementation=attn_implementation,
     )
     return LlamaModel(config), {"input_ids": torch.randint(97, (1, 333)), "use_cache": False}
 
 
-def bert() -> tuple[nn.Module, dict[str, Any]]:
+def bert(attn_implementation: str = "sdpa") -> tuple[nn.Module, dict[str, Any]]:
     from transformers import BertConfig, BertModel
 
     config = BertConfig(
@@ -255,7 +261,7 @@ def bert() -> tuple[nn.Module, dict[str, Any]]:
         max_position_embeddings=512,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        attn_implementation="sdpa",
+        attn_implementation=attn_implementation,
     )
     padding = torch.ones(2, 300, dtype=torch.long)
     padding[1, 170:] = 0
@@ -265,7 +271,7 @@ def bert() -> tuple[nn.Module, dict[str, Any]]:
     }
 
 
-def vit() -> tuple[nn.Module, dict[str, Any]]:
+def vit(attn_implementation: str = "sdpa") -> tuple[nn.Module, dict[str, Any]]:
     from transformers import ViTConfig, ViTModel
 
     config = ViTConfig(
@@ -277,7 +283,7 @@ def vit() -> tuple[nn.Module, dict[str, Any]]:
         patch_size=4,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        attn_implementation="sdpa",
+        attn_implementation=attn_implementation,
     )
     return ViTModel(config, add_pooling_layer=False), {"pixel_values": torch.randn(2, 3, 72, 72)}
 

@@ -20,12 +20,13 @@ B, H, L, S, D = 2, 4, 150, 200, 16
 SCALE = 0.3  # not D ** -0.5, which is what a scale that was overlooked would become
 GROUP = 2  # query heads to a key head, where keys are repeated
 
-# What changes nothing of a twin but that nobody may touch it.
-OTHER_AXIS = (Reason.NOT_ATTENTION,)
+# Reasons that the report may give, where code can be seen in more than one way.
 RETURNED = (Reason.WEIGHTS_USED,)
 ACTIVE_DROPOUT = (Reason.DROPOUT,)
+# The softmax of scores over another axis than the keys: no attention, or scores that are not used as they should be.
+OTHER_AXIS = (Reason.NOT_ATTENTION, Reason.SCORES_CHANGED)
 # The weights are changed on their way to the values: not plain attention, and a use of the weights.
-WEIGHTS_CHANGED = (Reason.SCORES_CHANGED, Reason.WEIGHTS_USED)
+WEIGHTS_CHANGED = (Reason.NOT_ATTENTION, Reason.WEIGHTS_USED, Reason.SCORES_CHANGED)
 # A finite number at masked places: a changed score or an additive mask, as one likes to see it.
 FINITE = (Reason.ADDITIVE_MASK, Reason.SCORES_CHANGED)
 

@@ -1,0 +1,81 @@
+"""Spellings of the softmax, in its own or a wider dtype, and of dropout that does nothing."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from spelling import ACTIVE_DROPOUT, OTHER_AXIS, RETURNED, SCALE, qkv, spelling
+from torch import nn
+
+# ---- the softmax
+
+_softmax = nn.Softmax(dim=-1)
+_softmax_of_queries = nn.Softmax(dim=-2)
+
+
+@spelling(twin={"softmax": _softmax_of_queries}, why=OTHER_AXIS)
+def softmax_module(q, k, v, softmax=_softmax):
+    return softmax(q @ k.mT * SCALE) @ v
+
+
+@spelling(twin={"dim": 2}, why=OTHER_AXIS)
+def special_softmax(q, k, v, dim=-1):
+    return torch.special.softmax(q @ k.mT * SCALE, dim) @ v
+
+
+@spelling(twin={"dim": 2}, why=OTHER_AXIS)
+def softmax_in_float32_named(q, k, v, dim=-1):
+    return F.softmax(q @ k.mT * SCALE, dim=dim, dtype=torch.float32).to(q.dtype) @ v
+
+
+@spelling(twin={"weights": True}, why=RETURNED, inputs=qkv(dtype=torch.bfloat16))
+def bfloat16_softmax_in_float32(q, k, v, weights=False):
+    w = torch.softmax(q @ k.mT * SCALE, -1, torch.float32).to(q.dtype)
+    return (w @ v, w) if weights else w @ v
+
+
+@spelling(twin={"dim": 2}, why=OTHER_AXIS, inputs=qkv(dtype=torch.float16))
+def float16_upcast_and_back(q, k, v, dim=-1):
+    return ((q @ k.mT).float() * SCALE).softmax(dim).type_as(q) @ v
+
+
+@spelling(twin={"dim": 2}, why=OTHER_AXIS, inputs=qkv(dtype=torch.bfloat16))
+def bfloat16_scores_in_float32(q, k, v, dim=-1):
+    scores = q.float() @ k.float().mT
+    return ((scores * SCALE).softmax(dim) @ v.float()).to(q.dtype)
+
+
+@spelling(twin={"dim": 1}, why=OTHER_AXIS)
+def safe_softmax(q, k, v, dim=-1):
+    return torch.ops.aten._safe_softmax(q @ k.mT * SCALE, dim) @ v
+
+
+# ---- dropout that does nothing
+
+_off = nn.Dropout(0.1).eval()
+_on = nn.Dropout(0.1).train()
+
+
+@spelling(twin={"p": 0.1}, why=ACTIVE_DROPOUT)
+def dropout_of_nothing_in_training(q, k, v, p=0.0):
+    return F.dropout((q @ k.mT * SCALE).softmax(-1), p, training=True) @ v
+
+
+@spelling(twin={"training": True}, why=ACTIVE_DROPOUT)
+def dropout_in_inference(q, k, v, training=False):
+    return F.dropout((q @ k.mT * SCALE).softmax(-1), p=0.1, training=training) @ v
+
+
+@spelling(twin={"train": True}, why=ACTIVE_DROPOUT)
+def torch_dropout_in_inference(q, k, v, train=False):
+    return torch.dropout((q @ k.mT * SCALE).softmax(-1), 0.1, train) @ v
+
+
+@spelling(twin={"dropout": _on}, why=ACTIVE_DROPOUT)
+def dropout_module_in_inference(q, k, v, dropout=_off):
+    return dropout((q @ k.mT * SCALE).softmax(-1)) @ v
+
+
+@spelling(twin={"inplace": True, "p": 0.1}, why=ACTIVE_DROPOUT)
+def dropout_in_place(q, k, v, p=0.0, inplace=False):
+    return F.dropout((q @ k.mT * SCALE).softmax(-1), p, True, inplace) @ v
