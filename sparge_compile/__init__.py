@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _WHERE = {
+    "attach": "attachment",
     "attention": "functional",
     "explain": "backend",
     "BlockMap": "kernels.block_map",
@@ -20,9 +21,10 @@ _WHERE = {
     "Report": "report",
 }
 
-__all__ = ["BlockMap", "Calibration", "CostModel", "Options", "Report", "attention", "explain"]
+__all__ = ["BlockMap", "Calibration", "CostModel", "Options", "Report", "attach", "attention", "explain"]
 
 if TYPE_CHECKING:
+    from .attachment import attach
     from .backend import explain
     from .config import Options
     from .cost import CostModel

@@ -38,6 +38,7 @@ class Reason(Enum):
     # sparse
     PAYS = "predicted to be faster"
     LONG_ENOUGH = "min_seq_len is reached"
+    SHARED = "all blocks kept, in a graph shared with sparse sites"
     # dense, because sparse would not be faster
     SLOWER = "predicted not to be faster"
     TOO_SHORT = "too few keys"
@@ -60,7 +61,7 @@ class Reason(Enum):
 
     @property
     def sparse(self) -> bool:
-        return self in (Reason.PAYS, Reason.LONG_ENOUGH)
+        return self in (Reason.PAYS, Reason.LONG_ENOUGH, Reason.SHARED)
 
     @property
     def unsupported(self) -> bool:

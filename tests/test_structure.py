@@ -22,12 +22,12 @@ LAYERS = [
     ["kernels.pool", "kernels.backward_query", "kernels.backward_key"],
     ["kernels.select", "kernels.forward", "kernels.backward", "kernels.cpu"],
     ["ops"],
-    ["functional", "passes.fx_utils"],
+    ["functional", "attached", "passes.fx_utils", "passes.places"],
     ["passes.open_up"],
     ["passes.find"],
-    ["passes.decide", "passes.substitute"],
-    ["passes.pipeline"],
-    ["backend"],
+    ["passes.decide", "passes.substitute", "passes.thresholds_in"],
+    ["passes.pipeline", "passes.runtime"],
+    ["backend", "attachment"],
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 TRITON = {f"kernels.{name}" for name in ("select", "pool", "forward", "backward", "backward_query", "backward_key")}

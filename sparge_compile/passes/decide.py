@@ -27,7 +27,7 @@ def decide(match: Match, options: Options) -> Decision:
     if refused is not None:
         return refused
     pairs = thresholds_for(match, options)
-    keys, shape = value_of(match.arguments["key"]).shape[2], _shape(match)
+    keys, shape = value_of(match.arguments["key"]).shape[2], shape_of(match)
     if shape is None:
         return Decision(Reason.NO_SHAPES, "a size depends on data")
     least = MIN_KEYS if options.min_seq_len is None else options.min_seq_len
@@ -105,7 +105,8 @@ def _mask_refusal(match: Match, target: tuple[int, ...]) -> Decision | None:
     return None
 
 
-def _shape(match: Match) -> Shape | None:
+def shape_of(match: Match) -> Shape | None:
+    """The sizes that the cost model needs, as they were traced with; None where one depends on data."""
     query, key = value_of(match.arguments["query"]), value_of(match.arguments["key"])
     batch, heads, length, head_size = query.shape
     hints = [size_hint(x) for x in (batch, heads, key.shape[1], length, key.shape[2], head_size)]
