@@ -65,11 +65,14 @@ def sparge(
     found = find(graph_module)
     slots = slots_of(found, frame, None if root is None else Names(root))
     markers = markers_of(graph_module, found)
-    plan = _plan(found, slots, settings, markers)
+    held = {node for node, slot in slots.items() if node in markers or slot.attached(slot.locator.first) is not None}
+    plan = _plan(found, slots, settings, held)
     report = Report()
     plan.add_to(report)
     logger.info("%s", report)
     _speak_up(report, settings)
+    free = [match.site.name for match, decision in plan.steps if decision.status == "sparse" and match.node not in held]
+    _check_names(settings, free)
     replaced = [match for match, decision in plan.steps if decision.status == "sparse" and match.node not in markers]
     needed = [input_for(match, slots[match.node], settings) for match in replaced]
     thresholds = pipeline.apply(graph_module, plan, settings, _faker(example_inputs))
@@ -90,7 +93,7 @@ def _with_thresholds(compiled: Callable[..., Any], thresholds: RunTime) -> Calla
     return run
 
 
-def _plan(matches: Iterable[Match], slots: Mapping[Node, Slot], settings: Options, markers: Container[Node]) -> Plan:
+def _plan(matches: Iterable[Match], slots: Mapping[Node, Slot], settings: Options, attached: Container[Node]) -> Plan:
     """Decide about the sites of a graph as its first place runs it, with the other places in mind."""
 
     def alike(match: Match) -> Iterator[tuple[Match, bool]]:
@@ -98,16 +101,29 @@ def _plan(matches: Iterable[Match], slots: Mapping[Node, Slot], settings: Option
         return ((slot.at(place, match), slot.attached(place) is not None) for place in slot.others())
 
     named = [slots[match.node].at(slots[match.node].locator.first, match) for match in matches]
-    attached = {match.node for match in named if match.node in markers or _holds(slots[match.node])}
     return pipeline.plan(named, settings, attached, alike)
-
-
-def _holds(slot: Slot) -> bool:
-    return slot.attached(slot.locator.first) is not None
 
 
 def _new_place(settings: Options, names: list[str]) -> None:
     logger.info("sparge: a graph is shared, with their own thresholds, by %s", ", ".join(names))
+    _check_names(settings, names)
+
+
+def _check_names(settings: Options, names: Iterable[str]) -> None:
+    """Warn where a calibration seems to mean a site that goes by a shorter or a longer name: a block called without its
+    model, or a model that is part of another."""
+    if settings.calibration is None:
+        return
+    for name in names:
+        if settings.calibration.key_of(name) is None:
+            near = [k for k in settings.calibration.sites if k.endswith(f".{name}") or name.endswith(f".{k}")]
+            if near:
+                _warn(
+                    "calibration",
+                    f"sparge: the calibration names {near[0]!r}, but here the site is {name!r} and gets topk = "
+                    f"{settings.topk}, topp = {settings.topp} from the options. Names begin at the module that "
+                    "torch.compile was called on or, block by block, at the outermost module that is called.",
+                )
 
 
 def explain(model: Callable[..., Any], options: Mapping[str, Any] | None = None) -> Callable[..., Report]:
@@ -117,7 +133,8 @@ def explain(model: Callable[..., Any], options: Mapping[str, Any] | None = None)
     replace, and why the rest stays, is in the report. All graphs of the model are in one report.
     """
     settings = Options.parse(options)
-    target = getattr(model, "_orig_mod", model)  # of a model that is compiled already, the model
+    # Of what is compiled already, the model or function itself.
+    target = getattr(model, "_orig_mod", getattr(model, "_torchdynamo_orig_callable", model))
 
     def run(*args: Any, **kwargs: Any) -> Report:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -268,15 +285,18 @@ def _speak_up(report: Report, settings: Options) -> None:
 
 
 def _warn_once(reason: str, name: str, detail: str) -> None:
-    if reason in _warned:
-        return
-    _warned.add(reason)
     because = f"{reason}: {detail}" if detail else reason
-    warnings.warn(
+    _warn(
+        reason,
         f"sparge: attention stays dense ({because}), first at {name}. sparge_compile.explain(model)(...) lists every "
         "site; options={'on_unsupported': 'dense'} silences this.",
-        stacklevel=2,
     )
+
+
+def _warn(about: str, text: str) -> None:
+    if about not in _warned:
+        _warned.add(about)
+        warnings.warn(text, stacklevel=2)
 
 
 _warned: set[str] = set()

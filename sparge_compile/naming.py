@@ -12,7 +12,10 @@ from typing import Any
 
 ROOT = "(root)"  # attention written directly in the forward of the compiled module
 
-_BASE = re.compile(r"^[LG]\['[^']*'\]")  # Dynamo's name of the local or global that holds the model
+# Dynamo's name of the local or global that holds the model, or the function or method that does.
+_BASE = re.compile(
+    r"^[LG]\['[^']*'\](?:\._torchdynamo_inline|\.__closure__\[\d+\]\.cell_contents|\.__func__|\.__self__)*"
+)
 _MODULES = re.compile(
     r"(?:\.__dict__)?(?:\['_(?:modules|parameters|buffers)'\]|\._(?:modules|parameters|buffers))\['([^']*)'\]"
 )  # diffusers' models reach children so

@@ -92,7 +92,9 @@ NAMES = [f"blocks.{i}.attn.inner" for i in range(N)]
 
 def calibration(names=NAMES):
     """Thresholds that differ between blocks and heads."""
-    return Calibration({n: [(0.2 + 0.05 * i, 0.1 * (i % 3)), (0.9, 0.0), (1.0, 0.0), (0.3, 0.5)] for i, n in enumerate(names)})
+    return Calibration(
+        {n: [(0.2 + 0.05 * i, 0.1 * (i % 3)), (0.9, 0.0), (1.0, 0.0), (0.3, 0.5)] for i, n in enumerate(names)}
+    )
 
 
 def expected(model, x, thresholds=None, names=NAMES):

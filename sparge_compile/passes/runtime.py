@@ -129,7 +129,9 @@ class RunTime:
         if place.row is None:
             mine = [x for x in self._inputs if x.slot.locator is locator]
             place.row = [self._attached(x, place) or self._made(x, place) for x in mine]
-            self._report([x.slot.name(place) for x in mine])
+            self._report(
+                [x.slot.name(place) for x, row in zip(mine, place.row, strict=True) if isinstance(row, Tensor)]
+            )
         return [x if isinstance(x, Tensor) else x() for x in place.row]
 
     def _attached(self, x: Input, place: Place) -> Callable[[], Tensor] | None:
