@@ -191,7 +191,6 @@ def test_explain_sees_into_blocks_that_are_compiled_behind_a_break(hide):
             assert [row.name for row in explain(model, FAST)(x)] == NAMES
     called = [getattr(block, "_orig_mod", block)._compiled_call_impl is not None for block in model.blocks]
     assert all(called) == (hide is not None)
-    assert (run(model, x) - run(copy.deepcopy(model), x)).isfinite().all()
 
 
 def test_a_shared_graph_follows_a_copy_of_the_model(compilations):
