@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _WHERE = {
+    "attach": "attachment",
     "attention": "functional",
     "explain": "backend",
     "BlockMap": "kernels.block_map",
@@ -21,9 +22,20 @@ _WHERE = {
     "rewrite": "rewriting",
 }
 
-__all__ = ["BlockMap", "Calibration", "CostModel", "Options", "Report", "attention", "explain", "rewrite"]
+__all__ = [
+    "BlockMap",
+    "Calibration",
+    "CostModel",
+    "Options",
+    "Report",
+    "attach",
+    "attention",
+    "explain",
+    "rewrite",
+]
 
 if TYPE_CHECKING:
+    from .attachment import attach
     from .backend import explain
     from .config import Options
     from .cost import CostModel

@@ -7,16 +7,19 @@ import hashlib
 import itertools
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
+from torch.nn import Module
 
 from . import (
     __version__,
@@ -27,6 +30,10 @@ from .errors import explain_error
 from .passes import pipeline
 from .passes.find import Match, find
 from .passes.fx_utils import clone
+from .passes.pipeline import Plan
+from .passes.places import Frame, Names, find_root
+from .passes.runtime import RunTime, Slot, input_for, slots_of
+from .passes.thresholds_in import markers_of
 from .report import Report
 
 logger = logging.getLogger("sparge_compile")
@@ -53,23 +60,70 @@ def sparge(
             wrapped as ``torch._dynamo.exc.BackendCompilerFailed``.
     """
     settings = Options.parse(options)
+    frame, root = Frame(graph_module), find_root()
     graph_module = clone(graph_module)
-    plan = pipeline.plan(find(graph_module), settings)
+    found = find(graph_module)
+    slots = slots_of(found, frame, None if root is None else Names(root))
+    markers = markers_of(graph_module, found)
+    held = {node for node, slot in slots.items() if node in markers or slot.attached(slot.locator.first) is not None}
+    plan = _plan(found, slots, settings, held)
     report = Report()
     plan.add_to(report)
     logger.info("%s", report)
     speak_up(report, settings)
+    free = [match.site.name for match, decision in plan.steps if decision.status == "sparse" and match.node not in held]
+    _check_names(settings, free)
+    replaced = [match for match, decision in plan.steps if decision.status == "sparse" and match.node not in markers]
+    needed = [input_for(match, slots[match.node], settings) for match in replaced]
     thresholds = pipeline.apply(graph_module, plan, settings, _faker(example_inputs))
     logger.debug("rewritten graph:\n%s", graph_module.graph)
     inputs = [*example_inputs, *map(_faker(example_inputs), thresholds)]
     compiled = _compile(graph_module, inputs, settings, mode)
     if not thresholds:
         return compiled
+    return _with_thresholds(compiled, RunTime(needed, thresholds, settings, partial(_new_place, settings)))
+
+
+def _with_thresholds(compiled: Callable[..., Any], thresholds: RunTime) -> Callable[..., Any]:
+    """A compiled graph that gets the thresholds of whichever block calls it as its last inputs."""
 
     def run(*args: Any) -> Any:
-        return compiled(*args, *thresholds)
+        return compiled(*args, *thresholds(args))
 
     return run
+
+
+def _plan(matches: Iterable[Match], slots: Mapping[Node, Slot], settings: Options, attached: Container[Node]) -> Plan:
+    """Decide about the sites of a graph as its first place runs it, with the other places in mind."""
+
+    def alike(match: Match) -> Iterator[tuple[Match, bool]]:
+        slot = slots[match.node]
+        return ((slot.at(place, match), slot.attached(place) is not None) for place in slot.others())
+
+    named = [slots[match.node].at(slots[match.node].locator.first, match) for match in matches]
+    return pipeline.plan(named, settings, attached, alike)
+
+
+def _new_place(settings: Options, names: list[str]) -> None:
+    logger.info("sparge: a graph is shared, with their own thresholds, by %s", ", ".join(names))
+    _check_names(settings, names)
+
+
+def _check_names(settings: Options, names: Iterable[str]) -> None:
+    """Warn where a calibration seems to mean a site that goes by a shorter or a longer name: a block called without its
+    model, or a model that is part of another."""
+    if settings.calibration is None:
+        return
+    for name in names:
+        if settings.calibration.key_of(name) is None:
+            near = [k for k in settings.calibration.sites if k.endswith(f".{name}") or name.endswith(f".{k}")]
+            if near:
+                _warn(
+                    "calibration",
+                    f"sparge: the calibration names {near[0]!r}, but here the site is {name!r} and gets topk = "
+                    f"{settings.topk}, topp = {settings.topp} from the options. Names begin at the module that "
+                    "torch.compile was called on or, block by block, at the outermost module that is called.",
+                )
 
 
 def explain(model: Callable[..., Any], options: Mapping[str, Any] | None = None) -> Callable[..., Report]:
@@ -79,7 +133,8 @@ def explain(model: Callable[..., Any], options: Mapping[str, Any] | None = None)
     replace, and why the rest stays, is in the report. All graphs of the model are in one report.
     """
     settings = Options.parse(options)
-    target = getattr(model, "_orig_mod", model)  # of a model that is compiled already, the model
+    # Of what is compiled already, the model or function itself.
+    target = getattr(model, "_orig_mod", getattr(model, "_torchdynamo_orig_callable", model))
 
     def run(*args: Any, **kwargs: Any) -> Report:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -88,15 +143,17 @@ def explain(model: Callable[..., Any], options: Mapping[str, Any] | None = None)
         # Dynamo keeps compiled code with the code object, and by its name which sizes have changed between calls; a
         # fresh one sees no earlier call and disturbs none.
         call.__code__ = call.__code__.replace(co_name=f"explain_{next(_calls)}")
-        seen: dict[int, list[Match]] = {}
+        seen = _Seen(Names(target) if isinstance(target, Module) else None)
         token = _seen.set(seen)
         try:
-            torch.compile(call, backend=_look)(*args, **kwargs)
+            with _uncompiled(target):
+                torch.compile(call, backend=_look)(*args, **kwargs)
         finally:
             _seen.reset(token)
         report = Report()
-        for matches in seen.values():
-            pipeline.plan(matches, settings).add_to(report)
+        for matches, attached in seen.graphs.values():
+            pipeline.plan(matches, settings, attached).add_to(report)
+        report.graphs = len({graph for graph, *_ in seen.graphs})
         return report
 
     return run
@@ -104,24 +161,73 @@ def explain(model: Callable[..., Any], options: Mapping[str, Any] | None = None)
 
 _calls = itertools.count()
 
-# What the running ``explain`` has seen: the matches of each graph, in the order in which the graphs ran.
-_seen: ContextVar[dict[int, list[Match]]] = ContextVar("sparge_explain")
+
+@dataclass
+class _Seen:
+    """What a running ``explain`` has seen: the matches and the attached sites of each graph in each place, in the order
+    in which they ran."""
+
+    names: Names | None
+    graphs: dict[tuple[Any, ...], tuple[list[Match], set[Node]]] = field(default_factory=dict)
+
+
+_seen: ContextVar[_Seen] = ContextVar("sparge_explain")
 
 
 def _look(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """Dynamo backend of ``explain``: note what a graph holds whenever it runs, and run it as it is.
 
     One function for all calls, and noting at run time: where a graph breaks, the frames of the model itself are
-    compiled, and a backend for each call would use up the limit of compilations that Dynamo grants them.
+    compiled, and a backend for each call would use up the limit of compilations that Dynamo grants them. Blocks share
+    such graphs, and so do models.
     """
     matches = find(graph_module)
+    slots = slots_of(matches, Frame(graph_module), _names_now())
+    markers = set(markers_of(graph_module, matches))
 
     def run(*args: Any) -> Any:
         if (seen := _seen.get(None)) is not None:
-            seen[id(matches)] = matches
+            names = _names_now()
+            places = [slots[match.node].locator.where(args, names) for match in matches]
+            key = (id(matches), *(place.prefix for place in places))
+            if key not in seen.graphs:
+                pairs = [(slots[match.node], match, place) for match, place in zip(matches, places, strict=True)]
+                named = [slot.at(place, match) for slot, match, place in pairs]
+                seen.graphs[key] = (
+                    named,
+                    markers | {match.node for slot, match, place in pairs if slot.attached(place) is not None},
+                )
         return graph_module.forward(*args)
 
     return run
+
+
+def _names_now() -> Names | None:
+    """The names in the model that ``explain`` was given, or, where it was given a function, in the one that runs."""
+    seen = _seen.get(None)
+    if seen is not None and seen.names is not None:
+        return seen.names
+    root = find_root()
+    return None if root is None else Names(root)
+
+
+@contextmanager
+def _uncompiled(model: Any) -> Iterator[None]:
+    """Blocks that are compiled on their own run plain, so that ``explain`` sees into them after a graph break too."""
+    compiled: list[tuple[Any, str, Any]] = []
+    for module in model.modules() if isinstance(model, Module) else ():
+        if isinstance(module, torch._dynamo.eval_frame.OptimizedModule):
+            compiled.append((module, "forward", module._orig_mod.__call__))
+        elif module._compiled_call_impl is not None:
+            compiled.append((module, "_compiled_call_impl", None))
+    before = [(module, name, getattr(module, name)) for module, name, _ in compiled]
+    try:
+        for module, name, value in compiled:
+            setattr(module, name, value)
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
 
 
 def _compile(graph_module: GraphModule, inputs: list[Any], settings: Options, mode: str | None) -> Callable[..., Any]:
@@ -179,15 +285,18 @@ def speak_up(report: Report, settings: Options) -> None:
 
 
 def _warn_once(reason: str, name: str, detail: str) -> None:
-    if reason in _warned:
-        return
-    _warned.add(reason)
     because = f"{reason}: {detail}" if detail else reason
-    warnings.warn(
+    _warn(
+        reason,
         f"sparge: attention stays dense ({because}), first at {name}. sparge_compile.explain(model)(...) lists every "
         "site; options={'on_unsupported': 'dense'} silences this.",
-        stacklevel=2,
     )
+
+
+def _warn(about: str, text: str) -> None:
+    if about not in _warned:
+        _warned.add(about)
+        warnings.warn(text, stacklevel=2)
 
 
 _warned: set[str] = set()

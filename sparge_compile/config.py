@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from .cost import CostModel
@@ -90,6 +90,10 @@ class Options:
                 )
             )
         return cls(**given)
+
+    def with_thresholds(self, topk: float, topp: float) -> Options:
+        """The same options with one pair of thresholds for all sites."""
+        return replace(self, calibration=None, topk=topk, topp=topp)
 
     def digest(self) -> str:
         """A hash over all fields: equal for equal options, in any process."""

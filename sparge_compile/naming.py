@@ -1,6 +1,7 @@
 """A layer's one name: its module path in the user's model, from a graph node.
 
 The same model must give the same names in whole-model compilation, in ``explain``, in calibration and in distillation.
+What a graph knows is a base (a local of the compiled frame) and a path below it; passes/places.py finds the base.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ from typing import Any
 
 ROOT = "(root)"  # attention written directly in the forward of the compiled module
 
-_BASE = re.compile(r"^[LG]\['[^']*'\]")  # Dynamo's name of the local or global that holds the model
+# Dynamo's name of the local or global that holds the model, or the function or method that does.
+_BASE = re.compile(
+    r"^[LG]\['[^']*'\](?:\._torchdynamo_inline|\.__closure__\[\d+\]\.cell_contents|\.__func__|\.__self__)*"
+)
 _MODULES = re.compile(
-    r"(?:\.__dict__)?(?:\['_modules'\]|\._modules)\['([^']*)'\]"
+    r"(?:\.__dict__)?(?:\['_(?:modules|parameters|buffers)'\]|\._(?:modules|parameters|buffers))\['([^']*)'\]"
 )  # diffusers' models reach children so
 _ITEM = re.compile(r"\['?([^'\]]*)'?\]")  # blocks[0], layers['a']
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}  # modules that wrap a user's module
@@ -22,8 +26,23 @@ _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"} 
 def clean_path(path: str) -> str:
     """A module path as the user would write it, from Dynamo's or export's spelling of it."""
     path = _MODULES.sub(r".\1", _BASE.sub("", path))
-    path = _ITEM.sub(r".\1", path).strip(".")
-    return ".".join(part for part in path.split(".") if part and part not in _WRAPPERS) or ROOT
+    return user_path(_ITEM.sub(r".\1", path)) or ROOT
+
+
+def user_path(name: str) -> str:
+    """A dotted name without the modules that wrap a user's module; empty for the root."""
+    return ".".join(part for part in name.split(".") if part and part not in _WRAPPERS)
+
+
+def join(prefix: str, path: str) -> str:
+    """A path below a module as a path below the model; the root's own path is ``ROOT``."""
+    return ".".join(part for part in (prefix, path) if part and part != ROOT) or ROOT
+
+
+def base_of(path: str) -> str | None:
+    """The local or global of the compiled frame that a path of Dynamo starts from, as ``L['self']``."""
+    found = _BASE.match(path)
+    return found.group() if found else None
 
 
 def module_path(node: Any) -> str:
@@ -32,17 +51,25 @@ def module_path(node: Any) -> str:
     return clean_path(list(stack.values())[-1][0]) if stack else ROOT
 
 
+def module_base(node: Any) -> str | None:
+    """The base of that path; None where the node stands in no module but the compiled frame itself."""
+    stack = node.meta.get("nn_module_stack")
+    return base_of(list(stack.values())[-1][0]) if stack else None
+
+
+def numbered(path: str, earlier: int) -> str:
+    """A site's name, after so many earlier ones in the same module."""
+    return f"{path}#{earlier}" if earlier else path
+
+
 class SiteNames:
     """Names sites in graph order: a module's first attention has its path, later ones ``#1``, ``#2``."""
 
     def __init__(self) -> None:
         self._seen: Counter[str] = Counter()
 
-    def name(self, node: Any, child: str = "") -> str:
-        """The name of a site; ``child`` is the module below the node's own that the attention belongs to."""
-        path = module_path(node)
-        if child:
-            path = child if path == ROOT else f"{path}.{child}"
+    def name(self, path: str) -> str:
+        """The name of the next site in a module."""
         earlier = self._seen[path]
         self._seen[path] += 1
-        return f"{path}#{earlier}" if earlier else path
+        return numbered(path, earlier)

@@ -23,6 +23,7 @@ library = torch.library.Library("sparge", "DEF")
 library.define(
     f"attention({_QKV}, Tensor thresholds, Tensor? attn_mask=None, bool is_causal=False, float? scale=None) -> Tensor"
 )
+library.define("mark(Tensor thresholds, int index) -> ()")
 library.define(f"block_map(Tensor query, Tensor key, Tensor thresholds, {_HOW}) -> (Tensor counts, Tensor indices)")
 library.define(f"forward({_QKV}, Tensor counts, Tensor indices, {_HOW}) -> (Tensor out, Tensor lse)")
 library.define("pack(Tensor counts, Tensor indices) -> Tensor")
@@ -88,6 +89,10 @@ def _autocast(device: str):
 
     return attention
 
+
+# What ``attach`` calls where a module is entered: the backend reads it off Dynamo's graph; to all others it is nothing.
+library.impl("mark", lambda thresholds, index: None, "CompositeImplicitAutograd")
+REST = -1  # the index of a marker for every attention of its module that has none of its own
 
 library.impl("attention", _autocast("cpu"), "AutocastCPU")
 library.impl("attention", _autocast("cuda"), "AutocastCUDA")

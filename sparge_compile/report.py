@@ -38,6 +38,7 @@ class Reason(Enum):
     # sparse
     PAYS = "predicted to be faster"
     LONG_ENOUGH = "min_seq_len is reached"
+    SHARED = "all blocks kept, in a graph shared with sparse sites"
     # dense, because sparse would not be faster
     SLOWER = "predicted not to be faster"
     TOO_SHORT = "too few keys"
@@ -68,7 +69,7 @@ class Reason(Enum):
 
     @property
     def sparse(self) -> bool:
-        return self in (Reason.PAYS, Reason.LONG_ENOUGH)
+        return self in (Reason.PAYS, Reason.LONG_ENOUGH, Reason.SHARED)
 
     @property
     def unsupported(self) -> bool:
@@ -147,7 +148,7 @@ class SiteReport:
 
 @dataclass
 class Report:
-    """Every site of a model, in graph order. Printed, it is a table."""
+    """Every site of a model, in graph order, and every softmax that is no attention. Printed, it is a table."""
 
     sites: list[SiteReport] = field(default_factory=list)
     graphs: int = 0  # graphs that were looked at, those without attention included
@@ -173,7 +174,8 @@ class Report:
         graphs = "1 graph" if self.graphs == 1 else f"{self.graphs} graphs"
         if not self.sites:
             return f"sparge: no attention found in {graphs}; nothing was replaced"
-        head = f"sparge: {len(self.sparse)} of {len(self.sites)} attention sites sparse, in {graphs}"
+        attention = [row for row in self.sites if row.reason is not Reason.NOT_ATTENTION]
+        head = f"sparge: {len(self.sparse)} of {len(attention)} attention sites sparse, in {graphs}"
         columns = ("site", "kind", "status", "reason", "shape B H/Hk L×S D", "dtype", "mask", "predicted")
         return f"{head}\n{tabulate([_row(row) for row in self.sites], headers=columns)}"
 

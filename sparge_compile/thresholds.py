@@ -77,9 +77,13 @@ class Calibration:
         checked = {name: _check_site(name, pairs) for name, pairs in self.sites.items()}
         object.__setattr__(self, "sites", checked)
 
+    def key_of(self, name: str) -> str | None:
+        """The entry that holds for a site: its name, else the first pattern that matches it, else None."""
+        return name if name in self.sites else next((p for p in self.sites if fnmatchcase(name, p)), None)
+
     def lookup(self, name: str, heads: int) -> tuple[Pair, ...] | None:
         """The pairs of a site with so many heads, or None where neither a name nor a pattern covers it."""
-        key = name if name in self.sites else next((p for p in self.sites if fnmatchcase(name, p)), None)
+        key = self.key_of(name)
         if key is None:
             return None
         pairs = self.sites[key]

@@ -25,7 +25,8 @@ class Attention:
     """One attention of a model: its site in a report, and what the library hands to SDPA in eager mode.
 
     ``mask`` is ``"none"``, ``"bool"`` or ``"additive"``, and ``mask_shape`` its shape. What Dynamo's graph computes
-    instead (a boolean mask for ``is_causal``, repeated keys for ``enable_gqa``) must be recognised as the same.
+    instead (a boolean mask for ``is_causal``, repeated keys for ``enable_gqa``) must be recognised as the same;
+    ``recognised`` is the mask's kind in the report where it is simpler than what SDPA gets.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Attention:
     keys: int
     mask: str = "none"
     mask_shape: tuple[int, ...] | None = None
+    recognised: str | None = None
     is_causal: bool = False
     enable_gqa: bool = False
     kind: str = "sdpa"
@@ -433,7 +435,7 @@ CASES = (
                 300,
                 mask="additive",
                 mask_shape=(2, 2, 1, 300),
-                traced_masks=("bool",),
+                recognised="bool",
                 kind="fused",
             ),
         ),

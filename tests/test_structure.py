@@ -22,7 +22,7 @@ LAYERS = [
     ["kernels.pool", "kernels.backward_query", "kernels.backward_key"],
     ["kernels.select", "kernels.forward", "kernels.backward", "kernels.cpu"],
     ["ops"],
-    ["functional", "passes.fx_utils"],
+    ["functional", "attached", "passes.fx_utils", "passes.places"],
     ["passes.mask_source", "passes.spelled_out", "passes.fused_kernels"],
     ["passes.lower", "passes.open_up"],
     ["passes.axes", "passes.mutations"],
@@ -32,9 +32,10 @@ LAYERS = [
     ["passes.compose", "passes.emit"],
     ["passes.decomposed", "passes.fused"],
     ["passes.find", "passes.leaves"],
-    ["passes.decide", "passes.substitute"],
-    ["passes.pipeline"],
-    ["backend"],
+    ["passes.decide", "passes.substitute", "passes.thresholds_in"],
+    ["passes.pipeline", "passes.runtime"],
+    ["backend", "attachment"],
+    ["rewriting"],
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 TRITON = {f"kernels.{name}" for name in ("select", "pool", "forward", "backward", "backward_query", "backward_key")}

@@ -31,7 +31,7 @@ def decide(match: Match, options: Options) -> Decision:
     found = match.attention
     assert found is not None
     pairs = thresholds_for(match, options)
-    shape = _shape(found)
+    shape = shape_of(found)
     if shape is None:
         return Decision(Reason.NO_SHAPES, "a size depends on data")
     least = MIN_KEYS if options.min_seq_len is None else options.min_seq_len
@@ -87,7 +87,8 @@ def _refusal(match: Match, options: Options) -> Decision | None:
     return None
 
 
-def _shape(found: Attention) -> Shape | None:
+def shape_of(found: Attention) -> Shape | None:
+    """The sizes that the cost model needs, as they were traced with; None where one depends on data."""
     sizes = (found.batch, found.heads, found.kv_heads, found.length, found.keys, found.head_size)
     hints = [size_hint(x) for x in sizes]
     return None if None in hints else Shape(*hints, is_causal=found.is_causal)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from ..naming import SiteNames, module_path
+from ..naming import SiteNames, join, module_path
 from ..report import Reason, Site
 from .attention import Attention, Refusal
 from .decomposed import is_softmax, match_softmax
@@ -44,10 +44,11 @@ class Match:
 
     ``node`` belongs to ``graph_module``, which the ``callers`` (outermost first) run. Where attention is inside a
     larger call, ``inside`` is that call as a graph. ``attention`` is None where it cannot be replaced; ``refusal`` says
-    why, or names what is around it that forbids a rewrite.
+    why, or names what is around it that forbids a rewrite. ``path`` is the module that it belongs to.
     """
 
     site: Site
+    path: str
     graph_module: GraphModule
     node: Node
     reader: Reader
@@ -55,6 +56,10 @@ class Match:
     inside: GraphModule | None = None
     attention: Attention | None = None
     refusal: Refusal | None = None
+
+    @property
+    def is_attention(self) -> bool:
+        return self.site.kind != "softmax"
 
 
 def find(graph_module: GraphModule) -> list[Match]:
@@ -72,22 +77,23 @@ def _find(
         transforms += (target in _ENTER_TRANSFORM) - (target in _LEAVE_TRANSFORM)
         around = Reason.TRANSFORM if transforms > 0 else obstacle
         where: dict[str, Any] = {"graph_module": owner, "node": node, "reader": reader, "callers": callers}
+        where["path"] = module_path(node)
         if is_fused(node):
-            yield _match(names.name(node), "sdpa", match_fused(node, reader), around, where)
+            yield _match(names, "sdpa", match_fused(node, reader), around, where)
         elif is_softmax(node, reader):
             found = match_softmax(node, reader)
-            named = found.output if isinstance(found, Attention) else found.node or node
+            where["node"] = found.output if isinstance(found, Attention) else found.node or node
+            where["path"] = module_path(where["node"])
             kind = "softmax" if isinstance(found, Refusal) and found.reason is Reason.NOT_ATTENTION else "decomposed"
-            yield _match(names.name(named) if kind == "decomposed" else module_path(node), kind, found, around, where)
+            yield _match(names, kind, found, around, where)
         elif node.target in OPENABLE:
-            inside, name = open_up(node), names.name(node, OPENABLE[node.target].child)
+            where["path"] = join(where["path"], OPENABLE[node.target].child)
+            where["inside"] = inside = open_up(node)
             inner = next(filter(is_fused, inside.graph.nodes), None) if inside else None
-            if inside is None or inner is None:
-                yield Match(Site(name, "fused"), refusal=_closed(node), **where)
-            else:
-                yield _match(name, "fused", match_fused(inner, Reader(inside)), around, {**where, "inside": inside})
+            opened = match_fused(inner, Reader(inside)) if inside is not None and inner is not None else _closed(node)
+            yield _match(names, "fused", opened, around, where)
         elif holds_attention(node):
-            yield Match(Site(names.name(node), "fused"), refusal=_closed(node), **where)
+            yield _match(names, "fused", _closed(node), around, where)
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
             caller = Caller(owner, node)
             for argument in node.all_input_nodes:
@@ -104,7 +110,11 @@ def _closed(node: Node) -> Refusal:
     return Refusal(reason, target if reason is Reason.OPAQUE else "")
 
 
-def _match(name: str, kind: str, found: Attention | Refusal, around: Reason | None, where: dict[str, Any]) -> Match:
+def _match(
+    names: SiteNames, kind: str, found: Attention | Refusal, around: Reason | None, where: dict[str, Any]
+) -> Match:
+    # What is no attention takes no number from the sites of its module.
+    name = where["path"] if kind == "softmax" else names.name(where["path"])
     if isinstance(found, Refusal):
         return Match(Site(name, kind), refusal=found, **where)
     site = Site(

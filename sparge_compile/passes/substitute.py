@@ -5,21 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from .. import ops  # noqa: F401  importing it registers the op
 from .emit import Emitter
 from .find import Match
 from .fused_kernels import FUSED_KERNELS, replace_kernel
-from .fx_utils import add_input
 from .mutations import is_pure
 from .open_up import put_inside
 
 OP = torch.ops.sparge.attention.default
 
 
-def substitute(match: Match, root: GraphModule, thresholds: Any, replaced: dict[Node, Node]) -> Node:
-    """Rewrite one match; ``thresholds`` is the (fake) value of the new last input of ``root`` that will carry them.
+def substitute(match: Match, thresholds: Node, replaced: dict[Node, Node]) -> Node:
+    """Rewrite one match; ``thresholds`` is the node of its graph that carries them, float32 [H, 2].
 
     ``replaced`` says what became of the results of earlier sites, and is added to. Returns the op's node. The caller
     lints and recompiles.
@@ -34,14 +33,13 @@ def substitute(match: Match, root: GraphModule, thresholds: Any, replaced: dict[
             node = replaced[node]
         return node
 
-    given = _pass_down(match, root, thresholds)
     output = translate(found.output)
     graph = match.graph_module.graph
     emitter = Emitter(graph, found, translate)
     with graph.inserting_before(output):
         query, key, value = emitter.operands()
         options: dict[str, Any] = {"attn_mask": emitter.mask(), "is_causal": found.is_causal, "scale": found.scale}
-        new = graph.call_function(OP, (query, key, value, given), options)
+        new = graph.call_function(OP, (query, key, value, thresholds), options)
         result = emitter.result(new)
     new.meta = dict(output.meta)
     result.meta = dict(output.meta)
@@ -67,14 +65,3 @@ def _erase(match: Match, region: list[Node]) -> None:
         if not node.users and not node._erased and is_pure(node, match.reader.lowering):
             orphans += node.all_input_nodes
             graph.erase_node(node)
-
-
-def _pass_down(match: Match, root: GraphModule, thresholds: Any) -> Node:
-    """A new input of the root graph, handed on by every caller down to the graph of the match."""
-    name = "sparge_thresholds"
-    given = add_input(root, name, thresholds)
-    for depth, caller in enumerate(match.callers):
-        inner = match.callers[depth + 1].graph_module if depth + 1 < len(match.callers) else match.graph_module
-        caller.node.args = (*caller.node.args, given)
-        given = add_input(inner, name, thresholds)
-    return given
