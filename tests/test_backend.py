@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -290,3 +291,47 @@ def test_an_expanded_query_can_be_viewed_after_attention():
 
     compiled = torch.compile(pooled, backend="sparge", options={"min_seq_len": 0, "topk": 1.0, "inner": "aot_eager"})
     torch.testing.assert_close(compiled(latent, x), pooled(latent, x), atol=1e-5, rtol=1e-5)
+
+
+def test_the_break_even_of_the_cost_model_is_a_guard():
+    """One graph for the lengths that pay and one for the others, whichever comes first."""
+    pairs = 1e-9 * 2 * 4 * 16  # seconds for the square of a length, dense
+    costs = {
+        "dense_base": 0,
+        "dense_pair": 1e-9,
+        "sparse_base": pairs * 1500**2,
+        "pool": 0,
+        "select": 0,
+        "sparse_pair": 0,
+    }
+    compilations = []
+
+    def counting(graph_module, inputs):
+        compilations.append(1)
+        return backend.sparge(
+            graph_module, inputs, options={"costs": costs, "topk": 0.1, "topp": 0.0, "inner": "eager"}
+        )
+
+    compiled = torch.compile(lambda q: F.scaled_dot_product_attention(q, q, q), backend=counting)
+    for length in (1200, 2000, 1100, 3000, 1400, 1700):
+        q = torch.randn(2, 4, length, 16)
+        torch._dynamo.mark_dynamic(q, 2)
+        sparse = (compiled(q) - F.scaled_dot_product_attention(q, q, q)).abs().max() > 1e-3
+        assert sparse == (length > 1600)
+    assert len(compilations) == 2
+
+
+def test_source_and_version_enter_the_digest(monkeypatch, tmp_path):
+    digest = backend.source_digest.__wrapped__
+    before = digest()
+    assert before == digest() == backend.source_digest()
+    monkeypatch.setattr(backend, "__version__", "another")
+    assert digest() != before
+    monkeypatch.undo()
+    for path in Path(backend.__file__).parent.glob("*.py"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(backend, "__file__", str(tmp_path / "backend.py"))
+    copied = digest()
+    with (tmp_path / "ops.py").open("a") as file:
+        file.write("#")
+    assert digest() != copied

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import spellings_heads  # noqa: F401  importing it registers its spellings
+import spellings_masks  # noqa: F401
+import spellings_scores  # noqa: F401
+import spellings_softmax  # noqa: F401
 import torch
 import torch.nn.functional as F
+from spelling import SPELLINGS
 from torch.library import opcheck
 
 from sparge_compile import Calibration, attention, backend, explain
@@ -165,3 +170,25 @@ def test_both_devices_keep_the_same_blocks():
     )
     assert torch.equal(gpu[0].cpu(), cpu.counts)
     assert torch.equal(type(cpu)(*gpu).to_dense().cpu(), cpu.to_dense())
+
+
+WRITTEN_OUT = [s for s in SPELLINGS if s.sparse]
+
+
+@pytest.mark.parametrize("spelling", WRITTEN_OUT, ids=lambda s: s.name)
+def test_attention_written_out_is_replaced(spelling):
+    """The table of spellings on a GPU. Float32 products of eager mode are exact there unless TF32 is asked for."""
+    with torch.device("cuda"):
+        inputs = spelling.inputs()
+        for x in inputs:
+            x.requires_grad_(x.is_floating_point() and x.dim() != 2)
+        options = {"min_seq_len": 0, "topk": 1.0, "inner": "aot_eager"}
+        assert [row.status for row in explain(spelling.function, options)(*inputs)] == ["sparse"]
+        got = torch.compile(spelling.function, backend="sparge", options=options, fullgraph=True)(*inputs)
+        want = spelling.function(*inputs)
+        leaves = [x for x in inputs if x.requires_grad]
+        weight = torch.randn_like(want)
+        gots, wants = (torch.autograd.grad(x, leaves, weight) for x in (got, want))
+    bound = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}[want.dtype]
+    for a, b in zip((got, *gots), (want, *wants), strict=True):
+        assert a.shape == b.shape and (a - b).abs().max() <= bound * b.abs().max()

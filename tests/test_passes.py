@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from sparge_compile import Calibration, explain
+from sparge_compile import Calibration, attention, explain
 from sparge_compile.config import Options
 from sparge_compile.passes import fused
 from sparge_compile.passes.decide import decide, expected_density
@@ -301,3 +301,26 @@ def test_a_dynamic_number_of_heads_stays_dense():
         torch._dynamo.mark_dynamic(x, 1)
     (row,) = rows(SPELLINGS["positional"], q, k, v)
     assert (row.status, row.reason) == ("dense", Reason.HEADS)
+
+
+def test_additive_masks_are_replaced_only_where_that_is_asked_for():
+    """By name, because sparse attention then ranks blocks by pooled scores that include the mask."""
+    q, k, v = qkv(length=300, keys=300)
+    bias = torch.randn(4, 300, 300)
+
+    def biased(q, k, v, bias):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+    def written_out(q, k, v, bias):
+        return (q @ k.mT * 0.25 + bias).softmax(-1) @ v
+
+    for function in (biased, written_out):
+        (row,) = rows(function, q, k, v, bias)
+        assert (row.status, row.reason, row.site.mask) == ("dense", Reason.ADDITIVE_MASK, "additive")
+        options = {"min_seq_len": 0, "additive_masks": True, "topk": 0.3, "topp": 0.0, "inner": "eager"}
+        got = torch.compile(function, backend="sparge", options=options)(q, k, v, bias)
+        want = attention(q, k, v, bias, topk=0.3)
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+        learned = bias.clone().requires_grad_()
+        (row,) = rows(function, q, k, v, learned, options={**options})
+        assert row.reason is Reason.LEARNED_BIAS

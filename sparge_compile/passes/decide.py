@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..config import Options
@@ -41,8 +43,11 @@ def decide(match: Match, options: Options) -> Decision:
     if options.min_seq_len is not None:
         return Decision(Reason.LONG_ENOUGH, f"{shape.keys} keys")
     costs = options.costs or cost_model(found.device)
-    prediction = costs.predict(shape, expected_density(pairs))
-    return Decision(Reason.PAYS if prediction.speedup >= MARGIN else Reason.SLOWER, "", prediction)
+    density = expected_density(pairs)
+    # So does this one: the closed forms over symbolic sizes say on which side of the break-even a length lies.
+    sizes = Shape(*sizes_of(found), is_causal=found.is_causal)
+    pays = bool(costs.dense(sizes) >= MARGIN * costs.sparse(sizes, density))
+    return Decision(Reason.PAYS if pays else Reason.SLOWER, "", costs.predict(shape, density))
 
 
 def thresholds_for(match: Match, options: Options) -> tuple[Pair, ...]:
@@ -89,6 +94,10 @@ def _refusal(match: Match, options: Options) -> Decision | None:
 
 def shape_of(found: Attention) -> Shape | None:
     """The sizes that the cost model needs, as they were traced with; None where one depends on data."""
-    sizes = (found.batch, found.heads, found.kv_heads, found.length, found.keys, found.head_size)
-    hints = [size_hint(x) for x in sizes]
+    hints = [size_hint(x) for x in sizes_of(found)]
     return None if None in hints else Shape(*hints, is_causal=found.is_causal)
+
+
+def sizes_of(found: Attention) -> tuple[Any, ...]:
+    """The sizes of :class:`Shape`, in order; symbolic where they are dynamic."""
+    return found.batch, found.heads, found.kv_heads, found.length, found.keys, found.head_size
