@@ -276,6 +276,10 @@ def test_dynamic_lengths_of_an_opened_layer_take_one_compilation():
     model, x = layer(), torch.randn(2, 300, 32)
     torch._dynamo.mark_dynamic(x, 1)
     with torch.no_grad():
+        try:
+            torch.compile(model, backend="eager", fullgraph=True)(x)
+        except torch._dynamo.exc.Unsupported:
+            pytest.skip("this torch does not trace the inference kernel with symbolic sizes")
         compiled = torch.compile(model, backend="sparge", fullgraph=True, options=EXACT)
         compiled(x)
         with torch.compiler.set_stance("fail_on_recompile"):

@@ -6,6 +6,7 @@ The tables are in spellings_*.py and lookalikes.py. Inductor's own patterns of a
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -257,7 +258,7 @@ def test_the_mode_of_a_module_decides_about_its_dropout():
 
 def patterns() -> dict[str, Callable[..., Any]]:
     """Inductor's functions by name, as if they stood here: Dynamo does not look into files of torch."""
-    here: dict[str, Any] = {"torch": torch, "__builtins__": __builtins__}
+    here: dict[str, Any] = {"torch": torch, "math": math, "__builtins__": __builtins__}
     for name, function in vars(fuse_attention).items():
         if name.startswith("_sfdp_pattern_"):
             here[name] = FunctionType(function.__code__.replace(co_filename=__file__), here, name)

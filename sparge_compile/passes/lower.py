@@ -9,11 +9,13 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -134,7 +136,9 @@ class Lowering:
                     args = args[1:]
                 elif node.op == "call_module":
                     function = self.owner.get_submodule(str(node.target))
-                with recorder:
+                # Torch's own decompositions in C++ may turn symbolic sizes into numbers, and guard on them.
+                symbolic = any(isinstance(size, torch.SymInt) for shape in recorder.shapes for size in shape)
+                with enable_python_dispatcher() if symbolic else nullcontext(), recorder:
                     result = function(*args, **kwargs)
                 value = tree_map(recorder.value_of, result)
         except Exception as error:  # whatever it is: nothing is known of this node, and what reads it stays dense
@@ -175,6 +179,7 @@ class _Recorder(TorchDispatchMode):
         self.mutated: list[Node] = []
         self.random = False
         self._values: dict[int, Value] = {}
+        self.shapes: list[tuple[Any, ...]] = []  # of the inputs
         self._alive: list[Tensor] = []  # an id is only good for as long as its tensor lives
         self._storages: dict[int, Node] = {}
 
@@ -182,6 +187,7 @@ class _Recorder(TorchDispatchMode):
         self._alive.append(tensor)
         self._values[id(tensor)] = value
         if value.node is not None:
+            self.shapes.append(value.shape)
             self._storages[tensor.untyped_storage()._cdata] = value.node
 
     def value_of(self, x: Any) -> Any:
