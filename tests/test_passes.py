@@ -324,3 +324,64 @@ def test_additive_masks_are_replaced_only_where_that_is_asked_for():
         learned = bias.clone().requires_grad_()
         (row,) = rows(function, q, k, v, learned, options={**options})
         assert row.reason is Reason.LEARNED_BIAS
+
+
+def written_out(q, k, v):
+    return (q @ k.mT * 0.25).softmax(-1) @ v
+
+
+def _checkpointed(q, k, v):
+    return checkpoint(written_out, q, k, v, use_reentrant=False)
+
+
+def _autocast(q, k, v):
+    with torch.autocast("cpu", torch.bfloat16):
+        return written_out(q, k, v)
+
+
+def _autocast_left_for_the_softmax(q, k, v):
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", enabled=False):
+            weights = (q.float() @ k.float().mT * 0.25).softmax(-1)
+        return weights @ v
+
+
+def _scores_without_gradient(q, k, v):
+    with torch.no_grad():
+        scores = q @ k.mT * 0.25
+    return scores.softmax(-1) @ v
+
+
+def _twice_around_a_break(q, k, v):
+    x = written_out(q, k, v)
+    torch._dynamo.graph_break()
+    return written_out(x, k, v)
+
+
+def _inference(q, k, v):
+    with torch.inference_mode():
+        return written_out(q, k, v)
+
+
+SURROUNDINGS = {
+    _checkpointed: [Reason.LONG_ENOUGH],
+    _autocast: [Reason.LONG_ENOUGH],
+    _autocast_left_for_the_softmax: [Reason.CONTEXT],
+    _scores_without_gradient: [Reason.CONTEXT],
+    _twice_around_a_break: [Reason.LONG_ENOUGH] * 2,
+    _inference: [Reason.LONG_ENOUGH],
+}
+
+
+@pytest.mark.parametrize("function", SURROUNDINGS, ids=lambda f: f.__name__)
+def test_the_surroundings_of_attention_written_out(function):
+    args = [x.requires_grad_() for x in qkv()]
+    assert [row.reason for row in rows(function, *args)] == SURROUNDINGS[function]
+    options = {"min_seq_len": 0, "topk": 1.0, "inner": "aot_eager", "on_unsupported": "dense"}
+    got, want = torch.compile(function, backend="sparge", options=options)(*args), function(*args)
+    assert got.dtype == want.dtype
+    bound = 1e-5 if want.dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(got, want, atol=bound, rtol=bound)
+    if want.requires_grad:
+        grads = [torch.autograd.grad(x.sum(), args, materialize_grads=True) for x in (got, want)]
+        torch.testing.assert_close(*grads, atol=10 * bound, rtol=10 * bound)
