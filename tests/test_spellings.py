@@ -182,13 +182,18 @@ def test_a_lookalike_stays_to_the_byte(lookalike: LookAlike):
 DYNAMIC = (
     "at_operator",
     "einsum_blhd",
-    "bmm_on_flattened_heads",
-    "scale_from_the_shape",
-    "scale_by_a_tensor_constant",
     "keys_repeated_by_expand_and_reshape",
-    "grouped_by_broadcasting",
     "tril_filled",
-    "arange_compared",
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in (
+            "bmm_on_flattened_heads",
+            "scale_from_the_shape",
+            "scale_by_a_tensor_constant",
+            "grouped_by_broadcasting",
+            "arange_compared",
+        )
+    ),
 )
 
 
@@ -275,7 +280,8 @@ def inductor_patterns() -> Iterator[Any]:
         if "dropout_p" in inspect.signature(functions[pattern]).parameters:
             fixed.setdefault("dropout_p", 0.0)  # inference, which has no such argument in the registered function
         if "_bs1" not in name:  # another batch size of another entry
-            yield pytest.param(functions[pattern], how["example_inputs"], fixed, id=name[6:])
+            marks = [pytest.mark.slow] if "_half" in name else []
+            yield pytest.param(functions[pattern], how["example_inputs"], fixed, id=name[6:], marks=marks)
     assert seen == {name for name in functions if name.startswith("_sfdp_pattern_")}
 
 
