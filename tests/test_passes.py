@@ -7,6 +7,7 @@ import operator
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from sparge_compile import Calibration, attention, explain
@@ -385,3 +386,39 @@ def test_the_surroundings_of_attention_written_out(function):
     if want.requires_grad:
         grads = [torch.autograd.grad(x.sum(), args, materialize_grads=True) for x in (got, want)]
         torch.testing.assert_close(*grads, atol=10 * bound, rtol=10 * bound)
+
+
+def test_operands_are_read_on_their_device():
+    """A copy from another device was once seen through, as a copy in another layout is."""
+    graph, nodes = torch.fx.Graph(), {}
+    with FakeTensorMode():
+        for name in ("q", "k", "v"):
+            nodes[name] = graph.placeholder(name)
+            nodes[name].meta["val"] = torch.empty(1, 2, 100, 16, device="cuda" if name == "q" else "cpu")
+        for name in ("k", "v"):
+            nodes[name] = graph.call_function(torch.ops.aten._to_copy.default, (nodes[name],), {"device": "cuda"})
+            nodes[name].meta["val"] = torch.empty(1, 2, 100, 16, device="cuda")
+        call = graph.call_function(torch.ops.aten.scaled_dot_product_attention.default, tuple(nodes.values()))
+        call.meta["val"] = torch.empty(1, 2, 100, 16, device="cuda")
+    graph.output(call)
+    (match,) = find(torch.fx.GraphModule({}, graph))
+    operands = (match.attention.query, match.attention.key, match.attention.value)
+    assert [operand.node for operand in operands] == list(nodes.values())
+
+
+def test_masks_of_long_histories_are_given_up_in_time():
+    """As a sum it was read to the end of Python's stack, as a square twice at each step."""
+
+    def long_sum(q, mask):
+        for _ in range(300):
+            mask = mask + 1.0
+        return (q @ q.mT).masked_fill(mask > 400, -1e9).softmax(-1) @ q
+
+    def squares(q, mask):
+        for _ in range(60):
+            mask = mask * mask
+        return (q @ q.mT).masked_fill(mask > 1, -1e9).softmax(-1) @ q
+
+    for function in (long_sum, squares):
+        (row,) = rows(function, torch.randn(1, 2, 16, 8), torch.rand(16, 16))
+        assert (row.status, row.site.mask) == ("sparse", "bool")

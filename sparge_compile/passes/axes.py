@@ -126,7 +126,13 @@ def is_layout(call: Call) -> bool:
         return start in (None, 0) and step == 1 and (end is None or bool(statically_known_true(end >= size)))
     if call.name == "select":
         return same(call.args[0].shape[call.argument(1, "dim", 0)], 1)
-    return call.name in RESHAPES | COPIES | PERMUTES | {"expand", "repeat"} and not casts_values(call)
+    return call.name in RESHAPES | COPIES | PERMUTES | {"expand", "repeat"} and not (casts_values(call) or moves(call))
+
+
+def moves(call: Call) -> bool:
+    """Whether a copy is made on another device."""
+    device = call.kwargs.get("device")
+    return device is not None and torch.device(device) != call.args[0].device
 
 
 def casts_values(call: Call) -> bool:

@@ -103,7 +103,7 @@ def match_fused(node: Node, reader: Reader) -> Attention | Refusal:
 
 
 def _part(node: Node, fake: Tensor, reader: Node, layout: Layout) -> Part:
-    return Part(Value(tuple(fake.shape), fake.dtype, node=node), reader, layout)
+    return Part(Value(tuple(fake.shape), fake.dtype, fake.device, node=node), reader, layout)
 
 
 def _mask_term(
@@ -117,7 +117,7 @@ def _mask_term(
         not same(have, want) and not same(have, 1) for have, want in zip(padded, target, strict=True)
     ):
         return Refusal(Reason.MASK_SHAPE, f"{_text(mask)} for {target}")
-    value = Value(tuple(mask.shape), mask.dtype, node=node)
+    value = Value(tuple(mask.shape), mask.dtype, mask.device, node=node)
     kind = "keep" if mask.dtype == torch.bool else "number"
     terms.append(Term(value, attention, broadcast(weights, mask.shape), kind))
     return None

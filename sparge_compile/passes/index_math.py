@@ -22,7 +22,10 @@ from .reading import Reader
 Cases = list[tuple[Any, Any]]  # disjoint conditions that cover everything, and a formula for each
 Index = tuple[Any, ...]
 
-MAX_CASES = 16  # a formula of more is not the mask of any model
+# What is larger is not the mask of any model.
+MAX_CASES = 16
+MAX_DEPTH = 100
+MAX_VALUES = 500
 
 _COMPARISONS = {"eq": sympy.Eq, "ne": sympy.Ne, "lt": sympy.Lt, "le": sympy.Le, "gt": sympy.Gt, "ge": sympy.Ge}
 _FILLS = {"zeros": 0, "zeros_like": 0, "new_zeros": 0, "ones": 1, "ones_like": 1, "new_ones": 1}
@@ -56,16 +59,20 @@ def formula(reader: Reader, value: Value, at: Node, index: Sequence[Any]) -> Any
     """The value, as ``at`` reads it, at an index (one sympy expression for each dimension): a condition or cases."""
     if value.constant is not None:
         return _number(value.constant.item())
-    found = reader.definition(value, at)
+    found = reader.definition(value, at) if reader.depth < MAX_DEPTH and reader.spent < MAX_VALUES else None
     if found is None:
         return _unknown(reader, value, at, index)
     made, node = found
     if made.constant is not None:
         return _number(made.constant.item())
+    reader.spent = reader.spent + 1 if reader.depth else 0
+    reader.depth += 1
     try:
         return _of_call(reader, made, node, tuple(index))
     except _Unknown:
         return _unknown(reader, value, at, index)
+    finally:
+        reader.depth -= 1
 
 
 def number(reader: Reader, value: Any, at: Node) -> float | None:

@@ -59,6 +59,7 @@ class Value:
 
     shape: tuple[Any, ...]
     dtype: torch.dtype
+    device: torch.device
     node: Node | None = None
     call: Call | None = None
     constant: Tensor | None = None  # the number that a tensor without dimensions is known to hold
@@ -163,7 +164,7 @@ class Lowering:
             return x
         dtype = torch.float32 if x.dtype.is_floating_point else x.dtype
         blank = torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=x.device)
-        recorder.add(blank, Value(tuple(x.shape), x.dtype, node=node))
+        recorder.add(blank, Value(tuple(x.shape), x.dtype, x.device, node=node))
         return blank
 
 
@@ -194,7 +195,7 @@ class _Recorder(TorchDispatchMode):
         if not isinstance(x, Tensor):
             return x
         if id(x) not in self._values:
-            self.add(x, Value(tuple(x.shape), x.dtype, constant=_constant(x)))
+            self.add(x, Value(tuple(x.shape), x.dtype, x.device, constant=_constant(x)))
         return self._values[id(x)]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -211,7 +212,7 @@ class _Recorder(TorchDispatchMode):
                 self.mutated += [node] if node is not None else []
         for x in results:
             if isinstance(x, Tensor):
-                self.add(x, Value(tuple(x.shape), x.dtype, call=call, constant=_constant(x)))
+                self.add(x, Value(tuple(x.shape), x.dtype, x.device, call=call, constant=_constant(x)))
         return result
 
 

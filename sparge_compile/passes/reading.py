@@ -29,6 +29,8 @@ class Reader:
         self.owner = owner
         self.lowering = Lowering(owner)
         self.mutations = Mutations(self.lowering)
+        self.depth = 0  # of the formula that is being read
+        self.spent = 0  # values that it has read
 
     def holder(self, value: Value, reader: Node) -> Node | None:
         """The graph node that holds what ``reader`` reads as ``value``; None for an intermediate result."""
