@@ -78,7 +78,8 @@ class Factor:
 class Attention:
     """softmax(scale · Q Kᵀ + masks) V of a graph, and the node that holds its result.
 
-    ``region`` are the nodes that have no reader but one another once the result is replaced, in graph order.
+    ``rewritten``: the result is changed in place later on. ``region`` are the nodes that have no reader but one another
+    once the result is replaced, in graph order.
     """
 
     axes: Axes
@@ -94,6 +95,7 @@ class Attention:
     factors: tuple[Factor, ...] = ()
     dropout: Any = 0.0
     region: tuple[Node, ...] = ()
+    rewritten: bool = False
 
     @property
     def batch(self) -> Any:

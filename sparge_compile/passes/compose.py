@@ -92,6 +92,7 @@ def compose(
         factors=scaled,
         dropout=dropout,
         region=region,
+        rewritten=reader.mutations.changed(output, output, None),
     )
     return _unmade(reader, found) or found
 
@@ -106,6 +107,8 @@ def _exact(reader: Reader, held: list[Held], dtype: torch.dtype) -> list[tuple[H
     narrow = dtype
     for i, one in enumerate(held):
         own = reader.lowering.fake(one.node).dtype
+        if min(own.itemsize, narrow.itemsize) < 2 and own != narrow:
+            return found  # float8, which promotes to nothing
         if own != narrow:
             if torch.promote_types(own, narrow) != narrow:
                 return [*found, (one, narrow)] if i == 0 else found

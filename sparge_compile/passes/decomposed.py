@@ -305,7 +305,7 @@ class _Match:
         hidden = number(self.reader, fill, node)
         if hidden is None or not hidden <= HIDDEN:
             return Refusal(Reason.SCORES_CHANGED, f"filled with {hidden}, which does not hide")
-        inner.terms.append(Term(mask, node, broadcast(layout, mask.shape), kind))
+        inner.terms.append(Term(mask, node, broadcast(layout, mask.shape), kind, fill=hidden))
         inner.fixed = True
         return inner
 

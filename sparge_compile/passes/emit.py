@@ -22,24 +22,6 @@ from .masks import HIDDEN
 
 aten = torch.ops.aten
 
-# What needs a certain order of strides, and what carries strides on.
-_VIEWS = {"view", "view_as", "as_strided", "_unsafe_view"}
-_PERMUTING = {
-    "transpose",
-    "permute",
-    "unsqueeze",
-    "squeeze",
-    "mT",
-    "t",
-    "T",
-    "swapaxes",
-    "movedim",
-    "getitem",
-    "unbind",
-    "chunk",
-    "split",
-}
-
 
 class Emitter:
     """Inserts what one attention needs, before the node that holds its result."""
@@ -107,6 +89,9 @@ class Emitter:
         for mask in self.attention.masks:
             made = self._row(self.operand(mask.operand, None), mask)
             if mask.kind == "add":
+                dtype = _dtype(self.translate(mask.operand.node))
+                if dtype is not None and not dtype.is_floating_point:
+                    made = self.call(aten.to.dtype, made, self.attention.dtype)
                 made = self.call(aten.mul.Tensor, made, mask.factor) if mask.factor != 1 else made
                 added = made if added is None else self.call(aten.add.Tensor, added, made)
                 continue
@@ -137,12 +122,9 @@ class Emitter:
         old = found.result
         if old.dtype != found.dtype:
             made = self.call(aten.to.dtype, made, old.dtype)
-        if (
-            found.region != (found.output,)
-            and isinstance(old, Tensor)
-            and old.is_contiguous()
-            and _wants_strides(found.output)
-        ):
+        if found.rewritten:  # the op keeps its result for the backward; a product does not
+            made = self.call(aten.clone.default, made, memory_format=torch.contiguous_format)
+        elif found.region != (found.output,) and old.is_contiguous():  # a fused call has the strides of the op
             made = self.call(aten.contiguous.default, made)
         return made
 
@@ -200,20 +182,3 @@ def _fake_result(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return None
     with modes.pop():
         return op(*values[0], **values[1])
-
-
-def _wants_strides(node: Node) -> bool:
-    """Whether a view that may depend on the order of strides, or the graph's caller, sees this tensor's memory."""
-    edge, seen = [node], set()
-    while edge:
-        for user in edge.pop().users:
-            target: Any = user.target
-            if isinstance(target, torch._ops.OpOverload):
-                target = target.overloadpacket
-            name = target if isinstance(target, str) else getattr(target, "__name__", "")
-            if user.op == "output" or name in _VIEWS:
-                return True
-            if name in _PERMUTING and user not in seen:
-                seen.add(user)
-                edge.append(user)
-    return False

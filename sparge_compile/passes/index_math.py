@@ -68,7 +68,7 @@ def formula(reader: Reader, value: Value, at: Node, index: Sequence[Any]) -> Any
     reader.spent = reader.spent + 1 if reader.depth else 0
     reader.depth += 1
     try:
-        return _of_call(reader, made, node, tuple(index))
+        return _fitting(_of_call(reader, made, node, tuple(index)), value.dtype)
     except _Unknown:
         return _unknown(reader, value, at, index)
     finally:
@@ -107,6 +107,31 @@ def symbol_of(size: Any) -> Any:
     return size.node.expr if isinstance(size, (torch.SymInt, torch.SymFloat)) else sympy.sympify(size)
 
 
+def _fitting(said: Any, dtype: torch.dtype) -> Any:
+    """A formula, unless a dtype of few bits rounds or wraps what it says."""
+    if isinstance(said, Boolean) or dtype.itemsize >= 4:
+        return said
+    low, high = (-256, 256) if dtype.is_floating_point else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+    for _, value in said:
+        hides = dtype.is_floating_point and value.is_number and value.is_extended_real and value <= -1e4
+        if not hides and not (value.is_Integer and low <= value <= high):
+            raise _Unknown
+    return said
+
+
+def _whole(a: Cases, b: Cases) -> None:
+    """Refuse what is not computed exactly: numbers with a fraction beside indices."""
+    values = [value for _, value in (*a, *b)]
+    if any(v.free_symbols for v in values) and not all(v.free_symbols or v.is_Integer for v in values):
+        raise _Unknown
+
+
+def _constants(*operands: Cases) -> None:
+    """Refuse indices in what is rounded."""
+    if any(value.free_symbols for cases in operands for _, value in cases):
+        raise _Unknown
+
+
 def _number(x: Any) -> Any:
     if isinstance(x, bool):
         return sympy.true if x else sympy.false
@@ -118,8 +143,9 @@ def _number(x: Any) -> Any:
 
 
 def _unknown(reader: Reader, value: Value, at: Node, index: Sequence[Any]) -> Any:
-    holder = reader.holder(value, at)
-    name = holder.name if holder is not None else f"value_{id(value)}"
+    # By version: what a tensor holds before and after a change in place are two functions.
+    seen = reader.mutations.version(value.node, at) if value.node is not None else None
+    name = seen.name if seen is not None else f"{value.node or id(value)}_as_{at}_reads_it"
     result = sympy.Function(name)(*index)
     return sympy.Ne(result, 0) if value.dtype == torch.bool else [(sympy.true, result)]
 
@@ -151,7 +177,10 @@ def _of_call(reader: Reader, made: Value, node: Node, index: Index) -> Any:
         return typed(_number(_FILLS[name]))
     if name in _FILLED:
         position = _FILLED[name]
-        return typed(_number(args[position] if len(args) > position else call.kwargs["fill_value"]))
+        fill = args[position] if len(args) > position else call.kwargs["fill_value"]
+        if not boolean and not made.dtype.is_floating_point and fill != int(fill):
+            raise _Unknown  # it is cut off
+        return typed(_number(fill))
     if name in ("expand", *PERMUTES, "unsqueeze", "squeeze", "view", "_unsafe_view", "slice", "select"):
         return formula(reader, args[0], node, _index_before(call, shape, index))
     if name == "cat":
@@ -183,9 +212,16 @@ def _of_call(reader: Reader, made: Value, node: Node, index: Index) -> Any:
     if name in _ARITHMETIC and not boolean:
         if call.kwargs.get("rounding_mode") or call.argument(2, "alpha", 1) != 1:
             raise _Unknown
-        return _map(_ARITHMETIC[name], as_cases(read(args[0])), as_cases(read(args[1])))
+        a, b = as_cases(read(args[0])), as_cases(read(args[1]))
+        _whole(a, b)
+        if name not in ("add", "sub", "rsub", "mul"):
+            _constants(a, b)
+        return _map(_ARITHMETIC[name], a, b)
     if name in _FUNCTIONS:
-        return _map(_FUNCTIONS[name], as_cases(read(args[0])))
+        operand = as_cases(read(args[0]))
+        if name != "neg":
+            _constants(operand)
+        return _map(_FUNCTIONS[name], operand)
     raise _Unknown
 
 
@@ -246,7 +282,7 @@ def _indexed(reader: Reader, call: Call, node: Node, read: Callable[..., Any]) -
     where = []
     for t in tensors:
         cases = as_cases(read(t))
-        if len(cases) != 1:
+        if len(cases) != 1 or not cases[0][1].is_nonnegative:
             raise _Unknown
         where.append(cases[0][1])
     return formula(reader, x, node, where)
@@ -262,6 +298,8 @@ def _compare(relation: Any, a: Any, b: Any) -> Any:
 
 def _relate(relation: Any, a: Any, b: Any) -> Any:
     """A comparison with 0 on the right, so that equal ones look alike."""
+    if any(x.is_number and not x.is_extended_real for x in (a, b)):
+        raise _Unknown  # NaN
     if a.is_infinite or b.is_infinite:
         return relation(a, b)
     return relation(sympy.expand(a - b), 0)

@@ -81,9 +81,9 @@ class Lowering:
         return found if isinstance(found, Value) else None
 
     def mutated(self, node: Node) -> list[Node]:
-        """The inputs that a node changes in place; the first one where it cannot be run."""
+        """The inputs that a node changes in place; all of them where it cannot be run."""
         if self._lower(node) is None and node not in self._mutated:
-            return node.all_input_nodes[:1]
+            return list(node.all_input_nodes)
         return self._mutated.get(node, [])
 
     def runs_quietly(self, node: Node) -> bool:

@@ -37,7 +37,7 @@ def boolean_sources(mask: Node) -> list[Node] | None:
         return None if _written_to(mask) else [mask]
     operands = _operands(mask)
     found = [boolean_sources(operand) for operand in operands]
-    if not found or None in found or (mask.target not in _FILL and _written_to(mask)):
+    if not found or None in found or _written_to(mask):
         return None
     return [source for sources in found for source in sources or ()]
 
@@ -84,12 +84,14 @@ def _sizes(mask: Node) -> tuple[Any, ...]:
 
 
 def _written_to(node: Node) -> bool:
-    """Whether some user writes to a tensor in place: then what it holds depends on when one looks."""
-    for user in node.users:
-        target = user.target
+    """Whether another node writes to a tensor in place, through whatever view: then what it holds depends on when."""
+    storage = value_of(node).untyped_storage()._cdata
+    for other in node.graph.nodes:
+        target, given = other.target, other.args[0] if other.args else None
         name = target if isinstance(target, str) else getattr(target, "__name__", "")
         schema = getattr(target, "_schema", None)
         writes = schema.is_mutable if schema is not None else name.endswith("_") and not name.endswith("__")
-        if (writes or target is operator.setitem) and user.args and user.args[0] is node:
+        written = value_of(given) if other is not node and (writes or target is operator.setitem) else None
+        if isinstance(written, Tensor) and written.untyped_storage()._cdata == storage:
             return True
     return False

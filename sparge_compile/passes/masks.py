@@ -18,6 +18,7 @@ from .reading import Held, Reader
 
 # A score this low has no weight beside any other, in every dtype; many models hide keys with -1e4, -1e9 or finfo.min.
 HIDDEN = -1e4
+MAX_CONDITIONS = 64  # comparisons in one mask; sympy's normal forms grow fast
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Term:
     reader: Node
     layout: Layout
     kind: str
-    factor: float = 1.0
+    factor: float = 1.0  # that scales it, or ``fill``
+    fill: float = float("-inf")  # what was put in the place of scores
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,15 @@ def _understand(reader: Reader, term: Term, axes: Axes) -> Meaning | Refusal:
     held = reader.holders(term.value, term.reader, term.layout)
     if not held:
         return Refusal(Reason.SCORES_CHANGED, "by a mask that no tensor of the graph holds")
+    if term.kind != "number" and not term.fill * term.factor <= HIDDEN:
+        return Refusal(Reason.SCORES_CHANGED, "what hides is scaled until it does not")
     symbols: dict[Axis, Any] = {}
     index = [_coordinate(dim, symbols) for dim in settle(term.layout)]
     said = formula(reader, term.value, term.reader, index)
     kind = term.kind
     if kind == "number":
+        if any(v.is_number and v.is_extended_real and v * term.factor >= -HIDDEN / 2 for _, v in as_cases(said)):
+            return Refusal(Reason.SCORES_CHANGED, "scores are raised as far as hidden ones are lowered")
         visible = _hidden_or_not(said, term.factor)
         kind = "add" if visible is None else "hide"
     else:
@@ -68,6 +74,8 @@ def _understand(reader: Reader, term: Term, axes: Axes) -> Meaning | Refusal:
         visible = sympy.Not(visible) if kind == "drop" else visible
     mask = Mask(_operand(held, axes), kind, factor=term.factor)
     if visible is None:
+        return Meaning((mask,), False)
+    if len(visible.atoms(Relational)) > MAX_CONDITIONS or any(len(x.args) > 4 for x in visible.atoms(sympy.Xor)):
         return Meaning((mask,), False)
     return _classify(sympy.to_nnf(visible, simplify=False), symbols, axes, mask)
 
@@ -105,7 +113,7 @@ def _hidden_or_not(said: Any, factor: float) -> Any:
     """Where numbers added to scores are 0, if elsewhere they all hide; None where they change scores."""
     visible = []
     for condition, value in as_cases(said):
-        if not value.is_number or factor <= 0:
+        if not value.is_number or not value.is_extended_real or factor <= 0:
             return None
         if value == 0:
             visible.append(condition)

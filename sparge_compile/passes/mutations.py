@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
+from .fx_utils import submodule_of
 from .lower import Lowering
 
 _OPERATORS = (
@@ -29,6 +30,9 @@ _OPERATORS = (
     "ixor",
     "imatmul",
     "setitem",
+    "ilshift",
+    "irshift",
+    "iconcat",
 )
 _IN_PLACE = {getattr(operator, name) for name in _OPERATORS}
 
@@ -41,8 +45,10 @@ class Mutations:
         self.position = {node: i for i, node in enumerate(lowering.owner.graph.nodes)}
         self._writers: dict[Any, list[tuple[Node, Node]]] = {}
         for node in self.position:
-            if _may_write(node):
+            if _may_write(node) or _runs_a_writer(node, lowering.owner):
                 for written in lowering.mutated(node):
+                    if self._storage(written) is None:
+                        continue
                     self._writers.setdefault(self._storage(written), []).append((node, written))
 
     def version(self, node: Node, reader: Node) -> Node | None:
@@ -54,16 +60,16 @@ class Mutations:
             seen = writer
         return seen
 
-    def changed(self, node: Node, since: Node, until: Node, ignore: Collection[Node] = ()) -> bool:
-        """Whether a writer that is not ignored changes a tensor between two nodes."""
+    def changed(self, node: Node, since: Node, until: Node | None, ignore: Collection[Node] = ()) -> bool:
+        """Whether a writer that is not ignored changes a tensor between two nodes (None: to the end)."""
         return any(writer not in ignore for writer, _ in self._between(node, since, until))
 
     def written(self, node: Node) -> list[Node]:
         """The tensors that a node changes."""
         return [written for found in self._writers.values() for writer, written in found if writer is node]
 
-    def _between(self, node: Node, since: Node, until: Node) -> list[tuple[Node, Node]]:
-        start, end = self.position[since], self.position[until]
+    def _between(self, node: Node, since: Node, until: Node | None) -> list[tuple[Node, Node]]:
+        start, end = self.position[since], self.position[until] if until is not None else len(self.position)
         found = self._writers.get(self._storage(node), []) if self._writers else []
         return [w for w in found if start < self.position[w[0]] < end]
 
@@ -73,7 +79,7 @@ class Mutations:
 
 
 def _may_write(node: Node) -> bool:
-    """Whether a node's name or arguments speak of a change in place; a cheap filter, lowering gives the answer."""
+    """Whether a node's name, schema or arguments allow a change in place; of those, lowering tells which do change."""
     if node.op == "call_method":
         name = str(node.target)
         return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or name.startswith("__i")
@@ -84,11 +90,23 @@ def _may_write(node: Node) -> bool:
         return False
     if isinstance(node.target, torch._ops.OpOverload):
         return bool(node.target._schema.is_mutable)
+    if isinstance(node.target, torch._ops.OpOverloadPacket):
+        return any(getattr(node.target, name)._schema.is_mutable for name in node.target.overloads())
+    if type(node.target).__name__ == "CustomOpDef":
+        return True
     name = getattr(node.target, "__name__", "")
     flagged = (
         bool(node.kwargs.get("inplace")) or node.kwargs.get("out") is not None or any(x is True for x in node.args)
     )
     return node.target in _IN_PLACE or flagged or (name.endswith("_") and not name.endswith("__"))
+
+
+def _runs_a_writer(node: Node, owner: GraphModule) -> bool:
+    """Whether a higher-order operator runs a graph in which something may be changed in place."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.HigherOrderOperator):
+        return False
+    bodies = [body for argument in node.all_input_nodes if (body := submodule_of(argument, owner)) is not None]
+    return any(_may_write(inner) or _runs_a_writer(inner, body) for body in bodies for inner in body.graph.nodes)
 
 
 def is_pure(node: Node, lowering: Lowering) -> bool:

@@ -56,6 +56,8 @@ class Reader:
         while True:
             node = self.holder(value, reader)
             if node is not None:
+                if found and self._needs_gradient(node) and not self._needs_gradient(found[-1].node):
+                    return found  # a gradient is stopped between them
                 found.append(Held(node, layout, reader, copied))
             if value.call is None:
                 seen = self.mutations.version(value.node, reader) if value.node is not None else None
@@ -71,3 +73,6 @@ class Reader:
                 return found
             copied = copied or value.call.name in COPIES
             value, layout = value.call.args[0], earlier
+
+    def _needs_gradient(self, node: Node) -> bool:
+        return bool(self.lowering.fake(node).requires_grad)
