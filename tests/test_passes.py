@@ -359,18 +359,12 @@ def _twice_around_a_break(q, k, v):
     return written_out(x, k, v)
 
 
-def _inference(q, k, v):
-    with torch.inference_mode():
-        return written_out(q, k, v)
-
-
 SURROUNDINGS = {
     _checkpointed: [Reason.LONG_ENOUGH],
     _autocast: [Reason.LONG_ENOUGH],
     _autocast_left_for_the_softmax: [Reason.CONTEXT],
     _scores_without_gradient: [Reason.CONTEXT],
     _twice_around_a_break: [Reason.LONG_ENOUGH] * 2,
-    _inference: [Reason.LONG_ENOUGH],
 }
 
 
@@ -422,3 +416,12 @@ def test_masks_of_long_histories_are_given_up_in_time():
     for function in (long_sum, squares):
         (row,) = rows(function, torch.randn(1, 2, 16, 8), torch.rand(16, 16))
         assert (row.status, row.site.mask) == ("sparse", "bool")
+
+
+def test_attention_written_out_in_inference_mode():
+    q, k, v = qkv()
+    compiled = torch.compile(
+        written_out, backend="sparge", options={"min_seq_len": 0, "topk": 1.0, "inner": "aot_eager"}
+    )
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(q, k, v), written_out(q, k, v), atol=1e-5, rtol=1e-5)
