@@ -91,7 +91,8 @@ def _written_to(node: Node) -> bool:
         name = target if isinstance(target, str) else getattr(target, "__name__", "")
         schema = getattr(target, "_schema", None)
         writes = schema.is_mutable if schema is not None else name.endswith("_") and not name.endswith("__")
-        written = value_of(given) if other is not node and (writes or target is operator.setitem) else None
+        makes_it = other is node or bool(_operands(other))  # the fill of fresh zeros, which is the mask itself
+        written = value_of(given) if not makes_it and (writes or target is operator.setitem) else None
         if isinstance(written, Tensor) and written.untyped_storage()._cdata == storage:
             return True
     return False
