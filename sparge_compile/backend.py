@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import logging
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,6 @@ import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch.fx import GraphModule, Node
-from torch.nn import Module
 
 from . import (
     __version__,
@@ -27,11 +23,12 @@ from . import (
 )
 from .config import Options
 from .errors import explain_error
+from .observe import Observer, Watched, user_model, watching
 from .passes import pipeline
 from .passes.find import Match, find
 from .passes.fx_utils import clone
 from .passes.pipeline import Plan
-from .passes.places import Frame, Names, find_root
+from .passes.places import Frame, Names, Place, find_root
 from .passes.runtime import RunTime, Slot, input_for, slots_of
 from .passes.thresholds_in import markers_of
 from .report import Report
@@ -133,23 +130,11 @@ def explain(model: Callable[..., Any], options: Mapping[str, Any] | None = None)
     replace, and why the rest stays, is in the report. All graphs of the model are in one report.
     """
     settings = Options.parse(options)
-    # Of what is compiled already, the model or function itself.
-    target = getattr(model, "_orig_mod", getattr(model, "_torchdynamo_orig_callable", model))
+    target = user_model(model)
 
     def run(*args: Any, **kwargs: Any) -> Report:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return target(*args, **kwargs)
-
-        # Dynamo keeps compiled code with the code object, and by its name which sizes have changed between calls; a
-        # fresh one sees no earlier call and disturbs none.
-        call.__code__ = call.__code__.replace(co_name=f"explain_{next(_calls)}")
-        seen = _Seen(Names(target) if isinstance(target, Module) else None)
-        token = _seen.set(seen)
-        try:
-            with _uncompiled(target):
-                torch.compile(call, backend=_look)(*args, **kwargs)
-        finally:
-            _seen.reset(token)
+        seen = _Seen(target)
+        watching(target, seen)(*args, **kwargs)
         report = Report()
         for matches, attached in seen.graphs.values():
             pipeline.plan(matches, settings, attached).add_to(report)
@@ -159,75 +144,21 @@ def explain(model: Callable[..., Any], options: Mapping[str, Any] | None = None)
     return run
 
 
-_calls = itertools.count()
-
-
-@dataclass
-class _Seen:
+class _Seen(Observer):
     """What a running ``explain`` has seen: the matches and the attached sites of each graph in each place, in the order
     in which they ran."""
 
-    names: Names | None
-    graphs: dict[tuple[Any, ...], tuple[list[Match], set[Node]]] = field(default_factory=dict)
+    def __init__(self, model: Callable[..., Any]) -> None:
+        super().__init__(model)
+        self.graphs: dict[tuple[Any, ...], tuple[list[Match], set[Node]]] = {}
 
-
-_seen: ContextVar[_Seen] = ContextVar("sparge_explain")
-
-
-def _look(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-    """Dynamo backend of ``explain``: note what a graph holds whenever it runs, and run it as it is.
-
-    One function for all calls, and noting at run time: where a graph breaks, the frames of the model itself are
-    compiled, and a backend for each call would use up the limit of compilations that Dynamo grants them. Blocks share
-    such graphs, and so do models.
-    """
-    matches = find(graph_module)
-    slots = slots_of(matches, Frame(graph_module), _names_now())
-    markers = set(markers_of(graph_module, matches))
-
-    def run(*args: Any) -> Any:
-        if (seen := _seen.get(None)) is not None:
-            names = _names_now()
-            places = [slots[match.node].locator.where(args, names) for match in matches]
-            key = (id(matches), *(place.prefix for place in places))
-            if key not in seen.graphs:
-                pairs = [(slots[match.node], match, place) for match, place in zip(matches, places, strict=True)]
-                named = [slot.at(place, match) for slot, match, place in pairs]
-                seen.graphs[key] = (
-                    named,
-                    markers | {match.node for slot, match, place in pairs if slot.attached(place) is not None},
-                )
-        return graph_module.forward(*args)
-
-    return run
-
-
-def _names_now() -> Names | None:
-    """The names in the model that ``explain`` was given, or, where it was given a function, in the one that runs."""
-    seen = _seen.get(None)
-    if seen is not None and seen.names is not None:
-        return seen.names
-    root = find_root()
-    return None if root is None else Names(root)
-
-
-@contextmanager
-def _uncompiled(model: Any) -> Iterator[None]:
-    """Blocks that are compiled on their own run plain, so that ``explain`` sees into them after a graph break too."""
-    compiled: list[tuple[Any, str, Any]] = []
-    for module in model.modules() if isinstance(model, Module) else ():
-        if isinstance(module, torch._dynamo.eval_frame.OptimizedModule):
-            compiled.append((module, "forward", module._orig_mod.__call__))
-        elif module._compiled_call_impl is not None:
-            compiled.append((module, "_compiled_call_impl", None))
-    before = [(module, name, getattr(module, name)) for module, name, _ in compiled]
-    try:
-        for module, name, value in compiled:
-            setattr(module, name, value)
-        yield
-    finally:
-        for module, name, value in before:
-            setattr(module, name, value)
+    def ran(self, graph: Watched, places: list[Place], args: Sequence[Any]) -> Any:
+        key = (id(graph), *(place.prefix for place in places))
+        if key not in self.graphs:
+            seen = list(zip(graph.slots, graph.matches, places, strict=True))
+            attached = {match.node for slot, match, place in seen if slot.attached(place) is not None}
+            self.graphs[key] = [slot.at(place, match) for slot, match, place in seen], graph.marked | attached
+        return graph.run(args)
 
 
 def _compile(graph_module: GraphModule, inputs: list[Any], settings: Options, mode: str | None) -> Callable[..., Any]:

@@ -1,7 +1,7 @@
 """One attention call in, the error and the density of every pair of a grid out, for each head.
 
-The rule keeps a prefix of the blocks in one order, so attention is accumulated in that order, as in flash attention, and
-looked at after each of a ladder of prefix lengths. Cost: dense attention of the sampled query blocks, twice.
+The rule keeps a prefix of the blocks in one order, so attention is accumulated in that order, as flash attention does,
+and looked at after each of a ladder of prefix lengths. Cost: dense attention of the sampled query blocks, twice.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def measure(
     Returns:
         Sums over the batch and the sampled query blocks, on the device.
     """
-    batch, heads, length, head_size = q.shape
+    batch, heads, _, head_size = q.shape
     problem = _Problem(q, k, v, attn_mask, is_causal, scale)
     n_key = ceil_div(k.shape[2], KEY_BLOCK)
     steps = ladder(n_key)
@@ -76,7 +76,9 @@ def measure(
     at_once = max(1, memory // each)
     lead = torch.arange(batch * heads, device=q.device).view(batch, heads, 1).expand_as(sample).flatten()
     parts = [_curves(problem, some, blocks, steps, wide) for some, blocks in _chunks(lead, sample.flatten(), at_once)]
-    sums = [torch.cat(part).view(batch, heads, sample.shape[-1], *part[0].shape[1:]) for part in zip(*parts, strict=True)]
+    sums = [
+        torch.cat(part).view(batch, heads, sample.shape[-1], *part[0].shape[1:]) for part in zip(*parts, strict=True)
+    ]
     return Sums(*(x.sum((0, 2)) for x in sums))
 
 
@@ -136,7 +138,7 @@ def _curves(problem: _Problem, lead: Tensor, block: Tensor, steps: list[int], wi
     exist = (rows < problem.length).unsqueeze(2)
     rows = rows.clamp(max=problem.length - 1)
     query = problem.q[batch.unsqueeze(1), head.unsqueeze(1), rows].float() * exist  # [n, 128, D]
-    order, always, kept, visible = _order(problem, query, exist, (batch, head, key_head, block))
+    order, kept, visible = _order(problem, query, exist, (batch, head, key_head, block))
     query = query * problem.scale
 
     def segment(first: int, last: int) -> tuple[Tensor, Tensor]:
@@ -192,12 +194,11 @@ class _Running:
 
 def _order(
     problem: _Problem, query: Tensor, exist: Tensor, place: tuple[Tensor, Tensor, Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The order in which a query block takes key blocks, and how many it takes for each pair.
 
     Returns:
         order [n, Nk]: what is kept whatever the thresholds, then by rank, then what is invisible;
-        always [n]: how many are kept whatever the thresholds;
         kept [n, K, P]: how many are kept for each pair; visible [n].
     """
     batch, head, key_head, block = place
@@ -227,4 +228,4 @@ def _order(
     by_rank = torch.zeros_like(forced, dtype=torch.int64).scatter_(1, rank, (visible & ~forced).long())
     fresh = torch.nn.functional.pad(by_rank.cumsum(1), (1, 0))
     kept = always.view(-1, 1, 1) + fresh.gather(1, prefix.flatten(1)).view_as(prefix)
-    return order, always, kept, n
+    return order, kept, n
