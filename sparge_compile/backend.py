@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch.fx import GraphModule, Node
+from torch.nn import Module
 
 from . import (
     __version__,
@@ -69,6 +70,7 @@ def sparge(
     logger.info("%s", report)
     speak_up(report, settings)
     free = [match.site.name for match, decision in plan.steps if decision.status == "sparse" and match.node not in held]
+    _refuse_a_stranger(settings, free, root)
     _check_names(settings, free)
     replaced = [match for match, decision in plan.steps if decision.status == "sparse" and match.node not in markers]
     needed = [input_for(match, slots[match.node], settings) for match in replaced]
@@ -106,11 +108,38 @@ def _new_place(settings: Options, names: list[str]) -> None:
     _check_names(settings, names)
 
 
+def _refuse_a_stranger(settings: Options, names: Sequence[str], root: Module | None) -> None:
+    """Raise where a calibration was measured on another model: no site of this graph is in it, and none of its sites is
+    in the model that is running."""
+    found = settings.calibration
+    if found is None or found.origin is None or not names or root is None or any(map(found.key_of, names)):
+        return
+    modules = Names(root).by_name
+    if not any(site.partition("#")[0] in modules for site in found.sites) and not any(
+        site.endswith(f".{name}") for site in found.sites for name in names
+    ):
+        raise ValueError(
+            explain_error(
+                "the calibration was made for another model",
+                given=f"one of {found.origin.model} with sites as {next(iter(found.sites), 'none')!r}",
+                allowed=f"one of {type(root).__name__} with sites as {names[0]!r}",
+                todo="Calibrate this model (`sparge calibrate`), or give it topk and topp.",
+            )
+        )
+
+
 def _check_names(settings: Options, names: Iterable[str]) -> None:
     """Warn where a calibration seems to mean a site that goes by a shorter or a longer name: a block called without its
-    model, or a model that is part of another."""
+    model, or a model that is part of another; and where one that was measured lacks a site."""
     if settings.calibration is None:
         return
+    origin = settings.calibration.origin
+    if origin is not None and not origin.complete:
+        _warn(
+            "calibration incomplete",
+            f"sparge: the calibration was interrupted after {origin.batches} batches; its thresholds are those of a "
+            "part of the inputs. Run `sparge calibrate` again with the same settings: it goes on where it stopped.",
+        )
     for name in names:
         if settings.calibration.key_of(name) is None:
             near = [k for k in settings.calibration.sites if k.endswith(f".{name}") or name.endswith(f".{k}")]
@@ -120,6 +149,12 @@ def _check_names(settings: Options, names: Iterable[str]) -> None:
                     f"sparge: the calibration names {near[0]!r}, but here the site is {name!r} and gets topk = "
                     f"{settings.topk}, topp = {settings.topp} from the options. Names begin at the module that "
                     "torch.compile was called on or, block by block, at the outermost module that is called.",
+                )
+            elif origin is not None:
+                _warn(
+                    "calibration lacks a site",
+                    f"sparge: the calibration of {origin.model} has no thresholds for site {name!r}, which gets topk = "
+                    f"{settings.topk}, topp = {settings.topp} from the options.",
                 )
 
 

@@ -53,8 +53,8 @@ def decide(match: Match, options: Options) -> Decision:
 def thresholds_for(match: Match, options: Options) -> tuple[Pair, ...]:
     """One (topk, topp) for each query head: from the calibration, else from the options."""
     assert match.attention is not None
-    heads = int(match.attention.heads)
-    found = options.calibration.lookup(match.site.name, heads) if options.calibration else None
+    heads, head_size = int(match.attention.heads), int(match.attention.head_size)
+    found = options.calibration.lookup(match.site.name, heads, head_size) if options.calibration else None
     return found or ((options.topk, options.topp),) * heads
 
 
