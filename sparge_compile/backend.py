@@ -24,7 +24,7 @@ from . import (
 )
 from .config import Options
 from .errors import explain_error
-from .observe import Observer, Watched, user_model, watching
+from .observe import Observer, Watched, calls_through, user_model, watching
 from .passes import pipeline
 from .passes.find import Match, find
 from .passes.fx_utils import clone
@@ -170,13 +170,17 @@ def explain(model: Callable[..., Any], options: Mapping[str, Any] | None = None)
     def run(*args: Any, **kwargs: Any) -> Report:
         seen = _Seen(target)
         watching(target, seen)(*args, **kwargs)
-        report = Report()
-        for matches, attached in seen.graphs.values():
-            pipeline.plan(matches, settings, attached).add_to(report)
-        report.graphs = len({graph for graph, *_ in seen.graphs})
-        return report
+        return seen.report(settings)
 
     return run
+
+
+def explain_calls(model: Module, options: Mapping[str, Any] | None, run: Callable[[], Any]) -> Report:
+    """:func:`explain` for a model that something else calls, as a pipeline does: ``run`` does so."""
+    seen = _Seen(user_model(model))
+    with calls_through(model, watching(user_model(model), seen)):
+        run()
+    return seen.report(Options.parse(options))
 
 
 class _Seen(Observer):
@@ -194,6 +198,13 @@ class _Seen(Observer):
             attached = {match.node for slot, match, place in seen if slot.attached(place) is not None}
             self.graphs[key] = [slot.at(place, match) for slot, match, place in seen], graph.marked | attached
         return graph.run(args)
+
+    def report(self, settings: Options) -> Report:
+        report = Report()
+        for matches, attached in self.graphs.values():
+            pipeline.plan(matches, settings, attached).add_to(report)
+        report.graphs = len({graph for graph, *_ in self.graphs})
+        return report
 
 
 def _compile(graph_module: GraphModule, inputs: list[Any], settings: Options, mode: str | None) -> Callable[..., Any]:

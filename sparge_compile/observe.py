@@ -93,21 +93,26 @@ def watching(target: Callable[..., Any], observer: Observer) -> Callable[..., An
 
 @contextmanager
 def calls_through(model: Module, call: Callable[..., Any]) -> Iterator[None]:
-    """Have every call of a model, whoever makes it, go through ``call``, inside which the model is itself again."""
+    """Have every call of a model, compiled or not, whoever makes it, go through ``call``; inside that it is itself."""
+    target: Any = user_model(model)
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        model._compiled_call_impl = None
+        target._compiled_call_impl = None
         try:
             return call(*args, **kwargs)
         finally:
-            model._compiled_call_impl = run
+            target._compiled_call_impl = run
 
-    before = model._compiled_call_impl
-    model._compiled_call_impl = run
+    # What torch.compile(model) gave calls its own forward.
+    patched = [(target, "_compiled_call_impl"), *([(model, "forward")] if model is not target else [])]
+    before = [getattr(module, name) for module, name in patched]
     try:
+        for module, name in patched:
+            setattr(module, name, run)
         yield
     finally:
-        model._compiled_call_impl = before
+        for (module, name), value in zip(patched, before, strict=True):
+            setattr(module, name, value)
 
 
 def _look(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -56,7 +56,7 @@ class Recorder(Observer):
         model: the model, compiled or not.
         options: the backend's; ``min_seq_len`` and ``additive_masks`` say which sites may become sparse.
         query_blocks: how many query blocks of each call, head and batch element are looked at.
-        every: of the calls of the model in a batch, each so-manieth is measured, the first one first.
+        every: in a batch, every so many calls of the model one is measured, beginning with the first.
         memory: bytes of scratch memory on the device.
         seed: of the choice of query blocks.
     """
@@ -67,7 +67,7 @@ class Recorder(Observer):
         target = user_model(model)
         assert isinstance(target, Module)
         super().__init__(target)
-        self._model = target
+        self._model, self._given = target, model
         self._options, self._query_blocks, self._every = options, query_blocks, every
         self._memory, self._seed = memory, seed
         self._watched = watching(target, self)
@@ -77,7 +77,7 @@ class Recorder(Observer):
     def record(self, number: int, run: Callable[[], Any]) -> Batch:
         """The samples of one batch; ``run`` calls the model on it, once or as often as it likes."""
         self._batch, self._number = Batch(), number
-        with calls_through(self._model, self._call), torch.no_grad():
+        with calls_through(self._given, self._call), torch.no_grad():
             run()
         samples = [_to_host(sample) for sample in self._batch.samples]
         return Batch(samples, self._batch.calls)

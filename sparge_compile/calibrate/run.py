@@ -67,7 +67,7 @@ def calibrate(
         phases: where, in (0, 1) of a batch's model calls, other thresholds begin: for denoising.
         options: the backend's, as the model will be compiled with; ``min_seq_len`` and ``additive_masks`` matter.
         query_blocks: how many blocks of 128 queries are looked at, for each call, head and batch element.
-        every: of the model's calls in a batch, each so-manieth is measured.
+        every: in a batch, every so many calls of the model one is measured, beginning with the first.
         memory: MiB of scratch memory on the device.
         seed: of the choice of query blocks.
         out: where to save the calibration. Finished batches are kept in ``<out>.partial`` until it is written, and a
@@ -99,9 +99,7 @@ def calibrate(
         raise _bad("phases", phases, "ascending numbers in (0, 1)", "Give where each later phase begins.")
     aim = check_aim(target_error, target_sparsity, by, mode)
     settings = Options.parse(options)
-    recorder = Recorder(
-        target, options=settings, query_blocks=query_blocks, every=every, memory=memory << 20, seed=seed
-    )
+    recorder = Recorder(model, options=settings, query_blocks=query_blocks, every=every, memory=memory << 20, seed=seed)
     run = call or target
     if forward_loop is not None:
         batches, run = [(target,)], forward_loop
@@ -142,7 +140,7 @@ def calibrate(
                 seen = number + 1
                 if number in done or number % world != rank:
                     continue
-                args, kwargs = _arguments(given)
+                args, kwargs = arguments(given)
                 batch = recorder.record(number, lambda args=args, kwargs=kwargs: run(*args, **kwargs))  # type: ignore[misc]
                 done[number] = batch
                 if folder:
@@ -180,7 +178,7 @@ def _measured(done: Mapping[int, Batch], expected: int | None, starts: Sequence[
     return found
 
 
-def _arguments(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments that a batch stands for."""
     if isinstance(given, Mapping):
         return (), dict(given)

@@ -21,7 +21,7 @@ from .curves import TOPK, TOPP
 from .record import Batch, Sample
 
 POINTS = 32  # of a front that is kept in the file
-HOLD_OUT = 4  # every so-manieth sample is left out of the check
+HOLD_OUT = 4  # every fourth sample is left out for the check
 _ONLY_TOPP, _ONLY_TOPK = TOPK[0], TOPP[0]
 
 
