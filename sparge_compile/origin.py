@@ -72,6 +72,7 @@ class Origin:
     complete: bool
     target_error: float | None = None
     target_sparsity: float | None = None
+    margin: float = 1.0  # the share of target_error that thresholds are chosen by, so that other samples keep all of it
     modes: Mapping[str, float] = field(default_factory=dict)  # sparsity that each mode reaches for the aim
     held_out: Mapping[str, float] = field(default_factory=dict)  # see calibrate/search.py
     curves: Mapping[str, SiteCurves] = field(default_factory=dict)
@@ -89,6 +90,8 @@ class Origin:
         aims = [x for x in (self.target_error, self.target_sparsity) if x is not None]
         if len(aims) != 1 or not _number(aims[0]) or not 0 <= aims[0] < 1:
             raise _bad("aim", aims, "target_error or target_sparsity, a share in [0, 1)")
+        if not _number(self.margin) or not 0 < self.margin <= 1:
+            raise _bad("margin", self.margin, "a share in (0, 1]")
         for name in ("modes", "held_out"):
             table = getattr(self, name)
             if not isinstance(table, Mapping) or not all(isinstance(k, str) and _number(v) for k, v in table.items()):

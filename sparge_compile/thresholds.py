@@ -286,7 +286,8 @@ def choose(origin: Origin) -> dict[Key, Point]:
         for head, front in enumerate(phase.heads)
     }
     if origin.target_error is not None:
-        return {key: sparsest(unit.front, origin.target_error, origin.by) for key, unit in units.items()}
+        bound = origin.target_error * origin.margin
+        return {key: sparsest(unit.front, bound, origin.by) for key, unit in units.items()}
     assert origin.target_sparsity is not None
     return dict(zip(units, spread(list(units.values()), origin.target_sparsity, origin.by), strict=True))
 

@@ -41,9 +41,10 @@ def text(calibration: Calibration) -> str:
     if origin.modes:
         lines.append("sparsity by mode: " + ", ".join(f"{mode} {value:.1%}" for mode, value in origin.modes.items()))
     if held:
-        within = f"; {held['within']:.1%} of (head, sample) keep the bound" if "within" in held else ""
+        within = f"; {held['within']:.1%} keep the bound, which is searched for with {origin.margin:g} of it"
+        within = within if "within" in held else ""
         lines.append(
-            f"chosen without every fourth sample and measured on those: sparsity {held['sparsity']:.1%}, error mean "
+            f"on samples that the thresholds were not chosen by: sparsity {held['sparsity']:.1%}, error mean "
             f"{held['mean_error']:.4f} (expected {held['expected_mean_error']:.4f}), worst {held['worst_error']:.4f} "
             f"(expected {held['expected_worst_error']:.4f}){within}"
         )
