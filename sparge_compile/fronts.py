@@ -56,7 +56,7 @@ def pareto(points: Iterable[Point], by: str) -> list[Point]:
 
 def sparsest(front: Iterable[Point], bound: float, by: str) -> Point:
     """The point of the lowest density whose error keeps the bound; dense where none does."""
-    fit = [point for point in front if error_of(point, by) <= bound]
+    fit = [point for point in front if error_of(point, by) <= bound and point.density < 1]
     return min((*fit, DENSE), key=lambda p: (p.density, error_of(p, by), -p.topk, -p.topp))
 
 
@@ -123,7 +123,7 @@ def _gain(hull: Sequence[Point], at: int, by: str) -> float:
 def _hull(unit: Unit, by: str) -> list[Point]:
     """The lower convex hull of squared error over density, sparsest first."""
     hull: list[Point] = []
-    for point in pareto((*unit.front, DENSE), by):
+    for point in pareto((*(p for p in unit.front if p.density < 1), DENSE), by):
         while len(hull) > 1 and _gain([hull[-2], hull[-1]], 0, by) <= _gain([hull[-1], point], 0, by):
             hull.pop()
         hull.append(point)
