@@ -44,7 +44,8 @@ def _parser() -> argparse.ArgumentParser:
     aim = calibrate.add_mutually_exclusive_group()
     aim.add_argument("--target-error", type=float, help="bound of each head's relative L1 error (0.05)")
     aim.add_argument("--target-sparsity", type=float, help="share of blocks that the whole model skips")
-    calibrate.add_argument("--mean", action="store_true", help="a head's error is its mean over samples, not its worst")
+    by = 'what a head\'s error is, over samples ("worst" for a bound on it, "mean" for a sparsity)'
+    calibrate.add_argument("--by", choices=("worst", "mean"), help=by)
     calibrate.add_argument(
         "--mode", choices=("hybrid", "topk", "topp"), default="hybrid", help="which thresholds (hybrid)"
     )
@@ -97,6 +98,9 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pipeline", metavar="FOLDER", help="instead, a diffusers pipeline in a local folder")
     parser.add_argument("--prompts", metavar="FILE", help="of a pipeline: a prompt on each line")
     parser.add_argument("--steps", type=int, default=50, help="of a pipeline: denoising steps (50)")
+    parser.add_argument(
+        "--arguments", default="{}", metavar="JSON", help='of a pipeline: {"height": 480, "width": 832, ...}'
+    )
     parser.add_argument("--device", help="of a pipeline: where to run (cuda if there is one)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of a pipeline: load in this dtype")
     parser.add_argument("--min-seq-len", type=int, help="attention over fewer keys stays dense (1024)")
@@ -108,7 +112,7 @@ def _source(args: argparse.Namespace) -> Any:
     from .errors import explain_error
 
     if args.pipeline and args.prompts and not (args.model or args.inputs):
-        return from_pipeline(args.pipeline, args.prompts, args.steps, args.device, args.dtype)
+        return from_pipeline(args.pipeline, args.prompts, args.steps, args.arguments, args.device, args.dtype)
     if args.model and args.inputs and not (args.pipeline or args.prompts):
         return from_python(args.model, args.inputs)
     raise ValueError(
@@ -143,7 +147,7 @@ def _calibrate(args: argparse.Namespace) -> int:
         call=call,
         target_error=args.target_error,
         target_sparsity=args.target_sparsity,
-        by="mean" if args.mean else "worst",
+        by=args.by,
         mode=args.mode,
         phases=args.phases,
         options=_options(args),

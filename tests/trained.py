@@ -68,7 +68,7 @@ def picture(seed: int) -> tuple[Tensor, Tensor]:
     """A noisy picture [1, L, 3] of discs in few colours, and the clean one."""
     draw = torch.Generator().manual_seed(seed)
     y, x = torch.meshgrid(torch.arange(HEIGHT), torch.arange(WIDTH), indexing="ij")
-    colours = torch.randn(5, 3, generator=draw)
+    colours = 1.5 * F.normalize(torch.randn(5, 3, generator=draw), dim=-1)
     clean = colours[0].expand(HEIGHT, WIDTH, 3).clone()
     for _ in range(12):
         at_y, at_x, radius, which = (torch.rand(4, generator=draw) * torch.tensor([HEIGHT, WIDTH, 9, 5])).tolist()
@@ -77,7 +77,7 @@ def picture(seed: int) -> tuple[Tensor, Tensor]:
     return clean + 0.7 * torch.randn(clean.shape, generator=draw), clean
 
 
-def train(steps: int = 60) -> Cleaner:
+def train(steps: int) -> Cleaner:
     """A trained model, always the same on one machine."""
     torch.manual_seed(0)
     model = Cleaner()

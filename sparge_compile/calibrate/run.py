@@ -34,7 +34,7 @@ def calibrate(
     call: Callable[..., Any] | None = None,
     target_error: float | None = None,
     target_sparsity: float | None = None,
-    by: str = "worst",
+    by: str | None = None,
     mode: str = "hybrid",
     phases: Sequence[float] = (),
     options: Mapping[str, Any] | Options | None = None,
@@ -62,7 +62,8 @@ def calibrate(
         target_error: bound of each head's relative L1 error Σ|O_sparse − O_dense| ÷ Σ|O_dense|, with as few blocks as
             it allows; a head that cannot keep it stays dense. Default 0.05, unless target_sparsity is given.
         target_sparsity: share of the visible key blocks that the model skips in all, where it hurts least.
-        by: the error of a head is its ``"worst"`` sample or the ``"mean"`` of all. A sample is one call of the site.
+        by: the error of a head is its ``"worst"`` sample, the default for a bound on it, or the ``"mean"`` of all, the
+            default for a sparsity. A sample is one call of the site.
         mode: ``"hybrid"``, or for comparison ``"topk"`` or ``"topp"`` alone.
         phases: where, in (0, 1) of a batch's model calls, other thresholds begin: for denoising.
         options: the backend's, as the model will be compiled with; ``min_seq_len`` and ``additive_masks`` matter.
@@ -88,6 +89,7 @@ def calibrate(
         raise _bad("inputs", "none or both", "batches, or a forward_loop", "Give one of the two.")
     if target_error is None and target_sparsity is None:
         target_error = DEFAULT_ERROR
+    by = by or ("worst" if target_sparsity is None else "mean")
     for name, value, known in (("by", by, BY), ("mode", mode, MODES)):
         if value not in known:
             raise _bad(name, repr(value), ", ".join(map(repr, known)), "Change it.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -38,8 +39,11 @@ def from_python(model: str, inputs: str) -> Source:
     return Source(built, call, given)
 
 
-def from_pipeline(folder: str, prompts: str, steps: int, device: str | None, dtype: str | None) -> Source:
-    """The denoiser of a diffusers pipeline in a local folder, run on the lines of a text file."""
+def from_pipeline(
+    folder: str, prompts: str, steps: int, arguments: str, device: str | None, dtype: str | None
+) -> Source:
+    """The denoiser of a diffusers pipeline in a local folder, run on the lines of a text file; ``arguments`` is a JSON
+    object with what else the pipeline is called with."""
     try:
         from diffusers import DiffusionPipeline
     except ImportError as error:
@@ -48,6 +52,12 @@ def from_pipeline(folder: str, prompts: str, steps: int, device: str | None, dty
         ) from error
     if not Path(folder).is_dir():
         raise _bad("--pipeline", folder, "a folder that DiffusionPipeline.save_pretrained wrote; nothing is downloaded")
+    try:
+        given = json.loads(arguments)
+    except ValueError:
+        given = None
+    if not isinstance(given, dict):
+        raise _bad("--arguments", arguments, 'a JSON object, as \'{"height": 480, "width": 832}\'')
     lines = [line.strip() for line in Path(prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
     if not lines:
         raise _bad("--prompts", prompts, "a text file with a prompt on each line")
@@ -62,7 +72,7 @@ def from_pipeline(folder: str, prompts: str, steps: int, device: str | None, dty
 
     def call(number: int, prompt: str) -> Any:
         generator = torch.Generator("cpu").manual_seed(number)
-        return pipe(prompt, num_inference_steps=steps, generator=generator, output_type="latent")
+        return pipe(prompt, num_inference_steps=steps, generator=generator, **{"output_type": "latent", **given})
 
     return Source(model, call, list(enumerate(lines)))
 
