@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "attach": "attachment",
     "attention": "functional",
+    "diffusers_callback": "attachment",
     "explain": "backend",
     "BlockMap": "kernels.block_map",
     "Calibration": "thresholds",
@@ -30,6 +31,8 @@ __all__ = [
     "Report",
     "attach",
     "attention",
+    "calibrate",
+    "diffusers_callback",
     "explain",
     "rewrite",
 ]
@@ -47,8 +50,10 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "calibrate":  # a module that can be called
+        return import_module(".calibrate", __name__)
     return getattr(import_module(f".{_WHERE[name]}", __name__), name)
 
 

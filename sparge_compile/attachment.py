@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from types import TracebackType
 from typing import Any
@@ -19,9 +19,11 @@ from .config import Options
 from .errors import explain_error
 from .naming import ROOT, numbered, user_path
 from .passes.places import was_compiled
-from .thresholds import Calibration, Pair, check_pair
+from .thresholds import Calibration, Pair, check_pair, check_progress
 
 logger = logging.getLogger("sparge_compile")
+
+Wanted = dict[tuple[str, int], tuple[Pair, ...]]  # thresholds by the name of a module and the number in it
 
 _ANY_NUMBER = 10**9  # as the number of a site: one that only patterns name
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
@@ -40,7 +42,7 @@ def attach(model: nn.Module, calibration: Calibration | str | os.PathLike[str]) 
         calibration: thresholds by site name (``blocks.3.attn1``; ``blocks.3.attn1#1`` for a second attention of that
             module) or pattern. A pattern holds for the modules whose names it matches, without containers and the
             building blocks of torch.nn (``nn.MultiheadAttention`` is none of those). A single pair is a buffer [1, 2]
-            for any number of heads, several are [H, 2].
+            for any number of heads, several are [H, 2]. Of its phases the first one holds; see ``set_progress``.
 
     Returns:
         An :class:`Attachment`: change the values with ``set``, take them off with ``remove`` or as a context manager.
@@ -55,18 +57,38 @@ def attach(model: nn.Module, calibration: Calibration | str | os.PathLike[str]) 
             )
         )
     root: nn.Module = getattr(model, "_orig_mod", model)
-    return Attachment(root, _wanted(root, _parsed(calibration)))
+    return Attachment(root, [(start, _wanted(root, phase)) for start, phase in _phases(_parsed(calibration))])
+
+
+def diffusers_callback(handle: Attachment) -> Callable[..., dict[str, Any]]:
+    """What switches phases between the steps of a diffusers pipeline: give it as ``callback_on_step_end``.
+
+    After the last step the first phase holds again, for the next run. Where a run was broken off, call
+    ``handle.set_progress(0)``.
+    """
+
+    def on_step_end(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        steps = getattr(pipe, "num_timesteps", None) or len(pipe.scheduler.timesteps)
+        handle.set_progress((step + 1) / steps if step + 1 < steps else 0.0)
+        return values
+
+    return on_step_end
 
 
 class Attachment:
     """Thresholds that :func:`attach` put on a model. A context manager: leaving it is ``remove``."""
 
-    def __init__(self, model: nn.Module, wanted: dict[tuple[str, int], tuple[Pair, ...]]) -> None:
+    def __init__(self, model: nn.Module, phases: list[tuple[float, Wanted]]) -> None:
         self._model = model
         modules = _modules(model)
+        wanted = phases[0][1]
         self._sites = {(name, index): modules[name] for name, index in wanted}
         for (name, index), pairs in wanted.items():
-            _hold(modules[name], name).put(index, _tensor(pairs, _device(modules[name], model)))
+            most = max(len(phase[name, index]) for _, phase in phases)
+            values = _tensor(pairs, _device(modules[name], model)).expand(most, 2)
+            _hold(modules[name], name).put(index, values)
+        self._phases = [(start, {key: torch.tensor(pairs) for key, pairs in phase.items()}) for start, phase in phases]
+        self._phase = 0
         _compile_anew(model)
 
     @property
@@ -84,8 +106,10 @@ class Attachment:
         """Write new values into the buffers: the next call uses them, and nothing is compiled anew.
 
         Args:
-            calibration: new thresholds for the sites that it names; the others keep theirs.
-            topk, topp: instead, a number for all heads of all sites. The one that is not given keeps its values.
+            calibration: new thresholds for the sites that it names; the others keep what they have now. Its phases, if
+                any, take the place of those that were there; its first one holds.
+            topk, topp: instead, a number for all heads of all sites, in every phase. The one that is not given keeps
+                its values.
 
         Raises:
             ValueError: a name or pattern that fits none of the attached sites, another number of heads, or a value out
@@ -103,7 +127,7 @@ class Attachment:
         if calibration is None:
             check_pair(1.0 if topk is None else topk, 0.0 if topp is None else topp, "set")
             with torch.no_grad():
-                for values in self._buffers().values():
+                for values in (*self._buffers().values(), *(v for _, phase in self._phases for v in phase.values())):
                     for column, number in enumerate((topk, topp)):
                         if number is not None:
                             values[:, column] = number
@@ -120,8 +144,11 @@ class Attachment:
                     todo="Attach a calibration that names these sites; set only writes values.",
                 )
             )
-        fresh = {key: torch.tensor(new.sites[entry]) for key, entry in entries.items() if entry is not None}
-        for key, values in fresh.items():
+        fresh = [
+            (start, {key: torch.tensor(phase.sites[entry]) for key, entry in entries.items() if entry is not None})
+            for start, phase in _phases(new)
+        ]
+        for key, values in ((key, values) for _, phase in fresh for key, values in phase.items()):
             if len(values) not in (1, len(buffers[key])):
                 raise ValueError(
                     explain_error(
@@ -131,9 +158,25 @@ class Attachment:
                         todo="Attach a calibration with as many pairs as there are heads; set only writes values.",
                     )
                 )
+        self._phases = fresh
+        self._write(0)
+
+    def set_progress(self, fraction: float) -> None:
+        """Say how much of a denoising run is done, in [0, 1]: the buffers get the thresholds of that phase.
+
+        Nothing is compiled anew. Without phases nothing changes.
+        """
+        check_progress(fraction)
+        phase = max(i for i, (start, _) in enumerate(self._phases) if start <= fraction)
+        if phase != self._phase:
+            self._write(phase)
+
+    def _write(self, phase: int) -> None:
+        buffers = self._buffers()
         with torch.no_grad():
-            for key, values in fresh.items():
+            for key, values in self._phases[phase][1].items():
                 buffers[key].copy_(values)
+        self._phase = phase
 
     def get(self) -> Calibration:
         """What the buffers hold now, as a calibration."""
@@ -176,6 +219,11 @@ class Attachment:
         return found
 
 
+def _phases(calibration: Calibration) -> list[tuple[float, Calibration]]:
+    """The phases of a calibration, each as one of its own, by the progress from which they hold."""
+    return [(start, calibration.at_progress(start)) for start in (0.0, *calibration.phases)]
+
+
 def _parsed(calibration: Any) -> Calibration:
     parsed = Options.parse({"calibration": calibration}).calibration
     if parsed is None:
@@ -197,7 +245,7 @@ def _holds_attention(module: nn.Module) -> bool:
     return not isinstance(module, _CONTAINERS) and not type(module).__module__.startswith("torch.nn.")
 
 
-def _wanted(model: nn.Module, calibration: Calibration) -> dict[tuple[str, int], tuple[Pair, ...]]:
+def _wanted(model: nn.Module, calibration: Calibration) -> Wanted:
     """The thresholds for each attention, by module name and index; every entry of the calibration is used."""
     modules = {name: module for name, module in _modules(model).items() if _holds_attention(module)}
     # A second and third attention are known by the entries that name them; for all others there may be a pattern.

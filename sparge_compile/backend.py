@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import logging
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,11 +24,12 @@ from . import (
 )
 from .config import Options
 from .errors import explain_error
+from .observe import Observer, Watched, calls_through, user_model, watching
 from .passes import pipeline
 from .passes.find import Match, find
 from .passes.fx_utils import clone
 from .passes.pipeline import Plan
-from .passes.places import Frame, Names, find_root
+from .passes.places import Frame, Names, Place, find_root
 from .passes.runtime import RunTime, Slot, input_for, slots_of
 from .passes.thresholds_in import markers_of
 from .report import Report
@@ -72,6 +70,7 @@ def sparge(
     logger.info("%s", report)
     speak_up(report, settings)
     free = [match.site.name for match, decision in plan.steps if decision.status == "sparse" and match.node not in held]
+    _refuse_a_stranger(settings, free, root)
     _check_names(settings, free)
     replaced = [match for match, decision in plan.steps if decision.status == "sparse" and match.node not in markers]
     needed = [input_for(match, slots[match.node], settings) for match in replaced]
@@ -109,11 +108,38 @@ def _new_place(settings: Options, names: list[str]) -> None:
     _check_names(settings, names)
 
 
+def _refuse_a_stranger(settings: Options, names: Sequence[str], root: Module | None) -> None:
+    """Raise where a calibration was measured on another model: no site of this graph is in it, and none of its sites is
+    in the model that is running."""
+    found = settings.calibration
+    if found is None or found.origin is None or not names or root is None or any(map(found.key_of, names)):
+        return
+    modules = Names(root).by_name
+    if not any(site.partition("#")[0] in modules for site in found.sites) and not any(
+        site.endswith(f".{name}") for site in found.sites for name in names
+    ):
+        raise ValueError(
+            explain_error(
+                "the calibration was made for another model",
+                given=f"one of {found.origin.model} with sites as {next(iter(found.sites), 'none')!r}",
+                allowed=f"one of {type(root).__name__} with sites as {names[0]!r}",
+                todo="Calibrate this model (`sparge calibrate`), or give it topk and topp.",
+            )
+        )
+
+
 def _check_names(settings: Options, names: Iterable[str]) -> None:
     """Warn where a calibration seems to mean a site that goes by a shorter or a longer name: a block called without its
-    model, or a model that is part of another."""
+    model, or a model that is part of another; and where one that was measured lacks a site."""
     if settings.calibration is None:
         return
+    origin = settings.calibration.origin
+    if origin is not None and not origin.complete:
+        _warn(
+            "calibration incomplete",
+            f"sparge: the calibration was interrupted after {origin.batches} batches; its thresholds are those of a "
+            "part of the inputs. Run `sparge calibrate` again with the same settings: it goes on where it stopped.",
+        )
     for name in names:
         if settings.calibration.key_of(name) is None:
             near = [k for k in settings.calibration.sites if k.endswith(f".{name}") or name.endswith(f".{k}")]
@@ -124,6 +150,12 @@ def _check_names(settings: Options, names: Iterable[str]) -> None:
                     f"{settings.topk}, topp = {settings.topp} from the options. Names begin at the module that "
                     "torch.compile was called on or, block by block, at the outermost module that is called.",
                 )
+            elif origin is not None:
+                _warn(
+                    "calibration lacks a site",
+                    f"sparge: the calibration of {origin.model} has no thresholds for site {name!r}, which gets topk = "
+                    f"{settings.topk}, topp = {settings.topp} from the options.",
+                )
 
 
 def explain(model: Callable[..., Any], options: Mapping[str, Any] | None = None) -> Callable[..., Report]:
@@ -133,101 +165,46 @@ def explain(model: Callable[..., Any], options: Mapping[str, Any] | None = None)
     replace, and why the rest stays, is in the report. All graphs of the model are in one report.
     """
     settings = Options.parse(options)
-    # Of what is compiled already, the model or function itself.
-    target = getattr(model, "_orig_mod", getattr(model, "_torchdynamo_orig_callable", model))
+    target = user_model(model)
 
     def run(*args: Any, **kwargs: Any) -> Report:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return target(*args, **kwargs)
-
-        # Dynamo keeps compiled code with the code object, and by its name which sizes have changed between calls; a
-        # fresh one sees no earlier call and disturbs none.
-        call.__code__ = call.__code__.replace(co_name=f"explain_{next(_calls)}")
-        seen = _Seen(Names(target) if isinstance(target, Module) else None)
-        token = _seen.set(seen)
-        try:
-            with _uncompiled(target):
-                torch.compile(call, backend=_look)(*args, **kwargs)
-        finally:
-            _seen.reset(token)
-        report = Report()
-        for matches, attached in seen.graphs.values():
-            pipeline.plan(matches, settings, attached).add_to(report)
-        report.graphs = len({graph for graph, *_ in seen.graphs})
-        return report
+        seen = _Seen(target)
+        watching(target, seen)(*args, **kwargs)
+        return seen.report(settings)
 
     return run
 
 
-_calls = itertools.count()
+def explain_calls(model: Module, options: Mapping[str, Any] | None, run: Callable[[], Any]) -> Report:
+    """:func:`explain` for a model that something else calls, as a pipeline does: ``run`` does so."""
+    seen = _Seen(user_model(model))
+    with calls_through(model, watching(user_model(model), seen)):
+        run()
+    return seen.report(Options.parse(options))
 
 
-@dataclass
-class _Seen:
+class _Seen(Observer):
     """What a running ``explain`` has seen: the matches and the attached sites of each graph in each place, in the order
     in which they ran."""
 
-    names: Names | None
-    graphs: dict[tuple[Any, ...], tuple[list[Match], set[Node]]] = field(default_factory=dict)
+    def __init__(self, model: Callable[..., Any]) -> None:
+        super().__init__(model)
+        self.graphs: dict[tuple[Any, ...], tuple[list[Match], set[Node]]] = {}
 
+    def ran(self, graph: Watched, places: list[Place], args: Sequence[Any]) -> Any:
+        key = (id(graph), *(place.prefix for place in places))
+        if key not in self.graphs:
+            seen = list(zip(graph.slots, graph.matches, places, strict=True))
+            attached = {match.node for slot, match, place in seen if slot.attached(place) is not None}
+            self.graphs[key] = [slot.at(place, match) for slot, match, place in seen], graph.marked | attached
+        return graph.run(args)
 
-_seen: ContextVar[_Seen] = ContextVar("sparge_explain")
-
-
-def _look(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-    """Dynamo backend of ``explain``: note what a graph holds whenever it runs, and run it as it is.
-
-    One function for all calls, and noting at run time: where a graph breaks, the frames of the model itself are
-    compiled, and a backend for each call would use up the limit of compilations that Dynamo grants them. Blocks share
-    such graphs, and so do models.
-    """
-    matches = find(graph_module)
-    slots = slots_of(matches, Frame(graph_module), _names_now())
-    markers = set(markers_of(graph_module, matches))
-
-    def run(*args: Any) -> Any:
-        if (seen := _seen.get(None)) is not None:
-            names = _names_now()
-            places = [slots[match.node].locator.where(args, names) for match in matches]
-            key = (id(matches), *(place.prefix for place in places))
-            if key not in seen.graphs:
-                pairs = [(slots[match.node], match, place) for match, place in zip(matches, places, strict=True)]
-                named = [slot.at(place, match) for slot, match, place in pairs]
-                seen.graphs[key] = (
-                    named,
-                    markers | {match.node for slot, match, place in pairs if slot.attached(place) is not None},
-                )
-        return graph_module.forward(*args)
-
-    return run
-
-
-def _names_now() -> Names | None:
-    """The names in the model that ``explain`` was given, or, where it was given a function, in the one that runs."""
-    seen = _seen.get(None)
-    if seen is not None and seen.names is not None:
-        return seen.names
-    root = find_root()
-    return None if root is None else Names(root)
-
-
-@contextmanager
-def _uncompiled(model: Any) -> Iterator[None]:
-    """Blocks that are compiled on their own run plain, so that ``explain`` sees into them after a graph break too."""
-    compiled: list[tuple[Any, str, Any]] = []
-    for module in model.modules() if isinstance(model, Module) else ():
-        if isinstance(module, torch._dynamo.eval_frame.OptimizedModule):
-            compiled.append((module, "forward", module._orig_mod.__call__))
-        elif module._compiled_call_impl is not None:
-            compiled.append((module, "_compiled_call_impl", None))
-    before = [(module, name, getattr(module, name)) for module, name, _ in compiled]
-    try:
-        for module, name, value in compiled:
-            setattr(module, name, value)
-        yield
-    finally:
-        for module, name, value in before:
-            setattr(module, name, value)
+    def report(self, settings: Options) -> Report:
+        report = Report()
+        for matches, attached in self.graphs.values():
+            pipeline.plan(matches, settings, attached).add_to(report)
+        report.graphs = len({graph for graph, *_ in self.graphs})
+        return report
 
 
 def _compile(graph_module: GraphModule, inputs: list[Any], settings: Options, mode: str | None) -> Callable[..., Any]:

@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).parent.parent / "sparge_compile"
 # A module may import from its own layer's left only (DESIGN section 5).
 LAYERS = [
     ["errors", "__init__"],
-    ["kernels.block_map", "naming", "report"],
+    ["kernels.block_map", "naming", "report", "documents", "fronts"],
+    ["origin"],
     ["thresholds", "kernels.allocate", "kernels.reference", "kernels.launch"],
     ["cost", "kernels.capability"],
     ["config"],
@@ -32,10 +33,18 @@ LAYERS = [
     ["passes.compose", "passes.emit"],
     ["passes.decomposed", "passes.fused"],
     ["passes.find", "passes.leaves"],
-    ["passes.decide", "passes.substitute", "passes.thresholds_in"],
+    ["passes.decide", "passes.substitute", "passes.tap", "passes.thresholds_in"],
     ["passes.pipeline", "passes.runtime"],
+    ["observe"],
     ["backend", "attachment"],
     ["rewriting"],
+    ["calibrate.curves"],
+    ["calibrate.record"],
+    ["calibrate.search", "calibrate.state"],
+    ["calibrate.run"],
+    ["calibrate.sources", "calibrate.show"],
+    ["cli"],
+    ["calibrate.__main__"],
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 TRITON = {f"kernels.{name}" for name in ("select", "pool", "forward", "backward", "backward_query", "backward_key")}

@@ -67,6 +67,29 @@ def pool_mask(attn_mask: Tensor, length: int) -> tuple[Tensor, Tensor]:
     return bias, cut
 
 
+def ranking(scores: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """Each block's place in its query block's order, and the P-bar mass of the leading blocks, both [B, H, Nq, Nk].
+
+    Descending by score, the lower index first on a tie; invisible blocks come last and have no mass.
+    """
+    score = scores.masked_fill(~visible, -math.inf)
+    order = score.argsort(dim=-1, descending=True, stable=True)
+    mass = torch.softmax(score, -1).nan_to_num(0.0).gather(-1, order).cumsum(-1)
+    places = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, places), mass
+
+
+def topk_length(topk: Tensor, n: Tensor) -> Tensor:
+    """How many leading blocks of n visible ones Top-k keeps, as floats; the arguments broadcast."""
+    return torch.ceil(topk * n - CEIL_SLACK).clamp(min=1)
+
+
+def topp_length(topp: Tensor, n: Tensor, mass: Tensor) -> Tensor:
+    """How many leading blocks of n visible ones Top-p keeps, by the mass [..., Nk] of the leading ones."""
+    length = (mass < topp.unsqueeze(-1)).sum(-1) + 1
+    return torch.where(topp <= 0, 0, torch.where(topp >= 1, n, length))
+
+
 def select(
     scores: Tensor, visible: Tensor, thresholds: Tensor, forced: Tensor | None = None, anchor: bool = False
 ) -> Tensor:
@@ -87,17 +110,8 @@ def select(
     visible = visible.expand_as(scores)
     n = visible.sum(-1)  # visible blocks of each query block
     topk, topp = thresholds.to(torch.float32).view(1, -1, 1, 2).unbind(-1)  # [1, H, 1] each
-    score = scores.masked_fill(~visible, -math.inf)
-    order = score.argsort(dim=-1, descending=True, stable=True)
-    mass = torch.softmax(score, -1).nan_to_num(0.0).gather(-1, order).cumsum(-1)
-
-    a = torch.ceil(topk * n - CEIL_SLACK).clamp(min=1)
-    b = (mass < topp.unsqueeze(-1)).sum(-1) + 1
-    b = torch.where(topp <= 0, 0, torch.where(topp >= 1, n, b))
-    rank = torch.empty_like(order).scatter_(
-        -1, order, torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
-    )
-    kept = rank < torch.maximum(a, b).unsqueeze(-1)
+    rank, mass = ranking(scores, visible)
+    kept = rank < torch.maximum(topk_length(topk, n), topp_length(topp, n, mass)).unsqueeze(-1)
     if forced is not None:
         kept = kept | forced
     if anchor:

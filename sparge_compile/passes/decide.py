@@ -27,7 +27,7 @@ _HOW_TO_GET_SHAPES = "give example_inputs to sparge_compile.rewrite, or export t
 
 def decide(match: Match, options: Options) -> Decision:
     """Whether a site becomes sparse under these options. An error in the thresholds is raised, not decided."""
-    refused = _refusal(match, options)
+    refused = refusal(match, options)
     if refused is not None:
         return refused
     found = match.attention
@@ -36,7 +36,7 @@ def decide(match: Match, options: Options) -> Decision:
     shape = shape_of(found)
     if shape is None:
         return Decision(Reason.NO_SHAPES, "a size depends on data")
-    least = MIN_KEYS if options.min_seq_len is None else options.min_seq_len
+    least = least_keys(options)
     # Where the length is dynamic, this comparison becomes a guard: lengths on its other side are compiled anew.
     if found.keys < least:
         return Decision(Reason.TOO_SHORT, f"{shape.keys} of at least {least}")
@@ -53,8 +53,8 @@ def decide(match: Match, options: Options) -> Decision:
 def thresholds_for(match: Match, options: Options) -> tuple[Pair, ...]:
     """One (topk, topp) for each query head: from the calibration, else from the options."""
     assert match.attention is not None
-    heads = int(match.attention.heads)
-    found = options.calibration.lookup(match.site.name, heads) if options.calibration else None
+    heads, head_size = int(match.attention.heads), int(match.attention.head_size)
+    found = options.calibration.lookup(match.site.name, heads, head_size) if options.calibration else None
     return found or ((options.topk, options.topp),) * heads
 
 
@@ -66,7 +66,7 @@ def expected_density(pairs: tuple[Pair, ...]) -> float:
     return sum(max(pair) for pair in pairs) / max(len(pairs), 1)
 
 
-def _refusal(match: Match, options: Options) -> Decision | None:
+def refusal(match: Match, options: Options) -> Decision | None:
     """Why this site cannot be sparse at all, or None."""
     found = match.attention
     if match.refusal is not None:
@@ -90,6 +90,11 @@ def _refusal(match: Match, options: Options) -> Decision | None:
     if found.mask_kind == "additive" and not options.additive_masks:
         return Decision(Reason.ADDITIVE_MASK)
     return None
+
+
+def least_keys(options: Options) -> int:
+    """Sites with fewer keys stay dense."""
+    return MIN_KEYS if options.min_seq_len is None else options.min_seq_len
 
 
 def shape_of(found: Attention) -> Shape | None:

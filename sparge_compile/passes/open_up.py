@@ -104,20 +104,26 @@ def tensor_inputs(node: Node) -> list[Node]:
     return [n for n in dict.fromkeys(x for x in nodes if isinstance(x, Node)) if isinstance(value_of(n), Tensor)]
 
 
-def put_inside(graph_module: GraphModule, node: Node, inside: GraphModule) -> dict[Node, Node]:
-    """Replace a call by its opened graph; returns the copy of each node of ``inside``."""
-    graph = graph_module.graph
+def copy_inside(node: Node, inside: GraphModule) -> tuple[dict[Node, Any], Any]:
+    """Write a call's opened graph before the call; returns the copy of each node of ``inside``, and of its output."""
     copies: dict[Node, Any] = dict(zip(inside.graph.find_nodes(op="placeholder"), tensor_inputs(node), strict=True))
     for name, value in (*inside.named_parameters(), *inside.named_buffers()):
         raise AssertionError(f"an opened call owns no tensors, but {name} {tuple(value.shape)} was traced")
-    arguments = _arguments(node)
-    replaced = [n for name in _boolean_masks(arguments) for n in spelling(arguments[name])]
-    with graph.inserting_before(node):
-        output: Any = graph.graph_copy(inside.graph, copies)
+    with node.graph.inserting_before(node):
+        output: Any = node.graph.graph_copy(inside.graph, copies)
     for inner, copy in copies.items():
         if inner.op != "placeholder":
             copy.meta = {**node.meta, **inner.meta, "nn_module_stack": node.meta.get("nn_module_stack")}
             copy.meta["example_value"] = inner.meta.get("val")
+    return copies, output
+
+
+def put_inside(graph_module: GraphModule, node: Node, inside: GraphModule) -> dict[Node, Node]:
+    """Replace a call by its opened graph; returns the copy of each node of ``inside``."""
+    graph = graph_module.graph
+    arguments = _arguments(node)
+    replaced = [n for name in _boolean_masks(arguments) for n in spelling(arguments[name])]
+    copies, output = copy_inside(node, inside)
     if OPENABLE[node.target].returns_weights:
         for user in list(node.users):
             assert user.args[1] == 0, "a call whose weights are read is not opened"

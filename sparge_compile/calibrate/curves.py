@@ -1,0 +1,231 @@
+"""One attention call in, the error and the density of every pair of a grid out, for each head.
+
+The rule keeps a prefix of the blocks in one order, so attention is accumulated in that order, as flash attention does,
+and looked at after each of a ladder of prefix lengths. Cost: dense attention of the sampled query blocks, twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels import reference
+from ..kernels.block_map import KEY_BLOCK, QUERY_BLOCK, ceil_div, diagonal_blocks, visible_blocks
+
+# The candidates. The smallest topk keeps one block of up to 10,000, so that topp is alone; topp = 0 leaves topk alone.
+TOPK = (1e-4, *(round(0.01 * 1.17**i, 3) for i in range(29)), 0.95, 1.0)
+TOPP = (0.0, 0.02, *(round(0.04 * i, 2) for i in range(1, 23)), 0.91, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995, 1.0)
+
+# Up to so many blocks every prefix is looked at, beyond only some; in between, the next shorter one speaks.
+EXACT = 128
+STEPS = 32  # from there on, a ladder that grows by a 32nd
+WIDE = 8  # key blocks that are taken together, at least, where no prefix is looked at
+
+
+class Sums(NamedTuple):
+    """What one call adds to a head's curves, all float32: Σ|O_pair − O| and kept blocks [H, K, P], Σ|O| and visible
+    blocks [H]; K and P are the lengths of TOPK and TOPP."""
+
+    error: Tensor
+    kept: Tensor
+    norm: Tensor
+    visible: Tensor
+
+
+def ladder(n_key: int) -> list[int]:
+    """The prefix lengths that are looked at, ascending, the whole last."""
+    steps = list(range(1, min(n_key, EXACT) + 1))
+    while steps[-1] < n_key:
+        steps.append(min(n_key, steps[-1] + max(1, steps[-1] // STEPS)))
+    return steps
+
+
+def measure(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    sample: Tensor,
+    memory: int,
+) -> Sums:
+    """Error and density of every pair of the grid over some query blocks of one attention call.
+
+    Args:
+        q: [B, H, L, D]; k, v: [B, Hk, S, D], in any floating dtype; computed in float32 on their device.
+        attn_mask: as the ops take it (``capability.normal_mask``), [B or 1, H or 1, L or 1, S].
+        sample: int64 [B, H, n], the query blocks to look at.
+        memory: bytes of scratch memory that may be used, about; at least one query block is held.
+
+    Returns:
+        Sums over the batch and the sampled query blocks, on the device.
+    """
+    batch, heads, _, head_size = q.shape
+    problem = _Problem(q, k, v, attn_mask, is_causal, scale)
+    n_key = ceil_div(k.shape[2], KEY_BLOCK)
+    steps = ladder(n_key)
+    wide = max(WIDE, *(b - a for a, b in zip([0, *steps], steps, strict=False)))  # key blocks taken together, at most
+    # float32 numbers a query block: scores and weights; keys and values, gathered and widened; states and outputs.
+    keys = wide * KEY_BLOCK
+    each = 4 * (3 * QUERY_BLOCK * keys + 4 * keys * head_size + 5 * QUERY_BLOCK * head_size + 8 * n_key)
+    at_once = max(1, memory // each)
+    lead = torch.arange(batch * heads, device=q.device).view(batch, heads, 1).expand_as(sample).flatten()
+    parts = [_curves(problem, some, blocks, steps, wide) for some, blocks in _chunks(lead, sample.flatten(), at_once)]
+    sums = [
+        torch.cat(part).view(batch, heads, sample.shape[-1], *part[0].shape[1:]) for part in zip(*parts, strict=True)
+    ]
+    return Sums(*(x.sum((0, 2)) for x in sums))
+
+
+def _chunks(lead: Tensor, blocks: Tensor, at_once: int) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(lead.split(at_once), blocks.split(at_once), strict=True)
+
+
+class _Problem:
+    """One attention call, and the pooled keys that all of its query blocks share."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float
+    ) -> None:
+        self.q, self.attn_mask, self.is_causal, self.scale = q, attn_mask, is_causal, scale
+        self.heads, self.length, self.keys = q.shape[1], q.shape[2], k.shape[2]
+        self.n_key = ceil_div(self.keys, KEY_BLOCK)
+        self.group = self.heads // k.shape[1]
+        self.k_mean = reference.pool(k, KEY_BLOCK)  # [B, Hk, Nk, D]
+        padding = (0, 0, 0, self.n_key * KEY_BLOCK - self.keys)
+        self.k, self.v = (torch.nn.functional.pad(x, padding).unflatten(2, (-1, KEY_BLOCK)) for x in (k, v))
+        n_query = ceil_div(self.length, QUERY_BLOCK)
+        self.visible = visible_blocks(n_query, self.n_key, self.length, is_causal, q.device)
+        self.forced = diagonal_blocks(n_query, self.n_key, q.device) if is_causal else None
+        self.anchor = reference.needs_anchor(attn_mask, is_causal)
+        self.pooled = None if attn_mask is None else reference.pool_mask(attn_mask, self.length)
+
+    def place(self, lead: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """batch, query head and key head of flattened (batch, head) numbers."""
+        head = lead % self.heads
+        return lead // self.heads, head, head // self.group
+
+    def pooled_mask(self, which: Tensor, batch: Tensor, head: Tensor, block: Tensor) -> Tensor:
+        """Rows [n, Nk] of a pooled mask [B or 1, H or 1, Nq or 1, Nk]."""
+        at = (index if size > 1 else index * 0 for index, size in zip((batch, head, block), which.shape, strict=False))
+        return which[tuple(at)]
+
+    def allowed(self, batch: Tensor, head: Tensor, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor | None]:
+        """For rows [n, 128] and keys [n, s]: the pairs that exist and may attend, and what is added to their scores."""
+        seen = (keys < self.keys).unsqueeze(1)
+        if self.is_causal:
+            seen = seen & (keys.unsqueeze(1) <= rows.unsqueeze(2))
+        if self.attn_mask is None:
+            return seen, None
+        sizes = self.attn_mask.shape
+        at = [x.view(-1, 1, 1) if size > 1 else 0 for x, size in zip((batch, head), sizes, strict=False)]
+        row = rows.unsqueeze(2) if sizes[2] > 1 else rows.new_zeros(1, 1, 1)
+        entry = self.attn_mask[at[0], at[1], row, keys.clamp(max=self.keys - 1).unsqueeze(1)]  # [n, 128 or 1, s]
+        if entry.dtype == torch.bool:
+            return seen & entry, None
+        return seen & (entry != -math.inf), entry.float()
+
+
+def _curves(problem: _Problem, lead: Tensor, block: Tensor, steps: list[int], wide: int) -> Sums:
+    """The sums of n query blocks, each by itself: [n, K, P] and [n]."""
+    batch, head, key_head = problem.place(lead)
+    rows = block.unsqueeze(1) * QUERY_BLOCK + torch.arange(QUERY_BLOCK, device=block.device)  # [n, 128]
+    exist = (rows < problem.length).unsqueeze(2)
+    rows = rows.clamp(max=problem.length - 1)
+    query = problem.q[batch.unsqueeze(1), head.unsqueeze(1), rows].float() * exist  # [n, 128, D]
+    order, kept, visible = _order(problem, query, exist, (batch, head, key_head, block))
+    query = query * problem.scale
+
+    def segment(first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Masked scores [n, 128, s] and values [n, s, D] of the blocks at some places of the order."""
+        blocks = order[:, first:last]
+        keys, values = (
+            x[batch.unsqueeze(1), key_head.unsqueeze(1), blocks].float().flatten(1, 2) for x in (problem.k, problem.v)
+        )
+        columns = (blocks.unsqueeze(2) * KEY_BLOCK + torch.arange(KEY_BLOCK, device=block.device)).flatten(1)
+        seen, added = problem.allowed(batch, head, rows, columns)
+        scores = query @ keys.mT
+        scores = scores if added is None else scores + added
+        return scores.masked_fill(~seen, -math.inf), values
+
+    total = _Running(query)
+    for first in range(0, problem.n_key, wide):
+        total.add(*segment(first, first + wide))
+    out = total.out() * exist
+    partial, errors = _Running(query), []
+    for first, last in zip([0, *steps], steps, strict=False):
+        partial.add(*segment(first, last))
+        errors.append(((partial.out() - out) * exist).abs_().sum((1, 2)))
+    error = torch.stack(errors, 1)  # [n, len(steps)]
+
+    # Of a length that was not looked at, the next shorter one speaks: the error is not smaller than the true one.
+    looked = torch.tensor(steps, device=block.device)
+    at = torch.searchsorted(looked, kept.flatten(1), right=True).sub_(1).clamp_(min=0)
+    chosen = error.gather(1, at).view_as(kept)
+    chosen = torch.where(kept >= visible.view(-1, 1, 1), 0.0, chosen)
+    # A query block without a visible key is no one's error; its output is zeros under any thresholds.
+    return Sums(chosen, kept.float(), out.abs().sum((1, 2)), visible.float())
+
+
+class _Running:
+    """Softmax attention of rows over the keys so far: running maximum, normaliser and weighted values, in float32."""
+
+    def __init__(self, query: Tensor) -> None:
+        # A finite lowest score: of rows that see no key, the exponentials are 0 and not NaN.
+        self.top = query.new_full((*query.shape[:2], 1), -1e30)
+        self.normaliser = torch.zeros_like(self.top)
+        self.values = torch.zeros_like(query)
+
+    def add(self, scores: Tensor, values: Tensor) -> None:
+        top = torch.maximum(self.top, scores.amax(-1, keepdim=True))
+        shrink, weights = torch.exp(self.top - top), torch.exp(scores.sub_(top))
+        self.normaliser = self.normaliser * shrink + weights.sum(-1, keepdim=True)
+        self.values = torch.baddbmm(self.values * shrink, weights, values)
+        self.top = top
+
+    def out(self) -> Tensor:
+        return self.values / self.normaliser.masked_fill(self.normaliser == 0, 1.0)
+
+
+def _order(
+    problem: _Problem, query: Tensor, exist: Tensor, place: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The order in which a query block takes key blocks, and how many it takes for each pair.
+
+    Returns:
+        order [n, Nk]: what is kept whatever the thresholds, then by rank, then what is invisible;
+        kept [n, K, P]: how many are kept for each pair; visible [n].
+    """
+    batch, head, key_head, block = place
+    q_mean = query.sum(1) / exist.sum(1)
+    scores = torch.einsum("nd,nkd->nk", q_mean * problem.scale, problem.k_mean[batch, key_head])
+    visible = problem.visible[block]
+    forced = torch.zeros_like(visible) if problem.forced is None else problem.forced[block]
+    if problem.pooled is not None:
+        bias, cut = (problem.pooled_mask(x, batch, head, block) for x in problem.pooled)
+        scores, visible, forced = reference.apply_pooled_mask(scores, visible, forced, bias, cut)
+    forced = forced & visible
+    rank, mass = reference.ranking(scores, visible)
+    n = visible.sum(-1)
+    if problem.anchor:
+        uncut = rank.masked_fill(~visible | forced, rank.shape[-1])
+        forced = forced | ((uncut == uncut.amin(-1, keepdim=True)) & visible)
+    # What a score that is no number does to the rule: everything visible is kept.
+    forced = forced | ((visible & ~torch.isfinite(scores)).any(-1, keepdim=True) & visible)
+    always = forced.sum(-1)
+    order = torch.where(forced, rank - rank.shape[-1], rank).argsort(-1)
+
+    topk, topp = (torch.tensor(values, device=rank.device) for values in (TOPK, TOPP))
+    by_k = reference.topk_length(topk, n.unsqueeze(1))  # [n, K]
+    by_p = reference.topp_length(topp, n.unsqueeze(1), mass.unsqueeze(1))  # [n, P]
+    prefix = torch.maximum(by_k.unsqueeze(2), by_p.unsqueeze(1)).long().clamp_(max=rank.shape[-1])  # [n, K, P]
+    # Of a prefix by rank, what is kept anyway counts once.
+    by_rank = torch.zeros_like(forced, dtype=torch.int64).scatter_(1, rank, (visible & ~forced).long())
+    fresh = torch.nn.functional.pad(by_rank.cumsum(1), (1, 0))
+    kept = always.view(-1, 1, 1) + fresh.gather(1, prefix.flatten(1)).view_as(prefix)
+    return order, kept, n

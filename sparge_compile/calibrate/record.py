@@ -1,0 +1,152 @@
+"""Run a user's model and measure its attention: batches in, samples out. The model computes what it computes anyway.
+
+A sample is one call of one site. What is looked at depends on the seed, the site's name and the number of the batch and
+of the call in it, and on nothing else: not on what ran before, nor in which process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from ..config import Options
+from ..errors import explain_error
+from ..kernels import capability
+from ..kernels.block_map import QUERY_BLOCK, ceil_div
+from ..kernels.reference import default_scale
+from ..observe import Observer, Watched, calls_through, user_model, watching
+from ..passes.attention import Attention
+from ..passes.decide import least_keys, refusal
+from ..passes.places import Place
+from ..passes.tap import listening
+from .curves import Sums, measure
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call of one site. ``call`` counts the calls of the model in a batch; ``blocks`` is the number of query blocks
+    that the sampled ones of a head stand for."""
+
+    site: str
+    call: int
+    head_size: int
+    blocks: float
+    sums: Sums
+
+
+@dataclass
+class Batch:
+    """What one batch gave: its samples, and how many calls of the model there were, measured or not."""
+
+    samples: list[Sample] = field(default_factory=list)
+    calls: int = 0
+
+
+class Recorder(Observer):
+    """Measures the sites of a model.
+
+    Args:
+        model: the model, compiled or not.
+        options: the backend's; ``min_seq_len`` and ``additive_masks`` say which sites may become sparse.
+        query_blocks: how many query blocks of each call, head and batch element are looked at.
+        every: in a batch, every so many calls of the model one is measured, beginning with the first.
+        memory: bytes of scratch memory on the device.
+        seed: of the choice of query blocks.
+    """
+
+    def __init__(
+        self, model: Module, *, options: Options, query_blocks: int, every: int, memory: int, seed: int
+    ) -> None:
+        target = user_model(model)
+        assert isinstance(target, Module)
+        super().__init__(target)
+        self._model, self._given = target, model
+        self._options, self._query_blocks, self._every = options, query_blocks, every
+        self._memory, self._seed = memory, seed
+        self._watched = watching(target, self)
+        self._batch, self._number = Batch(), 0
+        self._turns: Counter[str] = Counter()  # how often a site was met in this call
+
+    def record(self, number: int, run: Callable[[], Any]) -> Batch:
+        """The samples of one batch; ``run`` calls the model on it, once or as often as it likes."""
+        self._batch, self._number = Batch(), number
+        with calls_through(self._given, self._call), torch.no_grad():
+            run()
+        samples = [_to_host(sample) for sample in self._batch.samples]
+        return Batch(samples, self._batch.calls)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        """One call of the model."""
+        measured = self._batch.calls % self._every == 0
+        self._turns.clear()
+        try:
+            return self._watched(*args, **kwargs) if measured else self._model(*args, **kwargs)
+        finally:
+            self._batch.calls += 1
+
+    def ran(self, graph: Watched, places: list[Place], args: Sequence[Any]) -> Any:
+        wanted = tuple(
+            number
+            for number, match in enumerate(graph.matches)
+            if match.is_attention and refusal(match, self._options) is None
+        )
+        if not wanted:
+            return graph.run(args)
+
+        def listen(number: int, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> None:
+            found = graph.matches[number].attention
+            if found is not None and key.shape[2] >= least_keys(self._options):
+                self._measure(graph.slots[number].name(places[number]), found, query, key, value, attn_mask)
+
+        with listening(listen):
+            return graph.run_tapped(args, wanted)
+
+    def _measure(
+        self, name: str, found: Attention, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
+    ) -> None:
+        batch, heads, length, head_size = query.shape
+        n_query = ceil_div(length, QUERY_BLOCK)
+        turn = self._turns[name]
+        self._turns[name] += 1
+        chosen = self._choose(f"{self._seed} {name} {self._number} {self._batch.calls} {turn}", (batch, heads), n_query)
+        kind = query.device.type
+        if torch.is_autocast_enabled(kind):  # what autocast does to the arguments of dense attention
+            query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
+        with torch.autocast(kind, enabled=False):
+            mask = None if attn_mask is None else capability.normal_mask(attn_mask, key.shape[2])
+            scale = default_scale(head_size, found.scale)
+            where = chosen.to(query.device, non_blocking=True)
+            sums = measure(query, key, value, mask, found.is_causal, scale, where, self._memory)
+        self._batch.samples.append(Sample(name, self._batch.calls, head_size, n_query / max(1, chosen.shape[-1]), sums))
+
+    def _choose(self, seed: str, lead: tuple[int, int], n_query: int) -> Tensor:
+        """Query blocks int64 [B, H, n]: all where there are few, else one at random out of each of n equal parts."""
+        n = min(n_query, self._query_blocks)
+        generator = torch.Generator().manual_seed(
+            int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big") >> 1
+        )
+        within = torch.rand(*lead, n, generator=generator, dtype=torch.float64)
+        within = torch.zeros_like(within) if n == n_query else within
+        return ((torch.arange(n) + within) * n_query / max(1, n)).long().clamp(max=max(0, n_query - 1))
+
+
+def _to_host(sample: Sample) -> Sample:
+    """The sample in CPU memory. Numbers that are none are an error of the model or its inputs."""
+    sums = Sums(*(x.cpu() for x in sample.sums))
+    if not all(bool(torch.isfinite(x).all()) for x in sums):
+        raise ValueError(
+            explain_error(
+                f"the attention of site {sample.site!r} is not finite",
+                given="NaN or inf among its queries, keys, values or outputs",
+                allowed="finite numbers",
+                todo="Run the model on this batch without calibration and see where they come from.",
+            )
+        )
+    return Sample(sample.site, sample.call, sample.head_size, sample.blocks, sums)

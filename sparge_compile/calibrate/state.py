@@ -1,0 +1,80 @@
+"""What a calibration run has measured so far, on disk: a folder beside the output with a file for each batch.
+
+Files are written whole or not at all, so a run that was killed goes on where it stopped; processes that share the
+batches may share the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import pickle
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..documents import write_atomically
+from ..errors import explain_error
+from .curves import Sums
+from .record import Batch, Sample
+
+
+class Folder:
+    """The batches of one run. ``settings`` are what the samples depend on."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self.path = path
+        self._key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=repr).encode()).hexdigest()[:16]
+
+    def load(self) -> dict[int, Batch]:
+        """Every batch that is there.
+
+        Raises:
+            ValueError: a file of a run with other settings, or one that cannot be read.
+        """
+        found = {}
+        for path in sorted(self.path.glob("batch-*.pt")):
+            try:
+                key, batch = _decode(path.read_bytes())
+            except (RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+                raise self._refuse(f"{path.name}, which cannot be read ({type(error).__name__})") from error
+            if key != self._key:
+                raise self._refuse(f"{path.name} of a run with another model or other settings")
+            found[int(path.stem.removeprefix("batch-"))] = batch
+        return found
+
+    def save(self, number: int, batch: Batch) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path / f"batch-{number:06}.pt", _encode(self._key, batch))
+
+    def remove(self) -> None:
+        """Delete the folder, once the result is written."""
+        if self.path.exists():
+            shutil.rmtree(self.path)
+
+    def _refuse(self, given: str) -> ValueError:
+        return ValueError(
+            explain_error(
+                f"{self.path} has batches that this run cannot go on from",
+                given=given,
+                allowed="batches of the same model, settings and version",
+                todo="Delete the folder to start anew, or write to another file.",
+            )
+        )
+
+
+def _encode(key: str, batch: Batch) -> bytes:
+    buffer = io.BytesIO()
+    samples = [{**vars(sample), "sums": tuple(sample.sums)} for sample in batch.samples]
+    torch.save({"key": key, "calls": batch.calls, "samples": samples}, buffer)
+    return buffer.getvalue()
+
+
+def _decode(content: bytes) -> tuple[str, Batch]:
+    held = torch.load(io.BytesIO(content), weights_only=True)
+    samples = [Sample(s["site"], s["call"], s["head_size"], s["blocks"], Sums(*s["sums"])) for s in held["samples"]]
+    return held["key"], Batch(samples, held["calls"])

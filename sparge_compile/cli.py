@@ -1,0 +1,212 @@
+"""The command ``sparge``: calibrate, show, plot, explain."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+_CALIBRATE = """Find thresholds for every attention head of a model from the model's own inputs.
+
+examples:
+  sparge calibrate --model my_models:build --inputs my_models:batches --out model.json
+  sparge calibrate --pipeline ./Wan2.1-T2V-1.3B-Diffusers --prompts prompts.txt --steps 50 --every 13 --out wan.json
+  torchrun --nproc-per-node 4 -m sparge_compile.calibrate --model ... --inputs ... --out model.json
+
+A run that was interrupted goes on where it stopped, at a batch boundary, if the same command is given again."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status. What is wrong with arguments or files is said in a sentence."""
+    args = _parser().parse_args(arguments)
+    try:
+        status: int = args.run(args)
+        return status
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if os.environ.get("SPARGE_TRACEBACK"):
+            raise
+        print(f"sparge: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sparge", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+    raw = argparse.RawDescriptionHelpFormatter
+    calibrate = commands.add_parser("calibrate", help="find thresholds", description=_CALIBRATE, formatter_class=raw)
+    _add_source(calibrate)
+    calibrate.add_argument("--out", required=True, help="the calibration file to write (JSON)")
+    aim = calibrate.add_mutually_exclusive_group()
+    aim.add_argument("--target-error", type=float, help="bound of each head's relative L1 error (0.05)")
+    aim.add_argument("--target-sparsity", type=float, help="share of blocks that the whole model skips")
+    calibrate.add_argument("--mean", action="store_true", help="a head's error is its mean over samples, not its worst")
+    calibrate.add_argument(
+        "--mode", choices=("hybrid", "topk", "topp"), default="hybrid", help="which thresholds (hybrid)"
+    )
+    calibrate.add_argument(
+        "--phases",
+        type=float,
+        nargs="*",
+        default=(),
+        metavar="FROM",
+        help="where in (0, 1) of a batch's calls other thresholds begin",
+    )
+    calibrate.add_argument("--every", type=int, default=1, help="measure every n-th call of the model in a batch (1)")
+    calibrate.add_argument(
+        "--query-blocks", type=int, default=32, help="query blocks to look at, by call and head (32)"
+    )
+    calibrate.add_argument("--memory", type=int, default=1024, help="MiB of scratch memory on the device (1024)")
+    calibrate.add_argument("--seed", type=int, default=0, help="of the choice of query blocks (0)")
+    calibrate.add_argument("--batches", type=int, help="use only the first so many batches")
+    calibrate.set_defaults(run=_calibrate)
+
+    show = commands.add_parser("show", help="print a calibration file as a table")
+    show.add_argument("file")
+    again = show.add_mutually_exclusive_group()
+    again.add_argument("--target-error", type=float, help="aim anew first, from the file's measurements")
+    again.add_argument("--target-sparsity", type=float, help="aim anew first")
+    show.add_argument("--out", help="save the calibration that was aimed anew")
+    show.set_defaults(run=_show)
+
+    plot = commands.add_parser("plot", help="draw a calibration file as PNG (needs matplotlib)")
+    plot.add_argument("file")
+    plot.add_argument("--out", help="how the names of the pictures begin (that of the file)")
+    plot.set_defaults(run=_plot)
+
+    explain = commands.add_parser("explain", help="which attention of a model would be replaced, and why not the rest")
+    _add_source(explain)
+    explain.add_argument("--calibration", help="a calibration file")
+    explain.add_argument("--topk", type=float, help="threshold of sites without one in the file")
+    explain.add_argument("--topp", type=float, help="threshold of sites without one in the file")
+    explain.set_defaults(run=_explain)
+    return parser
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", metavar="MODULE:NAME", help="an nn.Module, or a callable that gives one or (module, what runs it)"
+    )
+    parser.add_argument(
+        "--inputs", metavar="MODULE:NAME", help="batches, or a callable that gives them: tuples or dicts of arguments"
+    )
+    parser.add_argument("--pipeline", metavar="FOLDER", help="instead, a diffusers pipeline in a local folder")
+    parser.add_argument("--prompts", metavar="FILE", help="of a pipeline: a prompt on each line")
+    parser.add_argument("--steps", type=int, default=50, help="of a pipeline: denoising steps (50)")
+    parser.add_argument("--device", help="of a pipeline: where to run (cuda if there is one)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of a pipeline: load in this dtype")
+    parser.add_argument("--min-seq-len", type=int, help="attention over fewer keys stays dense (1024)")
+    parser.add_argument("--additive-masks", action="store_true", help="attention with masks that change scores, too")
+
+
+def _source(args: argparse.Namespace) -> Any:
+    from .calibrate.sources import from_pipeline, from_python
+    from .errors import explain_error
+
+    if args.pipeline and args.prompts and not (args.model or args.inputs):
+        return from_pipeline(args.pipeline, args.prompts, args.steps, args.device, args.dtype)
+    if args.model and args.inputs and not (args.pipeline or args.prompts):
+        return from_python(args.model, args.inputs)
+    raise ValueError(
+        explain_error(
+            "no model",
+            given=", ".join(x for x in ("model", "inputs", "pipeline", "prompts") if getattr(args, x)) or "none",
+            allowed="--model and --inputs, or --pipeline and --prompts",
+            todo="Give one of the two pairs.",
+        )
+    )
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    return {"min_seq_len": args.min_seq_len, "additive_masks": args.additive_masks}
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    import itertools
+
+    from .calibrate.run import calibrate
+    from .calibrate.show import text
+
+    shared = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if shared:
+        _join_processes()
+    model, call, batches = _source(args)
+    if args.batches is not None:
+        batches = list(itertools.islice(batches, args.batches))
+    calibration = calibrate(
+        model,
+        batches,
+        call=call,
+        target_error=args.target_error,
+        target_sparsity=args.target_sparsity,
+        by="mean" if args.mean else "worst",
+        mode=args.mode,
+        phases=args.phases,
+        options=_options(args),
+        query_blocks=args.query_blocks,
+        every=args.every,
+        memory=args.memory,
+        seed=args.seed,
+        out=args.out,
+        share_batches=shared,
+        progress=True,
+    )
+    if not shared or int(os.environ["RANK"]) == 0:
+        print(text(calibration))
+    return 0
+
+
+def _join_processes() -> None:
+    """Under torchrun: one process group, and a GPU for each process."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    torch.distributed.init_process_group("gloo")
+
+
+def _show(args: argparse.Namespace) -> int:
+    from .calibrate.show import text
+    from .thresholds import Calibration
+
+    calibration = Calibration.load(args.file)
+    if args.target_error is not None or args.target_sparsity is not None:
+        calibration = calibration.at(target_error=args.target_error, target_sparsity=args.target_sparsity)
+    if args.out:
+        calibration.save(args.out)
+    print(text(calibration))
+    return 0
+
+
+def _plot(args: argparse.Namespace) -> int:
+    from .calibrate.show import plot
+    from .thresholds import Calibration
+
+    for path in plot(Calibration.load(args.file), args.out or args.file.removesuffix(".json")):
+        print(path)
+    return 0
+
+
+def _explain(args: argparse.Namespace) -> int:
+    import torch
+
+    from .backend import explain_calls
+    from .calibrate.run import arguments
+    from .thresholds import Calibration
+
+    model, call, batches = _source(args)
+    thresholds = {name: getattr(args, name) for name in ("topk", "topp") if getattr(args, name) is not None}
+    calibration = Calibration.load(args.calibration) if args.calibration else None
+    positional, named = arguments(next(iter(batches)))
+    with torch.no_grad():
+        options = {**_options(args), **thresholds, "calibration": calibration}
+        print(explain_calls(model, options, lambda: (call or model)(*positional, **named)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

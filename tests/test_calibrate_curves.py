@@ -1,0 +1,118 @@
+"""Curves: what they predict for a pair of thresholds is what the op does with it."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from helpers import Case, random_mask, random_qkv, scale_of
+
+from sparge_compile import attention
+from sparge_compile.calibrate import curves
+from sparge_compile.calibrate.curves import TOPK, TOPP, Sums, ladder, measure
+from sparge_compile.kernels import capability
+from sparge_compile.kernels.block_map import QUERY_BLOCK, ceil_div
+
+MEMORY = 1 << 28
+CASES = [
+    Case(700, 900, 32),
+    Case(700, 700, 32, is_causal=True),
+    Case(500, 900, 32, batch=2, heads=4, key_heads=2, mask="key", layout="blhd"),
+    Case(500, 900, 16, mask="full"),
+    Case(500, 900, 16, mask="add", dtype=torch.bfloat16),
+    Case(600, 600, 16, mask="key", is_causal=True),
+    Case(130, 1500, 24, heads=1, key_heads=1, scale=0.3),
+]
+
+
+def problem(case: Case):
+    q, k, v = random_qkv(case)
+    return q * 2, k, v, random_mask(case)
+
+
+def every_block(case: Case):
+    n = ceil_div(case.length, QUERY_BLOCK)
+    return torch.arange(n).expand(case.batch, case.heads, n)
+
+
+def measured(case: Case, q, k, v, mask, sample=None, memory=MEMORY) -> Sums:
+    normal = None if mask is None else capability.normal_mask(mask, case.keys)
+    sample = every_block(case) if sample is None else sample
+    return measure(q, k, v, normal, case.is_causal, scale_of(case), sample, memory)
+
+
+def op(case: Case, q, k, v, mask, topk, topp):
+    """(error sum [H], sparsity) of the op, in float32 on the same numbers."""
+    q, k, v = q.float(), k.float(), v.float()
+    how = {"attn_mask": mask, "is_causal": case.is_causal, "scale": case.scale, "enable_gqa": True}
+    dense = attention(q, k, v, **how)
+    out, sparsity = attention(q, k, v, **how, topk=topk, topp=topp, return_sparsity=True)
+    return (out - dense).abs().sum((0, 2, 3)), dense.abs().sum((0, 2, 3)), sparsity
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_predicted_error_and_density_are_those_of_the_op(case):
+    q, k, v, mask = problem(case)
+    sums = measured(case, q, k, v, mask)
+    distinct = set()
+    for i in (0, 8, 15, 20, 25, len(TOPK) - 1):
+        for j in (0, 6, 12, 20, 26, len(TOPP) - 1):
+            error, norm, sparsity = op(case, q, k, v, mask, TOPK[i], TOPP[j])
+            torch.testing.assert_close(sums.error[:, i, j] / sums.norm, error / norm, atol=2e-6, rtol=1e-5)
+            kept = sums.kept[:, i, j].sum() / sums.visible.sum()
+            torch.testing.assert_close(1 - kept, sparsity, atol=1e-6, rtol=0)
+            distinct.add(round(float(sparsity), 4))
+    assert len(distinct) > 3 or case.mask == "full", "a grid on which all pairs are alike shows nothing"
+
+
+def test_memory_changes_nothing_but_the_number_of_pieces(monkeypatch):
+    case = Case(700, 900, 32, heads=4, key_heads=2, is_causal=True)
+    inputs, pieces, real = problem(case), [], curves._curves
+    monkeypatch.setattr(curves, "_curves", lambda *a: pieces.append(len(a[1])) or real(*a))
+    for got, want in zip(measured(case, *inputs, memory=1), measured(case, *inputs), strict=True):
+        torch.testing.assert_close(got, want)
+    blocks = every_block(case).numel()
+    assert pieces == [1] * blocks + [blocks]
+
+
+def test_a_sample_of_query_blocks_is_the_error_of_those_rows():
+    case = Case(1000, 900, 16)
+    q, k, v, mask = problem(case)
+    sample = torch.tensor([[[1, 7], [0, 3]]])
+    sums = measured(case, q, k, v, mask, sample)
+    i, j = 15, 6
+    dense, out = attention(q, k, v), attention(q, k, v, topk=TOPK[i], topp=TOPP[j])
+    for head, blocks in enumerate(sample[0].tolist()):
+        rows = torch.cat([torch.arange(case.length)[b * QUERY_BLOCK :][:QUERY_BLOCK] for b in blocks])
+        want = (out - dense)[0, head, rows].abs().sum()
+        torch.testing.assert_close(sums.error[head, i, j], want, rtol=1e-5, atol=1e-5)
+
+
+def test_of_lengths_that_were_not_looked_at_no_error_is_too_small(monkeypatch):
+    case = Case(200, 3000, 16)
+    inputs = problem(case)
+    exact = measured(case, *inputs)
+    monkeypatch.setattr(curves, "EXACT", 4)
+    monkeypatch.setattr(curves, "STEPS", 3)
+    coarse = measured(case, *inputs)
+    assert len(ladder(47)) < 15
+    torch.testing.assert_close(coarse.kept, exact.kept, rtol=0, atol=0)
+    # The error grows as blocks are dropped, but not strictly: another block may point the wrong way.
+    assert (coarse.error >= exact.error * 0.98 - 1e-4).all() and (coarse.error > exact.error * 1.01).any()
+
+
+@pytest.mark.parametrize("n", [1, 2, 128, 129, 512, 1182])
+def test_the_ladder_ascends_to_the_whole_by_steps_of_a_32nd(n):
+    steps = ladder(n)
+    assert steps[0] == 1 and steps[-1] == n and steps == sorted(set(steps))
+    assert all(b - a <= max(1, a / 32) for a, b in itertools.pairwise(steps))
+
+
+def test_a_score_that_is_no_number_keeps_everything_and_shows():
+    case = Case(300, 900, 16)
+    q, k, v, mask = problem(case)
+    q[0, 0, 5, 3] = torch.nan
+    sums = measured(case, q, k, v, mask)
+    assert sums.norm.isnan().tolist() == [True, False]
+    assert (sums.kept[0].amin() > sums.kept[1].amin()).item()
