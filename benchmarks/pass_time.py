@@ -10,40 +10,24 @@ from __future__ import annotations
 
 import argparse
 import platform
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from tabulate import tabulate
 from torch._inductor.utils import fresh_cache
+from torch.utils._pytree import tree_map_only
 
 from sparge_compile import backend
 
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
+import models
+
 STEPS = ("clone", "find", "slots_of", "_plan", "pipeline.apply")
-
-
-def wan(layers: int, device: str) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """A Wan transformer with random weights, and inputs of 315 tokens."""
-    model = diffusers.WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=24,
-        in_channels=4,
-        out_channels=4,
-        text_dim=16,
-        freq_dim=16,
-        ffn_dim=64,
-        num_layers=layers,
-        rope_max_seq_len=32,
-    )
-    inputs = {
-        "hidden_states": torch.randn(1, 4, 5, 14, 18, device=device),
-        "timestep": torch.tensor([500], device=device),
-        "encoder_hidden_states": torch.randn(1, 11, 16, device=device),
-        "return_dict": False,
-    }
-    return model.to(device).eval(), inputs
 
 
 def timed(seconds: dict[str, float], name: str) -> None:
@@ -70,7 +54,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--inner", default="inductor", choices=("inductor", "aot_eager", "eager"))
     given = parser.parse_args()
-    model, inputs = wan(given.layers, given.device)
+    model, inputs = tree_map_only(torch.Tensor, lambda x: x.to(given.device), models.wan(given.layers))
+    model.to(given.device).eval()
     seconds: dict[str, float] = {}
     for step in STEPS:
         timed(seconds, step)

@@ -72,7 +72,7 @@ def tensor_of(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def wan() -> tuple[nn.Module, dict[str, Any]]:
+def wan(layers: int = 2) -> tuple[nn.Module, dict[str, Any]]:
     from diffusers import WanTransformer3DModel
 
     model = WanTransformer3DModel(
@@ -83,7 +83,7 @@ def wan() -> tuple[nn.Module, dict[str, Any]]:
         text_dim=16,
         freq_dim=16,
         ffn_dim=64,
-        num_layers=2,
+        num_layers=layers,
         rope_max_seq_len=32,
     )
     inputs = {

@@ -247,27 +247,23 @@ def _causal_and_padded(attend, q, k, v, m):
     return attend(q, k, v, attn_mask=m.view(B, 1, 1, S), is_causal=True, scale=SCALE)
 
 
-@spelling(
-    twin={"fill": -2.0},
-    why=FINITE,
-    inputs=lambda: (*qkv(length=S)(), torch.arange(S) < lengths()[:, None]),
-    same=_causal_and_padded,
-    length=S,
-    mask=None,  # one mask, or causality and a mask of the keys
-)
+_CAUSAL_AND_PADDED: dict[str, Any] = {
+    "twin": {"fill": -2.0},
+    "why": FINITE,
+    "inputs": lambda: (*qkv(length=S)(), torch.arange(S) < lengths()[:, None]),
+    "same": _causal_and_padded,
+    "length": S,
+    "mask": None,  # one mask, or causality and a mask of the keys
+}
+
+
+@spelling(**_CAUSAL_AND_PADDED)
 def causal_and_padded(q, k, v, m, fill=LOWEST):
     allowed = torch.ones(S, S, dtype=torch.bool).tril()[None, None] & m[:, None, None, :]
     return (q @ k.mT * SCALE + torch.where(allowed, 0.0, fill)).softmax(-1) @ v
 
 
-@spelling(
-    twin={"fill": -2.0},
-    why=FINITE,
-    inputs=lambda: (*qkv(length=S)(), torch.arange(S) < lengths()[:, None]),
-    same=_causal_and_padded,
-    length=S,
-    mask=None,
-)
+@spelling(**_CAUSAL_AND_PADDED)
 def causal_then_padded(q, k, v, m, fill=-math.inf):
     scores = q @ k.mT * SCALE
     scores = scores.masked_fill(torch.ones(S, S, dtype=torch.bool).triu(1), fill)

@@ -91,27 +91,6 @@ def test_map_of_random_inputs(length: int, keys: int, head_size: int, layout: st
     assert_map_matches(got, q, k, THRESHOLDS, None, case.is_causal, 1.5)
 
 
-@pytest.mark.parametrize("part", [16, 32])
-def test_scores_built_in_parts(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparge_compile.kernels import select
-
-    monkeypatch.setattr(select, "SCORE_PART", part)
-    q, k = block_constant(1, 2, 150, 16, QUERY_BLOCK), block_constant(1, 2, 40 * 64, 16, KEY_BLOCK)
-    assert_same_map(triton_map(q, k, THRESHOLDS), reference.block_map(q, k, THRESHOLDS, scale=0.25))
-
-
-@pytest.mark.parametrize("mask", ["none", "key", "add"])
-def test_rows_too_long_for_a_program(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparge_compile.kernels import launch, select
-
-    monkeypatch.setattr(launch, "SELECT_MAX_KEY_BLOCKS", 2)
-    monkeypatch.setattr(select, "FALLBACK_SCORES", 2 * 2 * 13 * 2)  # two query blocks at a time
-    q, k = block_constant(2, 2, 700, 16, QUERY_BLOCK), block_constant(2, 1, 830, 16, KEY_BLOCK)
-    attn_mask = constant_mask(mask, 700, 830)
-    want = reference.block_map(q, k, THRESHOLDS, attn_mask, True, 0.25)
-    assert_same_map(triton_map(q, k, THRESHOLDS, attn_mask, True), want)
-
-
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 def test_rows_with_a_score_that_is_not_finite_keep_every_visible_block(poison: float) -> None:
     q, k = block_constant(1, 2, 700, 16, QUERY_BLOCK), block_constant(1, 2, 830, 16, KEY_BLOCK)

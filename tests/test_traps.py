@@ -145,6 +145,11 @@ def many_conditions(q, k, v):
     return att(q, k, v, lambda s: s.masked_fill(mask & (i > 0), -1e9))
 
 
+def one_part_concatenated_twice(q, k, v):
+    end = torch.ones(4, dtype=torch.bool)
+    return att(q, k, v, lambda s: s.masked_fill(torch.cat([end, torch.zeros(L - 8, dtype=torch.bool), end]), -1e9))
+
+
 TRAPS = [x for x in list(globals().values()) if getattr(x, "__module__", "") == __name__ and callable(x)]
 TRAPS = [x for x in TRAPS if x.__name__ not in ("att", "flip")]
 

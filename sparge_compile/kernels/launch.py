@@ -12,8 +12,8 @@ import torch
 
 LARGE_SHARED_MEMORY = (9, 10)  # compute capability majors with 227 KB for one program
 
-SELECT_MAX_KEY_BLOCKS = 4096  # 262,144 keys; beyond, a row of scores does not fit a program's registers
-SELECT_SCORES = 16384  # scores that one program of 8 warps holds: 64 registers each for score image and mass
+POOL_WARPS = 2
+SELECT_SCORES = 512  # scores that one warp of a selecting program holds
 
 
 class Launch(NamedTuple):
@@ -22,14 +22,10 @@ class Launch(NamedTuple):
     stages: int
 
 
-class SelectLaunch(NamedTuple):
-    rows: int  # query blocks of one program
-    warps: int
-
-
 def architecture(device: torch.device) -> int:
-    """Major of the compute capability; 0 where there is no GPU (the interpreter)."""
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+    """Major of an NVIDIA GPU's compute capability; 0 for any other device and for the interpreter."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return torch.cuda.get_device_capability(device)[0] if nvidia else 0
 
 
 def use_descriptors(dtype: torch.dtype, device: torch.device) -> bool:
@@ -44,9 +40,9 @@ def pad_head(head_size: int) -> int:
 
 # (bytes of one padded row) -> Launch. A row is head_pad * itemsize: 256 is D = 128 in bf16.
 _LARGE = {
-    "forward": {64: (128, 4, 3), 128: (128, 4, 3), 256: (128, 4, 2), 512: (128, 8, 2)},
-    "dq": {64: (128, 8, 3), 128: (128, 8, 3), 256: (128, 8, 2), 512: (64, 8, 2)},
-    "dkv": {64: (64, 4, 3), 128: (64, 4, 3), 256: (64, 8, 2), 512: (32, 8, 2)},
+    "forward": {64: (64, 4, 2), 128: (64, 4, 2), 256: (128, 4, 2), 512: (128, 8, 2)},
+    "dq": {64: (64, 4, 2), 128: (64, 4, 2), 256: (64, 4, 3), 512: (64, 8, 2)},
+    "dkv": {64: (64, 4, 2), 128: (64, 4, 2), 256: (64, 4, 2), 512: (32, 8, 2)},
 }
 _SMALL = {
     "forward": {64: (128, 4, 3), 128: (128, 4, 2), 256: (64, 4, 2), 512: (64, 8, 1)},
@@ -69,7 +65,11 @@ def attention_launch(direction: str, head_size: int, dtype: torch.dtype, device:
     return Launch(*table[direction][row_bytes])
 
 
-def select_launch(n_key: int) -> SelectLaunch:
-    """Query blocks and warps for rows of ``n_key`` scores."""
-    padded = max(16, 1 << (n_key - 1).bit_length())
-    return SelectLaunch(rows=max(4, min(16, SELECT_SCORES // padded)), warps=8 if padded > 256 else 4)
+def score_precision(device: torch.device) -> str:
+    """How the float32 products of block scores are made: by tensor cores in three parts, where there are any."""
+    return "tf32x3" if architecture(device) >= 8 else "ieee"
+
+
+def select_warps(n_pad: int) -> int:
+    """Warps for a row of scores, padded to ``n_pad``."""
+    return max(1, min(32, n_pad // SELECT_SCORES))

@@ -14,53 +14,82 @@ from . import launch
 from .block_map import KEY_BLOCK, QUERY_BLOCK, ceil_div
 from .tiles import load_tile, matrix_arguments, tile_offsets
 
-POOL_ELEMENTS = 4096  # elements of x that a pooling program holds at a time
+POOL_ELEMENTS = 4096  # elements of q or k that a pooling program holds at a time
 
 
 @triton.jit
-def _pool_kernel(
+def _pool_block(
     x_ptr,
     mean_ptr,
-    x_stride_b, x_stride_h, x_stride_l, x_stride_d,
-    heads, length, n_blocks,
+    number, stride_b, stride_h, stride_l, stride_d, heads, length, n_blocks,
     HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     ALIGN: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    block = pid % n_blocks
-    b, h = pid // n_blocks // heads, pid // n_blocks % heads
+    """The mean of block ``number``, counted over batch, heads and blocks."""
+    number = number.to(tl.int64)
+    block = number % n_blocks
+    b, h = number // n_blocks // heads, number // n_blocks % heads
     lane, column = tl.arange(0, ROWS), tl.arange(0, HEAD_PAD)
-    offsets = tile_offsets(lane, column, x_stride_l, x_stride_d, ALIGN=ALIGN, OFFSET=OFFSET)
+    offsets = tile_offsets(lane, column, stride_l, stride_d, ALIGN=ALIGN, OFFSET=OFFSET)
     total = tl.zeros([ROWS, HEAD_PAD], tl.float32)
     for first in tl.static_range(0, BLOCK, ROWS):
         row = block * BLOCK + first
-        tile = x_ptr + (b * x_stride_b + h * x_stride_h + row * x_stride_l) * ALIGN
+        tile = x_ptr + (b * stride_b + h * stride_h + row * stride_l) * ALIGN
         x = load_tile(
             tile + offsets, row + lane, column, length, HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, CHECK_ROWS=True
         )
         total += x.to(tl.float32)
     rows = tl.minimum(BLOCK, length - block * BLOCK).to(tl.float32)
     mean = tl.div_rn(tl.sum(total, 0), rows)  # as torch rounds: a plain / is approximate on a GPU
-    tl.store(mean_ptr + pid * HEAD_SIZE + column, mean, mask=column < HEAD_SIZE)
+    tl.store(mean_ptr + number * HEAD_SIZE + column, mean, mask=column < HEAD_SIZE)
 
 
-def pool(x: Tensor, block: int) -> Tensor:
-    """float32 [B, H, N, D], contiguous: the means of the rows that exist in each block of x [B, H, L, D]."""
-    batch, heads, length, head_size = x.shape
-    n_blocks = ceil_div(length, block)
-    mean = x.new_empty((batch, heads, n_blocks, head_size), dtype=torch.float32)
-    if mean.numel() == 0:
-        return mean
-    head_pad = launch.pad_head(head_size)
-    with torch.cuda.device_of(x):
-        _pool_kernel[(batch * heads * n_blocks,)](
-            x_ptr=x,
-            mean_ptr=mean,
-            heads=heads, length=length, n_blocks=n_blocks,
-            HEAD_SIZE=head_size, HEAD_PAD=head_pad, BLOCK=block, ROWS=min(block, max(1, POOL_ELEMENTS // head_pad)),
-            **matrix_arguments(block, x=x),
+@triton.jit
+def _pool_kernel(
+    q_ptr, k_ptr,
+    q_mean_ptr, k_mean_ptr,
+    q_stride_b, q_stride_h, q_stride_l, q_stride_d,
+    k_stride_b, k_stride_h, k_stride_l, k_stride_d,
+    heads, key_heads, length, keys, n_query, n_key, all_query,
+    HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, QUERY_ROWS: tl.constexpr, KEY_ROWS: tl.constexpr,
+    ROWS: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    if pid < all_query:
+        _pool_block(
+            q_ptr, q_mean_ptr, pid, q_stride_b, q_stride_h, q_stride_l, q_stride_d, heads, length, n_query,
+            HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, BLOCK=QUERY_ROWS, ROWS=ROWS, ALIGN=ALIGN, OFFSET=OFFSET,
         )  # fmt: skip
-    return mean
+    else:
+        _pool_block(
+            k_ptr, k_mean_ptr, pid - all_query, k_stride_b, k_stride_h, k_stride_l, k_stride_d, key_heads, keys, n_key,
+            HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, BLOCK=KEY_ROWS, ROWS=ROWS, ALIGN=ALIGN, OFFSET=OFFSET,
+        )  # fmt: skip
+
+
+def pool(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 [B, H, Nq, D] and [B, Hk, Nk, D], contiguous: the means of the rows that exist in each block.
+
+    q [B, H, L, D] and k [B, Hk, S, D] have any strides, and at least one element each.
+    """
+    batch, heads, length, head_size = q.shape
+    key_heads, keys = k.shape[1:3]
+    n_query, n_key = ceil_div(length, QUERY_BLOCK), ceil_div(keys, KEY_BLOCK)
+    q_mean = q.new_empty((batch, heads, n_query, head_size), dtype=torch.float32)
+    k_mean = q.new_empty((batch, key_heads, n_key, head_size), dtype=torch.float32)
+    head_pad = launch.pad_head(head_size)
+    all_query = batch * heads * n_query
+    with torch.cuda.device_of(q):
+        _pool_kernel[(all_query + batch * key_heads * n_key,)](
+            q_ptr=q, k_ptr=k,
+            q_mean_ptr=q_mean, k_mean_ptr=k_mean,
+            heads=heads, key_heads=key_heads, length=length, keys=keys, n_query=n_query, n_key=n_key,
+            all_query=all_query,
+            HEAD_SIZE=head_size, HEAD_PAD=head_pad, QUERY_ROWS=QUERY_BLOCK, KEY_ROWS=KEY_BLOCK,
+            ROWS=min(KEY_BLOCK, POOL_ELEMENTS // head_pad), num_warps=launch.POOL_WARPS,
+            **matrix_arguments(QUERY_BLOCK, q=q, k=k),
+        )  # fmt: skip
+    return q_mean, k_mean
 
 
 @triton.jit

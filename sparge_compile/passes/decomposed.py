@@ -6,8 +6,9 @@ problem carried along. What does not fit is refused with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -386,8 +387,8 @@ class _Match:
     # Nothing found: attention of another kind, or none at all?
 
     def _why(self, scores: _Scores | Refusal, product: _Product | Refusal) -> Refusal:
-        makes = isinstance(scores, _Scores) or _near_product(self._earlier(self.softmax), self._earlier, self.reader)
-        reads = isinstance(product, _Product) or _near_product(self.softmax.users, lambda n: n.users, self.reader)
+        makes = isinstance(scores, _Scores) or _near_product(self.softmax, attrgetter("all_input_nodes"), self.reader)
+        reads = isinstance(product, _Product) or _near_product(self.softmax, attrgetter("users"), self.reader)
         refusals = [x for x in (scores, product) if isinstance(x, Refusal)]
         if makes and reads:
             other_axis = [x for x in refusals if x.detail == OTHER_AXIS]
@@ -398,14 +399,11 @@ class _Match:
             return Refusal(Reason.NOT_ATTENTION, "no product of queries and keys")
         return Refusal(Reason.NOT_ATTENTION, "no product with values")
 
-    def _earlier(self, node: Node) -> list[Node]:
-        return node.all_input_nodes
 
-
-def _near_product(start: Iterable[Node], onwards: Any, reader: Reader) -> bool:
+def _near_product(start: Node, onwards: Callable[[Node], Iterable[Node]], reader: Reader) -> bool:
     """Whether a product of two computed tensors (not a projection by weights) is a few nodes away."""
     seen: set[Node] = set()
-    edge = list(start)
+    edge = list(onwards(start))
     while edge and len(seen) < MAX_LOOK:
         node = edge.pop(0)
         if node in seen or node.op in ("placeholder", "output", "get_attr"):

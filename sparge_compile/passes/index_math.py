@@ -227,10 +227,10 @@ def _of_call(reader: Reader, made: Value, node: Node, index: Index) -> Any:
 
 def _concatenated(reader: Reader, parts: Sequence[Value], dim: int, node: Node, index: Index) -> Cases:
     place, begin, ended, cases = index[dim], sympy.S.Zero, sympy.false, []
-    for part in parts:
+    for i, part in enumerate(parts, 1):
         size = symbol_of(part.shape[dim])
         ends = sympy.Eq(place, 0) if begin == 0 and size == 1 else sympy.Lt(place - begin, size)
-        ends = sympy.true if part is parts[-1] else ends
+        ends = sympy.true if i == len(parts) else ends
         read = as_cases(formula(reader, part, node, [*index[:dim], place - begin, *index[dim + 1 :]]))
         cases += [(sympy.And(sympy.Not(ended), ends, c), v) for c, v in read]
         begin, ended = begin + size, ends

@@ -43,13 +43,14 @@ class Mutations:
     def __init__(self, lowering: Lowering) -> None:
         self._lowering = lowering
         self.position = {node: i for i, node in enumerate(lowering.owner.graph.nodes)}
-        self._writers: dict[Any, list[tuple[Node, Node]]] = {}
+        self._writers: dict[Any, list[tuple[Node, Node]]] = {}  # by storage: who writes, and to which node's tensor
+        self._written: dict[Node, list[Node]] = {}
         for node in self.position:
             if _may_write(node) or _runs_a_writer(node, lowering.owner):
                 for written in lowering.mutated(node):
-                    if self._storage(written) is None:
-                        continue
-                    self._writers.setdefault(self._storage(written), []).append((node, written))
+                    if (storage := self._storage(written)) is not None:
+                        self._writers.setdefault(storage, []).append((node, written))
+                        self._written.setdefault(node, []).append(written)
 
     def version(self, node: Node, reader: Node) -> Node | None:
         """The node whose result is what ``reader`` sees of ``node``; None where it was changed through a view."""
@@ -66,7 +67,7 @@ class Mutations:
 
     def written(self, node: Node) -> list[Node]:
         """The tensors that a node changes."""
-        return [written for found in self._writers.values() for writer, written in found if writer is node]
+        return self._written.get(node, [])
 
     def _between(self, node: Node, since: Node, until: Node | None) -> list[tuple[Node, Node]]:
         start, end = self.position[since], self.position[until] if until is not None else len(self.position)

@@ -42,12 +42,17 @@ class Reader:
     def definition(self, value: Value, reader: Node) -> tuple[Value, Node] | None:
         """What computed a value that ``reader`` reads: a value with a call, and the node that the call belongs to."""
         while value.call is None:
-            node = self.mutations.version(value.node, reader) if value.node is not None else None
-            inner = self.lowering.value(node) if node is not None else None
-            if node is None or inner is None:
+            found = self._made(value, reader)
+            if found is None:
                 return None
-            value, reader = inner, node
+            value, reader = found
         return value, reader
+
+    def _made(self, value: Value, reader: Node) -> tuple[Value, Node] | None:
+        """What the node of a leaf, as ``reader`` sees it, computes; and that node."""
+        node = self.mutations.version(value.node, reader) if value.node is not None else None
+        inner = self.lowering.value(node) if node is not None else None
+        return None if node is None or inner is None else (inner, node)
 
     def holders(self, value: Value, reader: Node, layout: Layout) -> list[Held]:
         """The nodes that hold a tensor in some layout, from the nearest back to where it is more than laid out anew."""
@@ -60,11 +65,10 @@ class Reader:
                     return found  # a gradient is stopped between them
                 found.append(Held(node, layout, reader, copied))
             if value.call is None:
-                seen = self.mutations.version(value.node, reader) if value.node is not None else None
-                inner = self.lowering.value(seen) if seen is not None else None
-                if seen is None or inner is None:
+                made = self._made(value, reader)
+                if made is None:
                     return found
-                value, reader = inner, seen
+                value, reader = made
                 continue
             if not is_layout(value.call):
                 return found
