@@ -1,13 +1,13 @@
 """One attention call in, the error and the density of every pair of a grid out, for each head.
 
 The rule keeps a prefix of the blocks in one order, so attention is accumulated in that order, as flash attention does,
-and looked at after each of a ladder of prefix lengths. Cost: dense attention of the sampled query blocks, twice.
+and looked at after each of a ladder of prefix lengths. Cost: dense attention of the sampled query blocks, in float32.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,7 +23,6 @@ TOPP = (0.0, 0.02, *(round(0.04 * i, 2) for i in range(1, 23)), 0.91, 0.93, 0.95
 # Up to so many blocks every prefix is looked at, beyond only some; in between, the next shorter one speaks.
 EXACT = 128
 STEPS = 32  # from there on, a ladder that grows by a 32nd
-WIDE = 8  # key blocks that are taken together, at least, where no prefix is looked at
 
 
 class Sums(NamedTuple):
@@ -44,6 +43,14 @@ def ladder(n_key: int) -> list[int]:
     return steps
 
 
+def scratch(steps: Sequence[int], head_size: int) -> int:
+    """Bytes that a query block takes while it is looked at, about."""
+    n_key = steps[-1]
+    keys = KEY_BLOCK * max(b - a for a, b in zip([0, *steps], steps, strict=False))
+    scores, operands = 3 * QUERY_BLOCK * keys, 4 * keys * head_size  # with masks; keys and values, gathered and widened
+    return 4 * (scores + operands + (len(steps) + 5) * QUERY_BLOCK * head_size + (8 + len(TOPP)) * n_key)
+
+
 def measure(
     q: Tensor,
     k: Tensor,
@@ -60,22 +67,18 @@ def measure(
         q: [B, H, L, D]; k, v: [B, Hk, S, D], in any floating dtype; computed in float32 on their device.
         attn_mask: as the ops take it (``capability.normal_mask``), [B or 1, H or 1, L or 1, S].
         sample: int64 [B, H, n], the query blocks to look at.
-        memory: bytes of scratch memory that may be used, about; at least one query block is held.
+        memory: bytes of scratch memory that may be used, about, beside a padded copy of k and v and the means of k; at
+            least one query block is held.
 
     Returns:
         Sums over the batch and the sampled query blocks, on the device.
     """
     batch, heads, _, head_size = q.shape
     problem = _Problem(q, k, v, attn_mask, is_causal, scale)
-    n_key = ceil_div(k.shape[2], KEY_BLOCK)
-    steps = ladder(n_key)
-    wide = max(WIDE, *(b - a for a, b in zip([0, *steps], steps, strict=False)))  # key blocks taken together, at most
-    # float32 numbers a query block: scores and weights; keys and values, gathered and widened; states and outputs.
-    keys = wide * KEY_BLOCK
-    each = 4 * (3 * QUERY_BLOCK * keys + 4 * keys * head_size + 5 * QUERY_BLOCK * head_size + 8 * n_key)
-    at_once = max(1, memory // each)
+    steps = ladder(ceil_div(k.shape[2], KEY_BLOCK))
+    at_once = max(1, memory // scratch(steps, head_size))
     lead = torch.arange(batch * heads, device=q.device).view(batch, heads, 1).expand_as(sample).flatten()
-    parts = [_curves(problem, some, blocks, steps, wide) for some, blocks in _chunks(lead, sample.flatten(), at_once)]
+    parts = [_curves(problem, some, blocks, steps) for some, blocks in _chunks(lead, sample.flatten(), at_once)]
     sums = [
         torch.cat(part).view(batch, heads, sample.shape[-1], *part[0].shape[1:]) for part in zip(*parts, strict=True)
     ]
@@ -131,7 +134,7 @@ class _Problem:
         return seen & (entry != -math.inf), entry.float()
 
 
-def _curves(problem: _Problem, lead: Tensor, block: Tensor, steps: list[int], wide: int) -> Sums:
+def _curves(problem: _Problem, lead: Tensor, block: Tensor, steps: list[int]) -> Sums:
     """The sums of n query blocks, each by itself: [n, K, P] and [n]."""
     batch, head, key_head = problem.place(lead)
     rows = block.unsqueeze(1) * QUERY_BLOCK + torch.arange(QUERY_BLOCK, device=block.device)  # [n, 128]
@@ -150,21 +153,20 @@ def _curves(problem: _Problem, lead: Tensor, block: Tensor, steps: list[int], wi
         columns = (blocks.unsqueeze(2) * KEY_BLOCK + torch.arange(KEY_BLOCK, device=block.device)).flatten(1)
         seen, added = problem.allowed(batch, head, rows, columns)
         scores = query @ keys.mT
-        scores = scores if added is None else scores + added
-        return scores.masked_fill(~seen, -math.inf), values
+        if added is not None:
+            scores += added
+        return scores.masked_fill_(~seen, -math.inf), values
 
-    total = _Running(query)
-    for first in range(0, problem.n_key, wide):
-        total.add(*segment(first, first + wide))
-    out = total.out() * exist
-    partial, errors = _Running(query), []
-    for first, last in zip([0, *steps], steps, strict=False):
-        partial.add(*segment(first, last))
-        errors.append(((partial.out() - out) * exist).abs_().sum((1, 2)))
-    error = torch.stack(errors, 1)  # [n, len(steps)]
+    running = _Running(query)
+    outs = query.new_empty(len(steps), *query.shape)  # after each prefix
+    for at, (first, last) in enumerate(zip([0, *steps], steps, strict=False)):
+        running.add(*segment(first, last))
+        outs[at] = running.out()
+    out = outs[-1] * exist
+    error = outs.sub_(outs[-1].clone()).abs_().mul_(exist).sum((2, 3)).T  # [n, len(steps)]
 
     # Of a length that was not looked at, the next shorter one speaks: the error is not smaller than the true one.
-    looked = torch.tensor(steps, device=block.device)
+    looked = _on(block.device, steps)
     at = torch.searchsorted(looked, kept.flatten(1), right=True).sub_(1).clamp_(min=0)
     chosen = error.gather(1, at).view_as(kept)
     chosen = torch.where(kept >= visible.view(-1, 1, 1), 0.0, chosen)
@@ -182,10 +184,11 @@ class _Running:
         self.values = torch.zeros_like(query)
 
     def add(self, scores: Tensor, values: Tensor) -> None:
+        """Take more keys in: scores [n, 128, s], which are used up, and values [n, s, D]."""
         top = torch.maximum(self.top, scores.amax(-1, keepdim=True))
-        shrink, weights = torch.exp(self.top - top), torch.exp(scores.sub_(top))
-        self.normaliser = self.normaliser * shrink + weights.sum(-1, keepdim=True)
-        self.values = torch.baddbmm(self.values * shrink, weights, values)
+        shrink, weights = torch.exp(self.top - top), scores.sub_(top).exp_()
+        self.normaliser.mul_(shrink).add_(weights.sum(-1, keepdim=True))
+        self.values.mul_(shrink).baddbmm_(weights, values)
         self.top = top
 
     def out(self) -> Tensor:
@@ -220,7 +223,7 @@ def _order(
     always = forced.sum(-1)
     order = torch.where(forced, rank - rank.shape[-1], rank).argsort(-1)
 
-    topk, topp = (torch.tensor(values, device=rank.device) for values in (TOPK, TOPP))
+    topk, topp = (_on(rank.device, values) for values in (TOPK, TOPP))
     by_k = reference.topk_length(topk, n.unsqueeze(1))  # [n, K]
     by_p = reference.topp_length(topp, n.unsqueeze(1), mass.unsqueeze(1))  # [n, P]
     prefix = torch.maximum(by_k.unsqueeze(2), by_p.unsqueeze(1)).long().clamp_(max=rank.shape[-1])  # [n, K, P]
@@ -229,3 +232,8 @@ def _order(
     fresh = torch.nn.functional.pad(by_rank.cumsum(1), (1, 0))
     kept = always.view(-1, 1, 1) + fresh.gather(1, prefix.flatten(1)).view_as(prefix)
     return order, kept, n
+
+
+def _on(device: torch.device, values: Sequence[float]) -> Tensor:
+    """Numbers on a device, without waiting for it."""
+    return torch.tensor(values).to(device, non_blocking=True)
