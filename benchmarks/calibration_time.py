@@ -10,6 +10,7 @@ sizes alone, so neither weights nor diffusers are needed. It runs eagerly, once 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Iterator
@@ -131,7 +132,7 @@ def main() -> None:
     )
     search = time.perf_counter() - asked[-1]
     assert len(found.sites) == given.layers
-    first, *later = (end - begin for begin, end in zip(asked, asked[1:], strict=False))
+    first, *later = (end - begin for begin, end in itertools.pairwise(asked))
     added = [x - forwards for x in (first, *later)]
     beyond = sum(added) + search
     rows = [

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 
 import pytest
 import torch
 from helpers import Case, random_mask, random_qkv, scale_of
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sparge_compile import attention
 from sparge_compile.calibrate import curves
@@ -116,3 +119,37 @@ def test_a_score_that_is_no_number_keeps_everything_and_shows():
     sums = measured(case, q, k, v, mask)
     assert sums.norm.isnan().tolist() == [True, False]
     assert (sums.kept[0].amin() > sums.kept[1].amin()).item()
+
+
+class Held(TorchDispatchMode):
+    """Counts the bytes of tensors that are alive, and their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.now, self.peak = set(), 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for storage in (x.untyped_storage() for x in tree_leaves(out) if isinstance(x, torch.Tensor) and x.is_meta):
+            if storage._cdata not in self.alive:
+                self.alive.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        return out
+
+    def free(self, which, size):
+        self.alive.discard(which)
+        self.now -= size
+
+
+@pytest.mark.parametrize("mask", [None, torch.bool])
+def test_at_full_size_memory_is_bounded_and_nothing_waits_for_the_device(mask):
+    """On the meta device, which has sizes and no numbers: whatever asked for one would raise."""
+    length, head_size, memory = 32_760, 128, 1 << 29
+    q, k, v = (torch.empty(1, 2, length, head_size, dtype=torch.bfloat16, device="meta") for _ in range(3))
+    mask = None if mask is None else torch.empty(1, 1, 1, length, dtype=mask, device="meta")
+    with Held() as held:
+        measure(q, k, v, mask, False, 0.1, torch.zeros(1, 2, 20, dtype=torch.int64, device="meta"), memory)
+    padded = 2 * k.numel() * k.element_size()
+    assert 0.7 * memory < held.peak < 1.1 * memory + padded

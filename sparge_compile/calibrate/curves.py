@@ -67,8 +67,8 @@ def measure(
         q: [B, H, L, D]; k, v: [B, Hk, S, D], in any floating dtype; computed in float32 on their device.
         attn_mask: as the ops take it (``capability.normal_mask``), [B or 1, H or 1, L or 1, S].
         sample: int64 [B, H, n], the query blocks to look at.
-        memory: bytes of scratch memory that may be used, about, beside a padded copy of k and v and the means of k; at
-            least one query block is held.
+        memory: bytes of scratch memory that may be used, about, beside a padded copy of k and v; at least one query
+            block is held. To pool k takes two float32 copies of it, before the rest.
 
     Returns:
         Sums over the batch and the sampled query blocks, on the device.
