@@ -89,7 +89,10 @@ def best_single_pair(batches, bound: float, by: str) -> tuple[float, float]:
 
 @pytest.mark.parametrize("aims", [AIMS[1:2], pytest.param(AIMS, marks=pytest.mark.slow)], ids=["one aim", "all aims"])
 def test_heads_keep_the_bound_on_new_inputs_and_beat_one_pair_for_all(model, batches, fresh, aims):
-    """The one pair is chosen with hindsight, on the new inputs themselves, for the error that the heads have there."""
+    """The one pair is chosen with hindsight, on the new inputs themselves, for the error that the heads have there.
+
+    ``pytest -s -m slow`` prints the table of docs/calibration.md.
+    """
     hindsight, rows = recorded(model, pictures(FIRST + 500, HELD_OUT), 16), []
     for bound, by in aims:
         calibration = aimed(batches, by, target_error=bound)
@@ -103,6 +106,11 @@ def test_heads_keep_the_bound_on_new_inputs_and_beat_one_pair_for_all(model, bat
         modes = [f"{origin.modes[mode]:.1%}" for mode in ("hybrid", "topk", "topp")]
         new = [f"{own_sparsity:.1%}", f"{own.max():.4f}", f"{within:.0%}", f"{one_sparsity:.1%}", f"{one.max():.4f}"]
         rows.append((by, bound, origin.margin, *modes, *new))
+        # Of samples the worst is a bound, which a new one may break by a little; of means, which scatter, by more.
+        assert own.max() <= (1.1 if by == "worst" else 1.3) * bound and within >= (0.95 if by == "worst" else 0.5)
+        assert own_sparsity > one_sparsity + 0.05 and own_sparsity > 1.15 * one_sparsity, "heads differ in their needs"
+        assert origin.modes["hybrid"] >= max(origin.modes["topk"], origin.modes["topp"])
+        assert abs(own_sparsity - origin.held_out["sparsity"]) < 0.05
     print("\n" + tabulate(rows, headers=HEADERS, tablefmt="github"))
 
 
@@ -112,7 +120,7 @@ def test_a_sparsity_for_the_whole_model_is_spread_where_it_hurts_least(batches, 
         own, own_sparsity = errors_and_sparsity(fresh, list(calibration.sites.values()))
         alike, alike_sparsity = errors_and_sparsity(fresh, [((1 - share, 0.0),) * 4] * 2)
         assert abs(own_sparsity - share) < 0.03 and abs(alike_sparsity - share) < 0.03
-        assert own.square().mean() < 0.95 * alike.square().mean()
+        assert own.square().mean() < 0.6 * alike.square().mean()
 
 
 def test_the_compiled_model_with_the_file_does_its_task(model, batches, tmp_path):

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 HEIGHT, WIDTH = 32, 64
-TOKENS = HEIGHT * WIDTH  # 32 key blocks
-BAND = TOKENS // 4  # what it is trained on at once
+TOKENS = HEIGHT * WIDTH  # 32 key blocks, each a tile of 8 × 8
+BAND = TOKENS // 4  # a row of tiles, what it is trained on at once
 CHANNELS, HEADS, LAYERS = 64, 4, 2
+SHARPNESS = (0.5, 4.0, 2.0, 16.0)  # of the heads, at the start
 
 
 class Attention(nn.Module):
@@ -21,10 +22,14 @@ class Attention(nn.Module):
         super().__init__()
         self.qkv = nn.Linear(CHANNELS, 3 * CHANNELS)
         self.out = nn.Linear(CHANNELS, CHANNELS)
-        self.sharpness = nn.Parameter(torch.tensor([1.0, 2.0, 4.0, 8.0]).view(HEADS, 1, 1))
-        with torch.no_grad():  # like attends to like from the start, which saves most of the training
-            nn.init.orthogonal_(self.qkv.weight[:CHANNELS])
-            self.qkv.weight[CHANNELS : 2 * CHANNELS] = self.qkv.weight[:CHANNELS]
+        self.sharpness = nn.Parameter(torch.tensor(SHARPNESS).view(HEADS, 1, 1))
+        half = CHANNELS // 2
+        with torch.no_grad():  # half of the heads begin with like colours, half with near places: saves most training
+            query, key, _ = self.qkv.weight.unflatten(0, (3, CHANNELS))
+            query.zero_()
+            nn.init.orthogonal_(query[:half, :half])
+            nn.init.orthogonal_(query[half:, half:])
+            key.copy_(query)
             self.qkv.bias.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,41 +50,48 @@ class Block(nn.Module):
 
 
 class Cleaner(nn.Module):
-    """[B, L, 3] noisy colours to [B, L, 3] clean ones, of a whole picture or of a band of its rows."""
+    """[B, L, 3] noisy colours to [B, L, 3] clean ones, of a whole picture or of some of its tiles."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.colour = nn.Linear(3, CHANNELS)
-        self.place = nn.Linear(32, CHANNELS)
+        self.colour = nn.Linear(3, CHANNELS // 2)
+        self.place = nn.Linear(32, CHANNELS // 2)
         self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
         self.head = nn.Linear(CHANNELS, 3)
-        y, x = torch.meshgrid(torch.arange(HEIGHT), torch.arange(WIDTH), indexing="ij")
-        waves = 2.0 ** -torch.arange(8) * torch.pi
-        angles = torch.cat([y.flatten()[:, None] * waves, x.flatten()[:, None] * waves], 1)
+        y, x = places()
+        waves = 2 * torch.pi / (6 * 1.5 ** torch.arange(8))  # periods of 6 to 100 pixels
+        angles = torch.cat([y[:, None] * waves, x[:, None] * waves], 1)
         self.register_buffer("waves", torch.cat([angles.sin(), angles.cos()], 1))
 
     def forward(self, noisy: Tensor, first: int = 0) -> Tensor:
-        x = self.colour(noisy) + self.place(self.waves[first : first + noisy.shape[1]])
+        place = self.place(self.waves[first : first + noisy.shape[1]])
+        x = torch.cat([self.colour(noisy), place.expand(len(noisy), -1, -1)], -1)
         for block in self.blocks:
             x = block(x)
         return noisy + self.head(x)
 
 
+def places() -> tuple[Tensor, Tensor]:
+    """The y and the x of each token, tile by tile."""
+    down, right, y, x = torch.meshgrid(*map(torch.arange, (HEIGHT // 8, WIDTH // 8, 8, 8)), indexing="ij")
+    return (down * 8 + y).flatten(), (right * 8 + x).flatten()
+
+
 def picture(seed: int) -> tuple[Tensor, Tensor]:
     """A noisy picture [1, L, 3] of discs in few colours, and the clean one."""
     draw = torch.Generator().manual_seed(seed)
-    y, x = torch.meshgrid(torch.arange(HEIGHT), torch.arange(WIDTH), indexing="ij")
+    y, x = places()
     colours = 1.5 * F.normalize(torch.randn(5, 3, generator=draw), dim=-1)
-    clean = colours[0].expand(HEIGHT, WIDTH, 3).clone()
+    clean = colours[0].expand(TOKENS, 3).clone()
     for _ in range(12):
         at_y, at_x, radius, which = (torch.rand(4, generator=draw) * torch.tensor([HEIGHT, WIDTH, 9, 5])).tolist()
         clean[(y - at_y) ** 2 + (x - at_x) ** 2 < (radius + 3) ** 2] = colours[int(which)]
-    clean = clean.view(1, TOKENS, 3)
+    clean = clean.unsqueeze(0)
     return clean + 0.7 * torch.randn(clean.shape, generator=draw), clean
 
 
 def train(steps: int) -> Cleaner:
-    """A trained model, always the same on one machine. It learns from bands of pictures, which cost a tenth."""
+    """A trained model, always the same on one machine. It learns from parts of pictures, which cost a tenth."""
     torch.manual_seed(0)
     model = Cleaner()
     optimiser = torch.optim.AdamW(model.parameters(), 3e-3)
