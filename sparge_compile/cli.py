@@ -133,7 +133,6 @@ def _calibrate(args: argparse.Namespace) -> int:
     import itertools
 
     from .calibrate.run import calibrate
-    from .calibrate.show import text
 
     shared = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if shared:
@@ -160,7 +159,7 @@ def _calibrate(args: argparse.Namespace) -> int:
         progress=True,
     )
     if not shared or int(os.environ["RANK"]) == 0:
-        print(text(calibration))
+        print(calibration.table())
     return 0
 
 
@@ -174,7 +173,6 @@ def _join_processes() -> None:
 
 
 def _show(args: argparse.Namespace) -> int:
-    from .calibrate.show import text
     from .thresholds import Calibration
 
     calibration = Calibration.load(args.file)
@@ -182,12 +180,12 @@ def _show(args: argparse.Namespace) -> int:
         calibration = calibration.at(target_error=args.target_error, target_sparsity=args.target_sparsity)
     if args.out:
         calibration.save(args.out)
-    print(text(calibration))
+    print(calibration.table())
     return 0
 
 
 def _plot(args: argparse.Namespace) -> int:
-    from .calibrate.show import plot
+    from .calibrate.plot import plot
     from .thresholds import Calibration
 
     for path in plot(Calibration.load(args.file), args.out or args.file.removesuffix(".json")):

@@ -12,6 +12,7 @@ from . import documents
 from .errors import explain_error
 from .fronts import DENSE, Point, Unit, error_of, sparsest, spread
 from .origin import Origin, SiteCurves, Summary
+from .table import table
 
 FORMAT = "sparge-calibration"
 FORMAT_VERSION = 2
@@ -179,6 +180,21 @@ class Calibration:
             heads=len(rows),
             dense_heads=sum(p.density == 1 for p, _ in rows),
         )
+
+    def table(self) -> str:
+        """What is known of it, and a row for each site and phase, with its sparsest and densest heads; for people."""
+        return table(self)
+
+    def __repr__(self) -> str:
+        known = [f"{len(self.sites)} sites"]
+        if self.phases:
+            known.append(f"{1 + len(self.phases)} phases")
+        if (total := self.summary()) is not None:
+            known.append(f"sparsity {total.sparsity:.1%}")
+            known.append(f"errors of heads {total.mean_error:.4f} on average, {total.worst_error:.4f} at most")
+        if self.origin is not None and not self.origin.complete:
+            known.append("not complete")
+        return f"<Calibration: {', '.join(known)}>"
 
     def to_dict(self) -> dict[str, Any]:
         from . import __version__

@@ -298,3 +298,15 @@ def test_the_name_is_a_package_and_a_function_whichever_is_imported_first():
         "from sparge_compile.calibrate import record; import sparge_compile; assert callable(sparge_compile.calibrate)",
     ):
         subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+def test_a_calibration_is_shown_in_a_line_and_as_a_table():
+    measured = made(2, complete=False)
+    # Of eight heads one keeps a tenth with an error of 0.09, three 0.6 with 0.08, and four stay dense.
+    errors = "errors of heads 0.0413 on average, 0.0900 at most"
+    assert repr(measured) == f"<Calibration: 2 sites, 2 phases, sparsity 26.2%, {errors}, not complete>"
+    assert repr(Calibration({"*": [(1, 0)]})) == "<Calibration: 1 sites>"
+    table = measured.table()
+    assert table.startswith("NOT COMPLETE") and "aim: error 0.12, by the worst sample" in table
+    assert len([line for line in table.splitlines() if line.startswith("blocks.")]) == 4, "sites × phases"
+    assert "0.1–0.3" in Calibration({"a": [(0.1, 0.0), (0.3, 0.0)]}).table()

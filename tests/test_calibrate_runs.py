@@ -36,6 +36,15 @@ def calibrate(out=None, **changes) -> Calibration:
     return sparge_compile.calibrate(model(), **{"batches": batches(), "out": out, **SETTINGS, **changes})
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """A forked process would wait for the threads of its parent, which it does not have."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> bytes:
     """The file of a run that nobody disturbed."""
@@ -142,7 +151,6 @@ def test_killed_20_times_the_file_is_absent_or_valid_and_a_resumed_run_ends_the_
 
 
 def shared_run(rank: int, path: str, port: int) -> None:
-    torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     calls, net = [], model()
     found = sparge_compile.calibrate(

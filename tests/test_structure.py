@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "sparge_compile"
 LAYERS = [
     ["errors", "__init__"],
     ["kernels.block_map", "naming", "report", "documents", "fronts"],
-    ["origin"],
+    ["origin", "table"],
     ["thresholds", "kernels.allocate", "kernels.reference", "kernels.launch"],
     ["cost", "kernels.capability"],
     ["config"],
@@ -42,7 +42,7 @@ LAYERS = [
     ["calibrate.record"],
     ["calibrate.search", "calibrate.state"],
     ["calibrate.run"],
-    ["calibrate.sources", "calibrate.show"],
+    ["calibrate.sources", "calibrate.plot"],
     ["cli"],
     ["calibrate.__main__"],
 ]

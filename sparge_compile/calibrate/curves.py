@@ -159,9 +159,9 @@ def _curves(problem: _Problem, lead: Tensor, block: Tensor, steps: list[int]) ->
 
     running = _Running(query)
     outs = query.new_empty(len(steps), *query.shape)  # after each prefix
-    for at, (first, last) in enumerate(zip([0, *steps], steps, strict=False)):
+    for step, (first, last) in enumerate(zip([0, *steps], steps, strict=False)):
         running.add(*segment(first, last))
-        outs[at] = running.out()
+        outs[step] = running.out()
     out = outs[-1] * exist
     error = outs.sub_(outs[-1].clone()).abs_().mul_(exist).sum((2, 3)).T  # [n, len(steps)]
 
