@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 from .errors import explain_error
 from .fronts import BY, DENSE, MODES, Point
+
+# What the check on other samples says (calibrate/search.py), and for a bound also what share keeps it.
+CHECKED = ("samples", "sparsity", "mean_error", "worst_error", "expected_mean_error", "expected_worst_error")
+WITHIN = "within"
 
 
 class Summary(NamedTuple):
@@ -96,6 +100,10 @@ class Origin:
             table = getattr(self, name)
             if not isinstance(table, Mapping) or not all(isinstance(k, str) and _number(v) for k, v in table.items()):
                 raise _bad(name, table, "a table of numbers")
+        if not set(self.modes) <= set(MODES):
+            raise _bad("modes", sorted(self.modes), f"of {MODES}")
+        if self.held_out and set(self.held_out) - {WITHIN} != set(CHECKED):
+            raise _bad("held_out", sorted(self.held_out), f"nothing, or {CHECKED} and perhaps {WITHIN!r}")
 
     @property
     def fingerprint(self) -> str:
@@ -160,7 +168,8 @@ def _point(values: Any, where: str) -> Point:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Finite, and an integer not too large for a float."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _whole(value: Any, where: str, least: int | None) -> None:

@@ -41,8 +41,9 @@ def table(calibration: Calibration) -> str:
     if origin.modes:
         lines.append("sparsity by mode: " + ", ".join(f"{mode} {value:.1%}" for mode, value in origin.modes.items()))
     if held:
-        within = f"; {held['within']:.1%} keep the bound, which is searched for with {origin.margin:g} of it"
-        within = within if "within" in held else ""
+        within = ""
+        if "within" in held:
+            within = f"; {held['within']:.1%} keep the bound, which is searched for with {origin.margin:g} of it"
         lines.append(
             f"on samples that the thresholds were not chosen by: sparsity {held['sparsity']:.1%}, error mean "
             f"{held['mean_error']:.4f} (expected {held['expected_mean_error']:.4f}), worst {held['worst_error']:.4f} "

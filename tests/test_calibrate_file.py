@@ -15,7 +15,7 @@ from test_calibrate_record import Fused, Model
 
 from sparge_compile import Calibration, attach, documents
 from sparge_compile.fronts import Point
-from sparge_compile.origin import Origin, PhaseCurves, SiteCurves
+from sparge_compile.origin import CHECKED, Origin, PhaseCurves, SiteCurves
 from sparge_compile.thresholds import choose, from_points
 
 FAST = {"min_seq_len": 0, "inner": "eager"}
@@ -51,7 +51,7 @@ def made(
         "complete": True,
         "target_error": 0.12,
         "modes": {"hybrid": 0.5},
-        "held_out": {"worst_error": 0.1},
+        "held_out": {**dict.fromkeys(CHECKED, 0.1), "within": 1.0},
     }
     origin = Origin(**{**about, **changes}, curves=curves)
     starts = [0.2, 0.6][: phases - 1]
@@ -189,7 +189,7 @@ def test_of_200_changed_files_each_is_refused_with_a_sentence_or_means_what_it_s
         said.pop("checksum")
         assert {**got.to_dict(), "created_by": said["created_by"]} == said, what
         assert all(0 < k <= 1 and 0 <= p <= 1 for pairs in got.sites.values() for k, p in pairs), what
-        got.summary()
+        assert got.table() and repr(got), what
     assert refused > 120 and loaded > 0, (refused, loaded)
 
 
@@ -309,4 +309,7 @@ def test_a_calibration_is_shown_in_a_line_and_as_a_table():
     table = measured.table()
     assert table.startswith("NOT COMPLETE") and "aim: error 0.12, by the worst sample" in table
     assert len([line for line in table.splitlines() if line.startswith("blocks.")]) == 4, "sites × phases"
+    held = dict.fromkeys(CHECKED, 0.1)
+    assert "100.0% keep the bound" in table
+    assert "keep the bound" not in made(1, target_error=None, target_sparsity=0.3, held_out=held).table()
     assert "0.1–0.3" in Calibration({"a": [(0.1, 0.0), (0.3, 0.0)]}).table()

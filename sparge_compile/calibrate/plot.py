@@ -10,6 +10,8 @@ from ..errors import explain_error
 from ..fronts import Unit, error_of, pareto, spread
 from ..thresholds import Calibration
 
+NAMED = 12  # sites that a legend has room for
+
 
 def plot(calibration: Calibration, out: str | os.PathLike[str]) -> list[Path]:
     """Write two PNGs, ``<out>-heads.png`` (sparsity of each site and head) and ``<out>-curves.png`` (error of each site
@@ -52,6 +54,7 @@ def _heat_map(calibration: Calibration, path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(3 + 0.3 * most, 1.5 + 0.25 * len(rows)), layout="constrained")
     image = axes.imshow(grid, vmin=0, vmax=1, aspect="auto", cmap="viridis")
     axes.set_yticks(range(len(rows)), names, fontsize=7)
+    axes.set_xticks(range(most), [str(head) for head in range(most)], fontsize=7)
     axes.set_xlabel("head")
     figure.colorbar(image, label="sparsity")
     figure.savefig(path, dpi=150)
@@ -65,11 +68,18 @@ def _curves(calibration: Calibration, path: Path) -> None:
     assert origin is not None
     figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
     everything: list[Unit] = []
-    for name, curves in origin.curves.items():
+    colours = pyplot.get_cmap("viridis")
+    few = len(origin.curves) <= NAMED
+    for number, (name, curves) in enumerate(origin.curves.items()):
         units = [Unit(front, phase.cost) for phase in curves.phases for front in phase.heads]
         everything += units
-        _line(units, origin.by, axes, label=name if len(origin.curves) <= 12 else None, linewidth=0.8)
+        label = name if few else "a site: the first dark, the last light" if number == 0 else None
+        _line(units, origin.by, axes, label=label, color=colours(number / len(origin.curves)), linewidth=0.8)
     _line(everything, origin.by, axes, label="whole model", color="black", linewidth=2)
+    total = calibration.summary()
+    assert total is not None
+    if total.mean_error > 0:
+        axes.plot(total.sparsity, total.mean_error, "o", color="red", label="the thresholds of this file")
     axes.set(xlabel="sparsity", ylabel="mean error of heads (relative L1)", yscale="log", xlim=(0, 1))
     axes.legend(fontsize=7)
     figure.savefig(path, dpi=150)
