@@ -17,6 +17,9 @@ examples:
 
 A run that was interrupted goes on where it stopped, at a batch boundary, if the same command is given again."""
 
+_ERROR = "most relative L1 error of each head's attention, with as few blocks as it allows (0.05)"
+_SPARSITY = "share of key blocks that the whole model skips, where it hurts least"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status. What is wrong with arguments or files is said in a sentence."""
@@ -42,12 +45,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_source(calibrate)
     calibrate.add_argument("--out", required=True, help="the calibration file to write (JSON)")
     aim = calibrate.add_mutually_exclusive_group()
-    aim.add_argument("--target-error", type=float, help="bound of each head's relative L1 error (0.05)")
-    aim.add_argument("--target-sparsity", type=float, help="share of blocks that the whole model skips")
-    by = 'what a head\'s error is, over samples ("worst" for a bound on it, "mean" for a sparsity)'
+    aim.add_argument("--target-error", type=float, help=_ERROR)
+    aim.add_argument("--target-sparsity", type=float, help=_SPARSITY)
+    by = "which error of a head counts, over samples (worst with --target-error, mean with --target-sparsity)"
     calibrate.add_argument("--by", choices=("worst", "mean"), help=by)
     calibrate.add_argument(
-        "--mode", choices=("hybrid", "topk", "topp"), default="hybrid", help="which thresholds (hybrid)"
+        "--mode",
+        choices=("hybrid", "topk", "topp"),
+        default="hybrid",
+        help="both thresholds, or one alone for comparison (hybrid)",
     )
     calibrate.add_argument(
         "--phases",
@@ -55,31 +61,33 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         default=(),
         metavar="FROM",
-        help="where in (0, 1) of a batch's calls other thresholds begin",
+        help="for denoising: shares of a batch's model calls from which on other thresholds hold, as 0.2 0.6",
     )
     calibrate.add_argument("--every", type=int, default=1, help="measure every n-th call of the model in a batch (1)")
     calibrate.add_argument(
-        "--query-blocks", type=int, default=32, help="query blocks to look at, by call and head (32)"
+        "--query-blocks", type=int, default=32, help="blocks of 128 queries to look at, of each call and head (32)"
     )
     calibrate.add_argument("--memory", type=int, default=1024, help="MiB of scratch memory on the device (1024)")
-    calibrate.add_argument("--seed", type=int, default=0, help="of the choice of query blocks (0)")
+    calibrate.add_argument("--seed", type=int, default=0, help="of the random choice of query blocks (0)")
     calibrate.add_argument("--batches", type=int, help="use only the first so many batches")
     calibrate.set_defaults(run=_calibrate)
 
-    show = commands.add_parser("show", help="print a calibration file as a table")
+    show = commands.add_parser("show", **_said("print a calibration file as a table, or aim it anew"))
     show.add_argument("file")
     again = show.add_mutually_exclusive_group()
-    again.add_argument("--target-error", type=float, help="aim anew first, from the file's measurements")
-    again.add_argument("--target-sparsity", type=float, help="aim anew first")
-    show.add_argument("--out", help="save the calibration that was aimed anew")
+    again.add_argument("--target-error", type=float, help="aim anew: the most relative L1 error of each head")
+    again.add_argument("--target-sparsity", type=float, help="aim anew: the share of key blocks to skip")
+    show.add_argument("--out", help="write the calibration, aimed anew, to this file")
     show.set_defaults(run=_show)
 
-    plot = commands.add_parser("plot", help="draw a calibration file as PNG (needs matplotlib)")
+    plot = commands.add_parser("plot", **_said("draw a calibration file as two PNGs (needs matplotlib)"))
     plot.add_argument("file")
-    plot.add_argument("--out", help="how the names of the pictures begin (that of the file)")
+    plot.add_argument("--out", metavar="PREFIX", help="how the names of the pictures begin (as that of the file)")
     plot.set_defaults(run=_plot)
 
-    explain = commands.add_parser("explain", help="which attention of a model would be replaced, and why not the rest")
+    explain = commands.add_parser(
+        "explain", **_said("which attention of a model would be replaced, and why not the rest")
+    )
     _add_source(explain)
     explain.add_argument("--calibration", help="a calibration file")
     explain.add_argument("--topk", type=float, help="threshold of sites without one in the file")
@@ -88,12 +96,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _said(text: str) -> dict[str, Any]:
+    """The same sentence in the list of commands and in the command's own help."""
+    return {"help": text, "description": text[0].upper() + text[1:] + "."}
+
+
 def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", metavar="MODULE:NAME", help="an nn.Module, or a callable that gives one or (module, what runs it)"
+        "--model",
+        metavar="MODULE:NAME",
+        help="an nn.Module, or a function that returns one, or (module, function that runs it on a batch)",
     )
     parser.add_argument(
-        "--inputs", metavar="MODULE:NAME", help="batches, or a callable that gives them: tuples or dicts of arguments"
+        "--inputs",
+        metavar="MODULE:NAME",
+        help="the batches, or a function that returns them: tuples or dicts of the model's arguments",
     )
     parser.add_argument("--pipeline", metavar="FOLDER", help="instead, a diffusers pipeline in a local folder")
     parser.add_argument("--prompts", metavar="FILE", help="of a pipeline: a prompt on each line")
