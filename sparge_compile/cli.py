@@ -38,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="sparge", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="sparge", description="Thresholds for block-sparse attention, and what they do."
+    )
     commands = parser.add_subparsers(required=True, metavar="command")
     raw = argparse.RawDescriptionHelpFormatter
     calibrate = commands.add_parser("calibrate", help="find thresholds", description=_CALIBRATE, formatter_class=raw)
