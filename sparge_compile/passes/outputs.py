@@ -82,7 +82,7 @@ class Outlet:
         return results[:end] if self._count else results
 
 
-def add_outputs(graph_module: GraphModule, wanted: Iterable[tuple[Match, Node]]) -> None:
+def return_also(graph_module: GraphModule, wanted: Iterable[tuple[Match, Node]]) -> None:
     """Have a graph return these nodes, which stand in the graphs of their matches, as its last outputs, in order.
 
     The caller lints and recompiles.
@@ -128,5 +128,5 @@ def _append(graph_module: GraphModule, node: Node) -> int:
     """Return a node of a graph as its last output as well; gives its position."""
     (end,) = graph_module.graph.find_nodes(op="output")
     (outputs,) = end.args
-    end.args = ((*outputs, node),)  # type: ignore[misc]
-    return len(outputs)  # type: ignore[arg-type]
+    end.args = ((*outputs, node),)
+    return len(outputs)

@@ -14,7 +14,7 @@ from ..config import Options
 from ..report import Decision, Reason, Report, SiteReport
 from .decide import decide, thresholds_for
 from .find import Match
-from .outputs import add_outputs
+from .outputs import return_also
 from .substitute import substitute
 from .thresholds_in import erase_markers, marked_thresholds, markers_of, new_thresholds
 
@@ -106,7 +106,7 @@ def apply(
         made.append((match, substitute(match, node, replaced)))
         touched |= {graph_module, match.graph_module, *(caller.graph_module for caller in match.callers)}
     if with_outputs:
-        add_outputs(graph_module, made)
+        return_also(graph_module, made)
     touched |= erase_markers(graph_module)
     for module in touched:
         module.graph.lint()
