@@ -90,7 +90,7 @@ class SparsitySchedule:
                 )
             )
         self._step, self._steps = state["step"], state["steps"]
-        self._start = check_pair(*state["start"], "SparsitySchedule: start")
+        self._start = check_pair(state["start"][0], state["start"][1], "SparsitySchedule: start")
         self._target = {name: state["target"][name].to(values) for name, values in self._target.items()}
         self._write()
 
