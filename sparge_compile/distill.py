@@ -22,7 +22,7 @@ from .config import Options
 from .errors import explain_error
 from .passes.outputs import heard_by, want_outputs
 from .passes.places import unwrapped, was_compiled
-from .teacher import Teacher, check_adapters, copy_of, has_adapters
+from .teacher import Teacher, check_adapters, compiled_blocks, copy_of, has_adapters
 
 _FORMAT = 1  # of what state_dict gives
 
@@ -344,11 +344,12 @@ def _squares(x: Tensor) -> Tensor:
 
 
 def _teacher(student: Module, given: Module | str | None, compiled: bool) -> Teacher:
+    blocks = compiled_blocks(student)
     if given == "base" or (given is None and has_adapters(student)):
         check_adapters(student)
-        return Teacher(unwrapped(student), is_student=True, compiled=compiled)
+        return Teacher(unwrapped(student), is_student=True, compiled=compiled, blocks=blocks)
     if given is None:
-        return Teacher(copy_of(student), is_student=False, compiled=compiled)
+        return Teacher(copy_of(student), is_student=False, compiled=compiled, blocks=blocks)
     if not isinstance(given, Module):
         raise TypeError(
             _wrong("bad teacher", repr(given), "an nn.Module, 'base' or None", "Leave it out: a dense copy is made.")
@@ -364,7 +365,7 @@ def _teacher(student: Module, given: Module | str | None, compiled: bool) -> Tea
                 "Leave teacher out (a copy is made), give copy.deepcopy(model), or teacher='base' for adapters.",
             )
         )
-    return Teacher(given, is_student=False, compiled=compiled)
+    return Teacher(given, is_student=False, compiled=compiled, blocks=blocks)
 
 
 def _selector(select: Any) -> Callable[[Any], Tensor]:

@@ -23,7 +23,7 @@ from .observe import uncompiled, user_model
 from .passes.find import find
 from .passes.fx_utils import clone
 from .passes.outputs import Listener, Outlet, dense_outputs, heard_by, return_also
-from .passes.places import Frame, Names, find_root, unwrapped
+from .passes.places import Frame, Names, unwrapped
 from .passes.runtime import slots_of
 from .passes.thresholds_in import erase_markers
 
@@ -36,14 +36,18 @@ class Teacher:
     Args:
         module: the model; with ``is_student`` the student's own, whose adapters are switched off while it runs.
         compiled: compile it as the student is; else it is called as it is.
+        blocks: the names of the modules that are compiled on their own; none: it is compiled as a whole.
     """
 
-    def __init__(self, module: Module, *, is_student: bool, compiled: bool) -> None:
+    def __init__(self, module: Module, *, is_student: bool, compiled: bool, blocks: Sequence[str] = ()) -> None:
         self.module = module
         self.is_student = is_student
         self._compiled = compiled
+        names = dict(unwrapped(module).named_modules())
+        self._blocks = [user_model(names[name]) for name in blocks] if set(blocks) <= set(names) else []
         self._backend: _Dense | None = None
         self._run: Callable[..., Any] = module
+        self._run_blocks: list[tuple[Any, Callable[..., Any]]] = []
         if not is_student:
             unwrapped(module).requires_grad_(False)
 
@@ -56,14 +60,30 @@ class Teacher:
         """
         base = unwrapped(self.module)
         if self._compiled and (self._backend is None or not self._backend.fits(options, sites)):
-            self._backend = _Dense(options, sites)
-            self._run = torch.compile(user_model(self.module), backend=self._backend)
-        with torch.no_grad(), _in_evaluation(base), _adapters_off(base, self.is_student):
+            self._compile(_Dense(options, sites, Names(base)))
+        with torch.no_grad(), _in_evaluation(base), _adapters_off(base, self.is_student), heard_by(listener):
             if not self._compiled:
-                with heard_by():
-                    return self._run(*args, **kwargs)
-            with uncompiled(base), heard_by(listener):
                 return self._run(*args, **kwargs)
+            with self._compiled_blocks(base):
+                return self._run(*args, **kwargs)
+
+    def _compile(self, backend: _Dense) -> None:
+        self._backend = backend
+        self._run_blocks = [(block, torch.compile(block._call_impl, backend=backend)) for block in self._blocks]
+        if not self._blocks:
+            self._run = torch.compile(user_model(self.module), backend=backend)
+
+    @contextmanager
+    def _compiled_blocks(self, base: Module) -> Iterator[None]:
+        """What is compiled in it runs as a teacher's, whatever it was compiled for."""
+        with uncompiled(base):
+            try:
+                for block, call in self._run_blocks:
+                    block._compiled_call_impl = call
+                yield
+            finally:
+                for block, _ in self._run_blocks:
+                    block._compiled_call_impl = None
 
     def parameters(self) -> list[tuple[str, Tensor]]:
         """Its frozen tensors by name, without adapters where it is the student."""
@@ -86,19 +106,20 @@ class Teacher:
 class _Dense:
     """Dynamo backend of a teacher: graphs stay as they are, and return the outputs of some sites as well."""
 
-    def __init__(self, options: Options, sites: frozenset[str]) -> None:
+    def __init__(self, options: Options, sites: frozenset[str], names: Names) -> None:
         self._options = options
         self._sites = sites
+        self._names = names
 
     def fits(self, options: Options, sites: frozenset[str]) -> bool:
         same = ("inner", "inductor", "inductor_mode")
         return sites <= self._sites and all(getattr(options, x) == getattr(self._options, x) for x in same)
 
     def __call__(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        frame, root = Frame(graph_module), find_root()
+        frame = Frame(graph_module)
         graph_module = clone(graph_module)
         found = find(graph_module)
-        slots = slots_of(found, frame, None if root is None else Names(root))
+        slots = slots_of(found, frame, self._names)
         first = {node: slot.name(slot.locator.first) for node, slot in slots.items()}
         wanted = [match for match in found if match.attention is not None and first[match.node] in self._sites]
         return_also(graph_module, dense_outputs(wanted))
@@ -107,7 +128,7 @@ class _Dense:
             if isinstance(module, GraphModule):
                 module.graph.lint()
                 module.recompile()
-        outlet = Outlet(self._options, [slots[match.node] for match in wanted], bool(wanted))
+        outlet = Outlet(self._options, [slots[match.node] for match in wanted], bool(wanted), self._names)
         return with_outlet(compile_graph(graph_module, example_inputs, self._options), outlet)
 
 
@@ -134,6 +155,15 @@ def copy_of(student: Module) -> Module:
             if user_model(child) is not child:
                 setattr(parent, name, user_model(child))
     return teacher
+
+
+def compiled_blocks(student: Module) -> list[str]:
+    """The names of the modules in a student that are compiled on their own."""
+    return [
+        name
+        for name, module in unwrapped(student).named_modules()
+        if name and (user_model(module) is not module or module._compiled_call_impl is not None)
+    ]
 
 
 def has_adapters(student: Module) -> bool:

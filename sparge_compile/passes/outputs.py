@@ -25,7 +25,7 @@ from .find import Match
 from .fused_kernels import FUSED_KERNELS
 from .fx_utils import value_of
 from .open_up import put_inside
-from .places import modules_on_stack
+from .places import Names, Place, modules_on_stack
 from .runtime import Slot
 
 
@@ -67,19 +67,26 @@ def outputs_wanted() -> bool:
 
 
 class Outlet:
-    """Tells listeners of each call of a graph, and takes the additional outputs off its results."""
+    """Tells listeners of each call of a graph, and takes the additional outputs off its results.
 
-    def __init__(self, options: Options, slots: Sequence[Slot], has_outputs: bool) -> None:
+    ``names`` are those of the model that runs it; without them it is looked for on the stack.
+    """
+
+    def __init__(self, options: Options, slots: Sequence[Slot], has_outputs: bool, names: Names | None = None) -> None:
         self._options = options
+        self._names = names
         self._slots = slots
         self._count = len(slots) if has_outputs else 0
 
     def __call__(self, args: Sequence[Any], results: Sequence[Any]) -> Sequence[Any]:
         end = len(results) - self._count
         for listener in _listeners.get():
-            names = [slot.name(slot.locator.place(args)) for slot in self._slots]
+            names = [slot.name(self._place(slot, args)) for slot in self._slots]
             listener.ran(self._options, names, results[end:])
         return results[:end] if self._count else results
+
+    def _place(self, slot: Slot, args: Sequence[Any]) -> Place:
+        return slot.locator.place(args) if self._names is None else slot.locator.where(args, self._names)
 
 
 def return_also(graph_module: GraphModule, wanted: Iterable[tuple[Match, Node]]) -> None:
