@@ -44,7 +44,7 @@ class Teacher:
         self.is_student = is_student
         self._compiled = compiled
         names = dict(unwrapped(module).named_modules())
-        self._blocks = [user_model(names[name]) for name in blocks] if set(blocks) <= set(names) else []
+        self._blocks: list[Any] = [user_model(names[name]) for name in blocks] if set(blocks) <= set(names) else []
         self._backend: _Dense | None = None
         self._run: Callable[..., Any] = module
         self._run_blocks: list[tuple[Any, Callable[..., Any]]] = []
@@ -162,7 +162,7 @@ def compiled_blocks(student: Module) -> list[str]:
     return [
         name
         for name, module in unwrapped(student).named_modules()
-        if name and (user_model(module) is not module or module._compiled_call_impl is not None)
+        if name and (user_model(module) is not module or getattr(module, "_compiled_call_impl", None) is not None)
     ]
 
 
