@@ -1,8 +1,7 @@
 """One training step of a Wan-1.3B-shaped transformer, dense under Inductor and sparse, in one run: time and memory.
 
     python benchmarks/training_step.py   # an H200: L = 32,760, about 95 % sparsity
-    python benchmarks/training_step.py --device cpu --inner eager --layers 2 --width 128 --ffn 256 --frames 2 --height 64 \
-        --columns 64
+    python benchmarks/training_step.py --device cpu --inner eager --layers 2 --width 128 --ffn 256 --frames 2
 
 A step is student forward, teacher forward, backward and AdamW, in bf16 with activation checkpointing of each block.
 Both models are compiled block by block (--whole: as one graph), and so are their teachers. The model is a stand-in with
