@@ -3,10 +3,10 @@
     python benchmarks/distillation_quality.py                                   # one GPU, some minutes
     python benchmarks/distillation_quality.py --device cpu --frames 4 --teacher-steps 400 --steps 100 --batch 2
 
-For each seed a flow-matching transformer is trained on moving textures (frames × 16 × 16 tokens, raster order). Then it is
-made sparse, and measured on held-out clips: without training; after distillation; after as many steps of the plain flow
-matching loss. Both see the same clips of another distribution (finer textures, other colours and speeds), as fine-tuning
-data differ from those of pre-training. The error is ‖u − v‖² ÷ ‖v‖² of the student's velocity u against the teacher's v.
+For each seed a flow-matching transformer is trained on moving textures (frames × 16 × 16 tokens, raster order). Then it
+is made sparse, and measured on held-out clips: without training; after distillation; after as many steps of the plain
+flow-matching loss. Both see the same clips of another distribution (finer textures, other colours and speeds), as data
+for fine-tuning differ from those of pre-training. The error is ‖u − v‖² ÷ ‖v‖², u the student's velocity, v the teacher's.
 """
 
 from __future__ import annotations
@@ -294,9 +294,7 @@ def main() -> None:
     parser.add_argument("--shift", type=float, default=3.0, help="of the times towards noise (3)")
     parser.add_argument("--topk", type=float, default=0.05)
     parser.add_argument("--topp", type=float, default=0.0)
-    parser.add_argument(
-        "--layer-weight", type=float, default=0.0, help="also distil with these errors of attention (0)"
-    )
+    parser.add_argument("--layer-weight", type=float, default=0.0, help="of a run with errors of attention; 0: none")
     parser.add_argument("--held-out", type=int, default=8, help="batches to measure on (8)")
     parser.add_argument("--csv", type=Path, help="write the rows to this file")
     args = parser.parse_args()

@@ -21,7 +21,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from .config import Options
 from .errors import explain_error
 from .passes.outputs import heard_by, want_outputs
-from .passes.places import unwrapped, was_compiled
+from .passes.places import unwrapped
 from .teacher import Teacher, check_adapters, compiled_blocks, copy_of, has_adapters
 
 _FORMAT = 1  # of what state_dict gives
@@ -51,7 +51,8 @@ class DistillationHook:
         select: what of an output counts: an index, a key, the name of an attribute, or a function of the output that
             gives a tensor [B, ...]. None: the output itself, or the first entry of a tuple, dict or dataclass.
         layers: weights of the errors of attention outputs: a number for all sparse sites, or a mapping from names and
-            patterns to numbers. 0, the default: no such errors. See :meth:`loss`.
+            patterns to numbers. 0, the default: no such errors. See :meth:`loss`. What torch compiled before is then
+            compiled anew.
         compile: compile the teacher as the student is, with the options ``inner``, ``inductor`` and
             ``inductor_mode`` of the student. False: call it as it is.
 
@@ -90,9 +91,7 @@ class DistillationHook:
         self._forward: _Forward | None = None
         self._parts: dict[str, Tensor] = {}
         if self._layers:
-            want_outputs(unwrapped(student), 1)
-            if was_compiled(unwrapped(student)):
-                torch._dynamo.reset()  # what is there does not return the outputs of its sites
+            want_outputs(1)
         self._interception = _intercept(student)
         self._interception.hooks.append(self)
         self._guard = None if self._teacher.is_student else _watch_optimizers(self)
@@ -179,7 +178,7 @@ class DistillationHook:
         self._interception.hooks.remove(self)
         self._interception.restore()
         if self._layers:
-            want_outputs(unwrapped(self._student), -1)
+            want_outputs(-1)
         if self._guard is not None:
             self._guard.remove()
         self._forward = None

@@ -282,6 +282,20 @@ def test_what_was_compiled_before_the_hook_gives_its_sites_too():
     assert set(hook.parts) == {"output", "blocks.0", "blocks.1"}
 
 
+def test_equal_models_that_were_compiled_without_site_outputs_do_not_hide_them():
+    """Dynamo runs a copy of a model with what it compiled for the model itself."""
+    model = Plain()
+    other = copy.deepcopy(model)
+    student = compiled(model)
+    with DistillationHook(student) as hook:
+        student(batch())
+    student = compiled(other)
+    with DistillationHook(student, layers=1.0) as hook:
+        student(batch())
+        hook.loss()
+    assert set(hook.parts) == {"output", "blocks.0", "blocks.1"}
+
+
 def test_a_teacher_of_a_sparse_student_is_dense():
     """Blocks that were wrapped by torch.compile stay sparse in a deep copy unless they are unwrapped."""
     model = Plain()

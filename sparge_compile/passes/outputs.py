@@ -11,12 +11,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.nn import Module
 
 from ..config import Options
 from .axes import settle
@@ -25,7 +23,7 @@ from .find import Match
 from .fused_kernels import FUSED_KERNELS
 from .fx_utils import value_of
 from .open_up import put_inside
-from .places import Names, Place, modules_on_stack
+from .places import Names, Place
 from .runtime import Slot
 
 
@@ -38,8 +36,7 @@ class Listener(Protocol):
 
 
 _listeners: ContextVar[tuple[Listener, ...]] = ContextVar("sparge_listeners", default=())
-# Models whose graphs shall return what their sparse sites give, and how many ask for it.
-_wanted: WeakKeyDictionary[Module, int] = WeakKeyDictionary()
+_wanted = 0  # how many ask for graphs that return what their sparse sites give
 
 
 @contextmanager
@@ -56,14 +53,20 @@ def current_listeners() -> tuple[Listener, ...]:
     return _listeners.get()
 
 
-def want_outputs(model: Module, more: int) -> None:
-    """Ask so many times more, or less, for the outputs of this model's sites; what is compiled from now on has them."""
-    _wanted[model] = _wanted.get(model, 0) + more
+def want_outputs(more: int) -> None:
+    """Ask so many times more, or less, for the outputs of sites; what is compiled from now on for training has them.
+
+    Whatever model it is for: equal models share what Dynamo compiled for the first of them.
+    """
+    global _wanted
+    _wanted += more
+    if more > 0:
+        torch._dynamo.reset()  # what is there does not return them
 
 
 def outputs_wanted() -> bool:
     """Whether what is being compiled now shall return the outputs of its sites. They serve training alone."""
-    return torch.is_grad_enabled() and any(_wanted.get(module, 0) > 0 for module in modules_on_stack())
+    return torch.is_grad_enabled() and _wanted > 0
 
 
 class Outlet:
