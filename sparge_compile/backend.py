@@ -80,14 +80,11 @@ def sparge(
     logger.debug("rewritten graph:\n%s", graph_module.graph)
     inputs = [*example_inputs, *map(_faker(example_inputs), thresholds)]
     settings = replace(settings, inductor_mode=settings.inductor_mode or mode)
-    compiled = compile_graph(graph_module, inputs, settings)
     sparse = [slots[match.node] for match, decision in plan.steps if decision.status == "sparse"]
-    outlet = Outlet(settings, sparse, with_outputs)
+    compiled = with_outlet(compile_graph(graph_module, inputs, settings), Outlet(settings, sparse, with_outputs))
     if not thresholds:
-        return with_outlet(compiled, outlet)
-    return with_outlet(
-        _with_thresholds(compiled, RunTime(needed, thresholds, settings, partial(_new_place, settings))), outlet
-    )
+        return compiled
+    return _with_thresholds(compiled, RunTime(needed, thresholds, settings, partial(_new_place, settings)))
 
 
 def _with_thresholds(compiled: Callable[..., Any], thresholds: RunTime) -> Callable[..., Any]:
