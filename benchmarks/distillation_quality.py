@@ -6,7 +6,7 @@
 For each seed a flow-matching transformer is trained on moving textures (frames × 16 × 16 tokens, raster order). Then it
 is made sparse, and measured on held-out clips: without training; after distillation; after as many steps of the plain
 flow-matching loss. Both see the same clips of another distribution (finer textures, other colours and speeds), as data
-for fine-tuning differ from those of pre-training. Errors are ‖u − v‖² ÷ ‖v‖², u the student's velocity, v the teacher's.
+for fine-tuning differ from those of pre-training. Errors are ‖u − v‖² ÷ ‖v‖²: u of the student, v of the teacher.
 """
 
 from __future__ import annotations

@@ -48,7 +48,10 @@ def _register() -> None:
             at = attn_mask.ndim - 4 + dim
             return Shard(at) if at >= 0 and attn_mask.shape[at] > 1 else whole
 
-        found = [(whole, whole, None if attn_mask is None else whole), (batch, whole, of_mask(0))]
+        found: list[tuple[Any, Any, Any]] = [
+            (whole, whole, None if attn_mask is None else whole),
+            (batch, whole, of_mask(0)),
+        ]
         if all(key.shape[1] % size == 0 for size in key.mesh.shape):  # the query heads of a key head stay together
             found.append((heads, Shard(0), of_mask(1)))
         return found
