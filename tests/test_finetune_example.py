@@ -26,7 +26,10 @@ def run(monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str) -> list[tup
         return [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
 
 
-@pytest.mark.parametrize("extra", [("--anneal", "5"), ("--lora", "2")], ids=["anneal", "lora"])
+@pytest.mark.parametrize(
+    "extra",
+    [pytest.param(("--anneal", "5"), id="anneal"), pytest.param(("--lora", "2"), id="lora", marks=pytest.mark.slow)],
+)
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(monkeypatch, tmp_path, extra):
     for package in ("diffusers", "accelerate", "peft"):
         pytest.importorskip(package)
