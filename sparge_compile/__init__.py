@@ -18,8 +18,10 @@ _WHERE = {
     "BlockMap": "kernels.block_map",
     "Calibration": "thresholds",
     "CostModel": "cost",
+    "DistillationHook": "distill",
     "Options": "config",
     "Report": "report",
+    "SparsitySchedule": "schedule",
     "rewrite": "rewriting",
 }
 
@@ -27,8 +29,10 @@ __all__ = [
     "BlockMap",
     "Calibration",
     "CostModel",
+    "DistillationHook",
     "Options",
     "Report",
+    "SparsitySchedule",
     "attach",
     "attention",
     "calibrate",
@@ -42,10 +46,12 @@ if TYPE_CHECKING:
     from .backend import explain
     from .config import Options
     from .cost import CostModel
+    from .distill import DistillationHook
     from .functional import attention
     from .kernels.block_map import BlockMap
     from .report import Report
     from .rewriting import rewrite
+    from .schedule import SparsitySchedule
     from .thresholds import Calibration
 
 

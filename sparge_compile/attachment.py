@@ -183,6 +183,15 @@ class Attachment:
         held = self._buffers().items()
         return Calibration({_site(*key): tuple(map(tuple, values.tolist())) for key, values in held})
 
+    @property
+    def has_phases(self) -> bool:
+        """Whether ``set_progress`` changes anything."""
+        return len(self._phases) > 1
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The attached thresholds by site, float32 [H, 2] or [1, 2]: the buffers themselves, to be written in place."""
+        return {_site(*key): values for key, values in self._buffers().items()}
+
     def remove(self) -> None:
         """Take buffers and hooks off the model, whose sites then have the option ``calibration`` or the defaults."""
         for (_, index), module in self._sites.items():

@@ -28,6 +28,7 @@ from .observe import Observer, Watched, calls_through, user_model, watching
 from .passes import pipeline
 from .passes.find import Match, find
 from .passes.fx_utils import clone
+from .passes.outputs import Outlet, outputs_wanted
 from .passes.pipeline import Plan
 from .passes.places import Frame, Names, Place, find_root
 from .passes.runtime import RunTime, Slot, input_for, slots_of
@@ -74,10 +75,13 @@ def sparge(
     _check_names(settings, free)
     replaced = [match for match, decision in plan.steps if decision.status == "sparse" and match.node not in markers]
     needed = [input_for(match, slots[match.node], settings) for match in replaced]
-    thresholds = pipeline.apply(graph_module, plan, settings, _faker(example_inputs))
+    with_outputs = outputs_wanted()
+    thresholds = pipeline.apply(graph_module, plan, settings, _faker(example_inputs), with_outputs)
     logger.debug("rewritten graph:\n%s", graph_module.graph)
     inputs = [*example_inputs, *map(_faker(example_inputs), thresholds)]
-    compiled = _compile(graph_module, inputs, settings, mode)
+    settings = replace(settings, inductor_mode=settings.inductor_mode or mode)
+    sparse = [slots[match.node] for match, decision in plan.steps if decision.status == "sparse"]
+    compiled = with_outlet(compile_graph(graph_module, inputs, settings), Outlet(settings, sparse, with_outputs))
     if not thresholds:
         return compiled
     return _with_thresholds(compiled, RunTime(needed, thresholds, settings, partial(_new_place, settings)))
@@ -88,6 +92,15 @@ def _with_thresholds(compiled: Callable[..., Any], thresholds: RunTime) -> Calla
 
     def run(*args: Any) -> Any:
         return compiled(*args, *thresholds(args))
+
+    return run
+
+
+def with_outlet(compiled: Callable[..., Any], outlet: Outlet) -> Callable[..., Any]:
+    """A compiled graph that tells listeners of each call, and keeps additional outputs from its caller."""
+
+    def run(*args: Any) -> Any:
+        return outlet(args, compiled(*args))
 
     return run
 
@@ -207,7 +220,8 @@ class _Seen(Observer):
         return report
 
 
-def _compile(graph_module: GraphModule, inputs: list[Any], settings: Options, mode: str | None) -> Callable[..., Any]:
+def compile_graph(graph_module: GraphModule, inputs: Sequence[Any], settings: Options) -> Callable[..., Any]:
+    """Compile a graph with whoever the options name as ``inner``."""
     if settings.inner != "inductor":
         backend: Any = torch._dynamo.lookup_backend(settings.inner)
         return backend(graph_module, inputs)
@@ -215,7 +229,7 @@ def _compile(graph_module: GraphModule, inputs: list[Any], settings: Options, mo
     from torch._inductor import config, list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    patches = {**list_mode_options(settings.inductor_mode or mode or "default"), **settings.inductor}
+    patches = {**list_mode_options(settings.inductor_mode or "default"), **settings.inductor}
     # Inductor's caches know our ops by name alone; what they do enters the key here, and the options with it. Not the
     # thresholds: they are run-time inputs, and another pair may use what was compiled for this one.
     fixed = replace(settings, calibration=None, topk=1.0, topp=0.0)

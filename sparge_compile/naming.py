@@ -14,7 +14,7 @@ ROOT = "(root)"  # attention written directly in the forward of the compiled mod
 
 # Dynamo's name of the local or global that holds the model, or the function or method that does.
 _BASE = re.compile(
-    r"^[LG]\['[^']*'\](?:\._torchdynamo_inline|\.__closure__\[\d+\]\.cell_contents|\.__func__|\.__self__)*"
+    r"^[LG]\['[^']*'\](?:\._torchdynamo_inline|\.__closure__\[\d+\]\.cell_contents|\.__func__|(?:\.forward)?\.__self__)*"
 )
 _MODULES = re.compile(
     r"(?:\.__dict__)?(?:\['_(?:modules|parameters|buffers)'\]|\._(?:modules|parameters|buffers))\['([^']*)'\]"

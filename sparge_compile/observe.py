@@ -83,7 +83,7 @@ def watching(target: Callable[..., Any], observer: Observer) -> Callable[..., An
     def run(*args: Any, **kwargs: Any) -> Any:
         token = _observer.set(observer)
         try:
-            with _uncompiled(target):
+            with uncompiled(target):
                 return compiled(*args, **kwargs)
         finally:
             _observer.reset(token)
@@ -144,7 +144,7 @@ def _names_now() -> Names | None:
 
 
 @contextmanager
-def _uncompiled(model: Any) -> Iterator[None]:
+def uncompiled(model: Any) -> Iterator[None]:
     """Blocks that are compiled on their own run plain, so that an observer sees into them after a graph break too."""
     compiled: list[tuple[Any, str, Any]] = []
     for module in model.modules() if isinstance(model, Module) else ():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import sharding
 from .errors import explain_error
 from .kernels import allocate, capability, cpu
 from .kernels.block_map import BlockMap
@@ -44,6 +45,10 @@ def attend(
     scale: float | None,
 ) -> tuple[Tensor, Tensor, BlockMap]:
     """Check everything, build the map unless one is given, attend: (out [B, H, L, D], lse [B, H, L], the map)."""
+    if sharding.is_sharded(query):
+        maps = sharding.on_the_mesh_of(query, *(block_map or (None, None)))
+        block_map = None if block_map is None else BlockMap(*maps)
+        thresholds, attn_mask = sharding.on_the_mesh_of(query, thresholds, attn_mask)
     capability.check_qkv(query, key, value)
     resolved = default_scale(query.shape[-1], scale)
     if attn_mask is not None:

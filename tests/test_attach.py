@@ -121,8 +121,8 @@ def test_a_marker_outside_of_the_checkpointed_code_is_handed_down():
 
 def test_no_marker_is_left_and_thresholds_are_no_new_input(monkeypatch):
     graphs, made = [], []
-    real = backend._compile
-    monkeypatch.setattr(backend, "_compile", lambda gm, i, *a: graphs.append((gm, i)) or real(gm, i, *a))
+    real = backend.compile_graph
+    monkeypatch.setattr(backend, "compile_graph", lambda gm, i, *a: graphs.append((gm, i)) or real(gm, i, *a))
     apply = backend.pipeline.apply
     monkeypatch.setattr(backend.pipeline, "apply", lambda *a: made.append(apply(*a)) or made[-1])
     model = Model(2)

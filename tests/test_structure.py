@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "sparge_compile"
 
 # A module may import from its own layer's left only (DESIGN section 5).
 LAYERS = [
-    ["errors", "__init__"],
+    ["errors", "__init__", "sharding"],
     ["kernels.block_map", "naming", "report", "documents", "fronts"],
     ["origin", "table"],
     ["thresholds", "kernels.allocate", "kernels.reference", "kernels.launch"],
@@ -34,10 +34,13 @@ LAYERS = [
     ["passes.decomposed", "passes.fused"],
     ["passes.find", "passes.leaves"],
     ["passes.decide", "passes.substitute", "passes.tap", "passes.thresholds_in"],
-    ["passes.pipeline", "passes.runtime"],
+    ["passes.runtime"],
+    ["passes.outputs"],
+    ["passes.pipeline"],
     ["observe"],
     ["backend", "attachment"],
-    ["rewriting"],
+    ["rewriting", "teacher", "schedule"],
+    ["distill"],
     ["calibrate.curves"],
     ["calibrate.record"],
     ["calibrate.search", "calibrate.state"],

@@ -14,6 +14,7 @@ from ..config import Options
 from ..report import Decision, Reason, Report, SiteReport
 from .decide import decide, thresholds_for
 from .find import Match
+from .outputs import return_also
 from .substitute import substitute
 from .thresholds_in import erase_markers, marked_thresholds, markers_of, new_thresholds
 
@@ -69,10 +70,17 @@ def _decide(match: Match, options: Options, attached: bool) -> Decision:
     return Decision(decision.reason, detail, decision.prediction)
 
 
-def apply(graph_module: GraphModule, todo: Plan, options: Options, as_input: Callable[[Tensor], Any]) -> list[Tensor]:
+def apply(
+    graph_module: GraphModule,
+    todo: Plan,
+    options: Options,
+    as_input: Callable[[Tensor], Any],
+    with_outputs: bool = False,
+) -> list[Tensor]:
     """Substitute every sparse site of a plan, and remove the markers that ``attach`` left.
 
     ``as_input`` turns the thresholds of a site into what a graph input of this graph carries (a fake tensor).
+    ``with_outputs``: what each of them gives, [B, H, L, D], becomes an output of the graph after its own ones.
 
     Returns:
         The thresholds of the replaced sites without a marker, float32 [H, 2] each, in the order in which they became
@@ -81,6 +89,7 @@ def apply(graph_module: GraphModule, todo: Plan, options: Options, as_input: Cal
     new_inputs: list[Tensor] = []
     touched: set[GraphModule] = set()
     replaced: dict[Node, Node] = {}
+    made: list[tuple[Match, Node]] = []
     markers = markers_of(graph_module, [match for match, _ in todo.steps])
     for match, decision in todo.steps:
         if decision.status != "sparse":
@@ -94,8 +103,10 @@ def apply(graph_module: GraphModule, todo: Plan, options: Options, as_input: Cal
             values = torch.tensor(pairs, dtype=torch.float32, device=match.attention.device)
             node = new_thresholds(match, graph_module, as_input(values))
             new_inputs.append(values)
-        substitute(match, node, replaced)
+        made.append((match, substitute(match, node, replaced)))
         touched |= {graph_module, match.graph_module, *(caller.graph_module for caller in match.callers)}
+    if with_outputs:
+        return_also(graph_module, made)
     touched |= erase_markers(graph_module)
     for module in touched:
         module.graph.lint()

@@ -212,8 +212,8 @@ def find_root() -> Module | None:
     called = list(modules_on_stack())
     for module in called:
         if isinstance(module, torch._dynamo.eval_frame.OptimizedModule) and not _is_block(module, called[-1]):
-            return _user_model(module)
-    return _user_model(called[-1]) if called else None
+            return unwrapped(module)
+    return unwrapped(called[-1]) if called else None
 
 
 def was_compiled(model: Module) -> bool:
@@ -221,7 +221,7 @@ def was_compiled(model: Module) -> bool:
     return any(tensor in _met for tensor in (*model.parameters(), *model.buffers()))
 
 
-def _user_model(module: Module) -> Module:
+def unwrapped(module: Module) -> Module:
     """The user's own module inside what torch puts around one."""
     while True:
         if isinstance(module, torch._dynamo.eval_frame.OptimizedModule):
