@@ -20,7 +20,7 @@ LAYERS = [
     ["cost", "kernels.capability"],
     ["config"],
     ["kernels.tiles", "kernels.lists", "kernels.cpu_batches"],
-    ["kernels.pool", "kernels.backward_query", "kernels.backward_key"],
+    ["kernels.pool", "kernels.forward_hopper", "kernels.backward_query", "kernels.backward_key"],
     ["kernels.select", "kernels.forward", "kernels.backward", "kernels.cpu"],
     ["ops"],
     ["functional", "attached", "passes.fx_utils", "passes.places"],
@@ -48,7 +48,7 @@ LAYERS = [
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 TRITON = {f"kernels.{name}" for name in ("select", "pool", "forward", "backward", "backward_query", "backward_key")}
-TRITON |= {"kernels.lists", "kernels.tiles"}
+TRITON |= {"kernels.lists", "kernels.tiles", "kernels.forward_hopper"}
 
 
 def modules():

@@ -2,7 +2,8 @@
 
 Online softmax (FlashAttention-2, arXiv 2307.08691) over each query block's list of key blocks. Lists are ascending, so
 the blocks that need element masks (the tail of the keys, the causal diagonal) are the last ones: they are peeled off,
-and the main loop masks nothing. The definition is :func:`reference.attention`.
+and the main loop masks nothing. The definition is :func:`reference.attention`. On Hopper most calls go to
+:mod:`forward_hopper`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from .tiles import (
     store_tile,
     tile_offsets,
     tile_sources,
+    use_hopper_kernels,
 )
 
 
@@ -170,6 +172,13 @@ def forward(
     out, lse = allocate.dense_like(q), allocate.new_lse(q)
     if out.numel() == 0 or keys == 0:
         return out.zero_(), lse.fill_(-float("inf"))
+    if use_hopper_kernels(q.device):
+        from . import forward_hopper
+
+        if forward_hopper.takes(q, k, v, out, attn_mask, scale):
+            with torch.cuda.device_of(q):
+                forward_hopper.forward(q, k, v, block_map, is_causal, scale, out, lse)
+            return out, lse
 
     tile = launch.attention_launch("forward", head_size, q.dtype, q.device)
     tiles = QUERY_BLOCK // tile.rows

@@ -6,6 +6,7 @@ and anything unknown, which also fits the A100).
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,11 @@ def architecture(device: torch.device) -> int:
     """Major of an NVIDIA GPU's compute capability; 0 for any other device and for the interpreter."""
     nvidia = device.type == "cuda" and torch.version.hip is None
     return torch.cuda.get_device_capability(device)[0] if nvidia else 0
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def use_descriptors(dtype: torch.dtype, device: torch.device) -> bool:

@@ -19,6 +19,9 @@ from . import launch
 LOG2_E = 1.4426950408889634
 MAX_HEAD_SIZE = 256
 
+# Versions of Triton whose Gluon, an experimental language, compiles the kernels written for one architecture.
+GLUON_VERSIONS = (["3", "6"], ["3", "7"])
+
 NO_MASK, KEY_MASK, FULL_MASK = 0, 1, 2  # MASK_KIND: none, one value per key, one value per (query, key)
 
 
@@ -42,14 +45,19 @@ def matrix_arguments(block_rows: int, **tensors: Tensor) -> dict:
     return arguments | {"ALIGN": align, "OFFSET": tl.int32 if reach < 2**31 else tl.int64}
 
 
-def _has_descriptor(x: Tensor) -> bool:
+def use_hopper_kernels(device: torch.device) -> bool:
+    """Whether kernels that are written for Hopper, in Gluon, run here."""
+    return launch.architecture(device) == 9 and triton.__version__.split(".")[:2] in GLUON_VERSIONS
+
+
+def has_descriptor(x: Tensor) -> bool:
     """Whether TMA hardware takes x [B, H, L, D]: no gaps in the last dimension, 16-byte aligned memory and rows."""
     steps = [stride * x.dtype.itemsize for n, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if n > 1]
     contiguous = x.stride(3) == 1 or x.shape[3] == 1
     return contiguous and x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
 
 
-def _descriptor(x: Tensor, block_rows: int, head_pad: int) -> TensorDescriptor:
+def descriptor(x: Tensor, block_rows: int, head_pad: int) -> TensorDescriptor:
     aligned = 16 // x.dtype.itemsize  # for a dimension of one, which is never stepped, whatever its stride is
     strides = [aligned if n == 1 else stride for n, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
     return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, block_rows, head_pad])
@@ -58,8 +66,8 @@ def _descriptor(x: Tensor, block_rows: int, head_pad: int) -> TensorDescriptor:
 def tile_sources(x: Tensor, y: Tensor, block_rows: int, head_pad: int) -> tuple[bool, Any, Any]:
     """How a kernel gets tiles of two [B, H, L, D] tensors: (DESCRIPTORS, source of x, source of y)."""
     wanted = launch.use_descriptors(x.dtype, x.device)
-    if wanted and _has_descriptor(x) and _has_descriptor(y):
-        return True, _descriptor(x, block_rows, head_pad), _descriptor(y, block_rows, head_pad)
+    if wanted and has_descriptor(x) and has_descriptor(y):
+        return True, descriptor(x, block_rows, head_pad), descriptor(y, block_rows, head_pad)
     return False, x, y
 
 
