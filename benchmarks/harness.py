@@ -17,6 +17,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -180,6 +181,26 @@ def extra_memory(call: Callable[[], object], device: torch.device) -> float | No
     peak = torch.cuda.max_memory_allocated(device)
     del result
     return (peak - before) / 2**20
+
+
+def kernels_launched(call: Callable[[], object]) -> str:
+    """The Triton kernels that a call launches, each once, in order; empty where it launches none, as on a CPU."""
+    if find_spec("triton") is None:
+        return ""
+    names: list[str] = []
+
+    def note(launch: Any) -> None:
+        name = launch.get()["name"].strip("_").removesuffix("_kernel")
+        if name not in names:
+            names.append(name)
+
+    hooks = import_module("triton").knobs.runtime.launch_enter_hook
+    hooks.add(note)
+    try:
+        call()
+    finally:
+        hooks.remove(note)
+    return ", ".join(names)
 
 
 # ---- print

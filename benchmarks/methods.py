@@ -89,6 +89,7 @@ class Measured(NamedTuple):
     seconds: float | None  # None where the result is wrong or the method did not run
     extra_mib: float | None = None
     trouble: str | None = None
+    kernels: str = ""
 
 
 # ---- ours
@@ -238,7 +239,10 @@ def measure(
         except gate.WrongResult as error:
             found.append(Measured(method, None, trouble=f"WRONG: {error}"))
     times = harness.seconds_each({str(i): m.call for i, m in enumerate(right)}, device, budget, gpu_only=gpu_only)
-    return [Measured(m, times[str(i)], harness.extra_memory(m.call, device)) for i, m in enumerate(right)] + found
+    return [
+        Measured(m, times[str(i)], harness.extra_memory(m.call, device), kernels=harness.kernels_launched(m.call))
+        for i, m in enumerate(right)
+    ] + found
 
 
 def attempt(name: str, run: Callable[[], list[Measured]]) -> list[Measured]:
@@ -255,11 +259,11 @@ def attempt(name: str, run: Callable[[], list[Measured]]) -> list[Measured]:
 
 
 def rows_of(measured: Sequence[Measured], problem: Problem, dense: str, block_map: BlockMap) -> list[dict[str, object]]:
-    """ms, TFLOP/s over the pairs that a method computes, and the speed-up over dense and over FlexAttention."""
+    """ms, TFLOP/s over the pairs that a method computes, speed-up over dense and FlexAttention, Triton kernels."""
     kept_pairs = QUERY_BLOCK * KEY_BLOCK * block_map.counts.sum(dtype=torch.float64).item()
     time_of = {(m.method.name, m.method.direction): m.seconds for m in measured}
     rows = []
-    for (name, direction, _, kept, _), seconds, extra_mib, trouble in measured:
+    for (name, direction, _, kept, _), seconds, extra_mib, trouble, kernels in measured:
         row: dict[str, object] = {"method": name, "direction": direction}
         if seconds is None:
             rows.append(row | {"trouble": trouble})
@@ -270,5 +274,5 @@ def rows_of(measured: Sequence[Measured], problem: Problem, dense: str, block_ma
         for label, rival in (("x dense", dense), ("x flex", FLEX), ("x flex built", FLEX_BUILT)):
             other = time_of.get((rival, direction))
             row[label] = other and other / seconds
-        rows.append(row | {"extra MiB": extra_mib})
+        rows.append(row | {"extra MiB": extra_mib} | ({"kernels": kernels} if kernels else {}))
     return rows

@@ -2,8 +2,8 @@
 
     python benchmarks/plot_sweep.py sweep.csv docs/kernel_sweep.png
 
-Goes in: the CSV of benchmarks/sweep.py. Comes out: a PNG, and the break-even lengths in print. Where a line crosses 1, the
-sparse kernels begin to pay; that length is marked.
+Goes in: the CSV of benchmarks/sweep.py. Comes out: a PNG, and the break-even lengths in print. Where a line crosses 1,
+the sparse kernels begin to pay; that length is marked.
 """
 
 from __future__ import annotations

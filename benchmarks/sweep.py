@@ -22,7 +22,7 @@ import torch
 from methods import Inputs, Measured, Problem
 
 BUDGET = 0.04  # seconds for each time; three runs at least
-SHOWN = ("sparsity", "method", "direction", "ms", "TFLOP/s", "x dense", "x flex", "x flex built", "trouble")
+SHOWN = ("sparsity", "method", "direction", "ms", "TFLOP/s", "x dense", "x flex", "x flex built", "kernels", "trouble")
 
 
 def problems(device: str, quick: bool) -> Iterator[tuple[str, Problem, tuple[float, ...], bool]]:
