@@ -158,20 +158,11 @@ def report(found: list[Sample]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    here = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=here, choices=["cuda", "cpu"], help=f"({here})")
-    parser.add_argument(
-        "--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16; float32 on a CPU"
-    )
-    parser.add_argument("--threads", type=int, help="CPU threads; one is steadier on a shared machine")
+    harness.add_arguments(parser)
     parser.add_argument("--csv", help="write the samples to this file")
     args = parser.parse_args()
-    device = harness.require(args.device)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    device, dtype = harness.start(args)
     torch.manual_seed(0)
-    print(harness.header(device))
     found: list[Sample] = []
     for shape in shapes(device.type):
         if 4 * shape.pairs * shape.head_size <= MOST_FLOPS[device.type]:

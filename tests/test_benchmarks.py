@@ -1,0 +1,67 @@
+"""The benchmarks' own judgement: what counts as a wrong result, and where a line breaks even. No times."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+import methods
+import plot_sweep
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=[methods.Problem(1, 2, 2, 600, 32), methods.Problem(1, 4, 2, 600, 32, True)])
+def inputs(request):
+    return methods.Inputs.of(request.param, torch.float32, CPU)
+
+
+def test_right_results_pass_the_gate(inputs):
+    ours, _ = methods.our_methods(inputs, methods.thresholds_for(0.5, inputs))
+    for method in ours:
+        method.check()
+
+
+@pytest.mark.parametrize("spoiled", ["map", "out", "lse", "dq", "dk", "dv"])
+def test_wrong_results_do_not(inputs, spoiled, monkeypatch):
+    real = methods.harness.kernels(CPU)
+
+    def block_map(*args):
+        counts, indices = real.block_map(*args)
+        return methods.BlockMap(counts, indices.roll(1, -2) if spoiled == "map" else indices)
+
+    def forward(*args):
+        return tuple(
+            x.add_(0.1) if name == spoiled else x for name, x in zip(("out", "lse"), real.forward(*args), strict=True)
+        )
+
+    def backward(*args):
+        grads = zip(("dq", "dk", "dv"), real.backward(*args), strict=True)
+        return tuple(x.mul_(1.05) if name == spoiled else x for name, x in grads)
+
+    fake = methods.harness.SimpleNamespace(block_map=block_map, forward=forward, backward=backward, pack=real.pack)
+    monkeypatch.setattr(methods.harness, "kernels", lambda device: fake)
+    ours, _ = methods.our_methods(inputs, methods.thresholds_for(0.5, inputs))
+    wrong = {m.method.name for m in methods.measure(ours, CPU, budget=0) if m.trouble}
+    assert wrong and all("WRONG" in m.trouble for m in methods.measure(ours, CPU, budget=0) if m.trouble)
+
+
+@pytest.mark.parametrize(
+    ("speedups", "want"),
+    [((1.5, 2, 3), 1024), ((0.5, 0.7, 0.9), None), ((0.5, 2, 3), 1448), ((2, 0.5, 2), 2896)],
+)
+def test_break_even(speedups, want):
+    found = plot_sweep.break_even(list(zip((1024, 2048, 4096), speedups, strict=True)))
+    assert found == (want if want is None else pytest.approx(want, abs=1))
+
+
+def test_a_picture_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    row = {"shape": "s", "method": methods.WHOLE, "who": "me", "dtype": "float32", "wanted": "0.5"}
+    rows = [row | {"length": str(1024 * n), "x dense": str(n / 2)} for n in (1, 4)]
+    plot_sweep.draw([*rows, row | {"length": "8192", "x dense": ""}], "s", tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 10_000
