@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -113,6 +114,47 @@ def test_loss_and_gradients_are_those_of_the_definition(way):
     assert_error_bounded(loss.detach(), exact_loss, plain_loss, "loss", factor=8)
     for (name, p), e, g in zip(model.named_parameters(), exact_grads, plain_grads, strict=True):
         assert_error_bounded(p.grad, e, g, name, factor=8)
+
+
+@pytest.mark.slow  # nearly all of it in the C++ compiler
+@pytest.mark.parametrize("reentrant", [None, False], ids=["plain", "checkpoint"])
+def test_inductor_gives_the_same_gradients(reentrant):
+    model, x = Plain(reentrant), batch()
+    grads = []
+    for inner in ("eager", "inductor"):
+        model.zero_grad()
+        student = compiled(model, inner=inner)
+        with DistillationHook(student, layers=1.0) as hook:
+            student(x)
+            hook.loss().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    for got, want in zip(*grads, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-6)
+
+
+def test_nothing_of_the_teacher_is_kept_for_the_backward():
+    """Autograd keeps as much beside a teacher as without one: its own output, and that of the student."""
+    student, x = compiled(Plain()), batch()
+
+    def kept(call: Callable[[], Tensor]) -> int:
+        found: dict[int, int] = {}
+
+        def note(y: Tensor) -> Tensor:
+            found[y.untyped_storage().data_ptr()] = y.untyped_storage().nbytes()
+            return y
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda y: y):
+            alive = call()
+        del alive
+        return sum(found.values())
+
+    def hooked() -> Tensor:
+        student(x)
+        return hook.loss()
+
+    alone = kept(lambda: student(x).square().mean())
+    with DistillationHook(student) as hook:
+        assert kept(hooked) <= alone + 4 * x.numel() * x.element_size()
 
 
 def test_a_video_transformer_trains_and_evaluates_in_full_graphs():
