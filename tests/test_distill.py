@@ -219,6 +219,20 @@ def test_evaluation_and_no_grad_are_left_alone():
     assert calls
 
 
+def test_what_a_checkpoint_computes_again_is_no_forward():
+    student = compiled(Plain())
+    with DistillationHook(student) as hook:
+        x = batch()
+        student(x)
+        want = hook.loss()
+        checkpoint(student, x, use_reentrant=False)
+        loss = hook.loss()
+        loss.backward()
+        assert torch.equal(loss, want)
+        with pytest.raises(ValueError, match="no training forward"):
+            hook.loss()
+
+
 def test_gradients_accumulate_over_micro_batches():
     model = Plain()
     student, x = compiled(model), batch(4)
