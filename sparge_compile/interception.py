@@ -1,7 +1,7 @@
 """See the training forwards of a student before torch does, so that compiled code stays as it is.
 
-In: a module, compiled or not, and whoever follows it. Out: each training forward with its arguments, its output, and what
-the backend's graphs said meanwhile.
+In: a module, compiled or not, and whoever follows it. Out: each training forward with its arguments, its output, and
+what the backend's graphs said meanwhile.
 """
 
 from __future__ import annotations
