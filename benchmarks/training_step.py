@@ -300,7 +300,9 @@ def main() -> int:
     rows.append(("whole step with DistillationHook", whole[0], with_hook, whole[0] / with_hook))
     print(
         "\n"
-        + tabulate(rows, headers=("ms", "dense, Inductor", "sparse", "ratio"), floatfmt=(".0f", ".1f", ".1f", ".2f"))
+        + tabulate(
+            rows, headers=("ms", f"dense, {args.inner}", "sparse", "ratio"), floatfmt=(".0f", ".1f", ".1f", ".2f")
+        )
     )
     if peaks["dense"] is not None:
         memory = ", ".join(f"{name} {peak:.1f}" for name, peak in peaks.items())
