@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -230,7 +231,10 @@ class DistillationHook:
         student = self._select(output)
         _check_outputs(student, heard, weights)
         answer = Heard()
-        given = self._teacher(args, kwargs, options, frozenset(weights), answer)
+        with ExitStack() as stack:
+            for kind, dtype in heard.autocast.items():
+                stack.enter_context(torch.autocast(kind, dtype))
+            given = self._teacher(args, kwargs, options, frozenset(weights), answer)
         teacher = self._select(given)
         if teacher.shape != student.shape:
             raise ValueError(

@@ -18,6 +18,8 @@ from .config import Options
 from .passes.outputs import heard_by
 from .passes.places import unwrapped
 
+_KINDS = ("cpu", "cuda")
+
 
 class Follower(Protocol):
     """What hears of a student's training forwards."""
@@ -27,15 +29,18 @@ class Follower(Protocol):
 
 
 class Heard:
-    """Listens to the graphs of one forward: their options, sparse sites, and what these gave."""
+    """Listens to the graphs of one forward: their options, sparse sites and what these gave, and the autocast that they
+    ran in, which a wrapper such as accelerate's may have entered."""
 
     def __init__(self) -> None:
         self.options: Options | None = None
+        self.autocast: dict[str, torch.dtype] = {}
         self.names: list[str] = []
         self.outputs: dict[str, list[Tensor]] = {}
 
     def ran(self, options: Options, names: list[str], outputs: Sequence[Tensor]) -> None:
         self.options = options
+        self.autocast = {kind: torch.get_autocast_dtype(kind) for kind in _KINDS if torch.is_autocast_enabled(kind)}
         self.names += [name for name in names if name not in self.names]
         for name, output in zip(names, outputs, strict=False):  # a graph gives all of its outputs, or none
             self.outputs.setdefault(name, []).append(output)

@@ -270,6 +270,27 @@ def test_autocast_reaches_the_teacher():
     loss.backward()
 
 
+@pytest.mark.parametrize("way", ["whole", "blocks"])
+def test_mixed_precision_of_accelerate_reaches_the_teacher(way):
+    """It enters autocast inside of what the loop calls, where the hook does not see it."""
+    accelerate = pytest.importorskip("accelerate")
+    model = Plain()
+    student = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(
+        compiled(model) if way == "whole" else compiled_blocks(model)
+    )
+    hook = DistillationHook(student, layers=1.0)
+    student(batch())
+    assert [x.dtype for values in hook._last().teacher_sites.values() for x in values] == [torch.bfloat16] * 2
+    accelerate.state.AcceleratorState._reset_state(True)
+
+
+def test_a_copy_that_would_run_the_student_is_refused():
+    model = Plain()
+    model.forward = lambda x: Plain.forward(model, x)
+    with pytest.raises(ValueError, match="would still run the student"):
+        DistillationHook(compiled(model))
+
+
 def test_several_hooks_come_and_go_in_any_order():
     student = compiled(Plain())
     forward = student.forward
