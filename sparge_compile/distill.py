@@ -131,8 +131,7 @@ class DistillationHook:
         parts, total = {"output": error.detach().mean()}, error
         for name, weight in last.weights.items():
             pairs = zip(last.sites[name], last.teacher_sites[name], strict=True)
-            errors = [_squared_error(o, p) / _squares(p).clamp(min=torch.finfo(torch.float32).tiny) for o, p in pairs]
-            relative = torch.stack(errors).mean(0)
+            relative = torch.stack([_relative_error(o, p, len(total)) for o, p in pairs]).mean(0)
             parts[name] = relative.detach().mean()
             total = total + weight / len(last.weights) * relative
         if weights is not None:
@@ -286,6 +285,16 @@ class _SquaredError(torch.autograd.Function):
 
 def _squared_error(x: Tensor, y: Tensor) -> Tensor:
     return _SquaredError.apply(x, y.detach())
+
+
+def _relative_error(x: Tensor, y: Tensor, samples: int) -> Tensor:
+    """‖x − y‖² ÷ ‖y‖² of each sample [samples]; [n, ...] may have windows or heads folded into its batch."""
+    error, size = _squared_error(x, y), _squares(y)
+    if len(size) % samples:  # not by samples: that of all of them
+        error, size = error.sum().expand(samples), size.sum().expand(samples)
+    else:
+        error, size = (z.view(samples, -1).sum(1) for z in (error, size))
+    return error / size.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _squares(x: Tensor) -> Tensor:

@@ -183,6 +183,49 @@ def test_a_video_transformer_trains_and_evaluates_in_full_graphs():
             assert_error_bounded(p.grad, e, g, name, factor=16)
 
 
+class WrittenOut(Block):
+    """Attention as products and a softmax over [B · H, L, D], which is found as such."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4).flatten(1, 2)
+        weights = torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, -1)
+        return x + self.out((weights @ v).unflatten(0, (-1, 2)).transpose(1, 2).flatten(2))
+
+
+class Opened(Block):
+    """Attention inside a larger call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = x.transpose(0, 1)
+        out, _ = F.multi_head_attention_forward(
+            q, q, q, q.shape[-1], 2, self.qkv.weight, self.qkv.bias, None, None, False, 0.0,
+            self.out.weight, self.out.bias, need_weights=False,
+        )  # fmt: skip
+        return x + out.transpose(0, 1)
+
+
+@pytest.mark.parametrize("kind", [WrittenOut, Opened])
+@pytest.mark.parametrize("reentrant", [None, False], ids=["plain", "checkpoint"])
+def test_sites_of_any_spelling_give_their_outputs(kind, reentrant):
+    """The same weights give the same errors, however attention is spelled."""
+    torch.manual_seed(0)
+    want, x = Plain(), batch()
+    model = Plain(reentrant)
+    for i, block in enumerate(want.blocks):
+        model.blocks[i] = kind()
+        model.blocks[i].load_state_dict(block.state_dict())
+    found = []
+    for each in (want, model):
+        student = compiled(each)
+        with DistillationHook(student, layers=1.0) as hook:
+            student(x)
+            hook.loss().backward()
+            found.append(hook.parts)
+    assert found[0].keys() == found[1].keys() and len(found[0]) == 3
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-8)
+
+
 def test_the_teacher_is_a_frozen_copy_and_stays_as_it_is():
     student = compiled(Plain())
     before = copy.deepcopy(student._orig_mod.state_dict())
