@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -20,7 +21,8 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from .config import Options
 from .errors import explain_error
-from .passes.outputs import heard_by, want_outputs
+from .interception import Heard, intercept
+from .passes.outputs import want_outputs
 from .passes.places import unwrapped
 from .teacher import Teacher, check_adapters, compiled_blocks, copy_of, has_adapters
 
@@ -92,7 +94,7 @@ class DistillationHook:
         self._parts: dict[str, Tensor] = {}
         if self._layers:
             want_outputs(1)
-        self._interception = _intercept(student)
+        self._interception = intercept(student)
         self._interception.hooks.append(self)
         self._guard = None if self._teacher.is_student else _watch_optimizers(self)
 
@@ -129,8 +131,7 @@ class DistillationHook:
         parts, total = {"output": error.detach().mean()}, error
         for name, weight in last.weights.items():
             pairs = zip(last.sites[name], last.teacher_sites[name], strict=True)
-            errors = [_squared_error(o, p) / _squares(p).clamp(min=torch.finfo(torch.float32).tiny) for o, p in pairs]
-            relative = torch.stack(errors).mean(0)
+            relative = torch.stack([_relative_error(o, p, len(total)) for o, p in pairs]).mean(0)
             parts[name] = relative.detach().mean()
             total = total + weight / len(last.weights) * relative
         if weights is not None:
@@ -208,7 +209,7 @@ class DistillationHook:
             )
         return self._forward
 
-    def _ran(self, output: Any, heard: _Heard, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def ran(self, output: Any, heard: Heard, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The student ran on these arguments: run the teacher, and keep what the loss needs."""
         self._forward = None
         options = _check_rewritten(heard)
@@ -228,8 +229,11 @@ class DistillationHook:
             )
         student = self._select(output)
         _check_outputs(student, heard, weights)
-        answer = _Heard()
-        given = self._teacher(args, kwargs, options, frozenset(weights), answer)
+        answer = Heard()
+        with ExitStack() as stack:
+            for kind, dtype in heard.autocast.items():
+                stack.enter_context(torch.autocast(kind, dtype))
+            given = self._teacher(args, kwargs, options, frozenset(weights), answer)
         teacher = self._select(given)
         if teacher.shape != student.shape:
             raise ValueError(
@@ -264,61 +268,6 @@ class _Forward(NamedTuple):
     teacher_sites: dict[str, list[Tensor]]
 
 
-class _Heard:
-    """Listens to the graphs of one forward: their options, sparse sites, and what these gave."""
-
-    def __init__(self) -> None:
-        self.options: Options | None = None
-        self.names: list[str] = []
-        self.outputs: dict[str, list[Tensor]] = {}
-
-    def ran(self, options: Options, names: list[str], outputs: Sequence[Tensor]) -> None:
-        self.options = options
-        self.names += [name for name in names if name not in self.names]
-        for name, output in zip(names, outputs, strict=False):  # a graph gives all of its outputs, or none
-            self.outputs.setdefault(name, []).append(output)
-
-
-class _Interception:
-    """Sees every call of a student before torch does, so that compiled code stays as it is."""
-
-    def __init__(self, student: Module) -> None:
-        self.hooks: list[DistillationHook] = []
-        self._student = weakref.ref(student)
-        is_compiled = isinstance(student, torch._dynamo.eval_frame.OptimizedModule)
-        self._name = "forward" if is_compiled else "_compiled_call_impl"
-        self._before = student.forward if is_compiled else student._compiled_call_impl
-        call = self._before or student._call_impl
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            if not (unwrapped(student).training and torch.is_grad_enabled()):
-                return call(*args, **kwargs)
-            heard = _Heard()
-            with heard_by(heard):
-                output = call(*args, **kwargs)
-            for hook in list(self.hooks):
-                hook._ran(output, heard, args, kwargs)
-            return output
-
-        setattr(student, self._name, run)
-
-    def restore(self) -> None:
-        """Take it off the student, unless a hook needs it."""
-        student = self._student()
-        if not self.hooks and student is not None:
-            setattr(student, self._name, self._before)
-            _interceptions.pop(student, None)
-
-
-_interceptions: weakref.WeakKeyDictionary[Module, _Interception] = weakref.WeakKeyDictionary()
-
-
-def _intercept(student: Module) -> _Interception:
-    if student not in _interceptions:
-        _interceptions[student] = _Interception(student)
-    return _interceptions[student]
-
-
 class _SquaredError(torch.autograd.Function):
     """Σ (x − y)² of each sample [B] in float32. Nothing is kept for the backward but x and y as they are."""
 
@@ -336,6 +285,16 @@ class _SquaredError(torch.autograd.Function):
 
 def _squared_error(x: Tensor, y: Tensor) -> Tensor:
     return _SquaredError.apply(x, y.detach())
+
+
+def _relative_error(x: Tensor, y: Tensor, samples: int) -> Tensor:
+    """‖x − y‖² ÷ ‖y‖² of each sample [samples]; [n, ...] may have windows or heads folded into its batch."""
+    error, size = _squared_error(x, y), _squares(y)
+    if len(size) % samples:  # not by samples: that of all of them
+        error, size = error.sum().expand(samples), size.sum().expand(samples)
+    else:
+        error, size = (z.view(samples, -1).sum(1) for z in (error, size))
+    return error / size.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _squares(x: Tensor) -> Tensor:
@@ -413,7 +372,7 @@ def _weights(layers: Any) -> dict[str, float]:
     return found if any(found.values()) else {}
 
 
-def _check_rewritten(heard: _Heard) -> Options:
+def _check_rewritten(heard: Heard) -> Options:
     if heard.options is None:
         raise ValueError(
             _wrong(
@@ -435,7 +394,7 @@ def _check_rewritten(heard: _Heard) -> Options:
     return heard.options
 
 
-def _check_outputs(student: Tensor, heard: _Heard, weights: Mapping[str, float]) -> None:
+def _check_outputs(student: Tensor, heard: Heard, weights: Mapping[str, float]) -> None:
     """Every site that counts gave an output with a gradient."""
     if not student.requires_grad:
         raise ValueError(

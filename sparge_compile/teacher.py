@@ -136,7 +136,7 @@ def copy_of(student: Module) -> Module:
     """A dense copy of a student's model as it is now: nothing compiled, nothing shared.
 
     Raises:
-        ValueError: the student is sharded, and a copy of it would be of no use.
+        ValueError: the student is sharded, or a function that knows only the student stands in for its forward.
     """
     base = unwrapped(student)
     for module in base.modules():
@@ -154,6 +154,17 @@ def copy_of(student: Module) -> Module:
         for name, child in list(parent.named_children()):
             if user_model(child) is not child:
                 setattr(parent, name, user_model(child))
+    for name, module in teacher.named_modules():
+        forward = vars(module).get("forward")
+        if forward is not None and getattr(forward, "__self__", None) is not module:
+            raise ValueError(
+                explain_error(
+                    "DistillationHook: a copy of the student would still run the student",
+                    given=f"a forward that was replaced by a function, in {name or 'the model itself'}",
+                    allowed="modules with the forward of their class, or a teacher",
+                    todo="Give teacher=copy.deepcopy(model), made before it was replaced.",
+                )
+            )
     return teacher
 
 

@@ -101,9 +101,10 @@ def sharded() -> tuple[nn.Module, DistillationHook, torch.optim.Optimizer]:
     model = start()
     teacher = copy.deepcopy(model)
     compiled_blocks(model)
-    for block in model.blocks:
-        fully_shard(block)
-    fully_shard(model)
+    for each in (model, teacher):
+        for block in each.blocks:
+            fully_shard(block)
+        fully_shard(each)
     return model, DistillationHook(model, teacher, layers=0.1), optimizer_of(model)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -115,12 +116,53 @@ def test_loss_and_gradients_are_those_of_the_definition(way):
         assert_error_bounded(p.grad, e, g, name, factor=8)
 
 
+@pytest.mark.slow  # nearly all of it in the C++ compiler
+@pytest.mark.parametrize("reentrant", [None, False], ids=["plain", "checkpoint"])
+def test_inductor_gives_the_same_gradients(reentrant):
+    model, x = Plain(reentrant), batch()
+    grads = []
+    for inner in ("eager", "inductor"):
+        model.zero_grad()
+        student = compiled(model, inner=inner)
+        with DistillationHook(student, layers=1.0) as hook:
+            student(x)
+            hook.loss().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    for got, want in zip(*grads, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-6)
+
+
+def test_nothing_of_the_teacher_is_kept_for_the_backward():
+    """Autograd keeps as much beside a teacher as without one: its own output, and that of the student."""
+    student, x = compiled(Plain()), batch()
+
+    def kept(call: Callable[[], Tensor]) -> int:
+        found: dict[int, int] = {}
+
+        def note(y: Tensor) -> Tensor:
+            found[y.untyped_storage().data_ptr()] = y.untyped_storage().nbytes()
+            return y
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda y: y):
+            alive = call()
+        del alive
+        return sum(found.values())
+
+    def hooked() -> Tensor:
+        student(x)
+        return hook.loss()
+
+    alone = kept(lambda: student(x).square().mean())
+    with DistillationHook(student) as hook:
+        assert kept(hooked) <= alone + 4 * x.numel() * x.element_size()
+
+
 def test_a_video_transformer_trains_and_evaluates_in_full_graphs():
     model, inputs = wan(layers=1)
     model.train()
     exact, plain = copy.deepcopy(model).double(), copy.deepcopy(model)
     student = compiled(model)
-    hook = DistillationHook(student)
+    hook = DistillationHook(student, compile=False)
     torch._dynamo.utils.counters.clear()
     student(**inputs)
     hook.loss().backward()
@@ -139,6 +181,49 @@ def test_a_video_transformer_trains_and_evaluates_in_full_graphs():
     for (name, p), e, g in zip(model.named_parameters(), *grads, strict=True):
         if e is not None:
             assert_error_bounded(p.grad, e, g, name, factor=16)
+
+
+class WrittenOut(Block):
+    """Attention as products and a softmax over [B · H, L, D], which is found as such."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4).flatten(1, 2)
+        weights = torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, -1)
+        return x + self.out((weights @ v).unflatten(0, (-1, 2)).transpose(1, 2).flatten(2))
+
+
+class Opened(Block):
+    """Attention inside a larger call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = x.transpose(0, 1)
+        out, _ = F.multi_head_attention_forward(
+            q, q, q, q.shape[-1], 2, self.qkv.weight, self.qkv.bias, None, None, False, 0.0,
+            self.out.weight, self.out.bias, need_weights=False,
+        )  # fmt: skip
+        return x + out.transpose(0, 1)
+
+
+@pytest.mark.parametrize("kind", [WrittenOut, Opened])
+@pytest.mark.parametrize("reentrant", [None, False], ids=["plain", "checkpoint"])
+def test_sites_of_any_spelling_give_their_outputs(kind, reentrant):
+    """The same weights give the same errors, however attention is spelled."""
+    torch.manual_seed(0)
+    want, x = Plain(), batch()
+    model = Plain(reentrant)
+    for i, block in enumerate(want.blocks):
+        model.blocks[i] = kind()
+        model.blocks[i].load_state_dict(block.state_dict())
+    found = []
+    for each in (want, model):
+        student = compiled(each)
+        with DistillationHook(student, layers=1.0) as hook:
+            student(x)
+            hook.loss().backward()
+            found.append(hook.parts)
+    assert found[0].keys() == found[1].keys() and len(found[0]) == 3
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-8)
 
 
 def test_the_teacher_is_a_frozen_copy_and_stays_as_it_is():
@@ -177,6 +262,20 @@ def test_evaluation_and_no_grad_are_left_alone():
     assert calls
 
 
+def test_what_a_checkpoint_computes_again_is_no_forward():
+    student = compiled(Plain())
+    with DistillationHook(student) as hook:
+        x = batch()
+        student(x)
+        want = hook.loss()
+        checkpoint(student, x, use_reentrant=False)
+        loss = hook.loss()
+        loss.backward()
+        assert torch.equal(loss, want)
+        with pytest.raises(ValueError, match="no training forward"):
+            hook.loss()
+
+
 def test_gradients_accumulate_over_micro_batches():
     model = Plain()
     student, x = compiled(model), batch(4)
@@ -212,6 +311,27 @@ def test_autocast_reaches_the_teacher():
         loss = hook.loss()
     assert loss.dtype == torch.float32
     loss.backward()
+
+
+@pytest.mark.parametrize("way", ["whole", "blocks"])
+def test_mixed_precision_of_accelerate_reaches_the_teacher(way):
+    """It enters autocast inside of what the loop calls, where the hook does not see it."""
+    accelerate = pytest.importorskip("accelerate")
+    model = Plain()
+    student = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(
+        compiled(model) if way == "whole" else compiled_blocks(model)
+    )
+    hook = DistillationHook(student, layers=1.0)
+    student(batch())
+    assert [x.dtype for values in hook._last().teacher_sites.values() for x in values] == [torch.bfloat16] * 2
+    accelerate.state.AcceleratorState._reset_state(True)
+
+
+def test_a_copy_that_would_run_the_student_is_refused():
+    model = Plain()
+    model.forward = lambda x: Plain.forward(model, x)
+    with pytest.raises(ValueError, match="would still run the student"):
+        DistillationHook(compiled(model))
 
 
 def test_several_hooks_come_and_go_in_any_order():

@@ -15,15 +15,31 @@ import torch
 TIMEOUT = 300  # seconds, against a process that waits for the other for ever
 
 
+FIRST = ("single, layers", "ddp", "fsdp", "resumed", "dtensor")
+SLOW = ("single", "single, lora", "accelerate", "ulysses", "lora", "annealed", "annealed, resumed", "wan")
+SLOW += ("fsdp without a teacher",)
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
     """What each process found, by scenario."""
+    return run_in_two(tmp_path_factory.mktemp("parallel"), FIRST)
+
+
+@pytest.fixture(scope="module")
+def found_slowly(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
+    """The same for the scenarios that are left out of the normal suite."""
+    return run_in_two(tmp_path_factory.mktemp("slow"), SLOW)
+
+
+def run_in_two(folder: Path, scenarios: tuple[str, ...]) -> list[dict[str, object]]:
     if not torch.distributed.is_available():
         pytest.skip("torch without torch.distributed")
-    folder = tmp_path_factory.mktemp("parallel")
     script = Path(__file__).parent / "parallel.py"
     processes = [
-        subprocess.Popen([sys.executable, script, str(rank), folder], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        subprocess.Popen(
+            [sys.executable, script, str(rank), folder, *scenarios], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
         for rank in range(2)
     ]
     try:
@@ -44,31 +60,42 @@ def given(found: list[dict[str, object]], name: str) -> object:
     return first
 
 
-@pytest.mark.parametrize(
-    "name, alone",
-    [
-        ("ddp", "single, layers"),
-        ("fsdp", "single, layers"),
-        ("resumed", "single, layers"),
-        ("accelerate", "single"),
-        ("ulysses", "single"),
-        ("lora", "single, lora"),
-        ("annealed, resumed", "annealed"),
-    ],
-)
-def test_the_losses_are_those_of_one_process(found, name, alone):
+def check(found: list[dict[str, object]], name: str, alone: str) -> None:
     losses, want = given(found, name), given(found, alone)
     assert want[-1] < want[0] * 0.99 or alone == "annealed", "training that changes nothing shows nothing"
     assert losses == pytest.approx(want, rel=1e-4)
 
 
-def test_a_sharded_student_needs_a_teacher(found):
-    assert "before fully_shard" in given(found, "fsdp without a teacher")
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "resumed"])
+def test_the_losses_are_those_of_one_process(found, name):
+    check(found, name, "single, layers")
 
 
 def test_heads_may_be_sharded(found):
     assert max(given(found, "dtensor")) < 1e-5
 
 
-def test_context_parallelism_of_diffusers(found):
-    assert given(found, "wan") < 1e-5
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, alone",
+    [
+        ("accelerate", "single"),
+        ("ulysses", "single"),
+        ("lora", "single, lora"),
+        ("annealed, resumed", "annealed"),
+    ],
+)
+def test_so_are_those_of_other_ways(found_slowly, name, alone):
+    pytest.importorskip({"accelerate": "accelerate", "lora": "peft"}.get(name, "torch"))
+    check(found_slowly, name, alone)
+
+
+@pytest.mark.slow
+def test_a_sharded_student_needs_a_teacher(found_slowly):
+    assert "before fully_shard" in given(found_slowly, "fsdp without a teacher")
+
+
+@pytest.mark.slow
+def test_context_parallelism_of_diffusers(found_slowly):
+    pytest.importorskip("diffusers")
+    assert given(found_slowly, "wan") < 1e-5

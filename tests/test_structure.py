@@ -38,7 +38,7 @@ LAYERS = [
     ["passes.outputs"],
     ["passes.pipeline"],
     ["observe"],
-    ["backend", "attachment"],
+    ["backend", "attachment", "interception"],
     ["rewriting", "teacher", "schedule"],
     ["distill"],
     ["calibrate.curves"],
