@@ -149,9 +149,9 @@ def test_attention_through_tensor_descriptors(case: Case, monkeypatch: pytest.Mo
     from sparge_compile.kernels import launch, tiles
 
     used = []
-    make = tiles._descriptor
+    make = tiles.descriptor
     monkeypatch.setattr(launch, "use_descriptors", lambda dtype, device: True)
-    monkeypatch.setattr(tiles, "_descriptor", lambda *args: used.append(args) or make(*args))
+    monkeypatch.setattr(tiles, "descriptor", lambda *args: used.append(args) or make(*args))
     check_attention(case, random_map(case))
     assert used
 
