@@ -95,6 +95,103 @@ def test_attention(case: Case) -> None:
     check_attention(case, random_map(case), with_dlse=case.keys % 2 == 0)
 
 
+HOPPER_CASES = [  # one to three pairs of key blocks, tails of queries and keys, every padded head size
+    Case(1, 1, 128, dtype=BF16),
+    Case(64, 65, 40, dtype=BF16, layout="blhd"),
+    Case(129, 128, 64, dtype=FP16, key_heads=1),
+    Case(200, 300, 72, dtype=BF16, heads=6, key_heads=2, batch=2),
+    Case(1000, 1000, 96, dtype=BF16, is_causal=True, layout="blhd"),
+    Case(1100, 700, 128, dtype=FP16, is_causal=True, layout="fused", heads=4, key_heads=2),
+    Case(700, 1500, 64, dtype=BF16, is_causal=True, batch=2, scale=0.5),
+    Case(3000, 5000, 128, dtype=BF16, heads=12, key_heads=12),
+]
+
+
+def needs_hopper() -> None:
+    from sparge_compile.kernels import tiles
+
+    if not tiles.use_hopper_kernels(torch.device("cuda")):
+        pytest.skip("needs a Hopper GPU and a version of Triton whose Gluon is known")
+
+
+@pytest.mark.parametrize("density", [0.02, 0.3, 1.0])
+@pytest.mark.parametrize("case", HOPPER_CASES, ids=str)
+def test_attention_on_hopper(case: Case, density: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists of no block, one, an odd and an even number, all; causal lists that go on beyond the diagonal."""
+    needs_hopper()
+    from sparge_compile.kernels import forward_hopper
+
+    calls = []
+    real = forward_hopper.forward
+    monkeypatch.setattr(forward_hopper, "forward", lambda *args: calls.append(None) or real(*args))
+    check_attention(case, random_map(case, density))
+    assert calls, "the portable kernel ran"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case(300, 300, 128, dtype=BF16, mask="key"), Case(300, 300, 128, dtype=BF16, scale=-0.1), Case(300, 300, 128)]
+    + [Case(300, 300, d, dtype=BF16) for d in (32, 160)]
+    + [Case(300, 300, 64, dtype=BF16, layout="bhdl"), Case(300, 300, 44, dtype=BF16, layout="blhd")],
+    ids=str,
+)
+def test_what_the_hopper_kernel_leaves_to_the_portable_one(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_hopper()
+    from sparge_compile.kernels import forward_hopper
+
+    monkeypatch.setattr(forward_hopper, "forward", lambda *args: pytest.fail("the Hopper kernel ran"))
+    check_attention(case, random_map(case))
+
+
+def test_many_lists_of_very_different_lengths() -> None:
+    """More query blocks than programs, taken from the counter in any order: every one is done once."""
+    case = Case(20_000, 20_000, 64, heads=8, key_heads=8, dtype=BF16)
+    q, k, v = random_qkv(case)
+    kept = torch.rand(1, 8, 157, 313) < torch.rand(1, 8, 157, 1) ** 4
+    block_map = BlockMap.from_dense(kept)
+    from sparge_compile.kernels import forward
+
+    with poisoned_memory():
+        out, lse = forward.forward(q, k, v, block_map, None, False, 0.125)
+    exact, exact_lse = reference.attention(q.float(), k.float(), v.float(), block_map, None, False, 0.125)
+    torch.testing.assert_close(lse, exact_lse, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(out.float(), exact, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["dense", "causal"])
+def test_a_quarter_of_a_million_tokens(is_causal: bool) -> None:
+    """L = 262,144, 8 heads: no float for each (query block, key block) but 4 bytes of an index; forward and backward."""
+    from sparge_compile.kernels import backward, forward, lists, select
+
+    length, heads = 262_144, 8
+    case = Case(length, length, 128, heads=heads, key_heads=heads, dtype=BF16)
+    if torch.cuda.mem_get_info()[0] < 20 * heads * length * 128 * 2:
+        pytest.skip("needs 11 GB")
+    q, k, v = random_qkv(case)
+    limits, scale = thresholds(heads, 0.02, 0.02), scale_of(case)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    block_map = select.block_map(q, k, limits, None, is_causal, scale * 30)
+    indices = 4 * heads * ceil_div(length, QUERY_BLOCK) * ceil_div(length, KEY_BLOCK)
+    assert torch.cuda.max_memory_allocated() - before < 1.2 * indices + 2**26
+    out, lse = forward.forward(q, k, v, block_map, None, is_causal, scale)
+    bits = lists.pack(block_map, ceil_div(length, KEY_BLOCK))
+    dq, dk, dv = backward.backward(out, q, k, v, out, lse, None, bits, None, is_causal, scale)
+    assert all(x.isfinite().all() for x in (out, lse, dq, dk, dv))
+    head, i = heads - 1, length // QUERY_BLOCK - 1
+    rows = slice(i * QUERY_BLOCK, length)
+    part = BlockMap.from_dense(block_map.to_dense()[:, head : head + 1, i:])
+    blocks = part.to_dense()[0, 0, 0].repeat_interleave(KEY_BLOCK)
+    allowed = blocks.expand(length - i * QUERY_BLOCK, length)
+    if is_causal:
+        allowed = allowed & (torch.arange(length) <= torch.arange(i * QUERY_BLOCK, length).unsqueeze(-1))
+    scores = (q[0, head, rows].double() @ k[0, head].double().T * scale).masked_fill(~allowed, -torch.inf)
+    torch.testing.assert_close(lse[0, head, rows].double(), scores.logsumexp(-1), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(
+        out[0, head, rows].double(), scores.softmax(-1) @ v[0, head].double(), rtol=2e-2, atol=2e-3
+    )
+
+
 @pytest.mark.parametrize("case", [c for c in CASES if c.dtype == BF16], ids=str)
 def test_map(case: Case) -> None:
     q, k, _ = random_qkv(case)
