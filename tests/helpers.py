@@ -184,6 +184,8 @@ def plain_attention(
     """Dense SDPA and log-sum-exp in the inputs' dtype over the allowed pairs, which every row must have."""
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    if scale < 0:  # a fused kernel of torch's gives NaN
+        q, scale = -q, -scale
     bias = torch.zeros(allowed.shape, dtype=q.dtype, device=q.device).masked_fill(~allowed, -torch.inf)
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         bias = bias + torch.where(allowed, attn_mask, 0).to(q.dtype)

@@ -160,7 +160,7 @@ def test_many_lists_of_very_different_lengths() -> None:
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["dense", "causal"])
 def test_a_quarter_of_a_million_tokens(is_causal: bool) -> None:
-    """L = 262,144, 8 heads: no float for each (query block, key block) but 4 bytes of an index; forward and backward."""
+    """L = 262,144, 8 heads: of each pair of blocks no more than 4 bytes, the index, are held. Backward too."""
     from sparge_compile.kernels import backward, forward, lists, select
 
     length, heads = 262_144, 8
