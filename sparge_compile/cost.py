@@ -124,11 +124,11 @@ COST_MODELS = {
         sparse_pair=6.39e-11,
     ),
     "sm90": CostModel(  # H200, bfloat16, torch 2.11, cuDNN 9.19
-        dense_base=1.42e-5,
-        dense_pair=7.36e-15,
-        sparse_base=3.28e-5,
-        pool=1.25e-12,
-        select=5.74e-11,
-        sparse_pair=9.73e-15,
+        dense_base=1.395e-05,
+        dense_pair=7.32e-15,
+        sparse_base=2.901e-05,
+        pool=1.125e-12,
+        select=1.155e-11,
+        sparse_pair=7.378e-15,
     ),
 }
