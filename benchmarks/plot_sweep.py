@@ -60,10 +60,10 @@ def draw(rows: Sequence[dict[str, str]], shape: str, path: str | Path) -> None:
     from matplotlib import pyplot
     from matplotlib.ticker import FuncFormatter
 
-    figure, axes = pyplot.subplots(1, len(PANELS), figsize=(12, 5), sharey=True, layout="constrained")
+    figure, axes = pyplot.subplots(1, len(PANELS), figsize=(12, 6), sharey=True, layout="constrained")
     for axis, (method, title) in zip(axes, PANELS.items(), strict=True):
         for sparsity, line in lines_of(rows, shape, method).items():
-            label = f"{sparsity:.0%} sparsity, pays from {told(line)}"
+            label = f"{sparsity:.0%} sparsity, break-even {told(line)}"
             (drawn,) = axis.plot(*zip(*line, strict=True), marker="o", markersize=4, label=label)
             found = break_even(line)
             if found is not None and found != line[0][0]:
@@ -75,7 +75,7 @@ def draw(rows: Sequence[dict[str, str]], shape: str, path: str | Path) -> None:
         axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}×"))
         axis.set(title=title, xlabel="tokens")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize="small")
+        axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     axes[0].set_ylabel("speed-up over dense attention")
     figure.suptitle(f"{shape}, {rows[0]['dtype']}\n{rows[0]['who']}", fontsize="small")
     figure.savefig(path, dpi=120)
@@ -97,7 +97,7 @@ def main() -> None:
         for method, title in PANELS.items()
         for sparsity, line in lines_of(rows, shape, method).items()
     ]
-    print(tabulate(found, headers=(shape, "sparsity", "pays from (tokens)"), tablefmt="github"))
+    print(tabulate(found, headers=(shape, "sparsity", "break-even (tokens)"), tablefmt="github"))
 
 
 if __name__ == "__main__":
