@@ -1,0 +1,102 @@
+"""Quality without a download: velocity error, PSNR, SSIM, what a small classifier reads, flicker.
+
+Videos are [B, T, 64, 64] in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from digits import CLASSES, clips
+from transformer import WEIGHTS
+
+
+def velocity_error(velocity: Tensor, teacher: Tensor) -> Tensor:
+    """‖u − v‖² ÷ ‖v‖² of each sample [B]."""
+    u, v = velocity.float().flatten(1), teacher.float().flatten(1)
+    return (u - v).square().sum(1) / v.square().sum(1)
+
+
+def psnr(video: Tensor, other: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each video [B], in dB; the range of a pixel is 2."""
+    error = (video.float() - other.float()).square().flatten(1).mean(1)
+    return 10 * torch.log10(4 / error.clamp(min=1e-10))
+
+
+def ssim(video: Tensor, other: Tensor) -> Tensor:
+    """Structural similarity of each video [B] (Wang et al. 2004), mean over frames: 11 × 11 Gaussian of σ 1.5."""
+    x, y = (each.float().flatten(0, 1).unsqueeze(1) for each in (video, other))
+    offset = torch.arange(-5, 6, device=x.device) ** 2
+    bell = torch.exp(offset / (-2 * 1.5**2))
+    window = (bell[:, None] * bell / bell.sum() ** 2)[None, None]
+
+    def blur(image: Tensor) -> Tensor:
+        return F.conv2d(image, window)
+
+    mean_x, mean_y = blur(x), blur(y)
+    var_x, var_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
+    covariance = blur(x * y) - mean_x * mean_y
+    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+    similar = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    similar = similar / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
+    return similar.flatten(1).mean(1).view(video.shape[:2]).mean(1)
+
+
+def flicker(video: Tensor) -> Tensor:
+    """Mean of |x(t − 1) − 2 x(t) + x(t + 1)| of each video [B]: what moves steadily has little of it, what appears and
+    vanishes much."""
+    return (video[:, :-2] - 2 * video[:, 1:-1] + video[:, 2:]).float().abs().flatten(1).mean(1)
+
+
+class Classifier(nn.Module):
+    """Frames [n, 64, 64] to the logits [n, 10] of the classes in them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (1, 32, 64, 96, 128)
+        stages = [
+            nn.Sequential(nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GELU(), nn.Conv2d(b, b, 3, padding=1), nn.GELU())
+            for a, b in zip(widths, widths[1:], strict=False)
+        ]
+        self.stages = nn.Sequential(*stages, nn.Conv2d(widths[-1], CLASSES, 1))
+
+    def forward(self, frames: Tensor) -> Tensor:
+        return self.stages(frames.unsqueeze(1)).amax((2, 3))  # a digit is where it is
+
+
+def load_classifier(device: torch.device | str = "cpu") -> Classifier:
+    from safetensors.torch import load_file
+
+    model = Classifier()
+    model.load_state_dict(load_file(WEIGHTS / "classifier.safetensors"))
+    return model.to(device).eval()
+
+
+@torch.no_grad()
+def accuracy(classifier: nn.Module, video: Tensor, classes: Tensor) -> Tensor:
+    """Share of the classes [B, 10] of each video [B] that are the classifier's first choices, mean over frames."""
+    logits = classifier(video.float().flatten(0, 1))
+    count = classes.sum(1).long().repeat_interleave(video.shape[1])
+    place = logits.argsort(1, descending=True).argsort(1)
+    right = (place < count[:, None]) * classes.repeat_interleave(video.shape[1], 0)
+    return (right.sum(1) / count).view(video.shape[:2]).mean(1)
+
+
+def train_classifier(device: torch.device, steps: int = 3000, batch: int = 512) -> Classifier:
+    """Trained on frames of both distributions, with noise of any small strength."""
+    torch.manual_seed(0)
+    model = Classifier().to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(steps):
+        video, classes = clips(batch // 4, 10_000_000 + step, device, shifted=step % 2 == 1, frames=4)
+        noise = torch.randn_like(video) * 0.3 * torch.rand(len(video), 1, 1, 1, device=device)
+        logits = model((video + noise).flatten(0, 1))
+        loss = F.binary_cross_entropy_with_logits(logits, classes.repeat_interleave(4, 0))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return model.eval()
