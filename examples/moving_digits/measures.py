@@ -55,9 +55,16 @@ class Classifier(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        widths = (1, 32, 64, 96, 128)
+        widths = (1, 32, 64, 128)
         stages = [
-            nn.Sequential(nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GELU(), nn.Conv2d(b, b, 3, padding=1), nn.GELU())
+            nn.Sequential(
+                nn.Conv2d(a, b, 3, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(b),
+                nn.ReLU(),
+                nn.Conv2d(b, b, 3, padding=1, bias=False),
+                nn.BatchNorm2d(b),
+                nn.ReLU(),
+            )
             for a, b in zip(widths, widths[1:], strict=False)
         ]
         self.stages = nn.Sequential(*stages, nn.Conv2d(widths[-1], CLASSES, 1))
@@ -88,7 +95,7 @@ def train_classifier(device: torch.device, steps: int = 3000, batch: int = 512) 
     """Trained on frames of both distributions, with noise of any small strength."""
     torch.manual_seed(0)
     model = Classifier().to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
         video, classes = clips(batch // 4, 10_000_000 + step, device, shifted=step % 2 == 1, frames=4)

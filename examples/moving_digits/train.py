@@ -15,10 +15,10 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from digits import clips, noisy
+from digits import SHIFT, clips, noisy
 from measures import Classifier, accuracy, train_classifier
 from transformer import WEIGHTS, VideoTransformer
 
@@ -31,12 +31,12 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * rise * (0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2)
 
 
-def batch_of(number: int, size: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+def batch_of(number: int, size: int, device: torch.device, shift: float) -> tuple[torch.Tensor, ...]:
     """Noisy clips, times, velocities, classes; of one clip in ten the classes are left out, for guidance."""
     video, classes = clips(size, number, device)
     free = torch.rand(size, generator=torch.Generator().manual_seed(number)) < 0.1
     classes = classes * ~free[:, None].to(device)
-    return *noisy(video, number), classes
+    return *noisy(video, number, shift), classes
 
 
 @torch.no_grad()
@@ -54,6 +54,8 @@ def held_out_loss(model: nn.Module, device: torch.device, batches: int = 8, size
 def train_teacher(args: argparse.Namespace, device: torch.device) -> nn.Module:
     torch.manual_seed(args.seed)
     model = VideoTransformer().to(device)
+    if args.init:
+        model.load_state_dict({name: each.float() for name, each in load_file(args.init).items()})
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     start = 0
@@ -70,7 +72,7 @@ def train_teacher(args: argparse.Namespace, device: torch.device) -> nn.Module:
     for step in range(start, args.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.lr)
-        mixed, when, velocity, classes = batch_of(args.seed * 1_000_000 + step, args.batch, device)
+        mixed, when, velocity, classes = batch_of(args.seed * 1_000_000 + step, args.batch, device, args.shift)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             predicted = compiled(mixed, when, classes)
         loss = (predicted.float() - velocity).square().mean()
@@ -106,6 +108,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--ema", type=float, default=0.999)
+    parser.add_argument("--shift", type=float, default=SHIFT, help=f"of times towards noise ({SHIFT:g})")
+    parser.add_argument("--init", type=Path, help="begin with these weights")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--classifier-steps", type=int, default=3000)
     parser.add_argument("--state", type=Path, default=Path("moving_digits.pt"), help="where a run goes on from")
@@ -121,7 +125,7 @@ def main() -> None:
 
     args.say = say
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    say(f"torch {torch.__version__}, {where}; steps {args.steps}, batch {args.batch}, lr {args.lr}, seed {args.seed}")
+    say(f"torch {torch.__version__}, {where}; steps {args.steps}, batch {args.batch}, lr {args.lr}, shift {args.shift:g}, seed {args.seed}, init {args.init}")
     teacher = train_teacher(args, device)
     weights = {name: each.to(torch.bfloat16).contiguous().cpu() for name, each in teacher.state_dict().items()}
     save_file(weights, args.out / "teacher.safetensors")

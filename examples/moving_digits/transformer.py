@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from digits import CLASSES
+from digits import CLASSES, SHIFT
 
 WEIGHTS = Path(__file__).parent / "weights"
 ROPE_BASE = 100.0  # positions are few: 24 frames of 16 × 16 tokens
@@ -119,13 +119,13 @@ def load(name: str = "teacher", device: torch.device | str = "cpu", dtype: torch
 
 
 @torch.no_grad()
-def sample(model: nn.Module, noise: Tensor, classes: Tensor, steps: int = 20, guidance: float = 2.0) -> Tensor:
+def sample(model: nn.Module, noise: Tensor, classes: Tensor, steps: int = 20, guidance: float = 2.0, shift: float = SHIFT) -> Tensor:
     """Clips in [-1, 1] from noise [B, T, 64, 64]: Euler's method on times moved towards noise, classifier-free guidance.
 
     Each step calls the model once on 2 B clips, with classes and without.
     """
     times = torch.linspace(1, 0, steps + 1)
-    times = 3 * times / (1 + 2 * times)
+    times = shift * times / (1 + (shift - 1) * times)
     both, video = torch.cat((classes, torch.zeros_like(classes))), noise
     for time, following in zip(times, times[1:], strict=False):
         when = time.expand(len(both)).to(noise.device)
