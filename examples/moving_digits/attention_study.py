@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+import transformer
 from torch import Tensor, nn
 
-import transformer
 from sparge_compile.kernels.block_map import KEY_BLOCK, QUERY_BLOCK
 from sparge_compile.kernels.reference import CEIL_SLACK, pool
 

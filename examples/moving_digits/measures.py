@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
 from digits import CLASSES, clips
+from torch import Tensor, nn
 from transformer import WEIGHTS
 
 

@@ -15,11 +15,10 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
-
 from digits import SHIFT, clips, noisy
 from measures import Classifier, accuracy, train_classifier
+from safetensors.torch import load_file, save_file
+from torch import nn
 from transformer import WEIGHTS, VideoTransformer
 
 HELD_OUT_SEED = 20_000_000  # clips of training have the seeds below
@@ -62,7 +61,9 @@ def train_teacher(args: argparse.Namespace, device: torch.device) -> nn.Module:
     if args.state.exists():
         state = torch.load(args.state, map_location=device)
         if state["steps"] != args.steps or state["seed"] != args.seed:
-            raise SystemExit(f"{args.state} is of --steps {state['steps']} --seed {state['seed']}; remove it or repeat those")
+            raise SystemExit(
+                f"{args.state} is of --steps {state['steps']} --seed {state['seed']}; remove it or repeat those"
+            )
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
@@ -125,7 +126,9 @@ def main() -> None:
 
     args.say = say
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    say(f"torch {torch.__version__}, {where}; steps {args.steps}, batch {args.batch}, lr {args.lr}, shift {args.shift:g}, seed {args.seed}, init {args.init}")
+    say(
+        f"torch {torch.__version__}, {where}; steps {args.steps}, batch {args.batch}, lr {args.lr}, shift {args.shift:g}, seed {args.seed}, init {args.init}"
+    )
     teacher = train_teacher(args, device)
     weights = {name: each.to(torch.bfloat16).contiguous().cpu() for name, each in teacher.state_dict().items()}
     save_file(weights, args.out / "teacher.safetensors")

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
 from digits import CLASSES, SHIFT
+from torch import Tensor, nn
 
 WEIGHTS = Path(__file__).parent / "weights"
 ROPE_BASE = 100.0  # positions are few: 24 frames of 16 × 16 tokens
@@ -106,7 +105,9 @@ def rotate(x: Tensor, places: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
 
-def load(name: str = "teacher", device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> VideoTransformer:
+def load(
+    name: str = "teacher", device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> VideoTransformer:
     """The trained model; ``student``: the weights of its attention layers after distillation at high sparsity."""
     from safetensors.torch import load_file
 
@@ -119,7 +120,9 @@ def load(name: str = "teacher", device: torch.device | str = "cpu", dtype: torch
 
 
 @torch.no_grad()
-def sample(model: nn.Module, noise: Tensor, classes: Tensor, steps: int = 20, guidance: float = 2.0, shift: float = SHIFT) -> Tensor:
+def sample(
+    model: nn.Module, noise: Tensor, classes: Tensor, steps: int = 20, guidance: float = 2.0, shift: float = SHIFT
+) -> Tensor:
     """Clips in [-1, 1] from noise [B, T, 64, 64]: Euler's method on times moved towards noise, classifier-free guidance.
 
     Each step calls the model once on 2 B clips, with classes and without.
