@@ -1,8 +1,8 @@
 """Videos of handwritten digits that move, bounce and overlap: the data of the example, rendered when asked for.
 
 The digits are the 1,797 scans of 8 × 8 that scikit-learn bundles, 297 of them held out. A clip is [24, 64, 64] in
-[-1, 1] and comes with a 0/1 vector of the ten classes. ``shifted`` clips are of another distribution: three small, fast,
-turning digits, dark on a gradient. Equal arguments give equal clips on any device.
+[-1, 1] and comes with a 0/1 vector of the ten classes. ``shifted`` clips are of another distribution: three small,
+fast, turning digits, dark on a gradient. Equal arguments give equal clips on any device.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ Videos are [B, T, 64, 64] in [-1, 1].
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from digits import CLASSES, clips
@@ -64,7 +66,7 @@ class Classifier(nn.Module):
                 nn.BatchNorm2d(b),
                 nn.ReLU(),
             )
-            for a, b in zip(widths, widths[1:], strict=False)
+            for a, b in itertools.pairwise(widths)
         ]
         self.stages = nn.Sequential(*stages, nn.Conv2d(widths[-1], CLASSES, 1))
 

@@ -127,7 +127,8 @@ def main() -> None:
     args.say = say
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     say(
-        f"torch {torch.__version__}, {where}; steps {args.steps}, batch {args.batch}, lr {args.lr}, shift {args.shift:g}, seed {args.seed}, init {args.init}"
+        f"torch {torch.__version__}, {where}; steps {args.steps}, "
+        f"batch {args.batch}, lr {args.lr}, shift {args.shift:g}, seed {args.seed}, init {args.init}"
     )
     teacher = train_teacher(args, device)
     weights = {name: each.to(torch.bfloat16).contiguous().cpu() for name, each in teacher.state_dict().items()}

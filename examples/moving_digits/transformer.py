@@ -7,6 +7,7 @@ and a learned table for each.
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import torch
@@ -86,7 +87,8 @@ class Attention(nn.Module):
 
 
 def rope(frames: int, rows: int, columns: int, head_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [L, head_size / 2]: a quarter of the pairs turn with time, three eighths each with row and column."""
+    """Cosines and sines [L, head_size / 2]: a quarter of the pairs turn with time, three eighths each with
+    row and column."""
     pairs = head_size // 2
     shares = (pairs - 2 * (3 * pairs // 8), 3 * pairs // 8, 3 * pairs // 8)
     places = torch.meshgrid(*(torch.arange(n, device=device) for n in (frames, rows, columns)), indexing="ij")
@@ -123,14 +125,15 @@ def load(
 def sample(
     model: nn.Module, noise: Tensor, classes: Tensor, steps: int = 20, guidance: float = 2.0, shift: float = SHIFT
 ) -> Tensor:
-    """Clips in [-1, 1] from noise [B, T, 64, 64]: Euler's method on times moved towards noise, classifier-free guidance.
+    """Clips in [-1, 1] from noise [B, T, 64, 64]: Euler's method on times moved towards noise,
+    classifier-free guidance.
 
     Each step calls the model once on 2 B clips, with classes and without.
     """
     times = torch.linspace(1, 0, steps + 1)
     times = shift * times / (1 + (shift - 1) * times)
     both, video = torch.cat((classes, torch.zeros_like(classes))), noise
-    for time, following in zip(times, times[1:], strict=False):
+    for time, following in itertools.pairwise(times):
         when = time.expand(len(both)).to(noise.device)
         given, free = model(torch.cat((video, video)), when, both).chunk(2)
         video = video + (following - time) * (free + guidance * (given - free))
