@@ -8,6 +8,7 @@ and a learned table for each.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -123,18 +124,28 @@ def load(
 
 @torch.no_grad()
 def sample(
-    model: nn.Module, noise: Tensor, classes: Tensor, steps: int = 20, guidance: float = 2.0, shift: float = SHIFT
+    model: Callable[..., Tensor],
+    noise: Tensor,
+    classes: Tensor,
+    steps: int = 20,
+    guidance: float = 2.0,
+    shift: float = SHIFT,
+    guided: float = 1.0,
 ) -> Tensor:
     """Clips in [-1, 1] from noise [B, T, 64, 64]: Euler's method on times moved towards noise,
     classifier-free guidance.
 
-    Each step calls the model once on 2 B clips, with classes and without.
+    Each step of the first ``guided`` share calls the model once on 2 B clips, with classes and without; each later
+    step once on B clips with classes.
     """
     times = torch.linspace(1, 0, steps + 1)
     times = shift * times / (1 + (shift - 1) * times)
     both, video = torch.cat((classes, torch.zeros_like(classes))), noise
-    for time, following in itertools.pairwise(times):
-        when = time.expand(len(both)).to(noise.device)
-        given, free = model(torch.cat((video, video)), when, both).chunk(2)
-        video = video + (following - time) * (free + guidance * (given - free))
+    for step, (time, following) in enumerate(itertools.pairwise(times)):
+        if step < guided * steps:
+            given, free = model(torch.cat((video, video)), time.expand(len(both)).to(noise.device), both).chunk(2)
+            velocity = free + guidance * (given - free)
+        else:
+            velocity = model(video, time.expand(len(video)).to(noise.device), classes)
+        video = video + (following - time) * velocity
     return video.clamp(-1, 1)
