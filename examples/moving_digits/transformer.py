@@ -128,7 +128,7 @@ def sample(
     noise: Tensor,
     classes: Tensor,
     steps: int = 20,
-    guidance: float = 2.0,
+    guidance: float = 3.0,
     shift: float = SHIFT,
     guided: float = 1.0,
 ) -> Tensor:
