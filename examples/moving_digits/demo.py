@@ -13,7 +13,6 @@ import math
 import os
 import platform
 import shlex
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -22,13 +21,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from digits import CLASSES, FRAMES, SIDE, clips
-from measures import accuracy, load_classifier, psnr, velocity_error
-from PIL import Image, ImageDraw, ImageFont
+from measures import accuracy, load_classifier, measured_sparsity, psnr, velocity_error
+from pictures import animate, sheet
 from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 from train import HELD_OUT_SEED
-from transformer import WEIGHTS, VideoTransformer, load, sample
+from transformer import WEIGHTS, load, sample
 
 import sparge_compile
 from sparge_compile import cli
@@ -39,7 +38,6 @@ CALIBRATION_TIMES = (0.9, 0.97)  # noisy: what moves where is decided there
 MEASURED_TIME = 0.9
 CALIBRATION_SEED = 40_000_000
 GUIDED = 0.5  # share of steps with guidance, the first ones; the rest has half the work
-GIF_ENLARGED, PNG_ENLARGED, PNG_EVERY, RATE = 4, 2, 3, 12
 
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -77,31 +75,6 @@ def calibrate(frames: int, out: Path) -> int:
     return cli.main(command)
 
 
-def measured_sparsity(
-    model: VideoTransformer, calibration: sparge_compile.Calibration, inputs: tuple[Tensor, ...]
-) -> float:
-    """The mean over layers, of one forward with sparse attention put in by hand."""
-    names = iter([name for name, each in model.named_modules() if name.endswith(".attention")])
-    dense_attention, found = F.scaled_dot_product_attention, []
-
-    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        name = next(names)
-        pairs = calibration.lookup(name, query.shape[1], query.shape[3])
-        if pairs is None:
-            raise ValueError(f"the calibration has no thresholds for {name}: calibrate this model anew")
-        topk, topp = torch.tensor(pairs, device=query.device).expand(query.shape[1], 2).unbind(1)
-        sparse, sparsity = sparge_compile.attention(query, key, value, topk=topk, topp=topp, return_sparsity=True)
-        found.append(sparsity.item())
-        return sparse
-
-    F.scaled_dot_product_attention = attention
-    try:
-        model(*inputs)
-    finally:
-        F.scaled_dot_product_attention = dense_attention
-    return statistics.mean(found)
-
-
 def warm_up(call: Model, inputs: tuple[Tensor, ...]) -> None:
     """Compile for the two batch sizes of sampling."""
     call(*(torch.cat((each, each)) for each in inputs))
@@ -120,36 +93,6 @@ def generate(name: str, call: Model, noise: Tensor, classes: Tensor, steps: int)
         before = time.perf_counter()
         video = sample(counted, noise, classes, steps=steps, guided=GUIDED).cpu()  # waits for a GPU
         return video, time.perf_counter() - before
-
-
-def enlarged(frame: Tensor, times: int) -> Image.Image:
-    """A frame [64, 64] in [-1, 1] as a grey picture."""
-    grey = ((frame.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(grey.numpy()).resize((SIDE * times, SIDE * times), Image.Resampling.NEAREST)
-
-
-def draw(videos: dict[str, Tensor], out: Path) -> list[Path]:
-    """The GIF, variants side by side, and the PNG, a row for each; videos are [T, 64, 64]."""
-    font, gap, line = ImageFont.load_default(), 8, 16
-    side, frames = SIDE * GIF_ENLARGED, len(next(iter(videos.values())))
-    pictures = []
-    for i in range(frames):
-        picture = Image.new("L", (len(videos) * (side + gap) - gap, line + side), 40)
-        for column, (name, video) in enumerate(videos.items()):
-            ImageDraw.Draw(picture).text((column * (side + gap) + 4, 2), name, 255, font)
-            picture.paste(enlarged(video[i], GIF_ENLARGED), (column * (side + gap), line))
-        pictures.append(picture)
-    gif, png = out / "moving_digits.gif", out / "moving_digits.png"
-    pictures[0].save(gif, save_all=True, append_images=pictures[1:], duration=round(1000 / RATE), loop=0)
-
-    shown, side = range(0, frames, PNG_EVERY), SIDE * PNG_ENLARGED
-    picture = Image.new("L", (max(len(shown) * (side + 4) - 4, side), len(videos) * (line + side)), 40)
-    for row, (name, video) in enumerate(videos.items()):
-        ImageDraw.Draw(picture).text((4, row * (line + side) + 2), name, 255, font)
-        for column, i in enumerate(shown):
-            picture.paste(enlarged(video[i], PNG_ENLARGED), (column * (side + 4), row * (line + side) + line))
-    picture.save(png)
-    return [gif, png]
 
 
 def arguments() -> argparse.Namespace:
@@ -229,8 +172,10 @@ def main() -> int:
     print(f"\n{tabulate(rows, headers=headers, disable_numparse=True, colalign=('left', *['right'] * 5))}\n")
     print(f"Seconds: {args.steps} steps, compiled beforehand. Velocity error: ‖u − v‖² ÷ ‖v‖², one held-out clip at")
     print(f"t = {MEASURED_TIME}. PSNR: against the dense clip. Digits read: by a small classifier, over all frames.")
-    for path in draw({name: video[0] for name, video in videos.items()}, args.out):
-        say(f"wrote {path}")
+    gif, png = args.out / "moving_digits.gif", args.out / "moving_digits.png"
+    animate(videos, gif)
+    sheet(videos, 2).save(png)
+    say(f"wrote {gif} and {png}")
     unsound = [name for name, *numbers in figures if not all(map(math.isfinite, numbers))]
     if unsound:
         print(f"FAULT: a figure of {' and '.join(unsound)} is not finite: the model or its weights are broken")

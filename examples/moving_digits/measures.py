@@ -6,12 +6,15 @@ Videos are [B, T, 64, 64] in [-1, 1].
 from __future__ import annotations
 
 import itertools
+import statistics
 
 import torch
 import torch.nn.functional as F
 from digits import CLASSES, clips
 from torch import Tensor, nn
 from transformer import WEIGHTS
+
+import sparge_compile
 
 
 def velocity_error(velocity: Tensor, teacher: Tensor) -> Tensor:
@@ -43,6 +46,30 @@ def ssim(video: Tensor, other: Tensor) -> Tensor:
     similar = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
     similar = similar / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
     return similar.flatten(1).mean(1).view(video.shape[:2]).mean(1)
+
+
+def measured_sparsity(model: nn.Module, calibration: sparge_compile.Calibration, inputs: tuple[Tensor, ...]) -> float:
+    """The mean over the layers of one forward of the uncompiled model, with sparse attention put in by hand."""
+    names = iter([name for name, each in model.named_modules() if name.endswith(".attention")])
+    dense_attention, found = F.scaled_dot_product_attention, []
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        name = next(names)
+        pairs = calibration.lookup(name, query.shape[1], query.shape[3])
+        if pairs is None:
+            raise ValueError(f"the calibration has no thresholds for {name}: calibrate this model anew")
+        topk, topp = torch.tensor(pairs, device=query.device).expand(query.shape[1], 2).unbind(1)
+        sparse, sparsity = sparge_compile.attention(query, key, value, topk=topk, topp=topp, return_sparsity=True)
+        found.append(sparsity.item())
+        return sparse
+
+    F.scaled_dot_product_attention = attention
+    try:
+        with torch.no_grad():
+            model(*inputs)
+    finally:
+        F.scaled_dot_product_attention = dense_attention
+    return statistics.mean(found)
 
 
 def flicker(video: Tensor) -> Tensor:
