@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 .PHONY: help demo test test-slow test-gpu lint format bench coverage clean
 help:
-	@echo "make demo      a video transformer on the CPU, dense and sparse (about 2 minutes)"
+	@echo "make demo      a trained video model, dense, sparse and distilled (about 3 minutes on 2 cores)"
 	@echo "make test      the test suite (CPU and Triton's interpreter)"
 	@echo "make test-slow the tests that take longer"
 	@echo "make test-gpu  the GPU tests, with the python on the PATH (PYTHON=...)"
@@ -19,7 +19,7 @@ help:
 	touch $@
 
 demo: .venv/ready
-	$(BIN)/python examples/wan_demo.py
+	$(BIN)/python examples/moving_digits/demo.py
 
 # One thread for each worker: small parallel operations of several workers would wait for each other.
 test: .venv/ready

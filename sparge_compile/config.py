@@ -13,10 +13,11 @@ from .cost import CostModel
 from .errors import explain_error
 from .thresholds import Calibration, check_pair
 
-# Untuned, nothing is known of a model, so half of the blocks and 60 % of the pooled mass are kept: the density lies
-# between 0.5 and 0.6. Lower values want a calibration or a fine-tuned checkpoint (DESIGN section 8).
+# Untuned, nothing is known of a model, so half of the blocks and 80 % of the pooled mass are kept: heads that look
+# everywhere keep up to 0.8, others half. What that costs, beside other pairs: docs/fidelity.md. Lower values want a
+# calibration or a fine-tuned checkpoint (DESIGN section 8).
 DEFAULT_TOPK = 0.5
-DEFAULT_TOPP = 0.6
+DEFAULT_TOPP = 0.8
 
 ON_UNSUPPORTED = ("dense", "warn", "error")
 INNER = ("inductor", "aot_eager", "eager")

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import re
+import sys
+
+import demo
 import digits
+import fidelity
+import lab
 import measures
 import pytest
+import reproduce
 import torch
 import transformer
+from PIL import Image
+
+import sparge_compile
 
 MIB = 2**20
 
@@ -70,3 +80,103 @@ def test_measures_of_known_differences() -> None:
     assert torch.allclose(measures.velocity_error(1.1 * video, video), torch.full((2,), 0.01), atol=1e-5)
     assert torch.equal(measures.flicker(torch.ones(2, 5, 64, 64)), torch.zeros(2))
     assert (measures.flicker(torch.randn(2, 5, 64, 64)) > measures.flicker(video[:, :1].expand(-1, 5, -1, -1))).all()
+
+
+def test_a_table_knows_its_rows_again_and_refuses_other_columns(tmp_path) -> None:
+    path = tmp_path / "x.csv"
+    table = lab.Table(path, ("seed", "topp"), ("error",))
+    table.add([{"seed": 0, "topp": 0.0, "error": 0.123456789}])
+    again = lab.Table(path, ("seed", "topp"), ("error",))
+    assert again.has(0, 0.0) and not again.has(1, 0.0)
+    again.add([{"seed": 1, "topp": 0.5, "error": float("nan")}])
+    assert path.read_text() == "seed,topp,error\n0,0,0.12346\n1,0.5,nan\n"
+    with pytest.raises(SystemExit, match="other columns"):
+        lab.Table(path, ("seed",), ("error",))
+
+
+@pytest.mark.parametrize("rule", reproduce.RULES)
+def test_pairs_keep_as_many_blocks_as_they_are_asked_for(rule: str) -> None:
+    """What is worked out from pooled scores is what the op keeps, with each rule."""
+    model = transformer.VideoTransformer(width=64, layers=1, heads=2)
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.3)
+    (site,) = reproduce.record(model, torch.randn(1, 4, 64, 64), torch.tensor([0.5]), torch.zeros(1, 10))
+    mass = reproduce.leading_mass([site])
+    for topk, topp in reproduce.pairs_of(rule, mass, 0.75):
+        _, sparsity = sparge_compile.attention(site.q, site.k, site.v, topk=topk, topp=topp, return_sparsity=True)
+        assert sparsity.item() == pytest.approx(1 - reproduce.density(mass, topk, topp), abs=1e-6)
+        assert sparsity.item() == pytest.approx(0.75, abs=0.05)
+
+
+def test_the_sparsity_of_a_model_is_measured_and_attention_is_put_back() -> None:
+    model = transformer.VideoTransformer(width=64, layers=2, heads=2).eval()
+    inputs = torch.randn(1, 4, 64, 64), torch.tensor([0.5]), torch.zeros(1, 10)
+    before = torch.nn.functional.scaled_dot_product_attention
+    assert measures.measured_sparsity(model, lab.everywhere((0.25, 0.0), heads=2), inputs) == 0.75
+    with pytest.raises(ValueError, match="no thresholds"):
+        measures.measured_sparsity(model, sparge_compile.Calibration({"other": [(0.5, 0.0)]}), inputs)
+    assert torch.nn.functional.scaled_dot_product_attention is before
+
+
+def rows(**columns: list[float]) -> list[dict[str, str]]:
+    return [dict(zip(columns, map(str, values), strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def test_figures_are_means_of_seeds() -> None:
+    two = rows(seed=[0, 0, 1], error=[0.1, 0.3, 0.4], PSNR=[20, 20, float("nan")])
+    assert fidelity.shown(two, "error") == "0.3000 ± 0.1414"  # of 0.2 and 0.4
+    assert fidelity.shown(two, "PSNR") == "20.0" and fidelity.shown([], "PSNR") == "–"
+    assert fidelity.shown(rows(seed=[0, 1], error=[1e-5, 3e-5]), "error") == "2.0e-05 ± 1.4e-05"
+
+
+def test_tables_go_between_their_marks(tmp_path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- x -->\nold\n<!-- /x -->\nb\n")
+    fidelity.fill(page, {"x": r"| new \1 |"})
+    assert page.read_text() == "a\n<!-- x -->\n| new \\1 |\n<!-- /x -->\nb\n"
+    with pytest.raises(SystemExit, match="'y'"):
+        fidelity.fill(page, {"y": ""})
+
+
+def test_the_page_holds_what_its_results_say() -> None:
+    """docs/fidelity.md is as ``reproduce.py --parts`` writes it."""
+    page = reproduce.OUT.with_suffix(".md")
+    text = page.read_text()
+    for name, table in fidelity.tables(reproduce.OUT).items():
+        assert f"<!-- {name} -->\n{table}\n<!-- /{name} -->" in text, name
+
+
+def test_the_study_measures_what_is_missing(tmp_path, monkeypatch, capsys) -> None:
+    command = "reproduce.py --parts floor --seeds 0 --batch 2 --rounds 1 --sample-steps 2 --frames 2 --out"
+    monkeypatch.setattr(sys, "argv", [*command.split(), str(tmp_path / "found")])
+    reproduce.main()
+    assert "rendered clips" in capsys.readouterr().out
+    found = fidelity.read(tmp_path / "found" / "quality.csv")
+    assert [row["attention"] for row in found] == list(dict.fromkeys(row["attention"] for row in found))
+    dense, rounded, *_ = found
+    assert float(dense["velocity error"]) == 0 < float(rounded["velocity error"]) < 1e-3
+    reproduce.main()
+    assert fidelity.read(tmp_path / "found" / "quality.csv") == found
+
+
+@pytest.mark.slow
+def test_the_whole_study_at_tiny_size(tmp_path, monkeypatch) -> None:
+    command = "reproduce.py --seeds 0 --steps 1 --long-steps 1 --batch 2 --rounds 1 --sample-steps 1 --frames 4 --out"
+    monkeypatch.setattr(sys, "argv", [*command.split(), str(tmp_path / "found")])
+    reproduce.main()
+    made = fidelity.tables(tmp_path / "found")
+    assert {"rules", "paper", "losses", "students", "defaults", "structures", "split", "ranking", "layers"} <= set(made)
+    assert all("nan" not in table for table in made.values())
+    assert len(list((tmp_path / "found").glob("*.png"))) == 2 + len(reproduce.STUDENTS)
+
+
+def test_the_demo(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--frames", "2", "--steps", "2", "--out", str(tmp_path)])
+    monkeypatch.setenv(demo.FRAMES_VARIABLE, "2")
+    assert demo.main() == 0
+    printed = capsys.readouterr().out
+    for name in ("dense", "sparse, not trained", "sparse, distilled"):
+        assert re.search(rf"^{name} .*%$", printed, re.MULTILINE), name
+    with Image.open(tmp_path / "moving_digits.gif") as gif:
+        assert gif.n_frames == 2
+    assert (tmp_path / "moving_digits.png").stat().st_size > 1000
