@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 
@@ -88,24 +89,19 @@ def test_a_table_knows_its_rows_again_and_refuses_other_columns(tmp_path) -> Non
     table.add([{"seed": 0, "topp": 0.0, "error": 0.123456789}])
     again = lab.Table(path, ("seed", "topp"), ("error",))
     assert again.has(0, 0.0) and not again.has(1, 0.0)
-    again.add([{"seed": 1, "topp": 0.5, "error": float("nan")}])
+    again.add([{"seed": seed, "topp": topp, "error": float("nan")} for seed, topp in ((0, 0.0), (1, 0.5))])
     assert path.read_text() == "seed,topp,error\n0,0,0.12346\n1,0.5,nan\n"
     with pytest.raises(SystemExit, match="other columns"):
         lab.Table(path, ("seed",), ("error",))
 
 
 @pytest.mark.parametrize("rule", reproduce.RULES)
-def test_pairs_keep_as_many_blocks_as_they_are_asked_for(rule: str) -> None:
-    """What is worked out from pooled scores is what the op keeps, with each rule."""
-    model = transformer.VideoTransformer(width=64, layers=1, heads=2)
-    for parameter in model.parameters():
-        parameter.data.add_(torch.randn_like(parameter) * 0.3)
-    (site,) = reproduce.record(model, torch.randn(1, 4, 64, 64), torch.tensor([0.5]), torch.zeros(1, 10))
-    mass = reproduce.leading_mass([site])
-    for topk, topp in reproduce.pairs_of(rule, mass, 0.75):
-        _, sparsity = sparge_compile.attention(site.q, site.k, site.v, topk=topk, topp=topp, return_sparsity=True)
-        assert sparsity.item() == pytest.approx(1 - reproduce.density(mass, topk, topp), abs=1e-6)
-        assert sparsity.item() == pytest.approx(0.75, abs=0.05)
+def test_a_pair_of_each_rule_keeps_as_many_blocks_as_it_is_asked_for(rule, tmp_path) -> None:
+    settings = argparse.Namespace(out=tmp_path, batch=2, rounds=1, frames=4, sample_steps=1)
+    bench = lab.Lab(settings, torch.device("cpu"))
+    ((topk, topp), *_) = reproduce.one_pair(bench, 0, rule, 0.8).sites["*"]
+    assert (topp == 0) == (rule == "topk") and (topk < 0.1) == (rule == "topp")
+    assert bench.sparsity(lab.everywhere((topk, topp)), 0, seen=True) == pytest.approx(1 - 3 / 16, abs=0.02)
 
 
 def test_the_sparsity_of_a_model_is_measured_and_attention_is_put_back() -> None:
@@ -147,16 +143,19 @@ def test_the_page_holds_what_its_results_say() -> None:
 
 
 def test_the_study_measures_what_is_missing(tmp_path, monkeypatch, capsys) -> None:
-    command = "reproduce.py --parts floor --seeds 0 --batch 2 --rounds 1 --sample-steps 2 --frames 2 --out"
+    command = "reproduce.py --parts floor --seeds 0 --batch 2 --rounds 1 --sample-steps 2 --frames 4 --out"
     monkeypatch.setattr(sys, "argv", [*command.split(), str(tmp_path / "found")])
     reproduce.main()
     assert "rendered clips" in capsys.readouterr().out
     found = fidelity.read(tmp_path / "found" / "quality.csv")
-    assert [row["attention"] for row in found] == list(dict.fromkeys(row["attention"] for row in found))
+    assert [row["rule"] for row in found] == list(dict.fromkeys(row["rule"] for row in found))
     dense, rounded, *_ = found
     assert float(dense["velocity error"]) == 0 < float(rounded["velocity error"]) < 1e-3
     reproduce.main()
     assert fidelity.read(tmp_path / "found" / "quality.csv") == found
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--sample-steps", "3"])
+    with pytest.raises(SystemExit, match="another kind of run"):
+        reproduce.main()
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from transformer import WEIGHTS, load
 import sparge_compile
 
 FIRST_SEED = 30_000_000  # clips of fine-tuning have the seeds from here on
+OTHER = 500_000_000  # further on in the seeds: other numbers than those that the clip was drawn with
 DROPPED = 0.2  # of the clips the classes are left out, as sampling with guidance asks for both
 
 
@@ -43,7 +44,7 @@ def batches(
     """Noisy clips, times, velocities and classes; ``kind`` goes to ``clips``."""
     for number in range(FIRST_SEED + 100_000 * seed, FIRST_SEED + 100_000 * seed + steps):
         video, classes = clips(size, number, device, **kind)
-        free = torch.rand(size, generator=torch.Generator().manual_seed(number)) < DROPPED
+        free = torch.rand(size, generator=torch.Generator().manual_seed(OTHER + number)) < DROPPED
         yield *noisy(video, number), classes * ~free[:, None].to(device)
 
 

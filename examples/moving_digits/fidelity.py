@@ -1,7 +1,7 @@
-"""The tables and pictures of docs/fidelity.md out of the results of ``reproduce.py``.
+"""The tables of docs/fidelity.md out of the results of ``reproduce.py``.
 
-In: the CSV files of a folder. Out: PNG files there, and each table between ``<!-- name -->`` and ``<!-- /name -->`` of
-the page that has the folder's name. Numbers are means over seeds, ± their standard deviation.
+In: the CSV files of a folder. Out: tables, which ``fill`` puts between ``<!-- name -->`` and ``<!-- /name -->``.
+Numbers are means over seeds, ± their standard deviation.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ PAPER = {  # Table 6 of arXiv 2602.13515, Wan2.1-1.3B: image quality and VQA
     ("hybrid", "none"): (53.18, 20.40),
     ("hybrid", "flow"): (67.23, 85.05),
 }
-FAR = ("random", "pooled before RoPE")  # ways that would fill a picture
 LAYER = re.compile(r"\d+")
 
 Row = dict[str, str]
@@ -71,6 +70,13 @@ def where(rows: Iterable[Row], **wanted: str) -> list[Row]:
     return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
 
 
+def grouped(rows: Iterable[Row], column: str) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row[column], []).append(row)
+    return groups
+
+
 def markdown(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     aligned = ["left"] + ["right"] * (len(headers) - 1)
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True, colalign=aligned)
@@ -81,15 +87,13 @@ def markdown(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def floor_table(quality: list[Row]) -> str:
     rows = where(quality, part="floor")
-    kinds = list(dict.fromkeys(row["attention"] for row in rows))
     return markdown(
-        ("", *MEASURES), ([kind, *(shown(where(rows, attention=kind), m) for m in MEASURES)] for kind in kinds)
+        ("", *MEASURES), ([kind, *(shown(of, m) for m in MEASURES)] for kind, of in grouped(rows, "rule").items())
     )
 
 
 def rules_table(quality: list[Row], measure: str) -> str:
-    rows = where(quality, part="rules")
-    lines = []
+    rows, lines = where(quality, part="rules"), []
     for loss, trained in (("none", "not trained"), ("distillation", "distilled")):
         for kind in ("one pair", "each head"):
             for rule, name in RULES.items():
@@ -100,51 +104,58 @@ def rules_table(quality: list[Row], measure: str) -> str:
 
 def paper_table(quality: list[Row]) -> str:
     rows = where(quality, target="0.95", thresholds="one pair")
-    names = {"distillation": "distilled", "none": "not trained", "flow": "plain loss"}
-    lines = []
-    for (rule, loss), (image_quality, vqa) in PAPER.items():
-        part = "losses" if loss == "flow" else "rules"
-        of = where(rows, part=part, rule=rule, loss=loss, attention="sparse")
+    names = {"distillation": "distilled", "none": "not trained", "flow": "plain loss, matched data"}
+    columns, lines = ("sparsity", "velocity error", "PSNR", "digits read", "flicker"), []
+    for (rule, loss), figures in PAPER.items():
+        of = where(rows, part="losses" if loss == "flow" else "rules", rule=rule, loss=loss)
         of = where(of, data="matched") if loss == "flow" else of
-        ours = [shown(of, m) for m in ("velocity error", "PSNR", "digits read", "flicker")]
-        lines.append([f"{RULES[rule]}, {names[loss]}", f"{image_quality:.2f}", f"{vqa:.2f}", *ours])
-    of = where(quality, part="floor", attention="dense")
-    lines.append(["full attention", "63.67", "–", *(shown(of, m) for m in ("velocity error",)), "–"])
-    lines[-1] += [shown(of, m) for m in ("digits read", "flicker")]
-    return markdown(("", "paper: IQ", "paper: VQA", "velocity error", "PSNR", "digits read", "flicker"), lines)
+        name = f"{RULES[rule]}, {names[loss]}"
+        lines.append([name, *(f"{x:.2f}" for x in figures), *(shown(of, column) for column in columns)])
+    dense = where(quality, part="floor", rule="dense")
+    lines.append(["dense", "–", "–", *(shown(dense, column) for column in columns)])
+    return markdown(("", "paper: IQ", "paper: VQA", *columns), lines)
 
 
 def losses_table(quality: list[Row]) -> str:
-    rows, lines = where(quality, part="losses"), []
-    for attention in ("sparse", "full"):
-        for loss, name in (("distillation", "distillation"), ("flow", "plain loss")):
-            for data in ("matched", "shifted"):
-                if of := where(rows, attention=attention, loss=loss, data=data):
-                    lines.append([f"{attention}, {name}, {data} data", *(shown(of, m) for m in MEASURES)])
-    return markdown(("attention, loss, data", *MEASURES), lines)
+    rules = where(quality, part="rules", rule="hybrid", thresholds="one pair", target="0.95")
+    rows = where(quality, part="losses")
+    cases = {
+        "sparse, not trained": where(rules, loss="none"),
+        "sparse, distillation, matched data": where(rules, loss="distillation"),
+        "sparse, distillation, shifted data": where(rows, rule="hybrid", loss="distillation"),
+        "sparse, plain loss, matched data": where(rows, rule="hybrid", loss="flow", data="matched"),
+        "sparse, plain loss, shifted data": where(rows, rule="hybrid", loss="flow", data="shifted"),
+        "full, plain loss, matched data": where(rows, rule="full attention", data="matched"),
+        "full, plain loss, shifted data": where(rows, rule="full attention", data="shifted"),
+    }
+    return markdown(
+        ("attention, loss, data", "sparsity", *MEASURES),
+        ([name, *(shown(of, m) for m in ("sparsity", *MEASURES))] for name, of in cases.items()),
+    )
 
 
 def students_table(quality: list[Row]) -> str:
-    rows, lines = where(quality, part="students"), []
-    for target in sorted({row["target"] for row in rows}):
-        for loss, trained in (
-            ("none", "sparse"),
-            ("distillation", "attention layers"),
-            ("distillation", "all weights"),
-        ):
-            if of := where(rows, target=target, loss=loss, attention=trained):
-                name = "not trained" if loss == "none" else f"{trained} trained"
+    rules = where(quality, part="rules", rule="hybrid", thresholds="one pair")
+    students, lines = where(quality, part="students"), []
+    for target in ("0.9", "0.95", "0.97"):
+        cases = {
+            "not trained": where(rules, loss="none", target=target),
+            "200 steps": where(rules, loss="distillation", target=target),
+            "1,000 steps of the attention layers": where(students, target=target, trained="attention layers"),
+            "1,000 steps": where(students, target=target, trained="all weights"),
+        }
+        for name, of in cases.items():
+            if of:
                 lines.append([f"{float(target):.0%}, {name}", *(shown(of, m) for m in ("sparsity", *MEASURES))])
-    of = where(quality, part="floor", attention="dense")
-    lines.append(["dense", *(shown(of, m) for m in ("sparsity", *MEASURES))])
+    dense = where(quality, part="floor", rule="dense")
+    lines.append(["dense", *(shown(dense, m) for m in ("sparsity", *MEASURES))])
     return markdown(("", "sparsity", *MEASURES), lines)
 
 
 def defaults_table(quality: list[Row]) -> str:
-    rows = where(quality, part="defaults")
-    pairs = list(dict.fromkeys(row["target"] for row in rows))
     columns = ("sparsity", "velocity error", "PSNR", "SSIM", "digits read")
-    return markdown(("topk, topp", *columns), ([p, *(shown(where(rows, target=p), m) for m in columns)] for p in pairs))
+    cases = grouped(where(quality, part="defaults"), "target").items()
+    return markdown(("topk, topp", *columns), ([name, *(shown(of, m) for m in columns)] for name, of in cases))
 
 
 def structures_table(rows: list[Row]) -> str:
@@ -190,7 +201,7 @@ def ranking_table(rows: list[Row]) -> str:
         cells = []
         for density in densities:
             of = where(rows, way=way, density=density)
-            worst = max(statistics.mean(numbers(each, "error")) for each in _by(of, "site").values())
+            worst = max(statistics.mean(numbers(each, "error")) for each in grouped(of, "site").values())
             cells.append(f"{statistics.mean(numbers(of, 'error')):.3f} / {worst:.3f}")
         lines.append([way, *cells])
     return markdown(("ranked by", *(f"{float(d):.0%} kept" for d in densities)), lines)
@@ -205,89 +216,11 @@ def layers_table(rows: list[Row], density: str = "0.1") -> str:
         lines.append([way, *(_mean(where(of, site=site), "error", 3) for site in sites)])
     ranges = []
     for site in sites:
-        heads = _by(where(rows, way="pooled", site=site), "head")
+        heads = grouped(where(rows, way="pooled", site=site), "head")
         means = [statistics.mean(numbers(each, "error")) for each in heads.values()]
         ranges.append(f"{min(means):.2f}–{max(means):.2f}")
     lines.insert(1, ["pooled: its heads", *ranges])
     return markdown(("layer", *(LAYER.findall(site)[0] for site in sites)), lines)
-
-
-def _by(rows: Iterable[Row], column: str) -> dict[str, list[Row]]:
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row[column], []).append(row)
-    return groups
-
-
-# ---- pictures
-
-
-def plot_rules(quality: list[Row], path: Path) -> None:
-    """Velocity error and digits read over the sparsity reached, a line for each rule."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    rows = where(quality, part="rules", thresholds="one pair")
-    for axis, measure in zip(axes, ("velocity error", "digits read"), strict=True):
-        for color, (rule, name) in zip(("tab:blue", "tab:orange", "tab:green"), RULES.items(), strict=True):
-            for loss, style, trained in (("none", "--", "not trained"), ("distillation", "-", "distilled")):
-                of = where(rows, rule=rule, loss=loss)
-                points = [(by_seed(each, "sparsity"), by_seed(each, measure)) for each in _by(of, "target").values()]
-                if not points:
-                    continue
-                points.sort(key=lambda point: statistics.mean(point[0]))
-                x, y = ([statistics.mean(point[i]) for point in points] for i in (0, 1))
-                low, high = ([each(point[1]) for point in points] for each in (min, max))
-                axis.plot([100 * v for v in x], y, style, marker="o", color=color, label=f"{name}, {trained}")
-                axis.fill_between([100 * v for v in x], low, high, color=color, alpha=0.15, linewidth=0)
-        dense = by_seed(where(quality, part="floor", attention="dense"), measure)
-        if measure == "digits read" and dense:
-            axis.axhline(statistics.mean(dense), color="grey", linewidth=1, label="dense")
-        axis.set_xlabel("sparsity, %")
-        axis.set_ylabel("‖u − v‖² ÷ ‖v‖²" if measure == "velocity error" else "share of digits read")
-        axis.set_title(f"{measure[0].upper()}{measure[1:]}, one pair for the model")
-    axes[0].set_yscale("log")
-    axes[1].set_ylim(bottom=0)
-    axes[1].legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def plot_ranking(rows: list[Row], path: Path) -> None:
-    """The error over the oracle's by the share of blocks kept, and by layer at a tenth."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    by_way = {
-        way: {density: statistics.mean(numbers(each, "error")) for density, each in _by(of, "density").items()}
-        for way, of in _by(rows, "way").items()
-    }
-    for way, errors in by_way.items():
-        if way not in FAR:
-            ratios = [error / by_way["oracle"][density] for density, error in errors.items()]
-            left.plot([100 * float(density) for density in errors], ratios, marker=".", label=way)
-    kept = [float(density) for density in by_way["oracle"]]
-    left.set_xscale("log")
-    left.set_xticks([100 * density for density in kept], [f"{100 * density:g}" for density in kept])
-    left.minorticks_off()
-    left.set(xlabel="key blocks kept, %", ylabel="error ÷ error of the oracle", title="Ways to rank, mean over heads")
-    left.legend(fontsize=7)
-    tenth = where(rows, density="0.1")
-    ways = ("pooled", "oracle", "tiles 2x4x8", "random")
-    for i, way in enumerate(ways):
-        layers = _by(where(tenth, way=way), "site").values()
-        bars = [statistics.mean(numbers(each, "error")) for each in layers]
-        right.bar([layer + 0.2 * (i - 1.5) for layer in range(len(bars))], bars, 0.2, label=way)
-    right.set(xlabel="layer", ylabel="relative L1 error", title="By layer, a tenth of the blocks kept")
-    right.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 # ---- the page
@@ -310,8 +243,9 @@ def tables(out: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     if quality:
         found = {
-            "versions": (out / "versions.txt").read_text().strip() + ".",
+            "settings": (out / "settings.txt").read_text().strip() + ".",
             "floor": floor_table(quality),
+            "sparsity": rules_table(quality, "sparsity"),
             "rules": rules_table(quality, "velocity error"),
             "digits": rules_table(quality, "digits read"),
             "paper": paper_table(quality),
@@ -329,18 +263,3 @@ def tables(out: Path) -> dict[str, str]:
         if rows := read(out / file):
             found[name] = table(rows)
     return found
-
-
-def report(out: Path) -> None:
-    """Write the pictures into ``out`` and its tables into the page of its name beside it; without one, print them."""
-    if quality := read(out / "quality.csv"):
-        plot_rules(quality, out / "rules.png")
-    if ranking := read(out / "ranking.csv"):
-        plot_ranking(ranking, out / "ranking.png")
-    page, made = out.with_suffix(".md"), tables(out)
-    if page.exists():
-        fill(page, made)
-        print(f"wrote {len(made)} tables into {page}")
-    else:
-        for name, table in made.items():
-            print(f"\n{name}\n{table}")

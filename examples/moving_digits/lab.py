@@ -48,11 +48,14 @@ class Table:
         return tuple(map(_text, key)) in self.done
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Add rows; those that are there already stay as they are."""
         with self.path.open("a", newline="", buffering=BUFFER) as file:
             writer = csv.writer(file, lineterminator="\n")
             for row in rows:
-                writer.writerow([_text(row[name]) for name in self.columns])
-                self.done.add(tuple(_text(row[name]) for name in self.key))
+                key = tuple(_text(row[name]) for name in self.key)
+                if key not in self.done:
+                    writer.writerow([_text(row[name]) for name in self.columns])
+                    self.done.add(key)
 
 
 def _text(value: object) -> str:
@@ -77,10 +80,11 @@ class Lab:
         self.classifier = load_classifier(device)
         self.quality_table = Table(
             args.out / "quality.csv",
-            ("part", "seed", "rule", "thresholds", "target", "data", "loss", "attention"),
-            QUALITY,
+            ("part", "seed", "rule", "thresholds", "target", "loss", "data", "trained"),
+            ("pair", *QUALITY),
         )
         self._dense_samples: tuple[int, Tensor] | None = None
+        self._began = time.perf_counter()
 
     # ---- models
 
@@ -152,9 +156,9 @@ class Lab:
             self._dense_samples = seed, self.samples(self.dense, seed)[0]
         return self._dense_samples[1]
 
-    def sparsity(self, calibration: sparge_compile.Calibration, seed: int) -> float:
-        """Of the sparse model as it is, on held-out clips."""
-        mixed, when, _, classes = next(self.held_out(seed))
+    def sparsity(self, calibration: sparge_compile.Calibration, seed: int, *, seen: bool = False) -> float:
+        """Of the sparse model with the weights that it has, on held-out clips or on seen ones."""
+        mixed, when, _, classes = self.seen(seed)[0] if seen else next(self.held_out(seed))
         with precision(self.device):
             return measured_sparsity(self.model, calibration, (mixed, when, classes))
 
@@ -172,11 +176,40 @@ class Lab:
         )
         return dict(zip(QUALITY, values, strict=True))
 
-    def add(self, began: float, key: tuple[object, ...], found: dict[str, float]) -> None:
-        seconds = time.perf_counter() - began
-        self.quality_table.add([{**dict(zip(self.quality_table.key, key, strict=True)), **found}])
+    # ---- results
+
+    def has(self, *key: object) -> bool:
+        return self.quality_table.has(*key)
+
+    def measure(
+        self,
+        key: tuple[object, ...],
+        seed: int,
+        calibration: sparge_compile.Calibration | None,
+        steps: int = 0,
+        **training: Any,
+    ) -> nn.Module:
+        """Add the row of a sparse model, after some steps of training (see ``tuned``) if there are any; None: of the
+        dense model. Gives the model."""
+        if steps or calibration is None:
+            model = self.tuned(seed, calibration, steps, **training)
+        else:
+            model = self.sparse(calibration)
+        sparsity = 0.0 if calibration is None else self.sparsity(calibration, seed)
+        self.add(key, self.quality(model, seed, sparsity), calibration)
+        return model
+
+    def add(
+        self,
+        key: tuple[object, ...],
+        found: dict[str, float],
+        calibration: sparge_compile.Calibration | None = None,
+    ) -> None:
+        pairs = set() if calibration is None else {pair for pairs in calibration.sites.values() for pair in pairs}
+        pair = "{:.5g}, {:.5g}".format(*pairs.pop()) if len(pairs) == 1 else ""
+        self.quality_table.add([{**dict(zip(self.quality_table.key, key, strict=True)), "pair": pair, **found}])
         text = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
-        print(f"[{seconds:5.1f} s] {' · '.join(map(str, key))}: {text}", flush=True)
+        print(f"[{time.perf_counter() - self._began:6.1f} s] {' · '.join(map(str, key))}: {text}", flush=True)
 
 
 def everywhere(pair: tuple[float, float], heads: int = 4) -> sparge_compile.Calibration:

@@ -5,129 +5,82 @@
     python examples/moving_digits/reproduce.py --parts               # tables and pictures alone; needs no GPU
 
 Every result is a row of a CSV file, written as soon as it is there; what is there is not measured again. A run may be
-stopped, and parts or seeds may be measured side by side on several GPUs: they add to the same files. Parts:
-attention (error split, ranking, structured inputs), floor (dense values, noise floors), defaults (untuned thresholds),
-rules (Top-k, Top-p, hybrid, training-free), students (long distillation; pictures), losses (distillation against the
-plain loss), distilled (the rules after distillation).
+stopped, and other parts or seeds may be measured beside it on another GPU: they add to the same files. Parts: attention
+(error split, ranking, structured inputs), floor (dense values, noise floors), defaults (thresholds without an aim at
+sparsity), rules (Top-k, Top-p, hybrid, training-free), distilled (the rules after distillation), losses (distillation
+against the plain loss, matched and shifted data), students (long distillation; pictures).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
-import time
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from attention_study import Site, error_split, ranking_gaps, record, synthetic
-from digits import FRAMES, clips
-from distil import held_out_error, precision
-from fidelity import report
+from attention_study import error_split, ranking_gaps, record, synthetic
+from digits import FRAMES, SIDE, clips
+from distil import precision
+from fidelity import RULES, fill, read, tables
 from lab import QUALITY, Lab, Table, everywhere
 from measures import accuracy, flicker, psnr, ssim
 from pictures import sheet
-from torch import Tensor
+from plots import plot_ranking, plot_rules
 from train import HELD_OUT_SEED
 from transformer import load
 
 import sparge_compile
-from sparge_compile.kernels.block_map import KEY_BLOCK, QUERY_BLOCK
-from sparge_compile.kernels.reference import pool, topk_length, topp_length
+from sparge_compile.kernels.block_map import KEY_BLOCK
 
 OUT = Path(__file__).resolve().parents[2] / "docs" / "fidelity"
 SPARSITIES = (0.95, 0.9, 0.97, 0.8, 0.85)  # the paper's first
-RULES = ("topk", "topp", "hybrid")
 KINDS = ("one pair", "each head")
 DENSITIES = (0.03, 0.05, 0.1, 0.2, 0.5)
 STRUCTURES = ("uniform", "skewed", "clustered", "local")
 PAIRS = ((0.3, 0.4), (0.4, 0.5), (0.5, 0.0), (0.5, 0.4), (0.5, 0.6), (0.5, 0.8), (0.6, 0.7), (0.7, 0.8))  # topk, topp
+BOUNDS = (0.05, 0.1)  # on the error of each head's attention output
 STUDENTS = (0.9, 0.95, 0.97)
-TOPK_SHARE = 0.6  # of the blocks that a hybrid pair keeps, where no other is asked for
+TOPK_SHARE = 0.6  # of a hybrid pair's blocks; the paper's pair at 95 % has about as many
 NO_TOPK = 1e-3  # one block at least is kept anyhow
-STUDIED, CALIBRATED, SHOWN = 2, 4, 6  # clips: of the study of attention, of a calibration's batch, in a picture
-
-Pair = tuple[float, float]
+STUDIED, SHOWN = 2, 6  # clips: of the study of attention, of a picture
 
 
 # ---- thresholds
 
 
-def leading_mass(sites: Iterable[Site]) -> Tensor:
-    """The pooled rule's mass of the leading key blocks, a row for each query block of every head: [rows, Nk]."""
-    rows = []
-    for site in sites:
-        scores = site.q.shape[-1] ** -0.5 * pool(site.q, QUERY_BLOCK) @ pool(site.k, KEY_BLOCK).mT
-        rows.append(scores.softmax(-1).sort(-1, descending=True).values.cumsum(-1).flatten(0, 2))
-    return torch.cat(rows)
-
-
-def density(mass: Tensor, topk: float, topp: float) -> float:
-    """The mean share of key blocks that a pair keeps."""
-    blocks = mass.shape[-1]
-    n = torch.tensor(blocks, device=mass.device)
-    k, p = (torch.tensor(x, device=mass.device) for x in (topk, topp))
-    return (torch.maximum(topk_length(k, n), topp_length(p, n, mass)).float().mean() / blocks).item()
-
-
-def topp_for(mass: Tensor, topk: float, wanted: float) -> float:
-    """The topp with which a pair keeps a density, by bisection."""
-    low, high = 0.0, 1.0
-    for _ in range(24):
-        middle = (low + high) / 2
-        low, high = (middle, high) if density(mass, topk, middle) < wanted else (low, middle)
-    return low
-
-
-def kept_blocks(sparsity: float, blocks: int) -> int:
+def kept_blocks(lab: Lab, sparsity: float) -> int:
     """Top-k keeps whole blocks; the other rules are asked for as many."""
-    return max(1, round((1 - sparsity) * blocks))
+    return max(1, round((1 - sparsity) * blocks(lab)))
 
 
-def hybrid_pair(mass: Tensor, sparsity: float, share: float = TOPK_SHARE) -> Pair:
-    """A pair of which Top-k alone keeps ``share`` of the blocks, and Top-p adds what is missing."""
-    blocks = mass.shape[-1]
-    kept = kept_blocks(sparsity, blocks)
-    topk = max(1, round(kept * share)) / blocks
-    return topk, topp_for(mass, topk, kept / blocks)
+def blocks(lab: Lab) -> int:
+    return lab.args.frames * (SIDE // lab.teacher.patch) ** 2 // KEY_BLOCK
 
 
-def pairs_of(rule: str, mass: Tensor, sparsity: float) -> list[Pair]:
-    """Pairs of one rule that keep as many blocks as Top-k does: several of the hybrid, with more and less of each."""
-    kept = kept_blocks(sparsity, mass.shape[-1]) / mass.shape[-1]
+def one_pair(lab: Lab, seed: int, rule: str, sparsity: float) -> sparge_compile.Calibration:
+    """The pair of a rule with which the model keeps as many blocks, on clips that are seen, as Top-k alone does."""
+    kept = kept_blocks(lab, sparsity)
     if rule == "topk":
-        return [(kept, 0.0)]
-    if rule == "topp":
-        return [(NO_TOPK, topp_for(mass, NO_TOPK, kept))]
-    return list(dict.fromkeys(hybrid_pair(mass, sparsity, share) for share in (0.3, 0.45, TOPK_SHARE, 0.85)))
+        return everywhere((kept / blocks(lab), 0.0))
+    lab.sparse(everywhere((kept / blocks(lab), 0.0)))  # with the teacher's weights
+    topk = NO_TOPK if rule == "topp" else max(1, round(TOPK_SHARE * kept)) / blocks(lab)
+    low, high = 0.0, 1.0
+    for _ in range(10):
+        topp = (low + high) / 2
+        is_sparser = lab.sparsity(everywhere((topk, topp)), seed, seen=True) > 1 - kept / blocks(lab)
+        low, high = (topp, high) if is_sparser else (low, topp)
+    return everywhere((topk, high))
 
 
-def seen_mass(lab: Lab, seed: int) -> Tensor:
-    mixed, when, _, classes = lab.seen(seed)[0]
-    return leading_mass(record(lab.teacher, mixed, when, classes))
-
-
-def chosen_thresholds(lab: Lab, seed: int) -> dict[tuple[str, str, float], sparge_compile.Calibration]:
-    """By rule, ``one pair`` or ``each head``, and sparsity. A hybrid pair is the one of the least velocity error on
-    clips that are seen."""
-    seen, mass = lab.seen(seed), seen_mass(lab, seed)
-    blocks, found = mass.shape[-1], {}
-    for rule in RULES:
-        for target in SPARSITIES:
-            candidates = [everywhere(pair) for pair in pairs_of(rule, mass, target)]
-            errors = [0.0]
-            if len(candidates) > 1:
-                errors = [held_out_error(lab.sparse(each), lab.dense, seen)[0] for each in candidates]
-            found[rule, "one pair", target] = candidates[errors.index(min(errors))]
-        few = [(mixed[:CALIBRATED], when[:CALIBRATED], classes[:CALIBRATED]) for mixed, when, _, classes in seen]
-        with precision(lab.device):
-            calibrated = sparge_compile.calibrate(
-                lab.teacher, few, target_sparsity=0.8, mode=rule, options={"min_seq_len": 0}
-            )
-        for target in SPARSITIES:
-            found[rule, "each head", target] = calibrated.at(target_sparsity=1 - kept_blocks(target, blocks) / blocks)
-    return found
+def calibrated(lab: Lab, seed: int, rule: str = "hybrid") -> sparge_compile.Calibration:
+    """What ``sparge_compile.calibrate`` measures on clips that are seen, to be aimed with ``at``."""
+    batches = [(mixed, when, classes) for mixed, when, _, classes in lab.seen(seed)]
+    with precision(lab.device):
+        return sparge_compile.calibrate(
+            lab.teacher, batches, target_sparsity=0.8, mode=rule, options={"min_seq_len": 0}
+        )
 
 
 # ---- parts
@@ -175,46 +128,49 @@ def attention(lab: Lab, seed: int) -> None:
 
 def floor(lab: Lab, seed: int) -> None:
     """Dense values, and how far apart two dense models are that differ in rounding or in their noise."""
-    key = ("floor", seed, "", "", "", "", "")
-    if lab.quality_table.has(*key, "rendered clips"):
+
+    def add(kind: str, **found: float) -> None:
+        lab.add(("floor", seed, kind, "", "", "", "", ""), dict.fromkeys(QUALITY, math.nan) | found)
+
+    if lab.has("floor", seed, "rendered clips", "", "", "", "", ""):
         return
-    began, unknown = time.perf_counter(), dict.fromkeys(QUALITY, math.nan)
-    lab.add(began, (*key, "dense"), lab.quality(lab.dense, seed, 0.0))
-    rounded = load(device=lab.device, dtype=torch.bfloat16)
-    lab.add(began, (*key, "dense, bfloat16 throughout"), lab.quality(rounded, seed, 0.0))
+    add("dense", **lab.quality(lab.dense, seed, 0.0))
+    add("dense, weights in bfloat16", **lab.quality(load(device=lab.device, dtype=torch.bfloat16), seed, 0.0))
     dense, other = lab.dense_samples(seed), lab.samples(lab.dense, seed + 500)[0]
-    values = {"PSNR": psnr(other, dense).mean().item(), "SSIM": ssim(other, dense).mean().item()}
-    lab.add(began, (*key, "dense, other noise and classes"), unknown | values)
+    add("dense, other noise and classes", PSNR=psnr(other, dense).mean().item(), SSIM=ssim(other, dense).mean().item())
     video, classes = clips(len(dense), HELD_OUT_SEED + 500 + seed, lab.device, held_out=True, frames=lab.args.frames)
     read = accuracy(lab.classifier, video, classes).mean().item()
-    lab.add(began, (*key, "rendered clips"), unknown | {"flicker": flicker(video).mean().item(), "digits read": read})
+    add("rendered clips", flicker=flicker(video).mean().item(), **{"digits read": read})
 
 
 def defaults(lab: Lab, seed: int) -> None:
-    """Untuned pairs for the whole model."""
-    for pair in PAIRS:
-        key = ("defaults", seed, "hybrid", "one pair", f"{pair[0]:g}, {pair[1]:g}", "", "none", "sparse")
-        if not lab.quality_table.has(*key):
-            began, calibration = time.perf_counter(), everywhere(pair)
-            model = lab.sparse(calibration)
-            lab.add(began, key, lab.quality(model, seed, lab.sparsity(calibration, seed)))
+    """Untuned pairs for the whole model, and a bound on each head's error."""
+    cases = [("one pair", f"{topk:g}, {topp:g}") for topk, topp in PAIRS]
+    cases += [("each head", f"error {bound:g}") for bound in BOUNDS]
+    keys = [("defaults", seed, "hybrid", kind, target, "none", "", "") for kind, target in cases]
+    if all(lab.has(*key) for key in keys):
+        return
+    fronts = calibrated(lab, seed)
+    found = [everywhere(pair) for pair in PAIRS] + [fronts.at(target_error=bound, by="worst") for bound in BOUNDS]
+    for key, calibration in zip(keys, found, strict=True):
+        lab.measure(key, seed, calibration)
 
 
 def rules(lab: Lab, seed: int, steps: int = 0) -> None:
     """Rules at equal sparsity: without training or, with some ``steps`` of distillation, the same masks after it."""
-    loss = ("matched", "distillation") if steps else ("", "none")
-    keys = [
-        ("rules", seed, rule, kind, target, *loss, "sparse")
-        for target in SPARSITIES
-        for rule in RULES
-        for kind in KINDS
-    ]
-    missing = [key for key in keys if not lab.quality_table.has(*key)]
-    thresholds = chosen_thresholds(lab, seed) if missing else {}
+    how = ("distillation", "matched", "all weights") if steps else ("none", "", "")
+    keys = [("rules", seed, *case, *how) for case in itertools.product(RULES, KINDS, SPARSITIES)]
+    missing = sorted((key for key in keys if not lab.has(*key)), key=lambda key: SPARSITIES.index(key[4]))
+    fronts = {
+        rule: calibrated(lab, seed, rule) for rule in RULES if any(key[2:4] == (rule, "each head") for key in missing)
+    }
     for key in missing:
-        began, calibration = time.perf_counter(), thresholds[key[2:5]]
-        model = lab.tuned(seed, calibration, steps) if steps else lab.sparse(calibration)
-        lab.add(began, key, lab.quality(model, seed, lab.sparsity(calibration, seed)))
+        rule, kind, target = key[2:5]
+        if kind == "one pair":
+            calibration = one_pair(lab, seed, rule, target)
+        else:
+            calibration = fronts[rule].at(target_sparsity=1 - kept_blocks(lab, target) / blocks(lab))
+        lab.measure(key, seed, calibration, steps)
 
 
 def distilled(lab: Lab, seed: int) -> None:
@@ -223,46 +179,74 @@ def distilled(lab: Lab, seed: int) -> None:
 
 
 def losses(lab: Lab, seed: int) -> None:
-    """Distillation against the plain flow-matching loss, on matched and on shifted data, and what the plain loss does
-    to full attention."""
-    calibration = None
-    for data in ("matched", "shifted"):
-        for loss, kind in (("distillation", "sparse"), ("flow", "sparse"), ("flow", "full")):
-            key = ("losses", seed, "hybrid", "one pair", 0.95, data, loss, kind)
-            if lab.quality_table.has(*key):
-                continue
-            began = time.perf_counter()
-            calibration = calibration or everywhere(hybrid_pair(seen_mass(lab, seed), 0.95))
-            given = calibration if kind == "sparse" else None
-            student = lab.tuned(seed, given, lab.args.steps, loss=loss, shifted=data == "shifted")
-            lab.add(began, key, lab.quality(student, seed, lab.sparsity(calibration, seed) if given else 0.0))
+    """What ``distilled`` lacks to compare the losses: shifted data, and the plain loss, with full attention too."""
+    for rule, loss, data in (
+        ("hybrid", "distillation", "shifted"),
+        ("hybrid", "flow", "matched"),
+        ("hybrid", "flow", "shifted"),
+        ("full attention", "flow", "matched"),
+        ("full attention", "flow", "shifted"),
+    ):
+        key = ("losses", seed, rule, "one pair", 0.95, loss, data, "all weights")
+        if not lab.has(*key):
+            calibration = one_pair(lab, seed, rule, 0.95) if rule in RULES else None
+            lab.measure(key, seed, calibration, lab.args.steps, loss=loss, shifted=data == "shifted")
 
 
 def students(lab: Lab, seed: int) -> None:
-    """How far long distillation holds, of the attention layers alone and of all weights; of seed 0, pictures too."""
-    mass = None
-    for target in STUDENTS:
-        key = ("students", seed, "hybrid", "one pair", target, "matched")
-        kinds = (("none", "sparse"), ("distillation", "attention layers"), ("distillation", "all weights"))
-        missing = [kind for kind in kinds if not lab.quality_table.has(*key, *kind)]
-        if not missing:
+    """How far long distillation holds, of all weights and of the attention layers alone; of seed 0, pictures of the
+    former."""
+    for trained, target in itertools.product(("all weights", "attention layers"), STUDENTS):
+        key = ("students", seed, "hybrid", "one pair", target, "distillation", "matched", trained)
+        picture = lab.args.out / f"samples_{100 * target:.0f}.png" if (seed, trained) == (0, "all weights") else None
+        if lab.has(*key) and (picture is None or picture.exists()):
             continue
-        mass = seen_mass(lab, seed) if mass is None else mass
-        calibration = everywhere(hybrid_pair(mass, target))
-        for loss, trained in missing:
-            began, model = time.perf_counter(), lab.sparse(calibration)
-            if loss != "none":
-                model = lab.tuned(seed, calibration, lab.args.long_steps, all_weights=trained == "all weights")
-            lab.add(began, (*key, loss, trained), lab.quality(model, seed, lab.sparsity(calibration, seed)))
-        if seed == 0:  # the last one that was trained is there still
-            videos = {"dense": lab.dense_samples(seed), f"{target:.0%}, distilled": lab.samples(model, seed)[0]}
+        calibration, steps = one_pair(lab, seed, "hybrid", target), lab.args.long_steps
+        student = lab.measure(key, seed, calibration, steps, all_weights=trained == "all weights")
+        if picture is not None:
+            videos = {"dense": lab.dense_samples(seed), f"{target:.0%}, distilled": lab.samples(student, seed)[0]}
             videos[f"{target:.0%}, not trained"] = lab.samples(lab.sparse(calibration), seed)[0]
-            sheet({name: each[:SHOWN].cpu() for name, each in videos.items()}).save(
-                lab.args.out / f"samples_{100 * target:.0f}.png"
-            )
+            sheet({name: each[:SHOWN].cpu() for name, each in videos.items()}).save(picture)
 
 
 PARTS = {part.__name__: part for part in (attention, floor, defaults, rules, students, losses, distilled)}
+
+
+def report(out: Path) -> None:
+    """Write the pictures into ``out`` and its tables into the page of its name beside it; without one, print them."""
+    if quality := read(out / "quality.csv"):
+        plot_rules(quality, out / "rules.png")
+    if ranking := read(out / "ranking.csv"):
+        plot_ranking(ranking, out / "ranking.png")
+    page, made = out.with_suffix(".md"), tables(out)
+    if page.exists():
+        fill(page, made)
+        print(f"wrote {len(made)} tables into {page}")
+    else:
+        for name, table in made.items():
+            print(f"\n{name}\n{table}")
+
+
+def settings(args: argparse.Namespace, device: torch.device) -> str:
+    where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    return (
+        f"torch {torch.__version__}, {where}; clips of {args.frames} frames; {args.steps} steps of fine-tuning, "
+        f"{args.long_steps} of the students, on batches of {args.batch} clips; "
+        f"{args.rounds * args.batch} held-out clips and {args.rounds * (args.batch // 2)} samples of "
+        f"{args.sample_steps} steps for a figure\n"
+    )
+
+
+def check_settings(path: Path, wanted: str) -> None:
+    """One folder holds results of one kind of run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        path.write_text(wanted)
+    elif (found := path.read_text()) != wanted:
+        raise SystemExit(
+            f"{path.parent} has results of another kind of run:\n  there: {found}  this run: {wanted}"
+            "Repeat those settings on such a device, or give --out a new folder. (--parts alone measures nothing.)"
+        )
 
 
 def main() -> None:
@@ -277,17 +261,13 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=FRAMES, help=f"a multiple of 4 ({FRAMES})")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
+    if args.frames % 4 or args.batch < 2:
+        parser.error("--frames must be a multiple of 4, --batch at least 2")
     if args.parts:
         torch._dynamo.config.recompile_limit = 64  # one class, compiled dense and sparse, to train and to run
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        check_settings(args.out / "settings.txt", settings(args, device))
         lab = Lab(args, device)
-        where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-        (args.out / "versions.txt").write_text(
-            f"torch {torch.__version__}, {where}, sparge_compile {sparge_compile.__version__}; "
-            f"{args.steps} steps of fine-tuning, {args.long_steps} of the students, batches of {args.batch} clips, "
-            f"{args.rounds * args.batch} held-out clips and {args.rounds * (args.batch // 2)} samples for a figure, "
-            f"{args.sample_steps} steps of sampling\n"
-        )
         for part in args.parts:
             for seed in args.seeds:
                 PARTS[part](lab, seed)

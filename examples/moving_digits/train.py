@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformer import WEIGHTS, VideoTransformer
 
+SETTINGS = ("steps", "batch", "lr", "ema", "shift", "init", "seed")  # which a run that goes on must repeat
 HELD_OUT_SEED = 20_000_000  # clips of training have the seeds below
 
 
@@ -33,6 +34,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 def batch_of(number: int, size: int, device: torch.device, shift: float) -> tuple[torch.Tensor, ...]:
     """Noisy clips, times, velocities, classes; of one clip in ten the classes are left out, for guidance."""
     video, classes = clips(size, number, device)
+    # The same random numbers as those of the first clip's classes: not meant so, but the weights were made with it.
     free = torch.rand(size, generator=torch.Generator().manual_seed(number)) < 0.1
     classes = classes * ~free[:, None].to(device)
     return *noisy(video, number, shift), classes
@@ -57,13 +59,11 @@ def train_teacher(args: argparse.Namespace, device: torch.device) -> nn.Module:
         model.load_state_dict({name: each.float() for name, each in load_file(args.init).items()})
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    start = 0
+    start, settings = 0, {name: str(getattr(args, name)) for name in SETTINGS}
     if args.state.exists():
         state = torch.load(args.state, map_location=device)
-        if state["steps"] != args.steps or state["seed"] != args.seed:
-            raise SystemExit(
-                f"{args.state} is of --steps {state['steps']} --seed {state['seed']}; remove it or repeat those"
-            )
+        if state["settings"] != settings:
+            raise SystemExit(f"{args.state} is of a run with {state['settings']}; remove it or repeat those")
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
@@ -94,7 +94,7 @@ def train_teacher(args: argparse.Namespace, device: torch.device) -> nn.Module:
         if done % 500 == 0 or done == args.steps or spent > args.seconds:
             state = {"model": model, "average": average, "optimizer": optimizer}
             state = {name: each.state_dict() for name, each in state.items()}
-            torch.save({**state, "step": done, "steps": args.steps, "seed": args.seed}, args.state)
+            torch.save({**state, "step": done, "settings": settings}, args.state)
         if spent > args.seconds:
             args.say(f"stopped after {done} of {args.steps} steps; the same command goes on")
             break
