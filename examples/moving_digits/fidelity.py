@@ -95,9 +95,10 @@ def floor_table(quality: list[Row]) -> str:
 def rules_table(quality: list[Row], measure: str) -> str:
     rows, lines = where(quality, part="rules"), []
     for loss, trained in (("none", "not trained"), ("distillation", "distilled")):
-        for kind in ("one pair", "each head"):
+        for kind in ("one pair", "each head", "by influence"):
             for rule, name in RULES.items():
-                of = where(rows, loss=loss, thresholds=kind, rule=rule)
+                if not (of := where(rows, loss=loss, thresholds=kind, rule=rule)):
+                    continue
                 lines.append([f"{trained}, {kind}, {name}", *(shown(where(of, target=t), measure) for t in TARGETS)])
     return markdown(("", *(f"{float(t):.0%}" for t in TARGETS)), lines)
 

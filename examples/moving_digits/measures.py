@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import itertools
 import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -48,27 +50,34 @@ def ssim(video: Tensor, other: Tensor) -> Tensor:
     return similar.flatten(1).mean(1).view(video.shape[:2]).mean(1)
 
 
-def measured_sparsity(model: nn.Module, calibration: sparge_compile.Calibration, inputs: tuple[Tensor, ...]) -> float:
-    """The mean over the layers of one forward of the uncompiled model, with sparse attention put in by hand."""
+@contextmanager
+def attention_by_hand(model: nn.Module, attend: Callable[[str, Tensor, Tensor, Tensor], Tensor]) -> Iterator[None]:
+    """In it, one forward of the uncompiled model calls ``attend`` with the site's name, q, k and v [B, H, L, D]."""
     names = iter([name for name, each in model.named_modules() if name.endswith(".attention")])
-    dense_attention, found = F.scaled_dot_product_attention, []
+    dense = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = lambda query, key, value: attend(next(names), query, key, value)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        F.scaled_dot_product_attention = dense
 
-    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        name = next(names)
+
+def measured_sparsity(model: nn.Module, calibration: sparge_compile.Calibration, inputs: tuple[Tensor, ...]) -> float:
+    """The mean over the layers of one forward of the uncompiled model."""
+    found = []
+
+    def attend(name: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         pairs = calibration.lookup(name, query.shape[1], query.shape[3])
         if pairs is None:
             raise ValueError(f"the calibration has no thresholds for {name}: calibrate this model anew")
-        topk, topp = torch.tensor(pairs, device=query.device).expand(query.shape[1], 2).unbind(1)
+        topk, topp = torch.tensor(pairs, device=query.device).unbind(1)
         sparse, sparsity = sparge_compile.attention(query, key, value, topk=topk, topp=topp, return_sparsity=True)
         found.append(sparsity.item())
         return sparse
 
-    F.scaled_dot_product_attention = attention
-    try:
-        with torch.no_grad():
-            model(*inputs)
-    finally:
-        F.scaled_dot_product_attention = dense_attention
+    with attention_by_hand(model, attend):
+        model(*inputs)
     return statistics.mean(found)
 
 
