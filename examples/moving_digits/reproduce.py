@@ -7,8 +7,8 @@
 Every result is a row of a CSV file, written as soon as it is there; what is there is not measured again. A run may be
 stopped, and other parts or seeds may be measured beside it on another GPU: they add to the same files. Parts: attention
 (error split, ranking, structured inputs), floor (dense values, noise floors), defaults (thresholds without an aim at
-sparsity), rules (Top-k, Top-p, hybrid, training-free), distilled (the rules after distillation), losses (distillation
-against the plain loss, matched and shifted data), students (long distillation; pictures).
+sparsity), rules (Top-k, Top-p, hybrid, training-free), losses (distillation against the plain loss, matched and shifted
+data), distilled (the rules after distillation), students (long distillation; pictures).
 """
 
 from __future__ import annotations
@@ -210,7 +210,9 @@ def defaults(lab: Lab, seed: int) -> None:
 def rules(lab: Lab, seed: int, steps: int = 0) -> None:
     """Rules at equal sparsity: without training or, with some ``steps`` of distillation, the same masks after it."""
     how = ("distillation", "matched", "all weights") if steps else ("none", "", "")
-    cases = itertools.product(SPARSITIES, RULES, KINDS)
+    cases = itertools.product(
+        SPARSITIES, RULES, KINDS[:2] if steps else KINDS
+    )  # influence is of the dense model's heads
     keys = [("rules", seed, rule, kind, target, *how) for target, rule, kind in cases]
     missing = [key for key in keys if not lab.has(*key)]
     fronts = {rule: calibrated(lab, seed, rule) for rule in {key[2] for key in missing if key[3] != "one pair"}}
@@ -265,7 +267,7 @@ def students(lab: Lab, seed: int) -> None:
             sheet({name: each[:SHOWN].cpu() for name, each in videos.items()}).save(picture)
 
 
-PARTS = {part.__name__: part for part in (attention, floor, defaults, rules, students, losses, distilled)}
+PARTS = {part.__name__: part for part in (attention, floor, defaults, rules, losses, distilled, students)}
 
 
 def report(out: Path) -> None:
