@@ -15,6 +15,7 @@ _WHERE = {
     "attention": "functional",
     "diffusers_callback": "attachment",
     "explain": "backend",
+    "head_influence": "calibrate.influence",
     "BlockMap": "kernels.block_map",
     "Calibration": "thresholds",
     "CostModel": "cost",
@@ -38,12 +39,14 @@ __all__ = [
     "calibrate",
     "diffusers_callback",
     "explain",
+    "head_influence",
     "rewrite",
 ]
 
 if TYPE_CHECKING:
     from .attachment import attach
     from .backend import explain
+    from .calibrate.influence import head_influence
     from .config import Options
     from .cost import CostModel
     from .distill import DistillationHook

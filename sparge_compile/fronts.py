@@ -35,10 +35,11 @@ DENSE = Point(1.0, 0.0, 1.0, 0.0, 0.0)
 
 
 class Unit(NamedTuple):
-    """A head in one phase: its front, and the visible key blocks that it has in all, as its weight."""
+    """A head in one phase: its front, the visible key blocks that it has in all, and what its squared error counts."""
 
     front: Sequence[Point]
     cost: float
+    weight: float | None = None  # None: as its cost
 
 
 def error_of(point: Point, by: str) -> float:
@@ -63,10 +64,10 @@ def sparsest(front: Iterable[Point], bound: float, by: str) -> Point:
 def spread(units: Sequence[Unit], sparsity: float, by: str) -> list[Point]:
     """A point for each unit, so that the sparsity of all together is reached where it hurts least.
 
-    Minimised is the sum over units of cost · error², because the errors of heads are about independent and add up so in
-    what they are summed into, and squares keep single heads from ruin. All units start at their sparsest; steps along
-    their convex hulls are taken in the order of what they gain for a block, which is what one Lagrange multiplier for
-    all of them would choose, until nothing more fits.
+    Minimised is the sum over units of weight · error², because the errors of heads are about independent and add up so
+    in what they are summed into, and squares keep single heads from ruin. All units start at their sparsest; steps
+    along their convex hulls are taken in the order of what they gain for a block, which is what one Lagrange multiplier
+    for all of them would choose, until nothing more fits.
 
     Raises:
         ValueError: the sparsity cannot be reached with the points that were measured.
@@ -85,7 +86,8 @@ def spread(units: Sequence[Unit], sparsity: float, by: str) -> list[Point]:
             )
         )
     at = [0] * len(units)
-    steps = [(-_gain(hulls[i], 0, by), i) for i in range(len(units)) if len(hulls[i]) > 1]
+    worth = [1.0 if unit.weight is None else unit.weight / max(unit.cost, 1e-9) for unit in units]
+    steps = [(-worth[i] * _gain(hulls[i], 0, by), i) for i in range(len(units)) if len(hulls[i]) > 1]
     heapq.heapify(steps)
     while steps:
         _, i = heapq.heappop(steps)
@@ -95,7 +97,7 @@ def spread(units: Sequence[Unit], sparsity: float, by: str) -> list[Point]:
         budget -= extra
         at[i] += 1
         if at[i] + 1 < len(hulls[i]):
-            heapq.heappush(steps, (-_gain(hulls[i], at[i], by), i))
+            heapq.heappush(steps, (-worth[i] * _gain(hulls[i], at[i], by), i))
     return [hull[place] for hull, place in zip(hulls, at, strict=True)]
 
 

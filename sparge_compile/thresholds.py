@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -132,7 +133,12 @@ class Calibration:
         return Calibration(sites)
 
     def at(
-        self, *, target_error: float | None = None, target_sparsity: float | None = None, by: str | None = None
+        self,
+        *,
+        target_error: float | None = None,
+        target_sparsity: float | None = None,
+        by: str | None = None,
+        influence: Mapping[str, Sequence[float]] | None = None,
     ) -> Calibration:
         """The same measurements with thresholds for another aim; the model does not run.
 
@@ -140,9 +146,13 @@ class Calibration:
             target_error: each head keeps as few key blocks as leave its relative L1 error within this bound.
             target_sparsity: the whole model keeps this share fewer blocks, where it hurts least.
             by: ``"worst"``: the error is the largest of the samples; ``"mean"``: their mean. Default: as before.
+            influence: with a sparsity, what the squared mean error of each head counts, by site, as
+                ``sparge_compile.head_influence`` measures it. The file does not keep it. Default: as many as the head
+                has blocks.
 
         Raises:
-            ValueError: no measurements, not exactly one aim, one out of range, or one that cannot be reached.
+            ValueError: no measurements, not exactly one aim, one out of range, or one that cannot be reached; an
+                influence without a sparsity as aim, with phases, for other sites or heads, or of a negative number.
         """
         if self.origin is None:
             raise ValueError(
@@ -153,8 +163,11 @@ class Calibration:
                     todo="Calibrate the model.",
                 )
             )
+        if influence is not None:
+            _check_influence(influence, self, target_sparsity, by)
+            by = "mean"
         origin = self.origin.aimed(check_aim(target_error, target_sparsity, by or self.origin.by, self.origin.mode))
-        return from_points(origin, list(self.phases), choose(origin))
+        return from_points(origin, list(self.phases), choose(origin, influence))
 
     def points(self) -> Iterator[tuple[str, int, list[Point], SiteCurves]]:
         """For each calibrated site and phase: its name, the phase's number, the measured point of each head."""
@@ -293,10 +306,10 @@ def check_progress(fraction: float) -> None:
 Key = tuple[str, int, int]  # a site, the number of a phase, a head
 
 
-def choose(origin: Origin) -> dict[Key, Point]:
+def choose(origin: Origin, influence: Mapping[str, Sequence[float]] | None = None) -> dict[Key, Point]:
     """The point of each head for the aim of an origin, from its fronts."""
     units = {
-        (name, i, head): Unit(front, phase.cost)
+        (name, i, head): Unit(front, phase.cost, None if influence is None else influence[name][head])
         for name, curves in origin.curves.items()
         for i, phase in enumerate(curves.phases)
         for head, front in enumerate(phase.heads)
@@ -324,6 +337,32 @@ def with_origin(calibration: Calibration, **changes: Any) -> Calibration:
     """The same thresholds with other words on where they come from."""
     assert calibration.origin is not None
     return replace(calibration, origin=replace(calibration.origin, **changes))
+
+
+def _check_influence(influence: Any, calibration: Calibration, target_sparsity: float | None, by: str | None) -> None:
+    heads = {name: len(pairs) for name, pairs in calibration.sites.items()}
+    wrong = None
+    if target_sparsity is None or calibration.phases:
+        wrong = "one without target_sparsity" if target_sparsity is None else "one for thresholds with phases"
+    elif by == "worst":
+        wrong = 'one with by="worst"; it is a factor of mean errors'
+    elif not isinstance(influence, Mapping) or not all(isinstance(each, Sequence) for each in influence.values()):
+        wrong = f"{type(influence).__name__} of other things than lists of numbers"
+    elif {name: len(each) for name, each in influence.items()} != heads:
+        wrong = "one for other sites, or for other numbers of heads"
+    elif not all(type(x) in (int, float) and 0 <= x < math.inf for each in influence.values() for x in each):
+        wrong = "one with a weight that is negative, not finite or no number"
+    elif not any(x for each in influence.values() for x in each):
+        wrong = "weights that are all 0"
+    if wrong is not None:
+        raise ValueError(
+            explain_error(
+                "the influence of heads does not fit",
+                given=wrong,
+                allowed="with target_sparsity, a weight >= 0 for each head of each calibrated site",
+                todo="Measure it with sparge_compile.head_influence(model, calibration, batches).",
+            )
+        )
 
 
 def _point(front: Sequence[Point], pair: Pair) -> Point:

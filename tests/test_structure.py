@@ -45,7 +45,7 @@ LAYERS = [
     ["calibrate.record"],
     ["calibrate.search", "calibrate.state"],
     ["calibrate.run"],
-    ["calibrate.sources", "calibrate.plot"],
+    ["calibrate.influence", "calibrate.sources", "calibrate.plot"],
     ["cli"],
     ["calibrate.__main__"],
 ]

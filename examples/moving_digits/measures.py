@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -50,24 +48,13 @@ def ssim(video: Tensor, other: Tensor) -> Tensor:
     return similar.flatten(1).mean(1).view(video.shape[:2]).mean(1)
 
 
-@contextmanager
-def attention_by_hand(model: nn.Module, attend: Callable[[str, Tensor, Tensor, Tensor], Tensor]) -> Iterator[None]:
-    """In it, one forward of the uncompiled model calls ``attend`` with the site's name, q, k and v [B, H, L, D]."""
-    names = iter([name for name, each in model.named_modules() if name.endswith(".attention")])
-    dense = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = lambda query, key, value: attend(next(names), query, key, value)
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        F.scaled_dot_product_attention = dense
-
-
 def measured_sparsity(model: nn.Module, calibration: sparge_compile.Calibration, inputs: tuple[Tensor, ...]) -> float:
-    """The mean over the layers of one forward of the uncompiled model."""
-    found = []
+    """The mean over the layers of one forward of the uncompiled model, with sparse attention put in by hand."""
+    names = iter([name for name, each in model.named_modules() if name.endswith(".attention")])
+    dense_attention, found = F.scaled_dot_product_attention, []
 
-    def attend(name: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        name = next(names)
         pairs = calibration.lookup(name, query.shape[1], query.shape[3])
         if pairs is None:
             raise ValueError(f"the calibration has no thresholds for {name}: calibrate this model anew")
@@ -76,8 +63,12 @@ def measured_sparsity(model: nn.Module, calibration: sparge_compile.Calibration,
         found.append(sparsity.item())
         return sparse
 
-    with attention_by_hand(model, attend):
-        model(*inputs)
+    F.scaled_dot_product_attention = attention
+    try:
+        with torch.no_grad():
+            model(*inputs)
+    finally:
+        F.scaled_dot_product_attention = dense_attention
     return statistics.mean(found)
 
 

@@ -25,15 +25,13 @@ from digits import FRAMES, SIDE, clips
 from distil import precision
 from fidelity import RULES, fill, read, tables
 from lab import QUALITY, Lab, Table, everywhere
-from measures import accuracy, attention_by_hand, flicker, psnr, ssim, velocity_error
+from measures import accuracy, flicker, psnr, ssim
 from pictures import sheet
 from plots import plot_ranking, plot_rules
-from torch import Tensor
 from train import HELD_OUT_SEED
-from transformer import Attention, load
+from transformer import load
 
 import sparge_compile
-from sparge_compile.fronts import Unit, spread
 from sparge_compile.kernels.block_map import KEY_BLOCK
 
 OUT = Path(__file__).resolve().parents[2] / "docs" / "fidelity"
@@ -46,7 +44,6 @@ BOUNDS = (0.05, 0.1)  # on the error of each head's attention output
 STUDENTS = (0.9, 0.95, 0.97)
 TOPK_SHARE = 0.6  # of a hybrid pair's blocks; the paper's pair at 95 % has about as many
 NO_TOPK = 1e-3  # one block at least is kept anyhow
-DENSE_ATTENTION = F.scaled_dot_product_attention
 STUDIED, SHOWN = 2, 6  # clips: of the study of attention, of a picture
 
 
@@ -84,54 +81,6 @@ def calibrated(lab: Lab, seed: int, rule: str = "hybrid") -> sparge_compile.Cali
         return sparge_compile.calibrate(
             lab.teacher, batches, target_sparsity=0.8, mode=rule, options={"min_seq_len": 0}
         )
-
-
-def influence(lab: Lab, seed: int, calibration: sparge_compile.Calibration) -> dict[str, list[float]]:
-    """By site, how much the model depends on each head: the velocity error where this head alone is sparse, over the
-    square of the head's own relative L1 error."""
-    mixed, when, _, classes = lab.seen(seed)[0]
-    wanted, errors = ("", 0), {}
-
-    def attend(name: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        dense = DENSE_ATTENTION(query, key, value)
-        if name != wanted[0]:
-            return dense
-        head = slice(wanted[1], wanted[1] + 1)
-        ((topk, topp),) = set(calibration.lookup(name, query.shape[1], query.shape[3]) or ())
-        sparse = sparge_compile.attention(query[:, head], key[:, head], value[:, head], topk=topk, topp=topp)
-        errors[wanted] = ((sparse - dense[:, head]).abs().sum() / dense[:, head].abs().sum()).item()
-        dense[:, head] = sparse
-        return dense
-
-    def velocity() -> Tensor:
-        with precision(lab.device), attention_by_hand(lab.teacher, attend):
-            return lab.teacher(mixed, when, classes)
-
-    dense, found = velocity(), {}
-    for name, module in lab.teacher.named_modules():
-        if isinstance(module, Attention):
-            found[name] = []
-            for number in range(module.heads):
-                wanted = (name, number)
-                found[name].append(velocity_error(velocity(), dense).mean().item() / errors[wanted] ** 2)
-    return found
-
-
-def by_influence(
-    fronts: sparge_compile.Calibration, weights: dict[str, list[float]], sparsity: float
-) -> sparge_compile.Calibration:
-    """Thresholds for each head as ``Calibration.at`` chooses them, with errors that count by the head's influence."""
-    assert fronts.origin is not None
-    units = {}
-    for name, site in fronts.origin.curves.items():
-        (phase,) = site.phases
-        for head, (front, weight) in enumerate(zip(phase.heads, weights[name], strict=True)):
-            scaled = [point._replace(worst=math.inf, mean=point.mean * weight**0.5) for point in front]
-            units[name, head] = Unit(scaled, phase.cost)
-    points = dict(zip(units, spread(list(units.values()), sparsity, "mean"), strict=True))
-    return sparge_compile.Calibration(
-        {name: [points[name, head][:2] for head in range(len(each))] for name, each in weights.items()}
-    )
 
 
 # ---- parts
@@ -210,24 +159,25 @@ def defaults(lab: Lab, seed: int) -> None:
 def rules(lab: Lab, seed: int, steps: int = 0) -> None:
     """Rules at equal sparsity: without training or, with some ``steps`` of distillation, the same masks after it."""
     how = ("distillation", "matched", "all weights") if steps else ("none", "", "")
-    cases = itertools.product(
-        SPARSITIES, RULES, KINDS[:2] if steps else KINDS
-    )  # influence is of the dense model's heads
+    kinds = [kind for kind in KINDS if not steps or kind != "by influence"]  # influence is of the dense model's heads
+    cases = itertools.product(SPARSITIES, RULES, kinds)
     keys = [("rules", seed, rule, kind, target, *how) for target, rule, kind in cases]
     missing = [key for key in keys if not lab.has(*key)]
     fronts = {rule: calibrated(lab, seed, rule) for rule in {key[2] for key in missing if key[3] != "one pair"}}
-    weights = {}
+    influence = None
     if any(key[3] == "by influence" for key in missing):
-        weights = influence(lab, seed, one_pair(lab, seed, "hybrid", 0.8))
+        mixed, when, _, classes = lab.seen(seed)[0]
+        with precision(lab.device):
+            given = [(mixed, when, classes)]
+            influence = sparge_compile.head_influence(load(device=lab.device), calibrated(lab, seed), given)
     for key in missing:
         rule, kind, target = key[2:5]
         wanted = 1 - kept_blocks(lab, target) / blocks(lab)
         if kind == "one pair":
             calibration = one_pair(lab, seed, rule, target)
-        elif kind == "each head":
-            calibration = fronts[rule].at(target_sparsity=wanted)
         else:
-            calibration = by_influence(fronts[rule], weights, wanted)
+            weights = influence if kind == "by influence" else None
+            calibration = fronts[rule].at(target_sparsity=wanted, influence=weights)
         lab.measure(key, seed, calibration, steps)
 
 
