@@ -1,8 +1,9 @@
-"""Fine-tune the attention layers of the example for high sparsity, by distillation from the dense model, on one GPU.
+"""Fine-tune the example for high sparsity, by distillation from the dense model, on one GPU.
 
-    python examples/moving_digits/distil.py            # writes weights/student.safetensors and student.json
+    python examples/moving_digits/distil.py --train attention   # weights/student.safetensors, student.json, distil.log
+    python examples/moving_digits/distil.py --topk 0.06 --topp 0.35
 
-Only the attention layers train, so the file holds those alone: a third of the model. The thresholds that the student
+The file holds the weights that trained: of the attention layers a third of the model. The thresholds that the student
 was trained with lie beside it as a calibration file.
 """
 
@@ -26,6 +27,7 @@ import sparge_compile
 
 FIRST_SEED = 30_000_000  # clips of fine-tuning have the seeds from here on
 OTHER = 500_000_000  # further on in the seeds: other numbers than those that the clip was drawn with
+LR, LR_ATTENTION = 3e-4, 2e-3  # of all weights, and of the attention layers alone
 DROPPED = 0.2  # of the clips the classes are left out, as sampling with guidance asks for both
 
 
@@ -105,9 +107,11 @@ def main() -> None:
     parser.add_argument("--topp", type=float, default=0.2, help="(0.2, as in the paper)")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--train", choices=("all", "attention"), default="all", help="which weights (all)")
+    parser.add_argument("--lr", type=float, help=f"({LR:g}; of the attention layers {LR_ATTENTION:g})")
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     args = parser.parse_args()
+    args.lr = args.lr or (LR if args.train == "all" else LR_ATTENTION)
     args.out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     inner = "inductor" if device.type == "cuda" else "eager"
@@ -119,7 +123,7 @@ def main() -> None:
 
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     say(f"torch {torch.__version__}, {where}, sparge_compile {sparge_compile.__version__}")
-    say(", ".join(f"{name} {getattr(args, name):g}" for name in ("topk", "topp", "steps", "batch", "lr")))
+    say(", ".join(f"{name} {getattr(args, name)}" for name in ("train", "topk", "topp", "steps", "batch", "lr")))
     calibration = sparge_compile.Calibration({"blocks.*.attention": [(args.topk, args.topp)]})
     model, teacher = (load(device=device).requires_grad_(False) for _ in range(2))
     options = {"calibration": calibration, "min_seq_len": 0, "inner": inner}
@@ -133,7 +137,7 @@ def main() -> None:
     with precision(device):
         say(f"sparsity {measured_sparsity(model, calibration, (mixed, when, classes)):.2%}")
     judge("not trained")
-    trained = attention_weights(model)
+    trained = dict(model.named_parameters()) if args.train == "all" else attention_weights(model)
     for each in trained.values():
         each.requires_grad_(True)
     with sparge_compile.DistillationHook(student) as hook:

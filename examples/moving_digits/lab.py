@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from digits import CLASSES, SIDE
-from distil import attention_weights, batches, fine_tune, held_out, held_out_error, precision
+from distil import LR, LR_ATTENTION, attention_weights, batches, fine_tune, held_out, held_out_error, precision
 from measures import accuracy, flicker, load_classifier, measured_sparsity, psnr, ssim
 from torch import Tensor, nn
 from transformer import load, sample
@@ -24,7 +24,6 @@ import sparge_compile
 
 QUALITY = ("sparsity", "velocity error", "flow loss", "PSNR", "SSIM", "digits read", "flicker")
 BUFFER = 1 << 20  # bytes: what is added to a table is written at once, also beside another process
-LR, LR_ATTENTION = 3e-4, 2e-3  # of all weights, and of the attention layers alone
 
 
 class Table:

@@ -17,7 +17,7 @@ FAR = ("random", "pooled before RoPE")  # ways that would fill a picture
 
 def plot_rules(quality: list[Row], path: Path) -> None:
     """Velocity error and digits read over the sparsity reached, a line for each rule."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(12.5, 4.2), layout="constrained")
     rows = where(quality, part="rules", thresholds="one pair")
     for axis, measure in zip(axes, ("velocity error", "digits read"), strict=True):
         for color, (rule, name) in zip(("tab:blue", "tab:orange", "tab:green"), RULES.items(), strict=True):
@@ -42,7 +42,7 @@ def plot_rules(quality: list[Row], path: Path) -> None:
         axis.set_title(f"{measure[0].upper()}{measure[1:]}, one pair for the model")
     axes[0].set_yscale("log")
     axes[1].set_ylim(bottom=0)
-    axes[1].legend(fontsize=8)
+    axes[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

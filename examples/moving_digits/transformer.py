@@ -111,7 +111,7 @@ def rotate(x: Tensor, places: tuple[Tensor, Tensor]) -> Tensor:
 def load(
     name: str = "teacher", device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> VideoTransformer:
-    """The trained model; ``student``: the weights of its attention layers after distillation at high sparsity."""
+    """The trained model; ``student``: with the weights that distillation at high sparsity changed."""
     from safetensors.torch import load_file
 
     model = VideoTransformer()
