@@ -167,9 +167,10 @@ def rules(lab: Lab, seed: int, steps: int = 0) -> None:
     influence = None
     if any(key[3] == "by influence" for key in missing):
         mixed, when, _, classes = lab.seen(seed)[0]
+        measured = fronts["hybrid"] if "hybrid" in fronts else calibrated(lab, seed)
         with precision(lab.device):
             given = [(mixed, when, classes)]
-            influence = sparge_compile.head_influence(load(device=lab.device), calibrated(lab, seed), given)
+            influence = sparge_compile.head_influence(load(device=lab.device), measured, given)
     for key in missing:
         rule, kind, target = key[2:5]
         wanted = 1 - kept_blocks(lab, target) / blocks(lab)
