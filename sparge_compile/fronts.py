@@ -86,7 +86,8 @@ def spread(units: Sequence[Unit], sparsity: float, by: str) -> list[Point]:
             )
         )
     at = [0] * len(units)
-    worth = [1.0 if unit.weight is None else unit.weight / max(unit.cost, 1e-9) for unit in units]
+    # What a step gains is counted for a block; a unit without blocks takes its steps for nothing, in any order.
+    worth = [1.0 if unit.weight is None or not unit.cost else unit.weight / unit.cost for unit in units]
     steps = [(-worth[i] * _gain(hulls[i], 0, by), i) for i in range(len(units)) if len(hulls[i]) > 1]
     heapq.heapify(steps)
     while steps:

@@ -342,8 +342,10 @@ def with_origin(calibration: Calibration, **changes: Any) -> Calibration:
 def _check_influence(influence: Any, calibration: Calibration, target_sparsity: float | None, by: str | None) -> None:
     heads = {name: len(pairs) for name, pairs in calibration.sites.items()}
     wrong = None
-    if target_sparsity is None or calibration.phases:
-        wrong = "one without target_sparsity" if target_sparsity is None else "one for thresholds with phases"
+    if target_sparsity is None:
+        wrong = "one without target_sparsity"
+    elif calibration.phases:
+        wrong = "one for thresholds with phases"
     elif by == "worst":
         wrong = 'one with by="worst"; it is a factor of mean errors'
     elif not isinstance(influence, Mapping) or not all(isinstance(each, Sequence) for each in influence.values()):

@@ -101,7 +101,7 @@ def test_a_pair_of_each_rule_keeps_as_many_blocks_as_it_is_asked_for(rule, tmp_p
     small = lab.Lab(settings, torch.device("cpu"))
     ((topk, topp), *_) = reproduce.one_pair(small, 0, rule, 0.8).sites["*"]
     assert (topp == 0) == (rule == "topk") and (topk < 0.1) == (rule == "topp")
-    assert small.sparsity(lab.everywhere((topk, topp)), 0, seen=True) == pytest.approx(1 - 3 / 16, abs=0.02)
+    assert small.sparsity(lab.everywhere((topk, topp)), small.seen(0)[0]) == pytest.approx(1 - 3 / 16, abs=0.02)
 
 
 def test_the_sparsity_of_a_model_is_measured_and_attention_is_put_back() -> None:

@@ -111,7 +111,8 @@ def main() -> None:
     parser.add_argument("--lr", type=float, help=f"({LR:g}; of the attention layers {LR_ATTENTION:g})")
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     args = parser.parse_args()
-    args.lr = args.lr or (LR if args.train == "all" else LR_ATTENTION)
+    if args.lr is None:
+        args.lr = LR if args.train == "all" else LR_ATTENTION
     args.out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     inner = "inductor" if device.type == "cuda" else "eager"

@@ -141,9 +141,9 @@ def students_table(quality: list[Row]) -> str:
     for target in ("0.9", "0.95", "0.97"):
         cases = {
             "not trained": where(rules, loss="none", target=target),
-            "200 steps": where(rules, loss="distillation", target=target),
-            "1,000 steps of the attention layers": where(students, target=target, trained="attention layers"),
-            "1,000 steps": where(students, target=target, trained="all weights"),
+            "distilled": where(rules, loss="distillation", target=target),
+            "distilled for long, attention layers": where(students, target=target, trained="attention layers"),
+            "distilled for long": where(students, target=target, trained="all weights"),
         }
         for name, of in cases.items():
             if of:

@@ -155,9 +155,9 @@ class Lab:
             self._dense_samples = seed, self.samples(self.dense, seed)[0]
         return self._dense_samples[1]
 
-    def sparsity(self, calibration: sparge_compile.Calibration, seed: int, *, seen: bool = False) -> float:
-        """Of the sparse model with the weights that it has, on held-out clips or on seen ones."""
-        mixed, when, _, classes = self.seen(seed)[0] if seen else next(self.held_out(seed))
+    def sparsity(self, calibration: sparge_compile.Calibration, clips: tuple[Tensor, ...]) -> float:
+        """Of the sparse model with the weights that it has, on a batch of ``seen`` or ``held_out``."""
+        mixed, when, _, classes = clips
         with precision(self.device):
             return measured_sparsity(self.model, calibration, (mixed, when, classes))
 
@@ -194,7 +194,7 @@ class Lab:
             model = self.tuned(seed, calibration, steps, **training)
         else:
             model = self.sparse(calibration)
-        sparsity = 0.0 if calibration is None else self.sparsity(calibration, seed)
+        sparsity = 0.0 if calibration is None else self.sparsity(calibration, next(self.held_out(seed)))
         self.add(key, self.quality(model, seed, sparsity), calibration)
         return model
 

@@ -14,6 +14,7 @@ data), distilled (the rules after distillation), students (long distillation; pi
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import math
 from pathlib import Path
@@ -59,6 +60,7 @@ def blocks(lab: Lab) -> int:
     return lab.args.frames * (SIDE // lab.teacher.patch) ** 2 // KEY_BLOCK
 
 
+@functools.cache
 def one_pair(lab: Lab, seed: int, rule: str, sparsity: float) -> sparge_compile.Calibration:
     """The pair of a rule with which the model keeps as many blocks, on clips that are seen, as Top-k alone does."""
     kept = kept_blocks(lab, sparsity)
@@ -66,15 +68,16 @@ def one_pair(lab: Lab, seed: int, rule: str, sparsity: float) -> sparge_compile.
         return everywhere((kept / blocks(lab), 0.0))
     lab.sparse(everywhere((kept / blocks(lab), 0.0)))  # with the teacher's weights
     topk = NO_TOPK if rule == "topp" else max(1, round(TOPK_SHARE * kept)) / blocks(lab)
-    low, high = 0.0, 1.0
+    batch, low, high = lab.seen(seed)[0], 0.0, 1.0
     for _ in range(10):
         topp = (low + high) / 2
-        is_sparser = lab.sparsity(everywhere((topk, topp)), seed, seen=True) > 1 - kept / blocks(lab)
+        is_sparser = lab.sparsity(everywhere((topk, topp)), batch) > 1 - kept / blocks(lab)
         low, high = (topp, high) if is_sparser else (low, topp)
     return everywhere((topk, high))
 
 
-def calibrated(lab: Lab, seed: int, rule: str = "hybrid") -> sparge_compile.Calibration:
+@functools.cache
+def calibrated(lab: Lab, seed: int, rule: str) -> sparge_compile.Calibration:
     """What ``sparge_compile.calibrate`` measures on clips that are seen, to be aimed with ``at``."""
     batches = [(mixed, when, classes) for mixed, when, _, classes in lab.seen(seed)]
     with precision(lab.device):
@@ -150,7 +153,7 @@ def defaults(lab: Lab, seed: int) -> None:
     keys = [("defaults", seed, "hybrid", kind, target, "none", "", "") for kind, target in cases]
     if all(lab.has(*key) for key in keys):
         return
-    fronts = calibrated(lab, seed)
+    fronts = calibrated(lab, seed, "hybrid")
     found = [everywhere(pair) for pair in PAIRS] + [fronts.at(target_error=bound, by="worst") for bound in BOUNDS]
     for key, calibration in zip(keys, found, strict=True):
         lab.measure(key, seed, calibration)
@@ -163,14 +166,12 @@ def rules(lab: Lab, seed: int, steps: int = 0) -> None:
     cases = itertools.product(SPARSITIES, RULES, kinds)
     keys = [("rules", seed, rule, kind, target, *how) for target, rule, kind in cases]
     missing = [key for key in keys if not lab.has(*key)]
-    fronts = {rule: calibrated(lab, seed, rule) for rule in {key[2] for key in missing if key[3] != "one pair"}}
     influence = None
     if any(key[3] == "by influence" for key in missing):
         mixed, when, _, classes = lab.seen(seed)[0]
-        measured = fronts["hybrid"] if "hybrid" in fronts else calibrated(lab, seed)
+        model, fronts = load(device=lab.device), calibrated(lab, seed, "hybrid")
         with precision(lab.device):
-            given = [(mixed, when, classes)]
-            influence = sparge_compile.head_influence(load(device=lab.device), measured, given)
+            influence = sparge_compile.head_influence(model, fronts, [(mixed, when, classes)])
     for key in missing:
         rule, kind, target = key[2:5]
         wanted = 1 - kept_blocks(lab, target) / blocks(lab)
@@ -178,7 +179,7 @@ def rules(lab: Lab, seed: int, steps: int = 0) -> None:
             calibration = one_pair(lab, seed, rule, target)
         else:
             weights = influence if kind == "by influence" else None
-            calibration = fronts[rule].at(target_sparsity=wanted, influence=weights)
+            calibration = calibrated(lab, seed, rule).at(target_sparsity=wanted, influence=weights)
         lab.measure(key, seed, calibration, steps)
 
 
