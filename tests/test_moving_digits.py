@@ -164,13 +164,15 @@ def test_the_whole_study_at_tiny_size(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(reproduce, "SPARSITIES", (0.95, 0.8))
     monkeypatch.setattr(reproduce, "STUDENTS", (0.95,))
     monkeypatch.setattr(reproduce, "PAIRS", ((0.5, 0.8),))
+    monkeypatch.setattr(reproduce, "RATES", {reproduce.ALL: (1e-3, 3e-3), reproduce.ATTENTION: (1e-3,)})
     command = "reproduce.py --seeds 0 --steps 1 --long-steps 1 --batch 2 --rounds 1 --sample-steps 1 --frames 4 --out"
     monkeypatch.setattr(sys, "argv", [*command.split(), str(tmp_path / "found")])
     reproduce.main()
     made = fidelity.tables(tmp_path / "found")
-    assert {"rules", "paper", "losses", "students", "defaults", "structures", "split", "ranking", "layers"} <= set(made)
+    wanted = "rules rates paper losses students defaults structures split ranking layers"
+    assert set(wanted.split()) <= set(made)
     assert all("nan" not in table for table in made.values())
-    assert len(list((tmp_path / "found").glob("*.png"))) == 2 + len(reproduce.STUDENTS)
+    assert len(list((tmp_path / "found").glob("*.png"))) == 3 + len(reproduce.STUDENTS)
 
 
 def test_the_demo(tmp_path, monkeypatch, capsys) -> None:

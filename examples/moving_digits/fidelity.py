@@ -148,9 +148,18 @@ def students_table(quality: list[Row]) -> str:
         for name, of in cases.items():
             if of:
                 lines.append([f"{float(target):.0%}, {name}", *(shown(of, m) for m in ("sparsity", *MEASURES))])
-    dense = where(quality, part="floor", rule="dense")
-    lines.append(["dense", *(shown(dense, m) for m in ("sparsity", *MEASURES))])
+    others = {"in the repository": where(quality, part="shipped"), "dense": where(quality, part="floor", rule="dense")}
+    lines += [[name, *(shown(of, m) for m in ("sparsity", *MEASURES))] for name, of in others.items()]
     return markdown(("", "sparsity", *MEASURES), lines)
+
+
+def rates_table(rows: list[Row]) -> str:
+    rates = sorted({row["rate"] for row in rows}, key=float)
+    lines = [
+        [trained, *(shown(where(of, rate=rate), "velocity error") for rate in rates)]
+        for trained, of in grouped(rows, "trained").items()
+    ]
+    return markdown(("learning rate", *(f"{float(rate):g}" for rate in rates)), lines)
 
 
 def defaults_table(quality: list[Row]) -> str:
@@ -255,6 +264,7 @@ def tables(out: Path) -> dict[str, str]:
             "defaults": defaults_table(quality),
         }
     others: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
+        "rates": ("rates.csv", rates_table),
         "structures": ("structures.csv", structures_table),
         "split": ("error_split.csv", split_table),
         "ranking": ("ranking.csv", ranking_table),

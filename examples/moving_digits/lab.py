@@ -18,7 +18,7 @@ from digits import CLASSES, SIDE
 from distil import LR, LR_ATTENTION, attention_weights, batches, fine_tune, held_out, held_out_error, precision
 from measures import accuracy, flicker, load_classifier, measured_sparsity, psnr, ssim
 from torch import Tensor, nn
-from transformer import load, sample
+from transformer import WEIGHTS, load, sample
 
 import sparge_compile
 
@@ -93,6 +93,13 @@ class Lab:
         self.attached.set(calibration)
         return self.student.eval()
 
+    def shipped(self) -> tuple[sparge_compile.Calibration, nn.Module]:
+        """The distilled student of the repository, and its thresholds."""
+        calibration = sparge_compile.Calibration.load(WEIGHTS / "student.json")
+        student = self.sparse(calibration)
+        self.model.load_state_dict(load("student").state_dict(), strict=False)
+        return calibration, student
+
     def tuned(
         self,
         seed: int,
@@ -102,6 +109,7 @@ class Lab:
         loss: str = "distillation",
         shifted: bool = False,
         all_weights: bool = True,
+        lr: float | None = None,
     ) -> nn.Module:
         """The student, or without thresholds the dense model, after some steps from the teacher's weights."""
         if calibration is None:
@@ -113,7 +121,7 @@ class Lab:
         for each in trained.values():
             each.requires_grad_(True)
         data = batches(steps, self.args.batch, self.device, seed, frames=self.args.frames, shifted=shifted)
-        lr = LR if all_weights else LR_ATTENTION
+        lr = lr or (LR if all_weights else LR_ATTENTION)
         if loss == "distillation":
             with sparge_compile.DistillationHook(student, self.dense, compile=False) as hook:  # it is compiled
                 fine_tune(student, trained.values(), data, steps, lr, lambda *_: hook.loss(), every=steps)

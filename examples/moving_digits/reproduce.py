@@ -7,8 +7,9 @@
 Every result is a row of a CSV file, written as soon as it is there; what is there is not measured again. A run may be
 stopped, and other parts or seeds may be measured beside it on another GPU: they add to the same files. Parts: attention
 (error split, ranking, structured inputs), floor (dense values, noise floors), defaults (thresholds without an aim at
-sparsity), rules (Top-k, Top-p, hybrid, training-free), losses (distillation against the plain loss, matched and shifted
-data), distilled (the rules after distillation), students (long distillation; pictures).
+sparsity), rules (Top-k, Top-p, hybrid, training-free), rates (learning rates of distillation), losses (distillation
+against the plain loss, matched and shifted data), distilled (the rules after distillation), students (long
+distillation; pictures), shipped (the student of the repository).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from attention_study import error_split, ranking_gaps, record, synthetic
 from digits import FRAMES, SIDE, clips
-from distil import precision
+from distil import held_out_error, precision
 from fidelity import RULES, fill, read, tables
 from lab import QUALITY, Lab, Table, everywhere
 from measures import accuracy, flicker, psnr, ssim
@@ -43,6 +44,8 @@ STRUCTURES = ("uniform", "skewed", "clustered", "local")
 PAIRS = ((0.3, 0.4), (0.4, 0.5), (0.5, 0.0), (0.5, 0.4), (0.5, 0.6), (0.5, 0.8), (0.6, 0.7), (0.7, 0.8))  # topk, topp
 BOUNDS = (0.05, 0.1)  # on the error of each head's attention output
 STUDENTS = (0.9, 0.95, 0.97)
+ALL, ATTENTION = "all weights", "attention layers"  # what trains
+RATES = {ALL: (3e-4, 6e-4, 1e-3, 2e-3), ATTENTION: (1e-3, 2e-3, 4e-3)}
 TOPK_SHARE = 0.6  # of a hybrid pair's blocks; the paper's pair at 95 % has about as many
 NO_TOPK = 1e-3  # one block at least is kept anyhow
 STUDIED, SHOWN = 2, 6  # clips: of the study of attention, of a picture
@@ -161,7 +164,7 @@ def defaults(lab: Lab, seed: int) -> None:
 
 def rules(lab: Lab, seed: int, steps: int = 0) -> None:
     """Rules at equal sparsity: without training or, with some ``steps`` of distillation, the same masks after it."""
-    how = ("distillation", "matched", "all weights") if steps else ("none", "", "")
+    how = ("distillation", "matched", ALL) if steps else ("none", "", "")
     kinds = [kind for kind in KINDS if not steps or kind != "by influence"]  # influence is of the dense model's heads
     cases = itertools.product(SPARSITIES, RULES, kinds)
     keys = [("rules", seed, rule, kind, target, *how) for target, rule, kind in cases]
@@ -183,6 +186,19 @@ def rules(lab: Lab, seed: int, steps: int = 0) -> None:
         lab.measure(key, seed, calibration, steps)
 
 
+def rates(lab: Lab, seed: int) -> None:
+    """Velocity error by learning rate, of the hybrid at 95 %."""
+    table = Table(lab.args.out / "rates.csv", ("seed", "trained", "rate"), ("velocity error", "flow loss"))
+    for trained, rate in ((trained, rate) for trained, found in RATES.items() for rate in found):
+        if table.has(seed, trained, rate):
+            continue
+        calibration = one_pair(lab, seed, "hybrid", 0.95)
+        student = lab.tuned(seed, calibration, lab.args.steps, all_weights=trained == ALL, lr=rate)
+        error, loss = held_out_error(student, lab.dense, lab.held_out(seed))
+        table.add([{"seed": seed, "trained": trained, "rate": rate, "velocity error": error, "flow loss": loss}])
+        print(f"seed {seed}: {trained} at {rate:g}: velocity error {error:.4g}", flush=True)
+
+
 def distilled(lab: Lab, seed: int) -> None:
     """The masks of ``rules`` after distillation."""
     rules(lab, seed, lab.args.steps)
@@ -197,7 +213,7 @@ def losses(lab: Lab, seed: int) -> None:
         ("full attention", "flow", "matched"),
         ("full attention", "flow", "shifted"),
     ):
-        key = ("losses", seed, rule, "one pair", 0.95, loss, data, "all weights")
+        key = ("losses", seed, rule, "one pair", 0.95, loss, data, ALL)
         if not lab.has(*key):
             calibration = one_pair(lab, seed, rule, 0.95) if rule in RULES else None
             lab.measure(key, seed, calibration, lab.args.steps, loss=loss, shifted=data == "shifted")
@@ -206,20 +222,35 @@ def losses(lab: Lab, seed: int) -> None:
 def students(lab: Lab, seed: int) -> None:
     """How far long distillation holds, of all weights and of the attention layers alone; of seed 0, pictures of the
     former."""
-    for trained, target in itertools.product(("all weights", "attention layers"), STUDENTS):
+    for trained, target in itertools.product((ALL, ATTENTION), STUDENTS):
         key = ("students", seed, "hybrid", "one pair", target, "distillation", "matched", trained)
-        picture = lab.args.out / f"samples_{100 * target:.0f}.png" if (seed, trained) == (0, "all weights") else None
+        picture = lab.args.out / f"samples_{100 * target:.0f}.png" if (seed, trained) == (0, ALL) else None
         if lab.has(*key) and (picture is None or picture.exists()):
             continue
         calibration, steps = one_pair(lab, seed, "hybrid", target), lab.args.long_steps
-        student = lab.measure(key, seed, calibration, steps, all_weights=trained == "all weights")
+        student = lab.measure(key, seed, calibration, steps, all_weights=trained == ALL)
         if picture is not None:
             videos = {"dense": lab.dense_samples(seed), f"{target:.0%}, distilled": lab.samples(student, seed)[0]}
             videos[f"{target:.0%}, not trained"] = lab.samples(lab.sparse(calibration), seed)[0]
             sheet({name: each[:SHOWN].cpu() for name, each in videos.items()}).save(picture)
 
 
-PARTS = {part.__name__: part for part in (attention, floor, defaults, rules, losses, distilled, students)}
+def shipped(lab: Lab, seed: int) -> None:
+    """The student whose weights are in the repository; of seed 0 a picture."""
+    key = ("shipped", seed, "hybrid", "one pair", "", "distillation", "matched", "")
+    picture = lab.args.out / "samples_shipped.png"
+    if lab.has(*key) and (seed or picture.exists()):
+        return
+    calibration, student = lab.shipped()
+    lab.add(key, lab.quality(student, seed, lab.sparsity(calibration, next(lab.held_out(seed)))), calibration)
+    if not seed:
+        videos = {"dense": lab.dense_samples(seed), "distilled": lab.samples(student, seed)[0]}
+        sheet({name: each[:SHOWN].cpu() for name, each in videos.items()}).save(picture)
+
+
+PARTS = {
+    part.__name__: part for part in (attention, floor, defaults, rules, rates, losses, distilled, students, shipped)
+}
 
 
 def report(out: Path) -> None:
