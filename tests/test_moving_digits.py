@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import random
 import re
 import sys
 
+import blind
 import demo
 import digits
 import fidelity
@@ -156,6 +158,30 @@ def test_the_study_measures_what_is_missing(tmp_path, monkeypatch, capsys) -> No
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--sample-steps", "3"])
     with pytest.raises(SystemExit, match="another kind of run"):
         reproduce.main()
+
+
+def test_pairs_are_drawn_in_random_order_and_answers_to_them_are_counted(tmp_path) -> None:
+    kinds = ["distilled"] * 6 + ["not trained"]
+    found = [(kind, -torch.ones(4, 64, 64), torch.ones(4, 64, 64)) for kind in kinds]
+    blind.write(found, tmp_path, random.Random(0))
+    key = fidelity.read(tmp_path / "key.csv")
+    assert sorted(row["kind"] for row in key) == kinds and {row["sparse"] for row in key} == {"A", "B"}
+    with Image.open(tmp_path / "sheet2.png") as second:  # the last pair: rows A and B, the sparse one is white
+        assert (second.getpixel((64, 32)) == 255) == (key[-1]["sparse"] == "A")
+    answers = tmp_path / "answers.csv"
+    answers.write_text("\n".join(["pair,answer", *(f"{row['pair']},{row['sparse'].lower()}" for row in key)]))
+    assert blind.score(answers, tmp_path / "key.csv") == {"distilled": (6, 6), "not trained": (1, 1)}
+    answers.write_text("pair,answer\n1,A\n")
+    with pytest.raises(SystemExit, match="pair 2: it needs A or B"):
+        blind.score(answers, tmp_path / "key.csv")
+
+
+def test_the_pairs_of_the_page_were_found_as_often_as_it_says() -> None:
+    folder = reproduce.OUT / "blind"
+    found = blind.score(folder / "answers.csv", folder / "key.csv")
+    text = " ".join(reproduce.OUT.with_suffix(".md").read_text().split())
+    (right, of), (controls, all_controls) = found["distilled"], found["not trained"]
+    assert f"of all {controls}, each at once, and of {right} of the {of}" in text and controls == all_controls
 
 
 @pytest.mark.slow

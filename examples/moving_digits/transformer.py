@@ -130,22 +130,15 @@ def sample(
     steps: int = 20,
     guidance: float = 3.0,
     shift: float = SHIFT,
-    guided: float = 1.0,
 ) -> Tensor:
     """Clips in [-1, 1] from noise [B, T, 64, 64]: Euler's method on times moved towards noise,
-    classifier-free guidance.
-
-    Each step of the first ``guided`` share calls the model once on 2 B clips, with classes and without; each later
-    step once on B clips with classes.
+    classifier-free guidance: each step calls the model once on 2 B clips, with classes and without.
     """
     times = torch.linspace(1, 0, steps + 1)
     times = shift * times / (1 + (shift - 1) * times)
     both, video = torch.cat((classes, torch.zeros_like(classes))), noise
-    for step, (time, following) in enumerate(itertools.pairwise(times)):
-        if step < guided * steps:
-            given, free = model(torch.cat((video, video)), time.expand(len(both)).to(noise.device), both).chunk(2)
-            velocity = free + guidance * (given - free)
-        else:
-            velocity = model(video, time.expand(len(video)).to(noise.device), classes)
+    for time, following in itertools.pairwise(times):
+        given, free = model(torch.cat((video, video)), time.expand(len(both)).to(noise.device), both).chunk(2)
+        velocity = free + guidance * (given - free)
         video = video + (following - time) * velocity
     return video.clamp(-1, 1)
