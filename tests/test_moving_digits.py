@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import re
 import sys
@@ -179,9 +180,11 @@ def test_pairs_are_drawn_in_random_order_and_answers_to_them_are_counted(tmp_pat
 def test_the_pairs_of_the_page_were_found_as_often_as_it_says() -> None:
     folder = reproduce.OUT / "blind"
     found = blind.score(folder / "answers.csv", folder / "key.csv")
+    (controls, all_controls), (right, of) = found["not trained"], found["distilled"]
+    by_chance = sum(math.comb(of, count) for count in range(right, of + 1)) / 2**of
     text = " ".join(reproduce.OUT.with_suffix(".md").read_text().split())
-    (right, of), (controls, all_controls) = found["distilled"], found["not trained"]
-    assert f"of all {controls}, each at once, and of {right} of the {of}" in text and controls == all_controls
+    assert controls == all_controls and f"found the sparse row of all {controls}, and of {right} of the {of}" in text
+    assert f"p = {by_chance:.2f};" in text
 
 
 @pytest.mark.slow

@@ -26,7 +26,8 @@ from tabulate import tabulate
 from torch import Tensor
 
 SEEDS = (0, 1, 2)
-PAIRS, CONTROLS = 10, 2  # for each seed
+FIRST = 10  # clips before it are in other pictures, with their names
+CONTROLS, PAIRS = 2, 10  # for each seed
 ON_A_SHEET = 6
 OUT = Path(__file__).resolve().parents[2] / "docs" / "fidelity" / "blind"
 
@@ -40,13 +41,14 @@ def pairs(lab: Lab) -> list[Pair]:
         calibration, student = lab.shipped()
         distilled = lab.samples(student, seed)[0]
         untrained = lab.samples(lab.sparse(calibration), seed)[0]
-        found += [("distilled", dense[i], distilled[i]) for i in range(PAIRS)]
-        found += [("not trained", dense[i], untrained[i]) for i in range(PAIRS, PAIRS + CONTROLS)]
+        controls, others = range(FIRST, FIRST + CONTROLS), range(FIRST + CONTROLS, FIRST + CONTROLS + PAIRS)
+        found += [("not trained", dense[i], untrained[i]) for i in controls]
+        found += [("distilled", dense[i], distilled[i]) for i in others]
     return found
 
 
 def write(found: list[Pair], out: Path, shuffle: random.Random) -> None:
-    """Sheets of pairs in random order, and the key: which row of each is sparse."""
+    """Sheets of pairs in random order, every third frame of each clip, and the key: which row of each is sparse."""
     out.mkdir(parents=True, exist_ok=True)
     shuffle.shuffle(found)
     with (out / "key.csv").open("w", newline="") as file:
@@ -65,12 +67,13 @@ def write(found: list[Pair], out: Path, shuffle: random.Random) -> None:
 def score(answers: Path, key: Path) -> dict[str, tuple[int, int]]:
     """Of each kind of pair how many were found, and how many there are."""
     with answers.open(newline="") as file:
-        given = {row["pair"]: row["answer"].strip().upper() for row in csv.DictReader(file)}
+        given = {row.get("pair"): (row.get("answer") or "").strip().upper() for row in csv.DictReader(file)}
     found: dict[str, tuple[int, int]] = {}
     with key.open(newline="") as file:
         for row in csv.DictReader(file):
             if (answer := given.get(row["pair"], "")) not in ("A", "B"):
-                raise SystemExit(f"{answers} has {answer!r} for pair {row['pair']}: it needs A or B for each pair")
+                wanted = "A or B for each pair, below a line 'pair,answer'"
+                raise SystemExit(f"{answers} has {answer!r} for pair {row['pair']}: it needs {wanted}")
             right, of = found.get(row["kind"], (0, 0))
             found[row["kind"]] = right + (answer == row["sparse"]), of + 1
     return found
@@ -81,19 +84,17 @@ def main() -> None:
     parser.add_argument("--score", type=Path, nargs="+", metavar="CSV", help="answers; nothing is drawn")
     parser.add_argument("--out", type=Path, default=OUT, help="the folder of sheets and key (docs/fidelity/blind)")
     parser.add_argument("--seed", type=int, default=0, help="of the order (0)")
-    parser.add_argument("--sample-steps", type=int, default=25)
-    parser.add_argument("--frames", type=int, default=FRAMES, help=f"a multiple of 4 ({FRAMES})")
     args = parser.parse_args()
     if args.score:
-        found = {path.name: score(path, args.out / "key.csv") for path in args.score}
+        found = {str(path): score(path, args.out / "key.csv") for path in args.score}
         rows = [(name, *(f"{right} of {of}" for right, of in each.values())) for name, each in found.items()]
         print(tabulate(rows, headers=("sparse row found by", *next(iter(found.values())))))
         return
     if (args.out / "key.csv").exists():
-        parser.error(f"{args.out} has sheets that were judged, maybe: give --out another folder")
+        parser.error(f"{args.out} holds sheets and a key already: give --out another folder")
     torch._dynamo.config.recompile_limit = 64
     with tempfile.TemporaryDirectory() as folder:
-        settings = argparse.Namespace(**vars(args) | {"out": Path(folder), "batch": 16, "rounds": 2})
+        settings = argparse.Namespace(out=Path(folder), batch=16, rounds=3, frames=FRAMES, sample_steps=25)
         lab = Lab(settings, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         write(pairs(lab), args.out, random.Random(args.seed))
 

@@ -3,7 +3,7 @@
     python examples/moving_digits/distil.py   # weights/student.safetensors, student.json, distil.log
     python examples/moving_digits/distil.py --topk 0.03 --topp 0.2 --train attention --out other   # the paper's pair
 
-The file holds the weights that trained: of the attention layers a third of the model. The thresholds that the student
+The file holds the weights that trained: all, or those of the attention layers, a third. The thresholds that the student
 was trained with lie beside it as a calibration file.
 """
 
