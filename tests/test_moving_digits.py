@@ -177,6 +177,18 @@ def test_pairs_are_drawn_in_random_order_and_answers_to_them_are_counted(tmp_pat
         blind.score(answers, tmp_path / "key.csv")
 
 
+def test_pairs_to_judge_are_of_the_same_noise(tmp_path, monkeypatch) -> None:
+    for name, value in {"SEEDS": (0,), "FIRST": 1, "CONTROLS": 1, "PAIRS": 1}.items():
+        monkeypatch.setattr(blind, name, value)
+    settings = argparse.Namespace(out=tmp_path, batch=2, rounds=3, frames=4, sample_steps=1)
+    small = lab.Lab(settings, torch.device("cpu"))
+    found = blind.pairs(small)
+    assert [kind for kind, *_ in found] == ["not trained", "distilled"]
+    for i, (_, dense, sparse) in enumerate(found, 1):
+        assert torch.equal(dense, small.dense_samples(0)[i]) and dense.shape == sparse.shape == (4, 64, 64)
+        assert not torch.equal(dense, sparse)
+
+
 def test_the_pairs_of_the_page_were_found_as_often_as_it_says() -> None:
     folder = reproduce.OUT / "blind"
     found = blind.score(folder / "answers.csv", folder / "key.csv")

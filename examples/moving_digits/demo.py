@@ -145,9 +145,8 @@ def main() -> int:
             call = torch.compile(model, backend="sparge", fullgraph=True, dynamic=False, options=options)
             sparsity = measured_sparsity(model, calibration, inputs)
             say(f"{name}: sparsity {sparsity:.1%}; compiling")
-        velocities.append(
-            call(*(torch.cat((each, each)) for each in inputs))[:1]
-        )  # compiles; sampling has two clips too
+        twice = [torch.cat((each, each)) for each in inputs]  # as sampling does: what is compiled now serves there
+        velocities.append(call(*twice)[:1])
         video, seconds = generate(name, call, noise, classes, args.steps)
         videos[name] = video
         error = velocity_error(velocities[-1], velocities[0]).item()

@@ -19,6 +19,7 @@ from ..backend import sparge
 from ..config import Options
 from ..errors import explain_error
 from ..fronts import DENSE, Point
+from ..interception import Heard
 from ..observe import uncompiled, user_model
 from ..passes.outputs import heard_by
 from ..thresholds import Calibration
@@ -71,7 +72,10 @@ def head_influence(
         raise _bad("model", "one in training mode", "evaluation mode", "Call model.eval().")
     if any(attached_to(module) is not None for module in target.modules()):
         raise _bad("model", "one with thresholds attached", "one without", "Call remove() of what attach returned.")
+    from tqdm import tqdm
+
     tried = _tried(calibration)
+    heads = [(name, i, point) for name, points in tried.items() for i, point in enumerate(points) if point is not None]
     settings = Options.parse(options)
     total = {name: [0.0] * len(points) for name, points in tried.items()}
     dense = {name: (DENSE[:2],) * len(points) for name, points in tried.items()}
@@ -85,17 +89,17 @@ def head_influence(
 
         for given in batches:
             args, kwargs = arguments(given)
-            ran = _Ran()
-            with heard_by(ran):
+            heard = Heard()
+            with heard_by(heard):
                 exact = run()
-            if missing := sorted(set(tried) - ran.names):
+            if missing := sorted(set(tried).difference(heard.names)):
                 todo = "Give inputs that reach them, and the options of the calibration (additive_masks)."
                 raise _bad("sites", f"{', '.join(missing)}: not replaced or not run", "sparse ones", todo)
             if (error := _error(run(), exact)) > REPEATS:
                 todo = "Switch off what is random in it, or keeps something from one call to the next (a cache)."
                 raise _bad("model", f"outputs that differ by {error:.2g} between two calls", "the same ones", todo)
             count += 1
-            for name, head, point in _bar(tried, progress):
+            for name, head, point in tqdm(heads, desc="influence", unit="head", disable=not progress):
                 alone = (*dense[name][:head], point[:2], *dense[name][head + 1 :])
                 attached.set(Calibration({name: alone}))
                 total[name][head] += _error(run(), exact) / point.mean**2
@@ -103,16 +107,6 @@ def head_influence(
     if not count:
         raise _bad("batches", "none", "at least one", "Is the iterable used up?")
     return {name: [weight / count for weight in weights] for name, weights in total.items()}
-
-
-class _Ran:
-    """Hears which sites are sparse in the graphs that run."""
-
-    def __init__(self) -> None:
-        self.names: set[str] = set()
-
-    def ran(self, options: Options, names: list[str], outputs: Sequence[Tensor]) -> None:
-        self.names.update(names)
 
 
 def _copied(arguments: Any) -> Any:
@@ -153,15 +147,6 @@ def _error(changed: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     if not (0 < norm < float("inf") and error < float("inf")):
         raise _bad("model", f"outputs with squares of {norm:g}", "finite numbers, not all 0", "Check model and inputs.")
     return error / norm
-
-
-def _bar(tried: Mapping[str, list[Point | None]], shown: bool) -> Any:
-    from tqdm import tqdm
-
-    heads = [
-        (name, head, point) for name, points in tried.items() for head, point in enumerate(points) if point is not None
-    ]
-    return tqdm(heads, desc="influence", unit="head", disable=not shown)
 
 
 def _wrong(what: str, given: object, allowed: str, todo: str) -> str:
