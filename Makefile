@@ -19,7 +19,7 @@ help:
 	touch $@
 
 demo: .venv/ready
-	$(BIN)/python examples/moving_digits/demo.py
+	$(BIN)/python studies/moving_digits/demo.py
 
 # One thread for each worker: small parallel operations of several workers would wait for each other.
 test: .venv/ready

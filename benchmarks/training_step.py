@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sparge_compile
-from sparge_compile.passes.outputs import heard_by
+from sparge_compile.running.listeners import heard_by
 
 sys.path.append(str(Path(__file__).parent))
 import harness

@@ -8,21 +8,21 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from .version import __version__ as __version__
 
 _WHERE = {
-    "attach": "attachment",
+    "attach": "thresholds.attachment",
     "attention": "functional",
-    "diffusers_callback": "attachment",
+    "diffusers_callback": "thresholds.attachment",
     "explain": "backend",
     "head_influence": "calibrate.influence",
     "BlockMap": "kernels.block_map",
-    "Calibration": "thresholds",
+    "Calibration": "thresholds.calibration",
     "CostModel": "cost",
-    "DistillationHook": "distill",
-    "Options": "config",
+    "DistillationHook": "distill.hook",
+    "Options": "options",
     "Report": "report",
-    "SparsitySchedule": "schedule",
+    "SparsitySchedule": "distill.schedule",
     "rewrite": "rewriting",
 }
 
@@ -44,18 +44,18 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .attachment import attach
     from .backend import explain
     from .calibrate.influence import head_influence
-    from .config import Options
     from .cost import CostModel
-    from .distill import DistillationHook
+    from .distill.hook import DistillationHook
+    from .distill.schedule import SparsitySchedule
     from .functional import attention
     from .kernels.block_map import BlockMap
+    from .options import Options
     from .report import Report
     from .rewriting import rewrite
-    from .schedule import SparsitySchedule
-    from .thresholds import Calibration
+    from .thresholds.attachment import attach
+    from .thresholds.calibration import Calibration
 
 
 def __getattr__(name: str) -> Any:

@@ -192,7 +192,7 @@ def _join_processes() -> None:
 
 
 def _show(args: argparse.Namespace) -> int:
-    from .thresholds import Calibration
+    from .thresholds.calibration import Calibration
 
     calibration = Calibration.load(args.file)
     if args.target_error is not None or args.target_sparsity is not None:
@@ -205,7 +205,7 @@ def _show(args: argparse.Namespace) -> int:
 
 def _plot(args: argparse.Namespace) -> int:
     from .calibrate.plot import plot
-    from .thresholds import Calibration
+    from .thresholds.calibration import Calibration
 
     for path in plot(Calibration.load(args.file), args.out or args.file.removesuffix(".json")):
         print(path)
@@ -217,7 +217,7 @@ def _explain(args: argparse.Namespace) -> int:
 
     from .backend import explain_calls
     from .calibrate.run import arguments
-    from .thresholds import Calibration
+    from .thresholds.calibration import Calibration
 
     model, call, batches = _source(args)
     thresholds = {name: getattr(args, name) for name in ("topk", "topp") if getattr(args, name) is not None}

@@ -10,6 +10,8 @@ import re
 from collections import Counter
 from typing import Any
 
+from .user_model import WRAPPERS
+
 ROOT = "(root)"  # attention written directly in the forward of the compiled module
 
 # Dynamo's name of the local or global that holds the model, or the function or method that does.
@@ -20,7 +22,6 @@ _MODULES = re.compile(
     r"(?:\.__dict__)?(?:\['_(?:modules|parameters|buffers)'\]|\._(?:modules|parameters|buffers))\['([^']*)'\]"
 )  # diffusers' models reach children so
 _ITEM = re.compile(r"\['?([^'\]]*)'?\]")  # blocks[0], layers['a']
-_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}  # modules that wrap a user's module
 
 
 def clean_path(path: str) -> str:
@@ -31,7 +32,7 @@ def clean_path(path: str) -> str:
 
 def user_path(name: str) -> str:
     """A dotted name without the modules that wrap a user's module; empty for the root."""
-    return ".".join(part for part in name.split(".") if part and part not in _WRAPPERS)
+    return ".".join(part for part in name.split(".") if part and part not in WRAPPERS)
 
 
 def join(prefix: str, path: str) -> str:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from . import sharding
 from .errors import explain_error
-from .kernels import allocate, capability, cpu
+from .kernels import allocate, capability
 from .kernels.block_map import BlockMap
 from .kernels.block_map import pack as pack_dense
+from .kernels.cpu import attention as cpu
 from .kernels.reference import default_scale
 
 _QKV = "Tensor query, Tensor key, Tensor value"
@@ -121,25 +122,25 @@ library.impl("backward", cpu.backward, "CPU")
 
 
 def _gpu_block_map(query, key, thresholds, attn_mask, is_causal, scale):
-    from .kernels import select
+    from .kernels.triton import select
 
     return select.block_map(query, key, thresholds, attn_mask, is_causal, scale)
 
 
 def _gpu_forward(query, key, value, counts, indices, attn_mask, is_causal, scale):
-    from .kernels import forward
+    from .kernels.triton import forward
 
     return forward.forward(query, key, value, BlockMap(counts, indices), attn_mask, is_causal, scale)
 
 
 def _gpu_pack(counts, indices):
-    from .kernels import lists
+    from .kernels.triton import lists
 
     return lists.pack(BlockMap(counts, indices), indices.shape[-1])
 
 
 def _gpu_backward(grad_out, query, key, value, out, lse, grad_lse, bits, attn_mask, is_causal, scale):
-    from .kernels import backward
+    from .kernels.triton import backward
 
     return backward.backward(grad_out, query, key, value, out, lse, grad_lse, bits, attn_mask, is_causal, scale)
 

@@ -10,6 +10,7 @@ import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, overload
 
 from torch import Tensor, nn
@@ -30,18 +31,18 @@ from torch.export.graph_signature import (
     OutputSpec,
     TensorArgument,
 )
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .backend import logger, speak_up
-from .config import Options
 from .errors import explain_error
-from .passes import pipeline
-from .passes.find import find
-from .passes.fx_utils import clone, submodule_of
-from .passes.leaves import LeafOpener
-from .passes.open_up import EXAMPLE_SHAPES
+from .notices import warn_of_unsupported
+from .options import Options
+from .passes.mha.leaves import LeafOpener
+from .passes.mha.open import EXAMPLE_SHAPES
+from .passes.pipeline import Work, decide_sites, find, logger, rewriting, run
+from .passes.read.fx_utils import clone, submodule_of
+from .passes.write.threshold_inputs import ThresholdInput
 from .report import Report
 
 THRESHOLDS = "sparge_thresholds"  # the module that owns the buffers
@@ -129,25 +130,24 @@ def _rewrite_module(given: GraphModule, settings: Options, example_inputs: Seque
     # Leaves are opened in a trial. Only those are opened in the result in which something becomes sparse.
     opener, trial = LeafOpener(), fresh()
     opened = opener.open(trial)
-    plan = pipeline.plan(find(trial), settings)
-    report = _report(plan, settings)
+    work = _decided(trial, settings)
+    report = _report(work, settings)
     new = trial
     if opened:
-        firsts = [(match.callers[0].node if match.callers else match.node) for match, _ in plan.steps]
-        sparse = [decision.status == "sparse" for _, decision in plan.steps]
-        wanted = {opened[node] for node, chosen in zip(firsts, sparse, strict=True) if chosen and node in opened}
+        firsts = [(match.callers[0].node if match.callers else match.node) for match in work.sparse]
+        wanted = {opened[node] for node in firsts if node in opened}
         new = fresh()
         opener.open(new, wanted)
-        plan = pipeline.plan(find(new), settings)
-    for name, placeholder, thresholds in _apply(new, plan, settings):
+        work = _decided(new, settings)
+    for name, made in _substituted(work, settings):
         if not hasattr(new, THRESHOLDS):
             new.add_module(THRESHOLDS, nn.Module())
-        new.get_submodule(THRESHOLDS).register_buffer(name, thresholds)
-        with new.graph.inserting_before(placeholder):
+        new.get_submodule(THRESHOLDS).register_buffer(name, made.values)
+        with new.graph.inserting_before(made.placeholder):
             buffer = new.graph.get_attr(f"{THRESHOLDS}.{name}")
-        buffer.meta = {"val": placeholder.meta["val"]}
-        placeholder.replace_all_uses_with(buffer)
-        new.graph.erase_node(placeholder)
+        buffer.meta = {"val": made.placeholder.meta["val"]}
+        made.placeholder.replace_all_uses_with(buffer)
+        new.graph.erase_node(made.placeholder)
         if hasattr(given, "_param_name_to_source"):  # AOTAutograd asks where each tensor of a Dynamo graph came from
             sources = {**new.__dict__["_param_name_to_source"], str(buffer.target): ConstantSource(buffer.name)}
             new.__dict__["_param_name_to_source"] = sources
@@ -160,25 +160,25 @@ def _rewrite_module(given: GraphModule, settings: Options, example_inputs: Seque
 
 def _rewrite_program(given: ExportedProgram, settings: Options) -> ExportedProgram:
     new = clone(given.graph_module)
-    plan = pipeline.plan(find(new), settings)
-    report = _report(plan, settings)
+    work = _decided(new, settings)
+    report = _report(work, settings)
     renamed: dict[str, str] = {}
     with new._set_replace_hook(lambda old, new, user: renamed.update({old.name: new})):
-        added = list(_apply(new, plan, settings))
+        added = list(_substituted(work, settings))
     inputs, state = list(given.graph_signature.input_specs), dict(given.state_dict)
     # Parameters and buffers come before constants and what the user passes.
     early = {InputKind.TOKEN, InputKind.PARAMETER, InputKind.BUFFER}
     place = sum(spec.kind in early for spec in inputs)
     following = [*new.graph.find_nodes(op="placeholder")[place : len(inputs)], None][0]
-    for offset, (name, placeholder, thresholds) in enumerate(added):
-        target = f"{THRESHOLDS}.{name}"
+    for offset, (name, made) in enumerate(added):
+        placeholder, target = made.placeholder, f"{THRESHOLDS}.{name}"
         placeholder._rename(f"b_{THRESHOLDS}_{name}")
         placeholder.target = placeholder.name
         if following is not None:
             following.prepend(placeholder)
         spec = InputSpec(InputKind.BUFFER, TensorArgument(name=placeholder.name), target, persistent=True)
         inputs.insert(place + offset, spec)
-        state[target] = thresholds
+        state[target] = made.values
     outputs = [_rename_output(spec, renamed) for spec in given.graph_signature.output_specs]
     calls = copy.deepcopy(given.module_call_graph)
     for call in calls:
@@ -201,22 +201,27 @@ def _rewrite_program(given: ExportedProgram, settings: Options) -> ExportedProgr
     )
 
 
-def _apply(new: GraphModule, plan: pipeline.Plan, settings: Options) -> Iterator[tuple[str, Node, Tensor]]:
-    """Substitute: for each sparse site the name of its buffer, the graph input made for it, and the thresholds."""
+def _decided(new: GraphModule, settings: Options) -> Work:
+    work = Work(new)
+    run(work, find, partial(decide_sites, options=settings))
+    return work
+
+
+def _substituted(work: Work, settings: Options) -> Iterator[tuple[str, ThresholdInput]]:
+    """Substitute: for each sparse site the name of its buffer, and the graph input made for its thresholds."""
+    new = work.graph_module
     values = (value for node in new.graph.nodes for value in tree_leaves(node.meta.get("val")))
     mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
     as_input = (lambda x: mode.from_tensor(x, static_shapes=True)) if mode is not None else lambda x: x
-    made = pipeline.apply(new, plan, settings, as_input)
+    run(work, *rewriting(settings, as_input))
     owner = getattr(new, THRESHOLDS, None)
     taken = set(owner._buffers) if isinstance(owner, nn.Module) else set()
-    sites = [match.site.name for match, decision in plan.steps if decision.status == "sparse"]
-    placeholders = new.graph.find_nodes(op="placeholder")[-len(made) :] if made else []
-    for site, placeholder, thresholds in zip(sites, placeholders, made, strict=True):
-        name = re.sub(r"\W+", "_", site.strip("()"))
+    for made in work.threshold_inputs:
+        name = re.sub(r"\W+", "_", made.match.site.name.strip("()"))
         while name in taken:
             name += "_"
         taken.add(name)
-        yield name, placeholder, thresholds
+        yield name, made
 
 
 def _rename(argument: Any, renamed: Mapping[str, str]) -> Any:
@@ -275,11 +280,10 @@ def _as_fake(x: Any, mode: FakeTensorMode) -> Any:
     return mode.from_tensor(x) if isinstance(x, Tensor) and not isinstance(x, FakeTensor) else x
 
 
-def _report(plan: pipeline.Plan, settings: Options) -> Report:
-    report = Report()
-    plan.add_to(report)
+def _report(work: Work, settings: Options) -> Report:
+    report = work.add_to(Report())
     logger.info("%s", report)
-    speak_up(report, settings)
+    warn_of_unsupported(report, settings)
     return report
 
 

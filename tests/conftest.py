@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
 
 from hypothesis import settings
 
+pytest.register_assert_rewrite("helpers", "spelling", "models")
 settings.register_profile("repo", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("repo")
 
@@ -29,6 +30,17 @@ def _fresh() -> None:
     """The same random numbers for each test, no compiled code left over, no warning spoken already."""
     torch.manual_seed(0)
     torch.compiler.reset()
+    from sparge_compile import notices
+
+    notices.forget_warnings()
+
+
+@pytest.fixture
+def opened_graphs(monkeypatch: pytest.MonkeyPatch) -> list:
+    """What the backend opens: for each compilation its graph in work, with steps and threshold inputs."""
     from sparge_compile import backend
 
-    backend._warned.clear()
+    graphs: list = []
+    real = backend.open_graph
+    monkeypatch.setattr(backend, "open_graph", lambda *args: graphs.append(real(*args)) or graphs[-1])
+    return graphs

@@ -12,7 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparge_compile.kernels import reference
-from sparge_compile.kernels.block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap, ceil_div, diagonal_blocks, visible_blocks
+from sparge_compile.kernels.block_map import (
+    KEY_BLOCK,
+    QUERY_BLOCK,
+    BlockMap,
+    ceil_div,
+    diagonal_blocks,
+    visible_blocks,
+)
 
 GARBAGE = 1 << 30  # what fresh integer memory holds in tests: an index that no tensor has
 
@@ -84,6 +91,17 @@ def random_map(case: Case, density: float = 0.5) -> BlockMap:
     """Lists of random blocks; some query blocks keep none, and causality is not respected, as in a caller's own map."""
     n_query, n_key = ceil_div(case.length, QUERY_BLOCK), ceil_div(case.keys, KEY_BLOCK)
     return BlockMap.from_dense(torch.rand(case.batch, case.heads, n_query, n_key) < density)
+
+
+def rewrite_graph(graph_module: Any, options: Any) -> Any:
+    """The passes on a graph, in place; gives the finished work."""
+    from functools import partial
+
+    from sparge_compile.passes.pipeline import Work, decide_sites, find, rewriting, run
+
+    work = Work(graph_module)
+    run(work, find, partial(decide_sites, options=options), *rewriting(options, lambda x: x))
+    return work
 
 
 def block_constant(batch: int, heads: int, length: int, head_size: int, block: int, values: int = 2) -> Tensor:
@@ -198,7 +216,7 @@ def check_attention(case: Case, block_map: BlockMap, with_dlse: bool = True) -> 
 
     Masked rows count: where nothing is seen, out and gradients are zero and lse is -inf.
     """
-    from sparge_compile.kernels import backward, forward, lists
+    from sparge_compile.kernels.triton import backward, forward, lists
 
     q, k, v = random_qkv(case)
     mask, scale = random_mask(case), scale_of(case)

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-import pytest
-import torch
-
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import methods
 import plot_sweep
+import pytest
+import torch
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,7 @@ from sparge_compile.cli import main
 
 MODULE = """
 import torch
-from test_calibrate_record import Fused, Model
+from test_record import Fused, Model
 
 def build():
     torch.manual_seed(0)

@@ -13,16 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..attached import attached_to
-from ..attachment import attach
 from ..backend import sparge
-from ..config import Options
+from ..distill.forwards import Heard
 from ..errors import explain_error
-from ..fronts import DENSE, Point
-from ..interception import Heard
-from ..observe import uncompiled, user_model
-from ..passes.outputs import heard_by
-from ..thresholds import Calibration
+from ..options import Options
+from ..running.listeners import heard_by
+from ..running.observe import uncompiled
+from ..thresholds.attachment import attach
+from ..thresholds.buffers import attached_to
+from ..thresholds.calibration import Calibration
+from ..thresholds.fronts import DENSE, Point
+from ..user_model import user_model
 from .run import arguments
 
 REFERENCE = 0.2  # density at which a head is tried: sparse enough for an error that counts

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import explain_error
-from ..fronts import Unit, error_of, pareto, spread
-from ..thresholds import Calibration
+from ..thresholds.calibration import Calibration
+from ..thresholds.fronts import Unit, error_of, pareto, spread
 
 NAMED = 12  # sites that a legend has room for
 

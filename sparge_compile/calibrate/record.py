@@ -16,16 +16,17 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from ..config import Options
 from ..errors import explain_error
 from ..kernels import capability
 from ..kernels.block_map import QUERY_BLOCK, ceil_div
 from ..kernels.reference import default_scale
-from ..observe import Observer, Watched, calls_through, user_model, watching
-from ..passes.attention import Attention
+from ..options import Options
 from ..passes.decide import least_keys, refusal
-from ..passes.places import Place
-from ..passes.tap import listening
+from ..passes.match.attention import Attention
+from ..passes.write.taps import listening
+from ..running.observe import Observer, Watched, calls_through, watching
+from ..running.places import Place
+from ..user_model import user_model
 from .curves import Sums, measure
 
 

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import __version__
-from ..config import Options
 from ..errors import explain_error
-from ..fronts import BY, MODES
 from ..kernels.block_map import KEY_BLOCK, QUERY_BLOCK
-from ..observe import user_model
-from ..origin import Origin
-from ..thresholds import Calibration, check_aim
+from ..options import Options
+from ..thresholds.calibration import Calibration, check_aim
+from ..thresholds.fronts import BY, MODES
+from ..thresholds.measured import Origin
+from ..user_model import user_model
+from ..version import __version__
 from .record import Batch, Recorder
 from .search import search, table
 from .state import Folder

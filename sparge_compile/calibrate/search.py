@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..fronts import MODES, Point, error_of, pareto, thin
-from ..origin import Origin, PhaseCurves, SiteCurves
-from ..thresholds import Calibration, Key, choose, from_points
+from ..thresholds.calibration import Calibration, Key, choose, from_points
+from ..thresholds.fronts import MODES, Point, error_of, pareto, thin
+from ..thresholds.measured import Origin, PhaseCurves, SiteCurves
 from .curves import TOPK, TOPP
 from .record import Batch, Sample
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from ..documents import write_atomically
 from ..errors import explain_error
+from ..thresholds.json_file import write_atomically
 from .curves import Sums
 from .record import Batch, Sample
 

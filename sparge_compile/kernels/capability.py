@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import explain_error
 from ..report import Reason
-from ..thresholds import check_pair
+from ..thresholds.calibration import check_pair
 from . import launch
 from .block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap, ceil_div
 

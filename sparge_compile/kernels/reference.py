@@ -16,7 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap, ceil_div, diagonal_blocks, visible_blocks
+from .block_map import (
+    KEY_BLOCK,
+    QUERY_BLOCK,
+    BlockMap,
+    ceil_div,
+    diagonal_blocks,
+    visible_blocks,
+)
 
 CEIL_SLACK = 0.001  # so that a float32 0.05 of 20 blocks is one block
 

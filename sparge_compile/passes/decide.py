@@ -6,20 +6,20 @@ from typing import Any
 
 import torch
 
-from ..config import Options
 from ..cost import Shape, cost_model
 from ..kernels import capability
+from ..options import Options
+from ..pair import Pair
 from ..report import Decision, Reason
-from ..thresholds import Pair
-from .attention import Attention
 from .find import Match
-from .fx_utils import size_hint, value_of
+from .match.attention import Attention
+from .read.fx_utils import size_hint, value_of
 
 # Of fewer key blocks than 16 there is little to choose, and what is so short is mostly a text that a video attends to:
 # little time, much meaning. min_seq_len overrides it.
 MIN_KEYS = 1024
 
-# The cost model is off by about a tenth; a site must be predicted to gain so much, lest it lose.
+# The cost model is off by about a tenth; to be safe, a site must be predicted to gain so much.
 MARGIN = 1.1
 
 _HOW_TO_GET_SHAPES = "give example_inputs to sparge_compile.rewrite, or export the model"
@@ -43,19 +43,28 @@ def decide(match: Match, options: Options) -> Decision:
     if options.min_seq_len is not None:
         return Decision(Reason.LONG_ENOUGH, f"{shape.keys} keys")
     costs = options.costs or cost_model(found.device)
-    density = expected_density(pairs)
     # So does this one: the closed forms over symbolic sizes say on which side of the break-even a length lies.
-    sizes = Shape(*sizes_of(found), is_causal=found.is_causal)
-    pays = bool(costs.dense(sizes) >= MARGIN * costs.sparse(sizes, density))
-    return Decision(Reason.PAYS if pays else Reason.SLOWER, "", costs.predict(shape, density))
+    reason = Reason.PAYS if pays(found, pairs, options, guard=True) else Reason.SLOWER
+    return Decision(reason, "", costs.predict(shape, expected_density(pairs)))
 
 
 def thresholds_for(match: Match, options: Options) -> tuple[Pair, ...]:
-    """One (topk, topp) for each query head: from the calibration, else from the options."""
+    """One (topk, topp) for each query head of a site."""
     assert match.attention is not None
-    heads, head_size = int(match.attention.heads), int(match.attention.head_size)
-    found = options.calibration.lookup(match.site.name, heads, head_size) if options.calibration else None
-    return found or ((options.topk, options.topp),) * heads
+    return options.thresholds_of(match.site.name, int(match.attention.heads), int(match.attention.head_size))
+
+
+def pays(found: Attention, pairs: tuple[Pair, ...], options: Options, *, guard: bool = False) -> bool:
+    """Whether the cost model predicts a gain; where a size depends on data, nothing is known against it.
+
+    ``guard``: asked of the symbolic sizes, so that a dynamic length is guarded to lie on this side of the break-even;
+    else of the sizes that were traced with.
+    """
+    shape = Shape(*sizes_of(found), is_causal=found.is_causal) if guard else shape_of(found)
+    if shape is None:
+        return True
+    costs = options.costs or cost_model(found.device)
+    return bool(costs.dense(shape) >= MARGIN * costs.sparse(shape, expected_density(pairs)))
 
 
 def expected_density(pairs: tuple[Pair, ...]) -> float:

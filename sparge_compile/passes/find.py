@@ -16,12 +16,12 @@ from torch.fx import GraphModule, Node
 
 from ..naming import SiteNames, join, module_path
 from ..report import Reason, Site
-from .attention import Attention, Refusal
-from .decomposed import is_softmax, match_softmax
-from .fused import is_fused, match_fused
-from .fx_utils import size_text, submodule_of
-from .open_up import OPENABLE, holds_attention, open_up, why_closed
-from .reading import Reader
+from .match.attention import Attention, Refusal
+from .match.decomposed import is_softmax, match_softmax
+from .match.sdpa import is_fused, match_fused
+from .mha.open import OPENABLE, holds_attention, open_up, why_closed
+from .read.fx_utils import size_text, submodule_of
+from .read.reader import Reader
 
 # Higher-order operators whose body runs once, with the operands after it as its inputs.
 _TRANSPARENT = {"tag_activation_checkpoint", "wrap_with_autocast", "wrap_with_set_grad_enabled"}

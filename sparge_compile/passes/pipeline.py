@@ -1,56 +1,131 @@
-"""What follows on find: decide about every match, substitute those that become sparse. The first can be run alone."""
+"""The passes in the order in which they run: find, (place,) decide, substitute, return_outputs, erase_markers, check.
+
+The first three only read the graph. A pass takes the :class:`Work` and notes in it what it found or made; its settings
+are bound when a list is put together. ``place`` belongs to graphs of Dynamo (:mod:`sparge_compile.running.graph`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable
-from dataclasses import dataclass
-from typing import Any
+import logging
+import time
+from collections.abc import Callable, Container, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ..config import Options
+from ..options import Options
 from ..report import Decision, Reason, Report, SiteReport
+from . import find as finding
 from .decide import decide, thresholds_for
 from .find import Match
-from .outputs import return_also
-from .substitute import substitute
-from .thresholds_in import erase_markers, marked_thresholds, markers_of, new_thresholds
+from .substitute import substitute_match
+from .write.outputs import dense_outputs, return_also
+from .write.threshold_inputs import Marker, ThresholdInput, attached_thresholds, markers_of, new_input
+from .write.threshold_inputs import erase_markers as erase_all_markers
+
+logger = logging.getLogger("sparge_compile")
 
 # Attached thresholds may be changed at any time, so what they hold now decides nothing: a site is replaced if it would
 # pay with a tenth of the blocks.
 _ATTACHED_TOPK = 0.1
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is to be done with a graph: every match with its decision."""
+class Step(NamedTuple):
+    """A match and what is to become of it."""
 
-    steps: tuple[tuple[Match, Decision], ...]
+    match: Match
+    decision: Decision
 
-    def add_to(self, report: Report) -> None:
+    @property
+    def is_sparse(self) -> bool:
+        return self.decision.status == "sparse"
+
+
+@dataclass
+class Work:
+    """A graph on its way through the passes, and what they have found, decided and made so far.
+
+    ``graph_module`` is ours to change. ``substituted`` are the replaced matches with the node of the op,
+    ``threshold_inputs`` the new last inputs of the graph, in order.
+    """
+
+    graph_module: GraphModule
+    matches: list[Match] = field(default_factory=list)
+    markers: dict[Node, Marker] = field(default_factory=dict)
+    steps: list[Step] = field(default_factory=list)
+    substituted: list[tuple[Match, Node]] = field(default_factory=list)
+    threshold_inputs: list[ThresholdInput] = field(default_factory=list)
+    changed: bool = False
+    passes: list[str] = field(default_factory=list)  # that have run
+
+    @property
+    def sparse(self) -> list[Match]:
+        """The matches that are, or will be, replaced."""
+        return [step.match for step in self.steps if step.is_sparse]
+
+    def add_to(self, report: Report) -> Report:
+        """Note this graph and its sites in a report."""
         report.graphs += 1
         report.sites += [SiteReport(match.site, decision) for match, decision in self.steps]
+        return report
 
 
-def plan(
-    matches: Iterable[Match],
+Pass = Callable[[Any], None]
+
+
+def run(work: Work, *passes: Pass) -> None:
+    """Run passes one after the other. ``TORCH_LOGS="+sparge_compile"`` shows each with its time and changes."""
+    for each in passes:
+        name = getattr(each, "func", each).__name__
+        work.passes.append(name)
+        if not logger.isEnabledFor(logging.DEBUG):
+            each(work)
+            continue
+        before = _fingerprint(work.graph_module)
+        start = time.perf_counter()
+        each(work)
+        seconds = time.perf_counter() - start
+        changed = _changes(before, _fingerprint(work.graph_module))
+        logger.debug("pass %d, %s: %.3f ms, %d nodes changed", len(work.passes), name, seconds * 1e3, changed)
+
+
+def find(work: Work) -> None:
+    """Every attention of the graph, and the markers that ``attach`` left for them."""
+    work.matches = finding.find(work.graph_module)
+    work.markers = markers_of(work.graph_module, work.matches)
+
+
+def decide_sites(
+    work: Work,
     options: Options,
     attached: Container[Node] = (),
     alike: Callable[[Match], Iterable[tuple[Match, bool]]] = lambda match: (),
-) -> Plan:
-    """Decide about everything that was found in a graph; the graph is not changed.
+) -> None:
+    """Sparse or dense, for each match.
 
     Args:
-        matches: what ``find`` found.
+        work: with its matches.
         options: the backend's options.
         attached: the nodes of those matches whose thresholds are attached to the model.
         alike: for a match, the same site in other modules that may run the same graph, and whether its thresholds are
             attached. Whichever comes first, the site becomes sparse if it does in one of them; where it would not
             alone, all key blocks are kept.
     """
-    todo = []
+    work.steps = decided(work.matches, options, attached, alike)
+
+
+def decided(
+    matches: Iterable[Match],
+    options: Options,
+    attached: Container[Node] = (),
+    alike: Callable[[Match], Iterable[tuple[Match, bool]]] = lambda match: (),
+) -> list[Step]:
+    """What :func:`decide_sites` decides, for matches without a graph in work."""
+    steps = []
     for match in matches:
         decision = _decide(match, options, match.node in attached)
         if decision.reason is Reason.SLOWER:
@@ -58,8 +133,8 @@ def plan(
                 if _decide(other, options, other_attached).status == "sparse":
                     decision = Decision(Reason.SHARED, f"as {other.site.name}", decision.prediction)
                     break
-        todo.append((match, decision))
-    return Plan(tuple(todo))
+        steps.append(Step(match, decision))
+    return steps
 
 
 def _decide(match: Match, options: Options, attached: bool) -> Decision:
@@ -70,45 +145,69 @@ def _decide(match: Match, options: Options, attached: bool) -> Decision:
     return Decision(decision.reason, detail, decision.prediction)
 
 
-def apply(
-    graph_module: GraphModule,
-    todo: Plan,
-    options: Options,
-    as_input: Callable[[Tensor], Any],
-    with_outputs: bool = False,
-) -> list[Tensor]:
-    """Substitute every sparse site of a plan, and remove the markers that ``attach`` left.
+def substitute(work: Work, options: Options, as_input: Callable[[Tensor], Any]) -> None:
+    """The op in the place of each sparse site, its thresholds from a marker or from a new last input of the graph.
 
-    ``as_input`` turns the thresholds of a site into what a graph input of this graph carries (a fake tensor).
-    ``with_outputs``: what each of them gives, [B, H, L, D], becomes an output of the graph after its own ones.
-
-    Returns:
-        The thresholds of the replaced sites without a marker, float32 [H, 2] each, in the order in which they became
-        new last inputs.
+    ``as_input`` turns the thresholds of a site, float32 [H, 2], into what a graph input of this graph carries (a fake
+    tensor).
     """
-    new_inputs: list[Tensor] = []
-    touched: set[GraphModule] = set()
     replaced: dict[Node, Node] = {}
-    made: list[tuple[Match, Node]] = []
-    markers = markers_of(graph_module, [match for match, _ in todo.steps])
-    for match, decision in todo.steps:
-        if decision.status != "sparse":
-            continue
-        if match.node in markers:
-            node = marked_thresholds(match, markers[match.node])
+    for match, decision in filter(lambda step: step.is_sparse, work.steps):
+        if match.node in work.markers:
+            thresholds = attached_thresholds(match, work.markers[match.node])
         else:
             assert match.attention is not None
             pairs = thresholds_for(match, options)
             pairs = ((1.0, 0.0),) * len(pairs) if decision.reason is Reason.SHARED else pairs
             values = torch.tensor(pairs, dtype=torch.float32, device=match.attention.device)
-            node = new_thresholds(match, graph_module, as_input(values))
-            new_inputs.append(values)
-        made.append((match, substitute(match, node, replaced)))
-        touched |= {graph_module, match.graph_module, *(caller.graph_module for caller in match.callers)}
-    if with_outputs:
-        return_also(graph_module, made)
-    touched |= erase_markers(graph_module)
-    for module in touched:
+            made, thresholds = new_input(match, work.graph_module, values, as_input(values))
+            work.threshold_inputs.append(made)
+        work.substituted.append((match, substitute_match(match, thresholds, replaced)))
+    work.changed |= bool(work.substituted)
+
+
+def return_outputs(work: Work) -> None:
+    """What each substituted site gives, [B, H, L, D], becomes an output of the graph after its own ones."""
+    return_also(work.graph_module, work.substituted)
+
+
+def return_dense(work: Work, matches: Iterable[Match]) -> None:
+    """What these matches give as they are, [B, H, L, D], becomes an output of the graph after its own ones."""
+    outputs = dense_outputs(matches)
+    return_also(work.graph_module, outputs)
+    work.changed |= bool(outputs)
+
+
+def erase_markers(work: Work) -> None:
+    """Remove the markers that ``attach`` left, those without a site too."""
+    work.changed |= erase_all_markers(work.graph_module)
+
+
+def check(work: Work) -> None:
+    """Lint and recompile the graph and those nested in it, if something changed."""
+    for module in graphs_of(work.graph_module) if work.changed else ():
         module.graph.lint()
         module.recompile()
-    return new_inputs
+
+
+def rewriting(options: Options, as_input: Callable[[Tensor], Any], with_outputs: bool = False) -> list[Pass]:
+    """The passes that change a graph, after ``decide_sites``."""
+    passes: list[Pass] = [partial(substitute, options=options, as_input=as_input)]
+    return [*passes, *[return_outputs] * with_outputs, erase_markers, check]
+
+
+def graphs_of(graph_module: GraphModule) -> Iterator[GraphModule]:
+    """A graph module and those below it."""
+    return (module for module in graph_module.modules() if isinstance(module, GraphModule))
+
+
+def _fingerprint(graph_module: GraphModule) -> dict[Node, tuple[Any, ...]]:
+    return {
+        node: (node.target, node.args, node.kwargs) for module in graphs_of(graph_module) for node in module.graph.nodes
+    }
+
+
+def _changes(before: dict[Node, tuple[Any, ...]], after: dict[Node, tuple[Any, ...]]) -> int:
+    """How many nodes were added, removed, or given other arguments."""
+    kept = before.keys() & after.keys()
+    return len(before.keys() ^ after.keys()) + sum(before[node] != after[node] for node in kept)

@@ -8,16 +8,16 @@ import torch
 from torch.fx import Node
 
 from .. import ops  # noqa: F401  importing it registers the op
-from .emit import Emitter
 from .find import Match
-from .fused_kernels import FUSED_KERNELS, replace_kernel
-from .mutations import is_pure
-from .open_up import put_inside
+from .match.sdpa_kernels import FUSED_KERNELS, replace_kernel
+from .mha.open import put_inside
+from .read.writes import is_pure
+from .write.emit import Emitter
 
 OP = torch.ops.sparge.attention.default
 
 
-def substitute(match: Match, thresholds: Node, replaced: dict[Node, Node]) -> Node:
+def substitute_match(match: Match, thresholds: Node, replaced: dict[Node, Node]) -> Node:
     """Rewrite one match; ``thresholds`` is the node of its graph that carries them, float32 [H, 2].
 
     ``replaced`` says what became of the results of earlier sites, and is added to. Returns the op's node. The caller

@@ -1,0 +1,54 @@
+"""Who compiles the rewritten graph, and what of ours enters Inductor's cache key."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._guards import detect_fake_mode
+from torch.fx import GraphModule
+
+from .options import Options
+from .version import __version__
+
+
+def compile_graph(graph_module: GraphModule, inputs: Sequence[Any], settings: Options) -> Callable[..., Any]:
+    """Compile a graph with whoever the options name as ``inner``."""
+    if settings.inner != "inductor":
+        backend: Any = torch._dynamo.lookup_backend(settings.inner)
+        return backend(graph_module, inputs)
+    # Not torch.compile again: nested, it would silently run eager.
+    from torch._inductor import config, list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = {**list_mode_options(settings.inductor_mode or "default"), **settings.inductor}
+    # Inductor's caches know our ops by name alone; what they do enters the key here, and the options with it. Not the
+    # thresholds: they are run-time inputs, and another pair may use what was compiled for this one.
+    fixed = replace(settings, calibration=None, topk=1.0, topp=0.0)
+    patches["unsafe_marked_cacheable_functions"] = {
+        **patches.get("unsafe_marked_cacheable_functions", config.unsafe_marked_cacheable_functions),
+        "sparge_compile": f"{source_digest()}-{fixed.digest()}",
+    }
+    compiled: Any = compile_fx(graph_module, inputs, config_patches=patches)
+    return compiled
+
+
+@functools.cache
+def source_digest() -> str:
+    """A hash of the package's version and of every source file of it."""
+    digest = hashlib.sha256(__version__.encode())
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def faker(example_inputs: Sequence[Any]) -> Callable[[Tensor], Tensor]:
+    """What turns a real tensor into an example input like the others: fake where they are fake."""
+    mode = detect_fake_mode(example_inputs)
+    return mode.from_tensor if mode is not None else lambda tensor: tensor

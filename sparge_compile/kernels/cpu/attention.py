@@ -1,0 +1,244 @@
+"""The rule and the attention of reference.py on a CPU, from torch code that skips the dropped blocks.
+
+In: what reference.block_map and reference.attention take. Out: block maps, ``out`` and ``lse``, and the gradients.
+Query blocks that keep about as many key blocks are batched (cpu_batches.py); their keys are gathered into dense memory
+and the CPU kernel behind SDPA does the arithmetic, the one that dense attention runs too, so speeds and errors compare.
+float64 stays float64; every other dtype is computed in float32. Letters and shapes: see reference.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import allocate, reference
+from ..block_map import (
+    KEY_BLOCK,
+    QUERY_BLOCK,
+    BlockMap,
+    ceil_div,
+    diagonal_blocks,
+    unpack,
+    visible_blocks,
+)
+from .batches import (
+    Heads,
+    Part,
+    batches,
+    from_blocks,
+    gather,
+    head_parts,
+    over_heads,
+    to_blocks,
+    wide_dtype,
+)
+
+# The public function gives no log-sum-exp and its backward takes none. What these give for a row that a mask hides
+# whole differs between torch versions, so such rows are overwritten below.
+_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+SCORES_AT_ONCE = 1 << 18  # block scores that are ranked together; ranking takes near 100 bytes for each
+
+
+def block_map(
+    q: Tensor,
+    k: Tensor,
+    thresholds: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> BlockMap:
+    """reference.block_map with scratch memory that does not grow with the number of heads and query blocks."""
+    out = allocate.new_block_map(q, k)
+    n_query, n_key = out.indices.shape[-2:]
+    visible = visible_blocks(n_query, n_key, q.shape[2], is_causal, q.device)
+    forced = diagonal_blocks(n_query, n_key, q.device) if is_causal else torch.zeros_like(visible)
+    anchor = reference.needs_anchor(attn_mask, is_causal)
+    thresholds = thresholds.expand(q.shape[1], 2)
+
+    for at_q, at_k in head_parts(q, k):
+        q_mean = reference.pool(q[at_q], QUERY_BLOCK) * reference.default_scale(q.shape[-1], scale)
+        k_mean = reference.pool(k[at_k], KEY_BLOCK).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        step = max(1, SCORES_AT_ONCE // max(1, q_mean.shape[:2].numel() * n_key))
+        for i in range(0, n_query, step):
+            some = slice(i, min(i + step, n_query))
+            scores = q_mean[:, :, some] @ k_mean.mT  # [b, h, some of Nq, Nk]
+            seen, always = visible[some], forced[some]
+            if attn_mask is not None:
+                pooled = pool_mask_rows(attn_mask, at_q, some, q.shape[2])
+                scores, seen, always = reference.apply_pooled_mask(scores, seen, always, *pooled)
+            kept = reference.select(scores, seen, thresholds[at_q[1]], always, anchor)
+            counts, indices = BlockMap.from_dense(kept)
+            out.counts[at_q][:, :, some] = counts
+            out.indices[at_q][:, :, some] = indices
+    return out
+
+
+def pool_mask_rows(attn_mask: Tensor, at: Heads, blocks: slice, length: int) -> tuple[Tensor, Tensor]:
+    """reference.pool_mask for some heads and query blocks: each [b or 1, h or 1, some of Nq or 1, Nk]."""
+    for dim in (0, 1):
+        attn_mask = attn_mask if attn_mask.shape[dim] == 1 else attn_mask[(slice(None),) * dim + (at[dim],)]
+    if attn_mask.shape[2] == length:
+        attn_mask = attn_mask[:, :, blocks.start * QUERY_BLOCK : blocks.stop * QUERY_BLOCK]
+        length = attn_mask.shape[2]
+    return reference.pool_mask(attn_mask, length)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_map: BlockMap,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """reference.attention: out [B, H, L, D] in q's dtype and order of strides, and lse [B, H, L].
+
+    lse is float32, or float64 for float64. A row that sees no key gives zeros and -inf.
+    """
+    out, lse = allocate.dense_like(q), allocate.new_lse(q).to(wide_dtype(q))
+    if 0 in q.shape or 0 in k.shape:
+        return out.zero_(), lse.fill_(-math.inf)
+    scale = reference.default_scale(q.shape[-1], scale)
+    counts, indices = (over_heads(x, q) for x in block_map)
+    attn_mask = None if attn_mask is None else over_heads(attn_mask, q)
+
+    for at_q, at_k in head_parts(q, k):
+        some_q, some_k, some_v = (widen(x) for x in (q[at_q], k[at_k], v[at_k]))
+        lists = BlockMap(counts[at_q], indices[at_q])
+        part = Part.of(lists, None if attn_mask is None else attn_mask[at_q], is_causal, some_q, some_k)
+        attend = attend_all if part.keeps_all() else attend_listed
+        out[at_q], lse[at_q] = attend(some_q, some_k, some_v, part, scale)
+    return out, lse
+
+
+def widen(x: Tensor) -> Tensor:
+    """x in the dtype of the arithmetic, its rows in adjacent memory as the kernel wants them."""
+    x = x.to(wide_dtype(x))
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def attend_all(q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor]:
+    k, v = (x.repeat_interleave(part.group, dim=1) if part.group > 1 else x for x in (k, v))
+    return _attention(q, k, v, is_causal=part.is_causal, scale=scale)
+
+
+def attend_listed(q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor]:
+    queries = to_blocks(q, part.query_rows)  # [N, rows, D]
+    keys, values = to_blocks(k, part.key_rows), to_blocks(v, part.key_rows)
+    out, lse = merge(*(attend_piece(queries, keys, values, piece, scale) for piece in part.pieces()))
+    return from_blocks(out, q), from_blocks(lse, q[..., :1]).squeeze(-1)
+
+
+def attend_piece(queries: Tensor, keys: Tensor, values: Tensor, piece: Part, scale: float) -> tuple[Tensor, Tensor]:
+    """out [N, rows, D] and lse [N, rows, 1] over the blocks that one piece lists."""
+    out = torch.zeros_like(queries)
+    lse = out.new_full((*queries.shape[:2], 1), -math.inf)
+    for row, block, mask in batches(piece, queries):
+        query, key, value = queries[row].unsqueeze(1), gather(keys, block), gather(values, block)
+        some_out, some_lse = _attention(query, key, value, attn_mask=for_rows(mask, query), scale=scale)
+        some_lse = some_lse.unsqueeze(-1)
+        if mask is not None:
+            sees_none = mask.amax(-1, keepdim=True) == -math.inf
+            some_out, some_lse = some_out.masked_fill(sees_none, 0.0), some_lse.masked_fill(sees_none, -math.inf)
+        out[row], lse[row] = some_out.squeeze(1), some_lse.squeeze(1)
+    return out, lse
+
+
+def merge(first: tuple[Tensor, Tensor], *more: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Attention over all keys from (out, lse) over parts of them."""
+    out, lse = first
+    for other, other_lse in more:
+        both = torch.logaddexp(lse, other_lse)
+        base = both.masked_fill(both == -math.inf, 0.0)
+        out = out.mul_((lse - base).exp()).add_(other.mul_((other_lse - base).exp()))
+        lse = both
+    return out, lse
+
+
+def for_rows(mask: Tensor | None, query: Tensor) -> Tensor | None:
+    """A view of mask [c, 1, 1 or rows, n] for every row of query."""
+    return None if mask is None else mask.expand(-1, -1, query.shape[2], -1)
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    bits: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, each in its tensor's shape, dtype and order of strides.
+
+    ``bits`` is the packed block map, int32 [B or 1, H or 1, Nq, words]; ``dlse`` [B, H, L] is the gradient of lse.
+    """
+    grads = dq, dk, dv = allocate.dense_like(q), allocate.dense_like(k), allocate.dense_like(v)
+    if 0 in q.shape or 0 in k.shape:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    scale, head_size = reference.default_scale(q.shape[-1], scale), q.shape[-1]
+    bits = over_heads(bits, q)
+    attn_mask = None if attn_mask is None else over_heads(attn_mask, q)
+
+    for at_q, at_k in head_parts(q, k):
+        q_like = [widen(x[at_q]) for x in (dout, q, out)]
+        k_like = [widen(x[at_k]) for x in (k, v)]
+        some_lse = lse[at_q]
+        sees_none = some_lse == -math.inf
+        if dlse is not None:
+            q_like, k_like = with_dlse(dlse[at_q].masked_fill(sees_none, 0.0), *q_like, *k_like)
+        some_lse = some_lse.masked_fill(sees_none, 0.0).to(q_like[0].dtype)  # exp(-inf - 0): its weights are zeros
+
+        lists = BlockMap.from_dense(unpack(bits[at_q], ceil_div(k.shape[2], KEY_BLOCK)))
+        part = Part.of(lists, None if attn_mask is None else attn_mask[at_q], is_causal, q[at_q], k[at_k])
+        grads_of: Callable[..., tuple[Tensor, ...]] = grads_of_all if part.keeps_all() else grads_of_listed
+        found = grads_of(*q_like, *k_like, some_lse, part, scale)
+        for grad, at, some in zip(grads, (at_q, at_k, at_k), found, strict=True):
+            grad[at] = some[..., :head_size]
+    return dq, dk, dv
+
+
+def with_dlse(
+    dlse: Tensor, dout: Tensor, q: Tensor, out: Tensor, k: Tensor, v: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """One more column, by which rowsum(dout * out), all that the kernel knows, is rowsum(dout * out) - dlse."""
+    q, k, v = (F.pad(x, (0, 1)) for x in (q, k, v))
+    dout = torch.cat([dout, -dlse.unsqueeze(-1).to(dout.dtype)], -1)
+    return [dout, q, F.pad(out, (0, 1), value=1.0)], [k, v]
+
+
+def grads_of_all(
+    dout: Tensor, q: Tensor, out: Tensor, k: Tensor, v: Tensor, lse: Tensor, part: Part, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    if part.group > 1:
+        k, v = (x.repeat_interleave(part.group, dim=1) for x in (k, v))
+    dq, dk, dv = _attention_backward(dout, q, k, v, out, lse, 0.0, part.is_causal, scale=scale)
+    return dq, *(x.unflatten(1, (-1, part.group)).sum(2) for x in (dk, dv))
+
+
+def grads_of_listed(
+    dout: Tensor, q: Tensor, out: Tensor, k: Tensor, v: Tensor, lse: Tensor, part: Part, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    q_like = [to_blocks(x, part.query_rows) for x in (dout, q, out, lse.unsqueeze(-1))]
+    keys, values = to_blocks(k, part.key_rows), to_blocks(v, part.key_rows)
+    dq, dk, dv = (torch.zeros_like(x) for x in (q_like[1], keys, values))
+    for piece in part.pieces():  # with the lse of the whole, the gradients of the pieces add up
+        for row, block, mask in batches(piece, q_like[1]):
+            some_dout, query, some_out, some_lse = (x[row].unsqueeze(1) for x in q_like)
+            given = (some_dout, query, gather(keys, block), gather(values, block), some_out, some_lse.squeeze(-1))
+            some = _attention_backward(*given, 0.0, False, attn_mask=for_rows(mask, query), scale=scale)
+            dq.index_add_(0, row, some[0].squeeze(1))
+            for total, grad in zip((dk, dv), some[1:], strict=True):
+                total.index_add_(0, block.flatten(), grad.reshape(-1, *total.shape[1:]))
+    return from_blocks(dq, q), from_blocks(dk, k), from_blocks(dv, v)

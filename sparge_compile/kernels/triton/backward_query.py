@@ -1,0 +1,170 @@
+"""The gradient of the queries: each query block walks its list of key blocks, as in the forward.
+
+P is recomputed from lse: dS = P * (dout v^T - delta), dq = scale * dS k. Calls come from :mod:`backward`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import allocate, launch
+from ..block_map import KEY_BLOCK, QUERY_BLOCK, ceil_div
+from . import lists
+from .tiles import (
+    LOG2_E,
+    dense_prefix,
+    load_block,
+    load_lse,
+    load_tile,
+    mask_arguments,
+    mask_scores,
+    matrix_arguments,
+    store_tile,
+    tile_offsets,
+    tile_sources,
+)
+
+
+@triton.jit
+def _dq_step(
+    dq, q, dout, lse, delta, k_head, v_head, k_offsets, v_offsets, k_step, v_step, b, key_head, block,
+    row, key_lane, column, mask_ptr, mask_stride_l, mask_stride_s, length, keys, scale_log2,
+    HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, KEYS: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, MASK_KIND: tl.constexpr, MASK_IS_BOOL: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    key = block * KEYS + key_lane
+    k = load_block(
+        k_head, k_offsets, k_step, b, key_head, block, key_lane, column, keys,
+        HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, ROWS=KEYS, DESCRIPTORS=DESCRIPTORS, CHECK_ROWS=MASKED,
+    )  # fmt: skip
+    v = load_block(
+        v_head, v_offsets, v_step, b, key_head, block, key_lane, column, keys,
+        HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, ROWS=KEYS, DESCRIPTORS=DESCRIPTORS, CHECK_ROWS=MASKED,
+    )  # fmt: skip
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # [R, KEYS]
+    if MASKED:
+        scores = mask_scores(
+            scores, row[:, None], key[None, :], mask_ptr, mask_stride_l, mask_stride_s, length, keys,
+            IS_CAUSAL=IS_CAUSAL, MASK_KIND=MASK_KIND, MASK_IS_BOOL=MASK_IS_BOOL,
+        )  # fmt: skip
+    p = tl.exp2(scores - lse[:, None])
+    dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+    ds = p * (dp - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["heads", "group", "length", "keys", "n_tiles", "map_stride_b", "map_stride_h"])
+def _dq_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, counts_ptr, indices_ptr, mask_ptr,
+    dq_ptr,
+    q_stride_b, q_stride_h, q_stride_l, q_stride_d,
+    k_stride_b, k_stride_h, k_stride_l, k_stride_d,
+    v_stride_b, v_stride_h, v_stride_l, v_stride_d,
+    dout_stride_b, dout_stride_h, dout_stride_l, dout_stride_d,
+    dq_stride_b, dq_stride_h, dq_stride_l, dq_stride_d,
+    map_stride_b, map_stride_h,
+    mask_stride_b, mask_stride_h, mask_stride_l, mask_stride_s,
+    heads, group, length, keys, n_tiles, n_key, scale, scale_log2,
+    HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, KEYS: tl.constexpr,
+    ALIGN: tl.constexpr, OFFSET: tl.constexpr, DESCRIPTORS: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    MASK_KIND: tl.constexpr, MASK_IS_BOOL: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)  # the order of programs is the forward's
+    tile = pid % n_tiles
+    if IS_CAUSAL:
+        tile = n_tiles - 1 - tile
+    b = (pid // n_tiles // heads).to(tl.int64)
+    h = (pid // n_tiles % heads).to(tl.int64)
+
+    first_row = tile.to(tl.int64) * ROWS
+    row_lane, column, key_lane = tl.arange(0, ROWS), tl.arange(0, HEAD_PAD), tl.arange(0, KEYS)
+    row = tile * ROWS + row_lane
+    q_tile = q_ptr + (b * q_stride_b + h * q_stride_h + first_row * q_stride_l) * ALIGN
+    q_ptrs = q_tile + tile_offsets(row_lane, column, q_stride_l, q_stride_d, ALIGN=ALIGN, OFFSET=OFFSET)
+    q = load_tile(q_ptrs, row, column, length, HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, CHECK_ROWS=True)
+    dout_tile = dout_ptr + (b * dout_stride_b + h * dout_stride_h + first_row * dout_stride_l) * ALIGN
+    dout_ptrs = dout_tile + tile_offsets(row_lane, column, dout_stride_l, dout_stride_d, ALIGN=ALIGN, OFFSET=OFFSET)
+    dout = load_tile(dout_ptrs, row, column, length, HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, CHECK_ROWS=True)
+    lse = load_lse(lse_ptr + (b * heads + h) * length, row, length)
+    delta = tl.load(delta_ptr + (b * heads + h) * length + row, mask=row < length, other=0.0)
+
+    small_b, key_head = b.to(tl.int32), (h // group).to(tl.int32)
+    k_head, v_head = k_ptr, v_ptr  # descriptors, if they are any
+    if not DESCRIPTORS:
+        k_head = k_ptr + (b * k_stride_b + h // group * k_stride_h) * ALIGN
+        v_head = v_ptr + (b * v_stride_b + h // group * v_stride_h) * ALIGN
+    k_offsets = tile_offsets(key_lane, column, k_stride_l, k_stride_d, ALIGN=ALIGN, OFFSET=OFFSET)
+    v_offsets = tile_offsets(key_lane, column, v_stride_l, v_stride_d, ALIGN=ALIGN, OFFSET=OFFSET)
+    k_step, v_step = tl.cast(k_stride_l, tl.int64) * (ALIGN * KEYS), tl.cast(v_stride_l, tl.int64) * (ALIGN * KEYS)
+    if MASK_KIND != 0:
+        mask_ptr += b * mask_stride_b + h * mask_stride_h
+
+    map_row = b * map_stride_b + h * map_stride_h + tile // TILES
+    count = tl.load(counts_ptr + map_row)
+    list_ptr = indices_ptr + map_row * n_key
+
+    dq = tl.zeros([ROWS, HEAD_PAD], tl.float32)
+    n_dense = 0
+    if MASK_KIND == 0:
+        dense_blocks = keys // KEYS
+        if IS_CAUSAL:
+            dense_blocks = tl.minimum(dense_blocks, (tile * ROWS + 1) // KEYS)
+        n_dense = dense_prefix(list_ptr, count, dense_blocks)
+        for n in tl.range(0, n_dense, num_stages=STAGES):
+            block = tl.load(list_ptr + n)
+            dq = _dq_step(
+                dq, q, dout, lse, delta, k_head, v_head, k_offsets, v_offsets, k_step, v_step, small_b, key_head, block,
+                row, key_lane, column, mask_ptr, mask_stride_l, mask_stride_s, length, keys, scale_log2,
+                HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, KEYS=KEYS, DESCRIPTORS=DESCRIPTORS, IS_CAUSAL=IS_CAUSAL,
+                MASK_KIND=MASK_KIND, MASK_IS_BOOL=MASK_IS_BOOL, MASKED=False,
+            )  # fmt: skip
+    # The tail of the keys needs its mask even though k is 0 there: P = exp2(0 - lse) may be infinite.
+    for n in tl.range(n_dense, count, num_stages=STAGES if MASK_KIND != 0 else 1):
+        block = tl.load(list_ptr + n)
+        dq = _dq_step(
+            dq, q, dout, lse, delta, k_head, v_head, k_offsets, v_offsets, k_step, v_step, small_b, key_head, block,
+            row, key_lane, column, mask_ptr, mask_stride_l, mask_stride_s, length, keys, scale_log2,
+            HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, KEYS=KEYS, DESCRIPTORS=DESCRIPTORS, IS_CAUSAL=IS_CAUSAL,
+            MASK_KIND=MASK_KIND, MASK_IS_BOOL=MASK_IS_BOOL, MASKED=True,
+        )  # fmt: skip
+    dq_tile = dq_ptr + (b * dq_stride_b + h * dq_stride_h + first_row * dq_stride_l) * ALIGN
+    dq_ptrs = dq_tile + tile_offsets(row_lane, column, dq_stride_l, dq_stride_d, ALIGN=ALIGN, OFFSET=OFFSET)
+    store_tile(dq_ptrs, dq * scale, row, column, length, HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD)
+
+
+def query_gradient(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    bits: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+) -> Tensor:
+    """dq [B, H, L, D] in q's dtype and order of dimensions; ``delta`` is float32 [B, H, L]."""
+    batch, heads, length, head_size = q.shape
+    n_key = ceil_div(k.shape[2], KEY_BLOCK)
+    dq = allocate.dense_like(q)
+    tile = launch.attention_launch("dq", head_size, q.dtype, q.device)
+    head_pad, n_tiles = launch.pad_head(head_size), triton.cdiv(length, tile.rows)
+    counts, indices = (x.expand(batch, heads, *x.shape[2:]) for x in lists.unpack(bits, n_key))
+    described, k_source, v_source = tile_sources(k, v, KEY_BLOCK, head_pad)
+    _dq_kernel[(n_tiles * batch * heads,)](
+        q_ptr=q, k_ptr=k_source, v_ptr=v_source, dout_ptr=dout, lse_ptr=lse, delta_ptr=delta,
+        counts_ptr=counts, indices_ptr=indices,
+        dq_ptr=dq,
+        map_stride_b=counts.stride(0), map_stride_h=counts.stride(1),
+        heads=heads, group=heads // k.shape[1], length=length, keys=k.shape[2], n_tiles=n_tiles, n_key=n_key,
+        scale=scale, scale_log2=scale * LOG2_E,
+        HEAD_SIZE=head_size, HEAD_PAD=head_pad, ROWS=tile.rows, TILES=QUERY_BLOCK // tile.rows, KEYS=KEY_BLOCK,
+        DESCRIPTORS=described, IS_CAUSAL=is_causal, STAGES=tile.stages,
+        num_warps=tile.warps, num_stages=tile.stages,
+        **matrix_arguments(QUERY_BLOCK, q=q, k=k, v=v, dout=dout, dq=dq),
+        **mask_arguments(attn_mask, batch, heads),
+    )  # fmt: skip
+    return dq

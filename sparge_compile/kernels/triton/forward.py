@@ -1,0 +1,204 @@
+"""Attention over the kept key blocks: out and log-sum-exp from q, k, v and a block map.
+
+Online softmax (FlashAttention-2, arXiv 2307.08691) over each query block's list of key blocks. Lists are ascending, so
+the blocks that need element masks (the tail of the keys, the causal diagonal) are the last ones: they are peeled off,
+and the main loop masks nothing. The definition is :func:`reference.attention`. On Hopper most calls go to
+:mod:`forward_hopper`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import allocate, launch
+from ..block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap
+from .tiles import (
+    LOG2_E,
+    dense_prefix,
+    load_block,
+    load_tile,
+    mask_arguments,
+    mask_scores,
+    matrix_arguments,
+    store_tile,
+    tile_offsets,
+    tile_sources,
+    use_hopper_kernels,
+)
+
+
+@triton.jit
+def _attend(
+    acc, total, top, q, k_head, v_head, k_offsets, v_offsets, k_step, v_step, b, key_head, block,
+    row, key_lane, column, mask_ptr, mask_stride_l, mask_stride_s, length, keys, scale_log2,
+    HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, KEYS: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, MASK_KIND: tl.constexpr, MASK_IS_BOOL: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One key block of the online softmax: the new (acc, total, top)."""
+    key = block * KEYS + key_lane
+    k = load_block(
+        k_head, k_offsets, k_step, b, key_head, block, key_lane, column, keys,
+        HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, ROWS=KEYS, DESCRIPTORS=DESCRIPTORS, CHECK_ROWS=MASKED,
+    )  # fmt: skip
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [R, KEYS]
+    if MASKED:
+        scores = mask_scores(
+            scores * scale_log2, row[:, None], key[None, :], mask_ptr, mask_stride_l, mask_stride_s, length, keys,
+            IS_CAUSAL=IS_CAUSAL, MASK_KIND=MASK_KIND, MASK_IS_BOOL=MASK_IS_BOOL,
+        )  # fmt: skip
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen no key: -inf - -inf is NaN
+        p = tl.exp2(scores - shift[:, None])
+    else:
+        new_top = tl.maximum(top, tl.max(scores, 1) * scale_log2)  # scale_log2 >= 0, see forward()
+        shift = new_top
+        p = tl.exp2(scores * scale_log2 - shift[:, None])
+    fade = tl.exp2(top - shift)
+    total = total * fade + tl.sum(p, 1)
+    v = load_block(
+        v_head, v_offsets, v_step, b, key_head, block, key_lane, column, keys,
+        HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, ROWS=KEYS, DESCRIPTORS=DESCRIPTORS, CHECK_ROWS=MASKED,
+    )  # fmt: skip
+    acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+    return acc, total, new_top
+
+
+@triton.jit(do_not_specialize=["heads", "group", "length", "keys", "n_tiles", "counts_stride_b", "counts_stride_h"])
+def _forward_kernel(
+    q_ptr, k_ptr, v_ptr, counts_ptr, indices_ptr, mask_ptr,
+    out_ptr, lse_ptr,
+    q_stride_b, q_stride_h, q_stride_l, q_stride_d,
+    k_stride_b, k_stride_h, k_stride_l, k_stride_d,
+    v_stride_b, v_stride_h, v_stride_l, v_stride_d,
+    counts_stride_b, counts_stride_h, counts_stride_i,
+    indices_stride_b, indices_stride_h, indices_stride_i,
+    mask_stride_b, mask_stride_h, mask_stride_l, mask_stride_s,
+    out_stride_b, out_stride_h, out_stride_l, out_stride_d,
+    heads, group, length, keys, n_tiles, scale_log2,
+    HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, KEYS: tl.constexpr,
+    ALIGN: tl.constexpr, OFFSET: tl.constexpr, DESCRIPTORS: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    MASK_KIND: tl.constexpr, MASK_IS_BOOL: tl.constexpr, NEGATE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    # Query tiles vary fastest: the programs that run together share one head's keys and values in L2. Under a causal
+    # mask the last query blocks have the longest lists and go first.
+    pid = tl.program_id(0)
+    tile = pid % n_tiles
+    if IS_CAUSAL:
+        tile = n_tiles - 1 - tile
+    b = (pid // n_tiles // heads).to(tl.int64)
+    h = (pid // n_tiles % heads).to(tl.int64)
+    i = tile // TILES  # query block; TILES programs share it
+
+    first_row = tile.to(tl.int64) * ROWS
+    row_lane = tl.arange(0, ROWS)
+    row = tile * ROWS + row_lane
+    column = tl.arange(0, HEAD_PAD)
+    key_lane = tl.arange(0, KEYS)
+
+    q_tile = q_ptr + (b * q_stride_b + h * q_stride_h + first_row * q_stride_l) * ALIGN
+    q_ptrs = q_tile + tile_offsets(row_lane, column, q_stride_l, q_stride_d, ALIGN=ALIGN, OFFSET=OFFSET)
+    q = load_tile(q_ptrs, row, column, length, HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, CHECK_ROWS=True)
+    if NEGATE:
+        q = -q
+    small_b, key_head = b.to(tl.int32), (h // group).to(tl.int32)
+    k_head, v_head = k_ptr, v_ptr  # descriptors, if they are any
+    if not DESCRIPTORS:
+        k_head = k_ptr + (b * k_stride_b + h // group * k_stride_h) * ALIGN
+        v_head = v_ptr + (b * v_stride_b + h // group * v_stride_h) * ALIGN
+    k_offsets = tile_offsets(key_lane, column, k_stride_l, k_stride_d, ALIGN=ALIGN, OFFSET=OFFSET)
+    v_offsets = tile_offsets(key_lane, column, v_stride_l, v_stride_d, ALIGN=ALIGN, OFFSET=OFFSET)
+    k_step, v_step = tl.cast(k_stride_l, tl.int64) * (ALIGN * KEYS), tl.cast(v_stride_l, tl.int64) * (ALIGN * KEYS)
+    if MASK_KIND != 0:
+        mask_ptr += b * mask_stride_b + h * mask_stride_h
+
+    count = tl.load(counts_ptr + b * counts_stride_b + h * counts_stride_h + i.to(tl.int64) * counts_stride_i)
+    list_ptr = indices_ptr + b * indices_stride_b + h * indices_stride_h + i.to(tl.int64) * indices_stride_i
+
+    acc = tl.zeros([ROWS, HEAD_PAD], tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+
+    n_dense = 0
+    if MASK_KIND == 0:
+        dense_blocks = keys // KEYS
+        if IS_CAUSAL:
+            dense_blocks = tl.minimum(dense_blocks, (tile * ROWS + 1) // KEYS)  # those that the first row sees whole
+        n_dense = dense_prefix(list_ptr, count, dense_blocks)
+        for n in tl.range(0, n_dense, num_stages=STAGES):
+            block = tl.load(list_ptr + n)
+            acc, total, top = _attend(
+                acc, total, top, q, k_head, v_head, k_offsets, v_offsets, k_step, v_step, small_b, key_head, block,
+                row, key_lane, column, mask_ptr, mask_stride_l, mask_stride_s, length, keys, scale_log2,
+                HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, KEYS=KEYS, DESCRIPTORS=DESCRIPTORS, IS_CAUSAL=IS_CAUSAL,
+                MASK_KIND=MASK_KIND, MASK_IS_BOOL=MASK_IS_BOOL, MASKED=False,
+            )  # fmt: skip
+    for n in tl.range(n_dense, count, num_stages=STAGES if MASK_KIND != 0 else 1):
+        block = tl.load(list_ptr + n)
+        acc, total, top = _attend(
+            acc, total, top, q, k_head, v_head, k_offsets, v_offsets, k_step, v_step, small_b, key_head, block,
+            row, key_lane, column, mask_ptr, mask_stride_l, mask_stride_s, length, keys, scale_log2,
+            HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, KEYS=KEYS, DESCRIPTORS=DESCRIPTORS, IS_CAUSAL=IS_CAUSAL,
+            MASK_KIND=MASK_KIND, MASK_IS_BOOL=MASK_IS_BOOL, MASKED=True,
+        )  # fmt: skip
+
+    # total is 0 exactly where no key was seen: then out is 0 and lse is -inf.
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    lse = (top + tl.log2(total)) * 0.6931471805599453  # LN_2
+    tl.store(lse_ptr + (b * heads + h) * length + row, lse, mask=row < length)
+    out_tile = out_ptr + (b * out_stride_b + h * out_stride_h + first_row * out_stride_l) * ALIGN
+    out_ptrs = out_tile + tile_offsets(row_lane, column, out_stride_l, out_stride_d, ALIGN=ALIGN, OFFSET=OFFSET)
+    store_tile(out_ptrs, acc, row, column, length, HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_map: BlockMap,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """out [B, H, L, D] in q's dtype and order of dimensions, and lse float32 [B, H, L] (natural logarithm).
+
+    q [B, H, L, D], k and v [B, Hk, S, D], with any strides; the map's B and H may be 1; ``attn_mask`` is bool or float
+    [B or 1, H or 1, L or 1, S].
+    """
+    batch, heads, length, head_size = q.shape
+    keys = k.shape[2]
+    out, lse = allocate.dense_like(q), allocate.new_lse(q)
+    if out.numel() == 0 or keys == 0:
+        return out.zero_(), lse.fill_(-float("inf"))
+    if use_hopper_kernels(q.device):
+        from . import forward_hopper
+
+        if forward_hopper.takes(q, k, v, out, attn_mask, scale):
+            with torch.cuda.device_of(q):
+                forward_hopper.forward(q, k, v, block_map, is_causal, scale, out, lse)
+            return out, lse
+
+    tile = launch.attention_launch("forward", head_size, q.dtype, q.device)
+    tiles = QUERY_BLOCK // tile.rows
+    n_tiles = triton.cdiv(length, tile.rows)
+    counts, indices = (x.expand(batch, heads, *x.shape[2:]) for x in block_map)
+    head_pad = launch.pad_head(head_size)
+    described, k_source, v_source = tile_sources(k, v, KEY_BLOCK, head_pad)
+    with torch.cuda.device_of(q):
+        _forward_kernel[(n_tiles * batch * heads,)](
+            q_ptr=q, k_ptr=k_source, v_ptr=v_source, counts_ptr=counts, indices_ptr=indices,
+            out_ptr=out, lse_ptr=lse,
+            counts_stride_b=counts.stride(0), counts_stride_h=counts.stride(1), counts_stride_i=counts.stride(2),
+            indices_stride_b=indices.stride(0), indices_stride_h=indices.stride(1), indices_stride_i=indices.stride(2),
+            heads=heads, group=heads // k.shape[1], length=length, keys=keys, n_tiles=n_tiles,
+            # A running maximum of scaled scores is the scaled maximum only for a scale that is not negative.
+            scale_log2=abs(scale) * LOG2_E, NEGATE=scale < 0,
+            HEAD_SIZE=head_size, HEAD_PAD=head_pad, ROWS=tile.rows, TILES=tiles, KEYS=KEY_BLOCK,
+            DESCRIPTORS=described, IS_CAUSAL=is_causal, STAGES=tile.stages,
+            num_warps=tile.warps, num_stages=tile.stages,
+            **matrix_arguments(QUERY_BLOCK, q=q, k=k, v=v, out=out),
+            **mask_arguments(attn_mask, batch, heads),
+        )  # fmt: skip
+    return out, lse

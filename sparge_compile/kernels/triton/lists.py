@@ -1,0 +1,142 @@
+"""Forms of a block map, converted on the GPU: lists to bits, bits to lists, bits to the inverted lists.
+
+The forms are those of :mod:`block_map`. Each program writes its own words or list in a fixed order: no atomics, so
+equal input gives equal memory. The inverted lists say for each key block which query blocks read it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import allocate
+from ..block_map import WORD_BITS, BlockMap
+
+PACK_ENTRIES = 64  # list entries that a packing program compares at a time
+PACK_WORDS = 64  # words that it writes: 2048 key blocks
+UNPACK_BLOCKS = 1024  # key blocks that an unpacking program looks at in one step
+INVERT_ROWS = 128  # query blocks that an inverting program looks at in one step
+
+
+@triton.jit
+def _pack_kernel(
+    counts_ptr, indices_ptr,
+    bits_ptr,
+    counts_stride_b, counts_stride_h, counts_stride_i, indices_stride_b, indices_stride_h, indices_stride_i,
+    heads, n_query, words, n_parts,
+    ENTRIES: tl.constexpr, WORDS: tl.constexpr, WORD_SIZE: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    row = pid // n_parts
+    word = (pid % n_parts).to(tl.int32) * WORDS + tl.arange(0, WORDS)
+    i, h, b = row % n_query, row // n_query % heads, row // n_query // heads
+    count = tl.load(counts_ptr + b * counts_stride_b + h * counts_stride_h + i * counts_stride_i)
+    list_ptr = indices_ptr + b * indices_stride_b + h * indices_stride_h + i * indices_stride_i
+    value = tl.zeros([WORDS], tl.int32)
+    for first in tl.range(0, count, ENTRIES):
+        n = first + tl.arange(0, ENTRIES)
+        block = tl.load(list_ptr + n, mask=n < count, other=-WORD_SIZE)  # lands in no word
+        bit = tl.full([ENTRIES], 1, tl.int32) << (block & (WORD_SIZE - 1))
+        here = (block // WORD_SIZE)[:, None] == word[None, :]
+        value += tl.sum(tl.where(here, bit[:, None], 0), 0)  # every block comes once, so a sum is an or
+    tl.store(bits_ptr + row * words + word, value, mask=word < words)
+
+
+def pack(block_map: BlockMap, n_key: int) -> Tensor:
+    """int32 [B, H, Nq, ceil(Nk / 32)] from the lists of a map."""
+    counts, indices = block_map
+    batch, heads, n_query = counts.shape
+    bits = allocate.new_bits(counts, n_key)
+    words = bits.shape[-1]
+    if bits.numel() == 0:
+        return bits
+    n_parts = triton.cdiv(words, PACK_WORDS)
+    with torch.cuda.device_of(counts):
+        _pack_kernel[(batch * heads * n_query * n_parts,)](
+            counts_ptr=counts, indices_ptr=indices,
+            bits_ptr=bits,
+            counts_stride_b=counts.stride(0), counts_stride_h=counts.stride(1), counts_stride_i=counts.stride(2),
+            indices_stride_b=indices.stride(0), indices_stride_h=indices.stride(1), indices_stride_i=indices.stride(2),
+            heads=heads, n_query=n_query, words=words, n_parts=n_parts,
+            ENTRIES=PACK_ENTRIES, WORDS=PACK_WORDS, WORD_SIZE=WORD_BITS, num_warps=4,
+        )  # fmt: skip
+    return bits
+
+
+@triton.jit
+def _unpack_kernel(
+    bits_ptr,
+    counts_ptr, indices_ptr,
+    words, n_key,
+    BLOCKS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    count = 0
+    for first in tl.range(0, n_key, BLOCKS):
+        j = first + tl.arange(0, BLOCKS)
+        word = tl.load(bits_ptr + row * words + (j >> 5), mask=j < n_key, other=0)
+        kept = (word >> (j & 31)) & 1
+        place = count + tl.cumsum(kept, 0) - 1
+        tl.store(indices_ptr + row * n_key + place, j, mask=kept != 0)
+        count += tl.sum(kept, 0)
+    tl.store(counts_ptr + row, count)
+
+
+def unpack(bits: Tensor, n_key: int) -> BlockMap:
+    """The lists of a map from its bits."""
+    batch, heads, n_query, words = bits.shape
+    counts = bits.new_empty((batch, heads, n_query))
+    indices = bits.new_empty((batch, heads, n_query, n_key))
+    if indices.numel() == 0:
+        return BlockMap(counts.zero_(), indices)
+    with torch.cuda.device_of(bits):
+        _unpack_kernel[(batch * heads * n_query,)](
+            bits_ptr=bits.contiguous(),
+            counts_ptr=counts, indices_ptr=indices,
+            words=words, n_key=n_key,
+            BLOCKS=min(UNPACK_BLOCKS, max(32, triton.next_power_of_2(n_key))), num_warps=4,
+        )  # fmt: skip
+    return BlockMap(counts, indices)
+
+
+@triton.jit
+def _invert_kernel(
+    bits_ptr,
+    counts_ptr, indices_ptr,
+    words, n_query, n_key,
+    ROWS: tl.constexpr, WORD_SIZE: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    bh, word_number = pid // words, pid % words
+    lane = tl.arange(0, WORD_SIZE)  # one word holds this many key blocks
+    j = word_number * WORD_SIZE + lane
+    list_ptrs = indices_ptr + (bh * n_key + j)[None, :] * n_query
+    count = tl.zeros([WORD_SIZE], tl.int32)
+    for first in tl.range(0, n_query, ROWS):
+        i = first + tl.arange(0, ROWS)
+        word = tl.load(bits_ptr + (bh * n_query + i) * words + word_number, mask=i < n_query, other=0)
+        kept = (word[:, None] >> lane[None, :]) & 1
+        place = count[None, :] + tl.cumsum(kept, 0) - 1
+        block = tl.broadcast_to(i[:, None], [ROWS, WORD_SIZE])
+        tl.store(list_ptrs + place, block, mask=(kept != 0) & (j < n_key)[None, :])
+        count += tl.sum(kept, 0)
+    tl.store(counts_ptr + bh * n_key + j, count, mask=j < n_key)
+
+
+def invert(bits: Tensor, n_query: int, n_key: int) -> tuple[Tensor, Tensor]:
+    """Which query blocks read each key block: counts int32 [B, H, Nk] and ascending lists int32 [B, H, Nk, Nq]."""
+    batch, heads, _, words = bits.shape
+    counts = bits.new_empty((batch, heads, n_key))
+    indices = bits.new_empty((batch, heads, n_key, n_query))
+    if indices.numel() == 0:
+        return counts.zero_(), indices
+    with torch.cuda.device_of(bits):
+        _invert_kernel[(batch * heads * words,)](
+            bits_ptr=bits.contiguous(),
+            counts_ptr=counts, indices_ptr=indices,
+            words=words, n_query=n_query, n_key=n_key,
+            ROWS=INVERT_ROWS, WORD_SIZE=WORD_BITS, num_warps=4,
+        )  # fmt: skip
+    return counts, indices

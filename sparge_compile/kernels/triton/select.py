@@ -1,0 +1,187 @@
+"""The block map on the GPU: selection by the hybrid Top-k + Top-p rule from pooled queries and keys.
+
+Goes in: q, k, thresholds, a mask. Comes out: the lists of :class:`BlockMap`, equal to those of
+:func:`reference.block_map` up to rounding. Scores are written to where the indices will be, so that they take no memory
+of their own; then a program for each query block holds its row in registers and finds the row's cut by bisection:
+nothing is sorted. Thresholds are read by the kernel, not by the host.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import allocate, launch, reference
+from ..block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap
+from .pool import pool, pool_mask
+
+SCORE_ROWS, SCORE_KEYS, SCORE_DEPTH = 64, 64, 16  # the tile of a score program, and its step along D
+LINEAR_STEPS = 16  # halvings of scores, before halvings of their images
+
+
+@triton.jit
+def _score_kernel(
+    q_mean_ptr, k_mean_ptr,
+    scores_ptr,
+    heads, group, n_query, n_key, row_tiles, key_tiles, scale,
+    HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """float32 [B, H, Nq, Nk]: scale * q_mean k_mean^T."""
+    pid = tl.program_id(0)
+    bh = (pid // key_tiles // row_tiles).to(tl.int64)
+    i = (pid // key_tiles % row_tiles * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    j = (pid % key_tiles * KEYS + tl.arange(0, KEYS)).to(tl.int64)
+    key_head = bh // heads * (heads // group) + bh % heads // group
+    q_ptrs = q_mean_ptr + (bh * n_query + i)[:, None] * HEAD_SIZE
+    k_ptrs = k_mean_ptr + (key_head * n_key + j)[:, None] * HEAD_SIZE
+    score = tl.zeros([ROWS, KEYS], tl.float32)
+    for start in tl.range(0, HEAD_PAD, DEPTH):
+        d = start + tl.arange(0, DEPTH)
+        q = tl.load(q_ptrs + d[None, :], mask=(i < n_query)[:, None] & (d < HEAD_SIZE)[None, :], other=0.0)
+        k = tl.load(k_ptrs + d[None, :], mask=(j < n_key)[:, None] & (d < HEAD_SIZE)[None, :], other=0.0)
+        score = tl.dot(q * scale, tl.trans(k), score, input_precision=PRECISION)
+    inside = (i < n_query)[:, None] & (j < n_key)[None, :]
+    tl.store(scores_ptr + (bh * n_query + i)[:, None] * n_key + j[None, :], score, mask=inside)
+
+
+@triton.jit
+def _ordered(score):
+    """int32 that compares as the float does; both zeros are one number."""
+    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _unordered(image):
+    """The float of which :func:`_ordered` makes this int32."""
+    return (image ^ ((image >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _select_kernel(
+    thresholds_ptr, bias_ptr, cut_ptr,
+    counts_ptr, indices_ptr,
+    thresholds_stride_h, thresholds_stride_t, bias_stride_b, bias_stride_h, bias_stride_i,
+    heads, length, n_query, n_key,
+    N_PAD: tl.constexpr, QUERY_ROWS: tl.constexpr, KEY_ROWS: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    HAS_MASK: tl.constexpr, ANCHOR: tl.constexpr, CEIL_SLACK: tl.constexpr, LINEAR_STEPS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)  # of [B, H, Nq]
+    i, h, b = (row % n_query).to(tl.int32), row // n_query % heads, row // n_query // heads
+    j = tl.arange(0, N_PAD)
+    row_ptr = indices_ptr + row * n_key
+    score = tl.load(row_ptr + j, mask=j < n_key, other=0).to(tl.float32, bitcast=True)
+
+    # Visibility.
+    visible = j < n_key
+    forced = j < 0  # none
+    if IS_CAUSAL:
+        forced = j // (QUERY_ROWS // KEY_ROWS) == i
+        visible = visible & (j * KEY_ROWS <= tl.minimum((i + 1) * QUERY_ROWS, length) - 1)
+    if HAS_MASK:
+        pooled = b * bias_stride_b + h * bias_stride_h + i.to(tl.int64) * bias_stride_i + j
+        bias = tl.load(bias_ptr + pooled, mask=j < n_key, other=0.0)
+        visible = visible & (bias != float("-inf"))
+        forced = forced | (tl.load(cut_ptr + pooled, mask=j < n_key, other=0) != 0)
+        score += tl.where(visible, bias, 0.0)
+    broken = tl.max((visible & ~(tl.abs(score) < float("inf"))).to(tl.int32), 0) > 0
+    n = tl.sum(visible.to(tl.int32), 0)
+
+    # Softmax over the visible blocks, and the rule's two demands.
+    score = tl.where(visible, score, float("-inf"))
+    top = tl.where(n > 0, tl.max(score, 0), 0.0)
+    mass = tl.where(visible, tl.exp(score - top), 0.0)
+    mass = mass / tl.where(n > 0, tl.sum(mass, 0), 1.0)
+    topk = tl.load(thresholds_ptr + h * thresholds_stride_h)
+    topp = tl.load(thresholds_ptr + h * thresholds_stride_h + thresholds_stride_t)
+    a = tl.maximum(tl.ceil(topk * n.to(tl.float32) - CEIL_SLACK), 1.0)
+    a = tl.where(topp >= 1.0, tl.maximum(a, n.to(tl.float32)), a)  # rounding may not stop short of all
+    wanted = tl.where(topp <= 0.0, -1.0, topp)  # 0 is no demand: nothing falls short of -1
+    image = tl.where(visible, _ordered(score), -2147483648)
+
+    # The cut is the largest score for which the blocks at or above it meet both demands; the lowest, where none does
+    # (rounding can keep the total mass under topp). It stays in [low, high), until one block or one number is left
+    # there. Halving the floats finds it in about log2(n) steps, halving their images in 32 at the most.
+    low = tl.min(tl.where(visible, image, 2147483646), 0)
+    high = tl.maximum(tl.max(image, 0), low) + 1
+    n_low, n_high = n, 0  # visible blocks at or above low, and high
+    step = 0
+    while (n_low - n_high > 1) & (low + 1 < high):
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)  # high - low may not fit in 32 bits
+        if step < LINEAR_STEPS:
+            between = _ordered(0.5 * _unordered(low) + 0.5 * _unordered(high))
+            middle = tl.maximum(tl.minimum(between, high - 1), low + 1)
+        above = image >= middle
+        n_middle = tl.sum(above.to(tl.int32), 0)
+        enough = (n_middle.to(tl.float32) >= a) & (tl.sum(tl.where(above, mass, 0.0), 0) >= wanted)
+        low, n_low = tl.where(enough, middle, low), tl.where(enough, n_middle, n_low)
+        high, n_high = tl.where(enough, high, middle), tl.where(enough, n_high, n_middle)
+        step += 1
+    at_cut = tl.min(tl.where(image >= low, image, 2147483647), 0)
+
+    # Above the cut all stay; of those at the cut, the lower indices, while a demand is open.
+    kept = image > at_cut
+    equal = visible & (image == at_cut)
+    rank = tl.sum(kept.to(tl.int32), 0).to(tl.float32)
+    passed = tl.sum(tl.where(kept, mass, 0.0), 0)
+    before = tl.zeros([N_PAD], tl.float32)  # of those at the cut, how many come first
+    if n_low - n_high > 1:
+        before = (tl.cumsum(equal.to(tl.int32), 0) - 1).to(tl.float32)
+    one = tl.max(tl.where(equal, mass, 0.0), 0)  # the mass of each block at the cut
+    kept = kept | (equal & ((rank + before < a) | (passed + before * one < wanted)))
+    if ANCHOR:
+        uncut = visible & ~forced
+        best = tl.max(tl.where(uncut, image, -2147483648), 0)
+        best_j = tl.min(tl.where(uncut & (image == best), j, N_PAD), 0)
+        kept = kept | (uncut & (j == best_j))
+    kept = (kept | forced | broken) & visible
+
+    # What follows the kept blocks is never read: scores are left there, so that equal inputs give equal memory.
+    place = tl.cumsum(kept.to(tl.int32), 0) - 1
+    tl.store(row_ptr + place, j, mask=kept)
+    tl.store(counts_ptr + row, tl.sum(kept.to(tl.int32), 0))
+
+
+def block_map(
+    q: Tensor, k: Tensor, thresholds: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float
+) -> BlockMap:
+    """The block map of q [B, H, L, D] over k [B, Hk, S, D], by the rule of DESIGN section 3.
+
+    ``thresholds`` is float32 [H, 2] on q's device; ``attn_mask`` is bool or float [B or 1, H or 1, L or 1, S].
+    """
+    batch, heads, length, head_size = q.shape
+    result = allocate.new_block_map(q, k)
+    n_query, n_key = result.indices.shape[-2:]
+    if result.indices.numel() == 0:
+        return BlockMap(result.counts.zero_(), result.indices)
+    q_mean, k_mean = pool(q, k)
+    bias, cut = (None, None) if attn_mask is None else pool_mask(attn_mask, length)
+    row_tiles, key_tiles = triton.cdiv(n_query, SCORE_ROWS), triton.cdiv(n_key, SCORE_KEYS)
+    n_pad = triton.next_power_of_2(n_key)
+    with torch.cuda.device_of(q):
+        _score_kernel[(batch * heads * row_tiles * key_tiles,)](
+            q_mean_ptr=q_mean, k_mean_ptr=k_mean,
+            scores_ptr=result.indices.view(torch.float32),
+            heads=heads, group=heads // k.shape[1], n_query=n_query, n_key=n_key,
+            row_tiles=row_tiles, key_tiles=key_tiles, scale=scale,
+            HEAD_SIZE=head_size, HEAD_PAD=max(SCORE_DEPTH, launch.pad_head(head_size)), DEPTH=SCORE_DEPTH,
+            ROWS=SCORE_ROWS, KEYS=SCORE_KEYS, PRECISION=launch.score_precision(q.device), num_warps=4, num_stages=2,
+        )  # fmt: skip
+        _select_kernel[(batch * heads * n_query,)](
+            thresholds_ptr=thresholds, bias_ptr=bias, cut_ptr=None if cut is None else cut.view(torch.uint8),
+            counts_ptr=result.counts, indices_ptr=result.indices,
+            thresholds_stride_h=thresholds.stride(0), thresholds_stride_t=thresholds.stride(1),
+            bias_stride_b=0 if bias is None or bias.shape[0] == 1 else bias.stride(0),
+            bias_stride_h=0 if bias is None or bias.shape[1] == 1 else bias.stride(1),
+            bias_stride_i=0 if bias is None or bias.shape[2] == 1 else bias.stride(2),
+            heads=heads, length=length, n_query=n_query, n_key=n_key,
+            N_PAD=n_pad, QUERY_ROWS=QUERY_BLOCK, KEY_ROWS=KEY_BLOCK,
+            IS_CAUSAL=is_causal, HAS_MASK=bias is not None, ANCHOR=reference.needs_anchor(attn_mask, is_causal),
+            CEIL_SLACK=reference.CEIL_SLACK, LINEAR_STEPS=LINEAR_STEPS,
+            num_warps=launch.select_warps(n_pad), num_stages=1,
+            enable_fp_fusion=False,  # topk * n - slack must round as torch does, before the ceiling
+        )  # fmt: skip
+    return result

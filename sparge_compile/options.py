@@ -1,0 +1,125 @@
+"""The options of ``torch.compile(model, backend="sparge", options={...})``: validation, and one digest over all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from .cost import CostModel
+from .errors import explain_error
+from .pair import Pair, check_pair
+from .thresholds.calibration import Calibration
+
+# Untuned, nothing is known of a model, so half of the blocks and 80 % of the pooled mass are kept: heads that look
+# everywhere keep up to 0.8, others half. What that costs, beside other pairs: docs/fidelity.md. Lower values want a
+# calibration or a fine-tuned checkpoint (DESIGN section 8).
+DEFAULT_TOPK = 0.5
+DEFAULT_TOPP = 0.8
+
+ON_UNSUPPORTED = ("dense", "warn", "error")
+INNER = ("inductor", "aot_eager", "eager")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Every option of the backend. Built with :meth:`parse`, which refuses what it does not know."""
+
+    calibration: Calibration | None = None
+    topk: float = DEFAULT_TOPK
+    topp: float = DEFAULT_TOPP
+    min_seq_len: int | None = None
+    costs: CostModel | None = None
+    additive_masks: bool = False
+    on_unsupported: str = "warn"
+    inner: str = "inductor"
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+    inductor_mode: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.calibration, (str, os.PathLike)):
+            object.__setattr__(self, "calibration", Calibration.parse(self.calibration))
+        _expect("calibration", self.calibration, (Calibration, type(None)), "a path or a Calibration")
+        check_pair(self.topk, self.topp, "options")
+        _expect("min_seq_len", self.min_seq_len, (int, type(None)), "a number of keys, or None for the cost model")
+        if self.min_seq_len is not None and self.min_seq_len < 0:
+            raise _bad_value("min_seq_len", self.min_seq_len, "0 or more keys, or None for the cost model")
+        _expect("additive_masks", self.additive_masks, (bool,), "True or False")
+        if self.costs is not None:
+            object.__setattr__(self, "costs", CostModel.parse(self.costs))
+        for name, known in (("on_unsupported", ON_UNSUPPORTED), ("inner", INNER)):
+            if getattr(self, name) not in known:
+                raise _bad_value(name, getattr(self, name), ", ".join(map(repr, known)))
+        _expect("inductor", self.inductor, (Mapping,), "a dict of Inductor's options")
+        _expect("inductor_mode", self.inductor_mode, (str, type(None)), "a mode of torch.compile, or None")
+        self._check_inductor()
+        if self.inner != "inductor" and (self.inductor or self.inductor_mode):
+            raise _bad_value("inner", self.inner, "'inductor' where inductor or inductor_mode is given")
+
+    def _check_inductor(self) -> None:
+        """Refuse a mode or an option that Inductor does not know, before it meets a graph."""
+        if not self.inductor and self.inductor_mode is None:
+            return
+        from torch._inductor import list_mode_options, list_options
+
+        modes, known = sorted(list_mode_options()), {name.replace("-", "_") for name in list_options()}
+        if self.inductor_mode is not None and self.inductor_mode not in modes:
+            raise _bad_value("inductor_mode", self.inductor_mode, ", ".join(modes))
+        unknown = [name for name in self.inductor if name.replace("-", "_") not in known]
+        if unknown:
+            raise _bad_value("inductor", ", ".join(unknown), "the names that torch._inductor.list_options() gives")
+        object.__setattr__(self, "inductor", {name.replace("-", "_"): value for name, value in self.inductor.items()})
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any] | Options | None) -> Options:
+        """Options from what a user gave to ``torch.compile``."""
+        if isinstance(options, cls):
+            return options
+        _expect("options", options, (Mapping, type(None)), "a dict")
+        given = dict(options or {})  # type: ignore[arg-type]
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(set(map(str, given)) - set(known))
+        if unknown:
+            raise ValueError(
+                explain_error(
+                    "unknown option for backend 'sparge'",
+                    given=", ".join(map(repr, unknown)),
+                    allowed=", ".join(known),
+                    todo="Remove it or mend its spelling; Inductor's own options go into 'inductor'.",
+                )
+            )
+        return cls(**given)
+
+    def thresholds_of(self, name: str, heads: int, head_size: int) -> tuple[Pair, ...]:
+        """One (topk, topp) for each query head of a site: from the calibration, else ``topk`` and ``topp``.
+
+        Raises:
+            ValueError: the calibration has thresholds for another number of heads or another head size.
+        """
+        found = self.calibration.lookup(name, heads, head_size) if self.calibration is not None else None
+        return found or ((self.topk, self.topp),) * heads
+
+    def with_thresholds(self, topk: float, topp: float) -> Options:
+        """The same options with one pair of thresholds for all sites."""
+        return replace(self, calibration=None, topk=topk, topp=topp)
+
+    def digest(self) -> str:
+        """A hash over all fields: equal for equal options, in any process."""
+        content = {**asdict(self), "calibration": self.calibration.to_dict() if self.calibration else None}
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=repr).encode()).hexdigest()
+
+
+def _bad_value(name: str, given: object, allowed: str) -> ValueError:
+    return ValueError(
+        explain_error(f"option {name!r} has a bad value", given=repr(given), allowed=allowed, todo="Change it.")
+    )
+
+
+def _expect(name: str, value: object, types: tuple[type, ...], allowed: str) -> None:
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        raise TypeError(
+            explain_error(f"option {name!r} has the wrong type", given=repr(value), allowed=allowed, todo="Change it.")
+        )

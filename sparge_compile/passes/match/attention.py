@@ -1,0 +1,147 @@
+"""Attention in one form, whatever its spelling: operands with the axes of their dimensions, masks, scale."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ...report import Reason
+from ..read.axes import Dim, Layout, size_of
+from ..read.fx_utils import value_of
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why something is not, or cannot become, sparse attention. ``node`` is one of its products, where it is known."""
+
+    reason: Reason
+    detail: str = ""
+    node: Node | None = None
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The axes of one attention problem. ``group`` are those of the heads that share a key head, minor to ``heads``."""
+
+    batch: Dim
+    heads: Dim  # of the keys
+    group: Dim
+    rows: Dim
+    keys: Dim
+    feature: Dim  # of query and key
+    value_feature: Dim
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor of the graph, the axes of its dimensions, and the axes that it shall have, dimension by dimension.
+
+    Axes that it lacks are broadcast; a mask keeps size 1 there (``expand`` is false). ``reader`` is the node that reads
+    it in the graph as it was found.
+    """
+
+    node: Node
+    reader: Node
+    layout: Layout
+    wanted: Layout
+    expand: bool = True
+
+
+@dataclass(frozen=True)
+class Mask:
+    """One condition on (query, key) pairs, or one tensor added to scores.
+
+    ``kind``: ``keep`` (bool, True attends), ``drop`` (bool, True hides), ``hide`` (numbers: 0, or so low that they
+    hide), ``add`` (numbers that change scores). ``row``: the row that stands for all, ``"first"`` or ``"last"``, where
+    rows are alike but for causality, which is told apart.
+    """
+
+    operand: Operand
+    kind: str
+    row: str | None = None
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A number or tensor that scales scores row by row: multiplied by, or divided by where ``inverse``."""
+
+    operand: Operand | Node  # a node that is a number at run time
+    inverse: bool = False
+
+
+@dataclass(frozen=True)
+class Attention:
+    """softmax(scale · Q Kᵀ + masks) V of a graph, and the node that holds its result.
+
+    ``rewritten``: the result is changed in place later on. ``region`` are the nodes that have no reader but one another
+    once the result is replaced, in graph order.
+    """
+
+    axes: Axes
+    query: Operand
+    key: Operand
+    value: Operand
+    output: Node
+    output_layout: Layout
+    dtype: torch.dtype
+    masks: tuple[Mask, ...] = ()
+    is_causal: bool = False
+    scale: float | None = None
+    factors: tuple[Factor, ...] = ()
+    dropout: Any = 0.0
+    region: tuple[Node, ...] = ()
+    rewritten: bool = False
+
+    @property
+    def batch(self) -> Any:
+        return size_of(self.axes.batch)
+
+    @property
+    def kv_heads(self) -> Any:
+        return size_of(self.axes.heads)
+
+    @property
+    def heads(self) -> Any:
+        return size_of(self.axes.heads) * size_of(self.axes.group)
+
+    @property
+    def length(self) -> Any:
+        return size_of(self.axes.rows)
+
+    @property
+    def keys(self) -> Any:
+        return size_of(self.axes.keys)
+
+    @property
+    def head_size(self) -> Any:
+        return size_of(self.axes.feature)
+
+    @property
+    def value_head_size(self) -> Any:
+        return size_of(self.axes.value_feature)
+
+    @property
+    def result(self) -> Tensor:
+        """The fake tensor of the result."""
+        value = value_of(self.output)
+        return value[0] if isinstance(value, (tuple, list)) else value
+
+    @property
+    def device(self) -> torch.device:
+        return self.result.device
+
+    @property
+    def mask_kind(self) -> str:
+        """``"none"``, ``"bool"`` or ``"additive"``."""
+        return "none" if not self.masks else "additive" if any(m.kind == "add" for m in self.masks) else "bool"
+
+    @property
+    def learned_mask(self) -> bool:
+        """Whether a gradient would flow into what is added to the scores."""
+        added = (value_of(m.operand.node) for m in self.masks if m.kind in ("add", "hide"))
+        return any(isinstance(x, Tensor) and x.requires_grad for x in added)

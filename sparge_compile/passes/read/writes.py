@@ -1,0 +1,117 @@
+"""Tensors that a graph changes in place: which version of a tensor a node reads.
+
+``scores *= c`` and ``scores.masked_fill_(...)`` change what later readers of ``scores`` see, through whatever view.
+Tensors are told apart by the storage of their fake tensors.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from .calls import Lowering
+from .fx_utils import submodule_of
+
+_OPERATORS = (
+    "iadd",
+    "isub",
+    "imul",
+    "itruediv",
+    "ifloordiv",
+    "imod",
+    "ipow",
+    "iand",
+    "ior",
+    "ixor",
+    "imatmul",
+    "setitem",
+    "ilshift",
+    "irshift",
+    "iconcat",
+)
+_IN_PLACE = {getattr(operator, name) for name in _OPERATORS}
+
+
+class Mutations:
+    """The nodes of one graph that change tensors in place, by storage."""
+
+    def __init__(self, lowering: Lowering) -> None:
+        self._lowering = lowering
+        self.position = {node: i for i, node in enumerate(lowering.owner.graph.nodes)}
+        self._writers: dict[Any, list[tuple[Node, Node]]] = {}  # by storage: who writes, and to which node's tensor
+        self._written: dict[Node, list[Node]] = {}
+        for node in self.position:
+            if _may_write(node) or _runs_a_writer(node, lowering.owner):
+                for written in lowering.mutated(node):
+                    if (storage := self._storage(written)) is not None:
+                        self._writers.setdefault(storage, []).append((node, written))
+                        self._written.setdefault(node, []).append(written)
+
+    def version(self, node: Node, reader: Node) -> Node | None:
+        """The node whose result is what ``reader`` sees of ``node``; None where it was changed through a view."""
+        seen = node
+        for writer, written in self._between(node, node, reader):
+            if written not in (node, seen):
+                return None
+            seen = writer
+        return seen
+
+    def changed(self, node: Node, since: Node, until: Node | None, ignore: Collection[Node] = ()) -> bool:
+        """Whether a writer that is not ignored changes a tensor between two nodes (None: to the end)."""
+        return any(writer not in ignore for writer, _ in self._between(node, since, until))
+
+    def written(self, node: Node) -> list[Node]:
+        """The tensors that a node changes."""
+        return self._written.get(node, [])
+
+    def _between(self, node: Node, since: Node, until: Node | None) -> list[tuple[Node, Node]]:
+        start, end = self.position[since], self.position[until] if until is not None else len(self.position)
+        found = self._writers.get(self._storage(node), []) if self._writers else []
+        return [w for w in found if start < self.position[w[0]] < end]
+
+    def _storage(self, node: Node) -> Any:
+        fake = self._lowering.fake(node)
+        return fake.untyped_storage()._cdata if isinstance(fake, Tensor) else None
+
+
+def _may_write(node: Node) -> bool:
+    """Whether a node's name, schema or arguments allow a change in place; of those, lowering tells which do change."""
+    if node.op == "call_method":
+        name = str(node.target)
+        return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or name.startswith("__i")
+    if node.op == "call_module":
+        owner = node.graph.owning_module
+        return owner is not None and bool(getattr(owner.get_submodule(str(node.target)), "inplace", False))
+    if node.op != "call_function":
+        return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        return bool(node.target._schema.is_mutable)
+    if isinstance(node.target, torch._ops.OpOverloadPacket):
+        return any(getattr(node.target, name)._schema.is_mutable for name in node.target.overloads())
+    if type(node.target).__name__ == "CustomOpDef":
+        return True
+    name = getattr(node.target, "__name__", "")
+    flagged = (
+        bool(node.kwargs.get("inplace")) or node.kwargs.get("out") is not None or any(x is True for x in node.args)
+    )
+    return node.target in _IN_PLACE or flagged or (name.endswith("_") and not name.endswith("__"))
+
+
+def _runs_a_writer(node: Node, owner: GraphModule) -> bool:
+    """Whether a higher-order operator runs a graph in which something may be changed in place."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.HigherOrderOperator):
+        return False
+    bodies = [body for argument in node.all_input_nodes if (body := submodule_of(argument, owner)) is not None]
+    return any(_may_write(inner) or _runs_a_writer(inner, body) for body in bodies for inner in body.graph.nodes)
+
+
+def is_pure(node: Node, lowering: Lowering) -> bool:
+    """Whether nothing but a node's result tells that it ran."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return not node.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in node.target.tags
+    return not _may_write(node) and lowering.runs_quietly(node)

@@ -1,0 +1,184 @@
+"""Write nodes into a graph: operands in the form that the op takes, and its result in the form that the graph expects.
+
+ATen overloads only, so that Dynamo graphs, exported programs and plain FX graphs take them alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
+
+from ..match.attention import Attention, Factor, Mask, Operand
+from ..match.masks import HIDDEN
+from ..read.axes import Axis, Layout, settle
+from ..read.fx_utils import value_of
+
+aten = torch.ops.aten
+
+
+class Emitter:
+    """Inserts what one attention needs, before the node that holds its result."""
+
+    def __init__(self, graph: Graph, attention: Attention, translate: Callable[[Node], Node]) -> None:
+        self.graph = graph
+        self.attention = attention
+        self.translate = translate
+
+    def call(self, op: Any, *args: Any, **kwargs: Any) -> Node:
+        node = self.graph.call_function(op, args, kwargs)
+        value = _fake_result(op, args, kwargs)
+        if value is not None:
+            node.meta["val"] = node.meta["example_value"] = value
+        return node
+
+    def operands(self) -> tuple[Node, Node, Node]:
+        """query [B, H, L, D], key and value [B, Hk, S, D], in the dtype that attention is computed in."""
+        found = self.attention
+        query = self.operand(found.query, None)
+        for factor in found.factors:
+            query = self.scaled(query, factor)
+        if found.factors:
+            query = self.call(aten.to.dtype, query, found.dtype)
+        key, value = self.operand(found.key, query), self.operand(found.value, query)
+        return query, key, value
+
+    def operand(self, operand: Operand, query: Node | None) -> Node:
+        node = self.translate(operand.node)
+        made = self.arrange(node, operand.layout, operand.wanted)
+        if operand.expand:
+            made = self._broadcast(made, operand, query)
+            if _dtype(node) not in (None, self.attention.dtype):
+                made = self.call(aten.to.dtype, made, self.attention.dtype)
+        return made
+
+    def _broadcast(self, node: Node, operand: Operand, query: Node | None) -> Node:
+        """Dimensions of which the operand has no axis, at their full size. Dynamic ones are those of the query."""
+        sizes: list[Any] = []
+        for i, dim in enumerate(operand.wanted):
+            missing = bool(dim) and not any(a in d for a in dim for d in operand.layout)
+            sizes.append(self._size(dim, i, query) if missing else -1)
+        return node if sizes == [-1] * len(sizes) else self.call(aten.expand.default, node, sizes)
+
+    def _size(self, dim: tuple[Axis, ...], position: int, query: Node | None) -> Any:
+        size: Any = 1
+        for axis in dim:
+            size = size * axis.size
+        if isinstance(size, int):
+            return size
+        assert query is not None, "a query has all axes of its dimensions"
+        return self.call(aten.sym_size.int, query, position)
+
+    def scaled(self, query: Node, factor: Factor) -> Node:
+        if isinstance(factor.operand, Node):
+            op = aten.div.Tensor if factor.inverse else aten.mul.Tensor
+            return self.call(op, query, self.translate(factor.operand))
+        by = self.operand(factor.operand, query)
+        return self.call(aten.div.Tensor if factor.inverse else aten.mul.Tensor, query, by)
+
+    def mask(self) -> Node | None:
+        """One mask [B or 1, H or 1, L or 1, S or 1] of all: boolean, or float where scores change."""
+        keep: Node | None = None
+        added: Node | None = None
+        for mask in self.attention.masks:
+            made = self._row(self.operand(mask.operand, None), mask)
+            if mask.kind == "add":
+                dtype = _dtype(self.translate(mask.operand.node))
+                if dtype is not None and not dtype.is_floating_point:
+                    made = self.call(aten.to.dtype, made, self.attention.dtype)
+                made = self.call(aten.mul.Tensor, made, mask.factor) if mask.factor != 1 else made
+                added = made if added is None else self.call(aten.add.Tensor, added, made)
+                continue
+            if mask.kind == "drop":
+                made = self.call(aten.logical_not.default, made)
+            elif mask.kind == "hide":
+                made = self.call(aten.gt.Scalar, made, HIDDEN / 2 / mask.factor)
+            elif _dtype(self.translate(mask.operand.node)) != torch.bool:
+                made = self.call(aten.ne.Scalar, made, 0)
+            keep = made if keep is None else self.call(aten.logical_and.default, keep, made)
+        if added is None:
+            return keep
+        if keep is not None:
+            added = self.call(aten.masked_fill.Scalar, added, self.call(aten.logical_not.default, keep), -torch.inf)
+        return added
+
+    def _row(self, node: Node, mask: Mask) -> Node:
+        if mask.row is None:
+            return node
+        return self.call(aten.slice.Tensor, node, 2, *((0, 1) if mask.row == "first" else (-1, 2**63 - 1)))
+
+    def result(self, node: Node) -> Node:
+        """The op's result in the axes, dtype and strides of what it replaces."""
+        found = self.attention
+        axes = found.axes
+        heads = (*axes.heads, *axes.group)
+        made = self.arrange(node, settle((axes.batch, heads, axes.rows, axes.value_feature)), found.output_layout)
+        old = found.result
+        if old.dtype != found.dtype:
+            made = self.call(aten.to.dtype, made, old.dtype)
+        if found.rewritten:  # the op keeps its result for the backward; a product does not
+            made = self.call(aten.clone.default, made, memory_format=torch.contiguous_format)
+        elif found.region != (found.output,) and old.is_contiguous():  # a fused call has the strides of the op
+            made = self.call(aten.contiguous.default, made)
+        return made
+
+    def arrange(self, node: Node, have: Layout, want: Layout) -> Node:
+        """A tensor with the axes ``have`` laid out as ``want``.
+
+        A dimension of ``want`` of which no axis is there has size 1; where some are there, the others are broadcast.
+        """
+        if have == want:
+            return node
+        order: list[Axis] = []
+        for position in reversed(range(len(have))):
+            dim = have[position]
+            if not dim:
+                node = self.call(aten.squeeze.dim, node, position)
+            elif len(dim) > 1:
+                node = self.call(aten.unflatten.int, node, position, [_static(axis) for axis in dim])
+            order = [*dim, *order]
+        target = [axis for dim in want for axis in dim if axis in order]
+        if target != order:
+            node = self.call(aten.permute.default, node, [order.index(axis) for axis in target])
+        rank = len(target)
+        for position, dim in enumerate(want):
+            present = [axis for axis in dim if axis in order]
+            if not present:
+                node = self.call(aten.unsqueeze.default, node, position)
+                rank += 1
+            elif len(dim) > 1:
+                sizes: list[Any] = [-1] * (rank + len(dim) - len(present))
+                for i, axis in enumerate(dim):
+                    if axis not in order:
+                        node = self.call(aten.unsqueeze.default, node, position + i)
+                        sizes[position + i] = axis.size
+                if len(present) < len(dim):
+                    node = self.call(aten.expand.default, node, sizes)
+                node = self.call(aten.flatten.using_ints, node, position, position + len(dim) - 1)
+                rank -= len(present) - 1
+        return node
+
+
+def _static(axis: Axis) -> int:
+    return axis.size if isinstance(axis.size, int) else -1
+
+
+def _dtype(node: Node) -> torch.dtype | None:
+    value = value_of(node)
+    return value.dtype if isinstance(value, Tensor) else None
+
+
+def _fake_result(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a call returns in fake tensors; None where its arguments carry none, or those of two modes (Dynamo's do)."""
+    values = map_arg((args, kwargs), value_of)
+    modes = {x.fake_mode for x in tree_leaves(values) if isinstance(x, FakeTensor)}
+    if len(modes) != 1 or len(tree_leaves(values)) != len(tree_leaves((args, kwargs))):
+        return None
+    with modes.pop():
+        return op(*values[0], **values[1])

@@ -1,0 +1,54 @@
+"""Taps: calls in a graph that hand an attention's operands to whoever listens, and change nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ..find import Match
+from ..mha.open import copy_inside
+from .emit import Emitter
+
+# Called with the number of a match, its query [B, H, L, D], key and value [B, Hk, S, D], and its mask.
+Listener = Callable[[int, Tensor, Tensor, Tensor, "Tensor | None"], None]
+
+_listener: ContextVar[Listener] = ContextVar("sparge_tap")
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Have the taps of graphs that run meanwhile call this."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
+def hand_over(number: int, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> None:
+    """What a tap calls."""
+    _listener.get()(number, query, key, value, attn_mask)
+
+
+def put_taps(graph_module: GraphModule, matches: Iterable[tuple[int, Match]]) -> None:
+    """Write a tap before the result of each of these matches of a graph; every other node stays as it is."""
+    touched = {graph_module}
+    for number, match in matches:
+        found = match.attention
+        assert found is not None
+        graph = match.graph_module.graph
+        copies = copy_inside(match.node, match.inside)[0] if match.inside is not None else {}
+        emitter = Emitter(graph, found, lambda node, copies=copies: copies.get(node, node))  # type: ignore[misc]
+        with graph.inserting_before(match.node if copies else found.output):
+            graph.call_function(hand_over, (number, *emitter.operands(), emitter.mask()))
+        for inner, copy in reversed(list(copies.items())):  # of an opened call, only its operands are wanted
+            if inner.op != "placeholder" and not copy.users:
+                graph.erase_node(copy)
+        touched |= {match.graph_module, *(caller.graph_module for caller in match.callers)}
+    for module in touched:
+        module.graph.lint()
+        module.recompile()

@@ -1,0 +1,156 @@
+"""The node that carries a site's thresholds: the argument of a marker that ``attach`` left, or a new graph input.
+
+A marker stands where its module is entered, so it belongs to the attention that follows in the same module. Nested
+graphs get the node handed down by their callers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from ... import ops
+from ...errors import explain_error
+from ...naming import module_base, module_path
+from ..find import Match
+from ..read.fx_utils import add_input, submodule_of, value_of
+
+MARK = torch.ops.sparge.mark
+_NAME = "sparge_thresholds"
+
+
+class Marker(NamedTuple):
+    """One marker: the graph it stands in, and which attention of its module it is for (``ops.REST``: all others)."""
+
+    graph_module: GraphModule
+    node: Node
+    number: int
+
+
+@dataclass(frozen=True)
+class ThresholdInput:
+    """A new last input of a graph: the match it is for, its placeholder, and the thresholds, float32 [H, 2]."""
+
+    match: Match
+    placeholder: Node
+    values: Tensor
+
+    @property
+    def heads(self) -> int:
+        return len(self.values)
+
+
+def markers_of(graph_module: GraphModule, matches: Iterable[Match]) -> dict[Node, Marker]:
+    """The marker of each match that has one, by the node of the match.
+
+    The first of these that is there: a marker for the site's number in its graph, one for all further sites, and, for a
+    module that is called several times, one for the site's number since the module was entered.
+    """
+    wanted = {match.node: match for match in matches if match.is_attention}
+    current: dict[Any, dict[int, Marker]] = {}  # of each module, since it was entered
+    since: Counter[Any] = Counter()
+    total: Counter[Any] = Counter()
+    found = {}
+    for owner, node in _walk(graph_module):
+        module = module_base(node), wanted[node].path if node in wanted else module_path(node)
+        if _is_mark(node):
+            marker = Marker(owner, node, int(node.args[1]))  # type: ignore[arg-type]
+            if since[module] or marker.number in current.get(module, {}):
+                current[module], since[module] = {}, 0
+            current.setdefault(module, {})[marker.number] = marker
+        elif node in wanted:
+            match, known = wanted[node], current.get(module, {})
+            for index in (total[module], ops.REST, since[module]):
+                if index in known and _reachable(known[index], match):
+                    found[node] = known[index]
+                    break
+            total[module] += 1
+            since[module] += 1
+    return found
+
+
+def attached_thresholds(match: Match, marker: Marker) -> Node:
+    """The thresholds of a marker as a node [H, 2] of the match's graph.
+
+    Raises:
+        ValueError: the marker holds another number of pairs than the site has heads.
+    """
+    given = marker.node.args[0]
+    assert isinstance(given, Node)
+    graphs = [*(caller.graph_module for caller in match.callers), match.graph_module]
+    given = _hand_down(match, given, graphs.index(marker.graph_module))
+    value = value_of(given)
+    assert match.attention is not None
+    heads = int(match.attention.heads)
+    if value.shape[0] == heads:
+        return given
+    if value.shape[0] != 1:
+        raise ValueError(
+            explain_error(
+                f"thresholds that are attached at {match.site.name!r} do not fit the model",
+                given=f"thresholds for {value.shape[0]} heads",
+                allowed=f"{heads} pairs, one for each query head, or a single pair",
+                todo="Attach a calibration that was made for this model.",
+            )
+        )
+    with match.graph_module.graph.inserting_before(match.node):
+        node = match.graph_module.graph.call_method("expand", (given, heads, 2))
+    node.meta["example_value"] = value.expand(heads, 2)
+    return node
+
+
+def new_input(match: Match, root: GraphModule, values: Tensor, fake: Any) -> tuple[ThresholdInput, Node]:
+    """A new last input of the root graph for thresholds, and the node that carries it in the match's graph.
+
+    ``fake`` is what the input stands for while the graph is compiled.
+    """
+    placeholder = add_input(root, _NAME, fake)
+    return ThresholdInput(match, placeholder, values), _hand_down(match, placeholder, 0)
+
+
+def erase_markers(graph_module: GraphModule) -> bool:
+    """Remove every marker; returns whether there was one."""
+    found = [(owner, node) for owner, node in _walk(graph_module) if _is_mark(node)]
+    for owner, node in found:
+        owner.graph.erase_node(node)
+    return bool(found)
+
+
+def _hand_down(match: Match, given: Node, depth: int) -> Node:
+    """A node of the graph at ``depth`` (0: the root, then one for each caller) as a node of the match's graph."""
+    for level in range(depth, len(match.callers)):
+        caller = match.callers[level]
+        inner = match.callers[level + 1].graph_module if level + 1 < len(match.callers) else match.graph_module
+        value = value_of(given)
+        caller.node.args = (*caller.node.args, given)
+        given = add_input(inner, _NAME, value)
+    return given
+
+
+def _is_mark(node: Node) -> bool:
+    return node.op == "call_function" and node.target in (MARK, MARK.default)
+
+
+def _reachable(marker: Marker, match: Match) -> bool:
+    return marker.graph_module is match.graph_module or any(
+        caller.graph_module is marker.graph_module for caller in match.callers
+    )
+
+
+def _walk(owner: GraphModule) -> Iterator[tuple[GraphModule, Node]]:
+    """The calls of a graph, and of the graphs that its higher-order operators run, in order."""
+    for node in owner.graph.nodes:
+        if node.op != "call_function":
+            continue
+        yield owner, node
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            for argument in node.all_input_nodes:
+                nested = submodule_of(argument, owner)
+                if nested is not None:
+                    yield from _walk(nested)

@@ -1,0 +1,102 @@
+"""The opening of every backend: a graph of Dynamo, what was found in it, and where it stands in the user's model.
+
+The backend, the observers and the teacher of a distillation begin here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from torch.fx import GraphModule, Node
+
+from ..naming import ROOT, join, module_base, numbered
+from ..passes import pipeline
+from ..passes.find import Match
+from ..passes.read.fx_utils import clone
+from ..thresholds.buffers import Attached, attached_to
+from .places import Frame, Locator, Names, Place
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A site as part of a graph that several modules run: its module's path below the base, its number there."""
+
+    locator: Locator
+    path: str
+    number: int
+
+    def name(self, place: Place) -> str:
+        """The site's full name where a place runs the graph."""
+        return numbered(place.name(self.path), self.number)
+
+    def at(self, place: Place, match: Match) -> Match:
+        """The match under its full name there."""
+        return replace(match, site=replace(match.site, name=self.name(place)))
+
+    def attached(self, place: Place) -> Attached | None:
+        """What holds thresholds for this site there. A graph break may hide its marker from the graph."""
+        root = place.root
+        if root is None or place.prefix is None:
+            return None
+        full = join(place.prefix, self.path)
+        try:
+            module = root.get_submodule("" if full == ROOT else full)
+        except AttributeError:  # there are wrappers on the way
+            module = Names(root).by_name.get("" if full == ROOT else full)  # type: ignore[assignment]
+        held = attached_to(module)
+        return held if held is not None and held.get(self.number) is not None else None
+
+    def others(self) -> Iterator[Place]:
+        """The other modules that may run the graph."""
+        return (place for place in self.locator.places() if place is not self.locator.first)
+
+
+@dataclass
+class OpenGraph(pipeline.Work):
+    """A graph of Dynamo in work: also the slot of each match, by its node."""
+
+    slots: dict[Node, Slot] = field(default_factory=dict)
+
+    @property
+    def attached(self) -> set[Node]:
+        """The nodes of the matches whose thresholds are on the model, in the place that is compiled."""
+        return {
+            node
+            for node, slot in self.slots.items()
+            if node in self.markers or slot.attached(slot.locator.first) is not None
+        }
+
+    def alike(self, match: Match) -> Iterator[tuple[Match, bool]]:
+        """The match in the other modules that may run the graph, and whether its thresholds are attached there."""
+        slot = self.slots[match.node]
+        return ((slot.at(place, match), slot.attached(place) is not None) for place in slot.others())
+
+
+def open_graph(graph_module: GraphModule, names: Names | None) -> OpenGraph:
+    """A copy of Dynamo's graph with its matches, each named as its first place, in a model (None: nobody knows which).
+
+    Dynamo goes on reading the graph that it gave; the copy is ours to change.
+    """
+    frame = Frame(graph_module)
+    graph = OpenGraph(clone(graph_module))
+    pipeline.run(graph, pipeline.find, partial(place, frame=frame, names=names))
+    return graph
+
+
+def place(work: OpenGraph, frame: Frame, names: Names | None) -> None:
+    """The slot of each match; the match has its full name in the first place from here on."""
+    locators: dict[str | None, Locator] = {}
+    seen: Counter[str] = Counter()
+    for i, match in enumerate(work.matches):
+        base, path = module_base(match.node), match.path
+        if base not in locators:
+            locators[base] = frame.locator(base, path, names)
+        first = locators[base].first
+        full = first.name(path)
+        slot = Slot(locators[base], path, seen[full] if match.is_attention else 0)
+        seen[full] += match.is_attention
+        work.slots[match.node] = slot
+        work.matches[i] = slot.at(first, match)

@@ -1,0 +1,156 @@
+"""Watch a user's model run: Dynamo finds the graphs, they run as they are, and an observer hears of each.
+
+``explain`` and calibration are observers. Which module runs a graph is known when it runs (passes/places.py).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+from torch.nn import Module
+
+from ..passes.find import Match, find
+from ..passes.read.fx_utils import clone
+from ..passes.write.taps import put_taps
+from ..user_model import is_compiled, user_model
+from .graph import Slot, open_graph
+from .places import Names, Place, find_root
+
+
+class Watched:
+    """One graph of a model: its matches in order, the slot of each, and the nodes that have a marker of ``attach``."""
+
+    def __init__(self, graph_module: GraphModule) -> None:
+        graph = open_graph(graph_module, _names_now())
+        self._graph_module = graph.graph_module
+        self._tapped: dict[tuple[int, ...], GraphModule] = {}
+        self.matches: list[Match] = graph.matches
+        self.slots: list[Slot] = [graph.slots[match.node] for match in graph.matches]
+        self.marked = set(graph.markers)
+
+    def run(self, args: Sequence[Any]) -> Any:
+        """Run the graph as it is."""
+        return self._graph_module.forward(*args)
+
+    def run_tapped(self, args: Sequence[Any], numbers: tuple[int, ...]) -> Any:
+        """Run the graph with a tap at the matches with these numbers."""
+        if numbers not in self._tapped:
+            copy = clone(self._graph_module)
+            matches = find(copy)
+            put_taps(copy, [(number, matches[number]) for number in numbers])
+            self._tapped[numbers] = copy
+        return self._tapped[numbers].forward(*args)
+
+
+class Observer:
+    """What hears of the graphs that run while it watches. ``names`` are those of the model that it was given."""
+
+    def __init__(self, model: Callable[..., Any]) -> None:
+        self.names = Names(model) if isinstance(model, Module) else None
+
+    def ran(self, graph: Watched, places: list[Place], args: Sequence[Any]) -> Any:
+        """Run a graph on its inputs; ``places`` has the module that runs it, for each match."""
+        raise NotImplementedError
+
+
+_observer: ContextVar[Observer] = ContextVar("sparge_observer")
+_calls = itertools.count()
+
+
+def watching(target: Callable[..., Any], observer: Observer) -> Callable[..., Any]:
+    """A function that calls a model or function once, while the observer hears of its graphs."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return target(*args, **kwargs)
+
+    # Dynamo keeps compiled code with the code object, and by its name which sizes have changed between calls; a fresh
+    # one sees no earlier call and disturbs none.
+    call.__code__ = call.__code__.replace(co_name=f"sparge_observed_{next(_calls)}")
+    compiled = torch.compile(call, backend=_look)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        token = _observer.set(observer)
+        try:
+            with uncompiled(target):
+                return compiled(*args, **kwargs)
+        finally:
+            _observer.reset(token)
+
+    return run
+
+
+@contextmanager
+def calls_through(model: Module, call: Callable[..., Any]) -> Iterator[None]:
+    """Have every call of a model, compiled or not, whoever makes it, go through ``call``; inside that it is itself."""
+    target: Any = user_model(model)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        target._compiled_call_impl = None
+        try:
+            return call(*args, **kwargs)
+        finally:
+            target._compiled_call_impl = run
+
+    # What torch.compile(model) gave calls its own forward.
+    patched = [(target, "_compiled_call_impl"), *([(model, "forward")] if model is not target else [])]
+    before = [getattr(module, name) for module, name in patched]
+    try:
+        for module, name in patched:
+            setattr(module, name, run)
+        yield
+    finally:
+        for (module, name), value in zip(patched, before, strict=True):
+            setattr(module, name, value)
+
+
+def _look(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Dynamo backend of all observers: tell whoever watches when a graph runs.
+
+    One function for all calls, and telling at run time: where a graph breaks, the frames of the model itself are
+    compiled, and a backend for each call would use up the limit of compilations that Dynamo grants them. Blocks share
+    such graphs, and so do models.
+    """
+    graph = Watched(graph_module)
+
+    def run(*args: Any) -> Any:
+        observer = _observer.get(None)
+        if observer is None:
+            return graph.run(args)
+        names = _names_now()
+        return observer.ran(graph, [slot.locator.where(args, names) for slot in graph.slots], args)
+
+    return run
+
+
+def _names_now() -> Names | None:
+    """The names in the model that is watched, or, where a function is, in the model that runs."""
+    observer = _observer.get(None)
+    if observer is not None and observer.names is not None:
+        return observer.names
+    root = find_root()
+    return None if root is None else Names(root)
+
+
+@contextmanager
+def uncompiled(model: Any) -> Iterator[None]:
+    """Blocks that are compiled on their own run plain, so that an observer sees into them after a graph break too."""
+    compiled: list[tuple[Any, str, Any]] = []
+    for module in model.modules() if isinstance(model, Module) else ():
+        if is_compiled(module):
+            compiled.append((module, "forward", user_model(module).__call__))
+        elif module._compiled_call_impl is not None:
+            compiled.append((module, "_compiled_call_impl", None))
+    before = [(module, name, getattr(module, name)) for module, name, _ in compiled]
+    try:
+        for module, name, value in compiled:
+            setattr(module, name, value)
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)

@@ -1,0 +1,89 @@
+"""The thresholds of one call of a compiled graph: whichever block runs it, its own.
+
+Equal blocks share a graph, and what is compiled for the first is run by all. So the thresholds that a graph gets as
+inputs are looked up at each call, by the place that a parameter among the inputs tells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ..options import Options
+from ..passes.decide import pays
+from ..passes.write.threshold_inputs import ThresholdInput
+from ..thresholds.buffers import Attached
+from .graph import Slot
+from .places import Locator, Place
+
+Row = list["Tensor | Callable[[], Tensor]"]  # thresholds of a place, or what reads them off the model
+
+
+class RunTime:
+    """What to append to the inputs of a call: one tensor [H, 2] for each threshold input of the graph.
+
+    The tensors of a place are made when it first runs the graph, and stay the same ones after that.
+    """
+
+    def __init__(
+        self,
+        inputs: Sequence[ThresholdInput],
+        slots: Mapping[Node, Slot],
+        options: Options,
+        report: Callable[[list[str]], None],
+    ) -> None:
+        """``inputs`` hold the thresholds of the place that was compiled; ``report`` hears of every later place."""
+        self._inputs = [(x, slots[x.match.node]) for x in inputs]
+        self._options = options
+        self._report = report
+        self._locators = list(dict.fromkeys(slot.locator for _, slot in self._inputs))
+        self._rows: WeakKeyDictionary[Place, Row] = WeakKeyDictionary()
+        for locator in self._locators:
+            first = locator.first
+            self._rows[first] = [_attached(x, slot, first) or x.values for x, slot in self._of(locator)]
+
+    def __call__(self, args: Sequence[Any]) -> list[Tensor]:
+        if len(self._locators) == 1:
+            return self._row(self._locators[0], args)
+        rows = {locator: iter(self._row(locator, args)) for locator in self._locators}
+        return [next(rows[slot.locator]) for _, slot in self._inputs]
+
+    def _of(self, locator: Locator) -> list[tuple[ThresholdInput, Slot]]:
+        return [(x, slot) for x, slot in self._inputs if slot.locator is locator]
+
+    def _row(self, locator: Locator, args: Sequence[Any]) -> list[Tensor]:
+        place = locator.place(args)
+        row = self._rows.get(place)
+        if row is None:
+            mine = self._of(locator)
+            row = self._rows[place] = [_attached(x, slot, place) or self._made(x, slot, place) for x, slot in mine]
+            fixed = zip(mine, row, strict=True)
+            self._report([slot.name(place) for (_, slot), values in fixed if isinstance(values, Tensor)])
+        return [x if isinstance(x, Tensor) else x() for x in row]
+
+    def _made(self, x: ThresholdInput, slot: Slot, place: Place) -> Tensor:
+        attention = x.match.attention
+        assert attention is not None
+        pairs = self._options.thresholds_of(slot.name(place), x.heads, int(attention.head_size))
+        # A block that would be dense alone is so in the graph of the others: all of its key blocks are kept.
+        if self._options.min_seq_len is None and not pays(attention, pairs, self._options):
+            pairs = ((1.0, 0.0),) * x.heads
+        return torch.tensor(pairs, dtype=torch.float32, device=x.values.device)
+
+
+def _attached(x: ThresholdInput, slot: Slot, place: Place) -> Callable[[], Tensor] | None:
+    """What reads the thresholds that are attached there at each call, since moving a model replaces its buffers."""
+    held = slot.attached(place)
+    return None if held is None else partial(_read, held, slot.number, x.heads)
+
+
+def _read(held: Attached, number: int, heads: int) -> Tensor:
+    values = held.get(number)
+    assert values is not None
+    return values if values.shape[0] == heads else values.expand(heads, 2)

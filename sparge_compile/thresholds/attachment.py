@@ -1,0 +1,328 @@
+"""``attach``: thresholds on a model's modules, for block-by-block compilation, checkpoints and changes at run time."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..errors import explain_error
+from ..naming import ROOT, numbered, user_path
+from ..pair import Pair, check_pair, check_progress
+from ..user_model import user_model, was_compiled
+from .buffers import CHILD, Attached, attached_to, mark
+from .calibration import Calibration
+
+logger = logging.getLogger("sparge_compile")
+
+Wanted = dict[tuple[str, int], tuple[Pair, ...]]  # thresholds by the name of a module and the number in it
+
+_ANY_NUMBER = 10**9  # as the number of a site: one that only patterns name
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
+def attach(model: nn.Module, calibration: Calibration | str | os.PathLike[str]) -> Attachment:
+    """Put thresholds on a model's modules as float32 buffers, and have the backend read them there at run time.
+
+    For compilation block by block (one graph serves equal blocks, each with its own thresholds), for thresholds that
+    change while a model trains or denoises, and for checkpoints that carry them. The buffers are in the state dict (as
+    ``blocks.3.attn1.sparge.thresholds``), move and are copied with the model, and stay float32 when it is cast. They
+    win over the option ``calibration``. Uncompiled, or with another backend, the model computes what it did before.
+
+    Args:
+        model: the model, compiled or not. Code that was compiled for it is compiled anew.
+        calibration: thresholds by site name (``blocks.3.attn1``; ``blocks.3.attn1#1`` for a second attention of that
+            module) or pattern. A pattern holds for the modules whose names it matches, without containers and the
+            building blocks of torch.nn (``nn.MultiheadAttention`` is none of those). A single pair is a buffer [1, 2]
+            for any number of heads, several are [H, 2]. Of its phases the first one holds; see ``set_progress``.
+
+    Returns:
+        An :class:`Attachment`: change the values with ``set``, take them off with ``remove`` or as a context manager.
+
+    Raises:
+        ValueError: a name or pattern that fits no module; the message lists names that are near.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            explain_error(
+                "attach: bad model", given=type(model).__name__, allowed="an nn.Module", todo="Pass the model."
+            )
+        )
+    root: Any = user_model(model)
+    return Attachment(root, [(start, _wanted(root, phase)) for start, phase in _phases(Calibration.parse(calibration))])
+
+
+def diffusers_callback(handle: Attachment) -> Callable[..., dict[str, Any]]:
+    """What switches phases between the steps of a diffusers pipeline: give it as ``callback_on_step_end``.
+
+    After the last step the first phase holds again, for the next run. Where a run was broken off, call
+    ``handle.set_progress(0)``.
+    """
+
+    def on_step_end(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        steps = getattr(pipe, "num_timesteps", None) or len(pipe.scheduler.timesteps)
+        handle.set_progress((step + 1) / steps if step + 1 < steps else 0.0)
+        return values
+
+    return on_step_end
+
+
+class Attachment:
+    """Thresholds that :func:`attach` put on a model. A context manager: leaving it is ``remove``."""
+
+    def __init__(self, model: nn.Module, phases: list[tuple[float, Wanted]]) -> None:
+        self._model = model
+        modules = _modules(model)
+        wanted = phases[0][1]
+        self._sites = {(name, index): modules[name] for name, index in wanted}
+        for (name, index), pairs in wanted.items():
+            most = max(len(phase[name, index]) for _, phase in phases)
+            values = _tensor(pairs, _device(modules[name], model)).expand(most, 2)
+            _hold(modules[name], name).put(index, values)
+        self._phases = [(start, {key: torch.tensor(pairs) for key, pairs in phase.items()}) for start, phase in phases]
+        self._phase = 0
+        _compile_anew(model)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The sites with thresholds; ``#*`` stands for all attentions of a module that have none of their own."""
+        return tuple(_site(*key) for key in self._sites)
+
+    def set(
+        self,
+        calibration: Calibration | str | os.PathLike[str] | None = None,
+        *,
+        topk: float | None = None,
+        topp: float | None = None,
+    ) -> None:
+        """Write new values into the buffers: the next call uses them, and nothing is compiled anew.
+
+        Args:
+            calibration: new thresholds for the sites that it names; the others keep what they have now. Its phases, if
+                any, take the place of those that were there; its first one holds.
+            topk, topp: instead, a number for all heads of all sites, in every phase. The one that is not given keeps
+                its values.
+
+        Raises:
+            ValueError: a name or pattern that fits none of the attached sites, another number of heads, or a value out
+                of range. Nothing is changed then.
+        """
+        if (calibration is None) == (topk is None and topp is None):
+            raise ValueError(
+                explain_error(
+                    "set needs new thresholds",
+                    given="nothing" if calibration is None else "a calibration and numbers",
+                    allowed="a calibration, or topk and topp",
+                    todo="Give one of the two.",
+                )
+            )
+        if calibration is None:
+            check_pair(1.0 if topk is None else topk, 0.0 if topp is None else topp, "set")
+            with torch.no_grad():
+                for values in (*self._buffers().values(), *(v for _, phase in self._phases for v in phase.values())):
+                    for column, number in enumerate((topk, topp)):
+                        if number is not None:
+                            values[:, column] = number
+            return
+        new, buffers = Calibration.parse(calibration), self._buffers()
+        entries = {key: new.key_of(_site(*key)) for key in self._sites}
+        missed = [entry for entry in new.sites if entry not in entries.values() and _exact(entry)]
+        if missed or not any(entries.values()):
+            raise ValueError(
+                explain_error(
+                    "set: thresholds for sites that have none attached",
+                    given=", ".join(missed or new.sites) or "an empty calibration",
+                    allowed=", ".join(self.names[:8]) + (", …" if len(self._sites) > 8 else ""),
+                    todo="Attach a calibration that names these sites; set only writes values.",
+                )
+            )
+        fresh = [
+            (start, {key: torch.tensor(phase.sites[entry]) for key, entry in entries.items() if entry is not None})
+            for start, phase in _phases(new)
+        ]
+        for key, values in ((key, values) for _, phase in fresh for key, values in phase.items()):
+            if len(values) not in (1, len(buffers[key])):
+                raise ValueError(
+                    explain_error(
+                        f"set: thresholds of {_site(*key)!r} do not fit what is attached",
+                        given=f"{len(values)} pairs",
+                        allowed=f"{len(buffers[key])} or one",
+                        todo="Attach a calibration with as many pairs as there are heads; set only writes values.",
+                    )
+                )
+        self._phases = fresh
+        self._write(0)
+
+    def set_progress(self, fraction: float) -> None:
+        """Say how much of a denoising run is done, in [0, 1]: the buffers get the thresholds of that phase.
+
+        Nothing is compiled anew. Without phases nothing changes.
+        """
+        check_progress(fraction)
+        phase = max(i for i, (start, _) in enumerate(self._phases) if start <= fraction)
+        if phase != self._phase:
+            self._write(phase)
+
+    def _write(self, phase: int) -> None:
+        buffers = self._buffers()
+        with torch.no_grad():
+            for key, values in self._phases[phase][1].items():
+                buffers[key].copy_(values)
+        self._phase = phase
+
+    def get(self) -> Calibration:
+        """What the buffers hold now, as a calibration."""
+        held = self._buffers().items()
+        return Calibration({_site(*key): tuple(map(tuple, values.tolist())) for key, values in held})
+
+    @property
+    def has_phases(self) -> bool:
+        """Whether ``set_progress`` changes anything."""
+        return len(self._phases) > 1
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The attached thresholds by site, float32 [H, 2] or [1, 2]: the buffers themselves, to be written in place."""
+        return {_site(*key): values for key, values in self._buffers().items()}
+
+    def remove(self) -> None:
+        """Take buffers and hooks off the model, whose sites then have the option ``calibration`` or the defaults."""
+        for (_, index), module in self._sites.items():
+            held = attached_to(module)
+            if held is None:
+                continue
+            held.drop(index)
+            if not held.indices:
+                delattr(module, CHILD)
+                hooks = module._forward_pre_hooks
+                for key in [key for key, hook in hooks.items() if hook is mark]:
+                    del hooks[key]
+        self._sites = {}
+        _compile_anew(self._model)
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"Attachment({', '.join(self.names)})"
+
+    def _buffers(self) -> dict[tuple[str, int], Tensor]:
+        found = {}
+        for (name, index), module in self._sites.items():
+            held = attached_to(module)
+            values = held.get(index) if held is not None else None
+            assert values is not None, f"{name} lost its thresholds"
+            found[name, index] = values
+        return found
+
+
+def _phases(calibration: Calibration) -> list[tuple[float, Calibration]]:
+    """The phases of a calibration, each as one of its own, by the progress from which they hold."""
+    return [(start, calibration.at_progress(start)) for start in (0.0, *calibration.phases)]
+
+
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a model by the names that sites have."""
+    return {user_path(name) or ROOT: module for name, module in model.named_modules()}
+
+
+def _holds_attention(module: nn.Module) -> bool:
+    """Whether a pattern means this module: the user's own ones, which may compute attention in their forward."""
+    if isinstance(module, (nn.MultiheadAttention, Attached)):
+        return isinstance(module, nn.MultiheadAttention)
+    return not isinstance(module, _CONTAINERS) and not type(module).__module__.startswith("torch.nn.")
+
+
+def _wanted(model: nn.Module, calibration: Calibration) -> Wanted:
+    """The thresholds for each attention, by module name and index; every entry of the calibration is used."""
+    modules = {name: module for name, module in _modules(model).items() if _holds_attention(module)}
+    # A second and third attention are known by the entries that name them; for all others there may be a pattern.
+    numbers = {int(end) for _, _, end in (entry.rpartition("#") for entry in calibration.sites) if end.isdigit()}
+    wanted, used = {}, set()
+    for name in modules:
+        for index in (0, *sorted(numbers - {0}), ops.REST):
+            site = _site(name, index) if index != ops.REST else numbered(name, _ANY_NUMBER)
+            entry = calibration.key_of(site)
+            # What a pattern says of all further attentions needs no buffer for each.
+            if entry is not None and (index < 1 or entry == site or entry.endswith(f"#{index}")):
+                wanted[name, index] = calibration.sites[entry]
+                used.add(entry)
+    missed = [entry for entry in calibration.sites if entry not in used and not _shadowed(entry, modules)]
+    if missed or not wanted:
+        raise ValueError(
+            explain_error(
+                "attach: thresholds for modules that the model does not have",
+                given=", ".join(map(repr, missed)) or "an empty calibration",
+                allowed=f"modules that may compute attention, as {', '.join(_near(missed, modules)) or 'none here'}",
+                todo="sparge_compile.explain(model)(...) lists the sites.",
+            )
+        )
+    return wanted
+
+
+def _shadowed(entry: str, names: Iterable[str]) -> bool:
+    """Whether a pattern does match modules, and only those that other entries name."""
+    return not _exact(entry) and any(fnmatchcase(name, entry.partition("#")[0]) for name in names)
+
+
+def _exact(entry: str) -> bool:
+    return not any(letter in entry for letter in "*?[")
+
+
+def _near(missed: Iterable[str], names: Iterable[str]) -> list[str]:
+    names = list(names)
+    close = [
+        near for entry in missed for near in difflib.get_close_matches(entry.partition("#")[0], names, n=3, cutoff=0.4)
+    ]
+    return list(dict.fromkeys(close)) or names[:8]
+
+
+def _hold(module: nn.Module, name: str) -> Attached:
+    """The child of a module that holds its thresholds, with the hook that shows them to the backend."""
+    held = attached_to(module)
+    if held is None:
+        if hasattr(module, CHILD):
+            raise ValueError(
+                explain_error(
+                    f"attach: module {name!r} has an attribute {CHILD!r} of its own",
+                    given=type(getattr(module, CHILD)).__name__,
+                    allowed="modules without it",
+                    todo="Give the thresholds as the option 'calibration'.",
+                )
+            )
+        held = Attached()
+        module.add_module(CHILD, held)
+        module.register_forward_pre_hook(mark)
+    return held
+
+
+def _device(module: nn.Module, model: nn.Module) -> torch.device:
+    tensors = (*module.parameters(), *module.buffers(), *model.parameters())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
+def _tensor(pairs: tuple[Pair, ...], device: torch.device) -> Tensor:
+    return torch.tensor(pairs, dtype=torch.float32, device=device)
+
+
+def _site(name: str, index: int) -> str:
+    return f"{name}#*" if index == ops.REST else numbered(name, index)
+
+
+def _compile_anew(model: nn.Module) -> None:
+    """Drop compiled code if there is any for this model: Dynamo's guards do not see that a hook came or went."""
+    if was_compiled(model):
+        logger.info("sparge: thresholds were attached to or removed from a compiled model; it is compiled anew")
+        torch._dynamo.reset()

@@ -1,0 +1,114 @@
+"""JSON files of ours: read with suspicion, written whole or not at all, with a checksum over what they say.
+
+What a document means is not known here; format names, versions and plain JSON types are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import explain_error
+
+CHECKSUM = "checksum"
+
+
+def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file; a reader sees the old one or the new one, never a part, even if this process is killed."""
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def checksum(document: dict[str, Any]) -> str:
+    """A hash of what a document says, however it is laid out."""
+    content = {key: value for key, value in document.items() if key != CHECKSUM}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()[:32]
+
+
+def to_text(document: dict[str, Any], table: str) -> str:
+    """A document as JSON, signed: one line for each field, and one for each entry of the field ``table``."""
+    signed = {**document, CHECKSUM: checksum(document)}
+    lines = []
+    for key, value in signed.items():
+        if key == table and value:
+            rows = ",\n".join(
+                f"  {json.dumps(name)}: {json.dumps(entry, allow_nan=False)}" for name, entry in value.items()
+            )
+            lines.append(f" {json.dumps(key)}: {{\n{rows}\n }}")
+        else:
+            lines.append(f" {json.dumps(key)}: {json.dumps(value, allow_nan=False)}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def read(path: str | os.PathLike[str], name: str, versions: Sequence[int], signed: Sequence[int]) -> dict[str, Any]:
+    """The document in a file.
+
+    Args:
+        name: what its field ``format`` must be.
+        versions: the numbers that its field ``format_version`` may have; ``signed``: those that have a checksum.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it is something else, damaged, of another version, or was changed since it was written.
+    """
+
+    def refuse(given: str, todo: str = "Write it anew; a copy may have been cut off.") -> ValueError:
+        allowed = f"{name} version {' or '.join(map(str, versions))}"
+        return ValueError(
+            explain_error(f"{path} is not a file that this version reads", given=given, allowed=allowed, todo=todo)
+        )
+
+    try:
+        document = json.loads(
+            Path(path).read_bytes().decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
+        )
+    except (ValueError, RecursionError) as error:
+        raise refuse(f"text that is not JSON ({error})") from error
+    if not isinstance(document, dict) or document.get("format") != name:
+        raise refuse("JSON without the format name", "Is it another file?")
+    version = document.get("format_version")
+    if type(version) is not int or version not in versions:
+        raise refuse(f"format version {str(version)[:40]}", "Update sparge_compile if a newer version wrote it.")
+    if version in signed:
+        if not _finite(document):
+            raise refuse("a number too large for a float")
+        if document.get(CHECKSUM) != checksum(document):
+            raise refuse(
+                "contents that do not fit their checksum",
+                "It was damaged or edited by hand; write thresholds of your own with Calibration(sites).save(path).",
+            )
+    return document
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands twice")
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number")
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_finite, value.values()))
+    if isinstance(value, list):
+        return all(map(_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)

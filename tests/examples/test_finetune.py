@@ -1,0 +1,56 @@
+"""The fine-tuning recipe on tiny random weights: it goes on where it stopped, and what it leaves behind is sparse."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sparge_compile
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "finetune_video_transformer.py"
+
+
+def run(monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str) -> list[tuple[int, float]]:
+    """Run the recipe; gives what log.csv has: each step and its loss."""
+    spec = importlib.util.spec_from_file_location("finetune", EXAMPLE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), "--smoke", "--out", str(out), *arguments])
+    module.main()
+    with (out / "log.csv").open() as file:
+        return [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [pytest.param(("--anneal", "5"), id="anneal"), pytest.param(("--lora", "2"), id="lora", marks=pytest.mark.slow)],
+)
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(monkeypatch, tmp_path, extra):
+    for package in ("diffusers", "accelerate", "peft"):
+        pytest.importorskip(package)
+    whole = run(monkeypatch, tmp_path / "whole", *extra)
+    stopped = run(monkeypatch, tmp_path / "parts", "--stop-after", "3", *extra)
+    assert [step for step, _ in stopped] == [1, 2, 3] and not (tmp_path / "parts" / "sparge.json").exists()
+    assert run(monkeypatch, tmp_path / "parts", *extra) == whole and len(whole) == 6
+    if "--lora" not in extra:
+        check_what_is_left(tmp_path / "parts")
+
+
+def check_what_is_left(folder: Path) -> None:
+    """A model and its thresholds, for one line of inference."""
+    import diffusers
+
+    model = diffusers.WanTransformer3DModel.from_pretrained(folder)
+    inputs = (torch.randn(1, 4, 4, 16, 16), torch.tensor([500]), torch.randn(1, 12, 16))
+    options = {"calibration": folder / "sparge.json", "min_seq_len": 64, "inner": "eager"}
+    report = sparge_compile.explain(model, options)(*inputs)
+    assert [row.name for row in report.sparse] == ["blocks.0.attn1", "blocks.1.attn1"]
+    with torch.no_grad():
+        dense = model(*inputs, return_dict=False)[0]
+        sparse = torch.compile(model, backend="sparge", options=options)(*inputs, return_dict=False)[0]
+    assert sparse.shape == dense.shape and (sparse - dense).abs().max() > 1e-4

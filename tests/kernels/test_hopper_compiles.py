@@ -1,0 +1,35 @@
+"""The Hopper kernel compiles on any machine, to what it claims: asynchronous products, TMA, registers by warp."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+SHARED_MEMORY = 227 * 1024  # of one program on an H100 or H200
+
+
+@pytest.mark.parametrize(("head_pad", "kind"), [(64, "dense"), (128, "dense"), (128, "causal")])
+def test_compiles_to_tensor_core_and_tma_instructions(head_pad, kind, tmp_path):
+    triton = pytest.importorskip("triton")
+    from sparge_compile.kernels.triton import tiles
+
+    if triton.__version__.split(".")[:2] not in tiles.GLUON_VERSIONS:
+        pytest.skip("a version of Triton for which the kernel is not used")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(HERE.parent.parent)}
+    done = subprocess.run(
+        [sys.executable, HERE / "compile_hopper.py", str(head_pad), kind],
+        env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["wgmma.mma_async"] and found["cp.async.bulk.tensor"], found
+    assert found["setmaxnreg"] >= 2, found
+    assert found["st.local"] == found["ld.local"] == 0, found
+    assert found["shared"] <= SHARED_MEMORY
