@@ -19,7 +19,7 @@ class Site:
     """
 
     name: str
-    kind: str  # "sdpa": a fused call; "fused": a larger call that holds it; "decomposed"; "softmax": no attention
+    kind: str  # "sdpa": a call of SDPA; "mha": a larger call that holds it; "decomposed"; "softmax": no attention
     batch: int | str | None = None
     heads: int | str | None = None
     kv_heads: int | str | None = None

@@ -18,7 +18,7 @@ from ..naming import SiteNames, join, module_path
 from ..report import Reason, Site
 from .match.attention import Attention, Refusal
 from .match.decomposed import is_softmax, match_softmax
-from .match.sdpa import is_fused, match_fused
+from .match.sdpa import is_sdpa, match_sdpa
 from .mha.open import OPENABLE, holds_attention, open_up, why_closed
 from .read.fx_utils import size_text, submodule_of
 from .read.reader import Reader
@@ -78,8 +78,8 @@ def _find(
         around = Reason.TRANSFORM if transforms > 0 else obstacle
         where: dict[str, Any] = {"graph_module": owner, "node": node, "reader": reader, "callers": callers}
         where["path"] = module_path(node)
-        if is_fused(node):
-            yield _match(names, "sdpa", match_fused(node, reader), around, where)
+        if is_sdpa(node):
+            yield _match(names, "sdpa", match_sdpa(node, reader), around, where)
         elif is_softmax(node, reader):
             found = match_softmax(node, reader)
             where["node"] = found.output if isinstance(found, Attention) else found.node or node
@@ -88,12 +88,10 @@ def _find(
             yield _match(names, kind, found, around, where)
         elif node.target in OPENABLE:
             where["path"] = join(where["path"], OPENABLE[node.target].child)
-            where["inside"] = inside = open_up(node)
-            inner = next(filter(is_fused, inside.graph.nodes), None) if inside else None
-            opened = match_fused(inner, Reader(inside)) if inside is not None and inner is not None else _closed(node)
-            yield _match(names, "fused", opened, around, where)
+            where["inside"] = inside = open_up(node, reader)
+            yield _match(names, "mha", _opened(inside) or _closed(node, reader), around, where)
         elif holds_attention(node):
-            yield _match(names, "fused", _closed(node), around, where)
+            yield _match(names, "mha", _closed(node, reader), around, where)
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
             caller = Caller(owner, node)
             for argument in node.all_input_nodes:
@@ -103,9 +101,15 @@ def _find(
                     yield from _find(nested, names, (*callers, caller), around if once else Reason.CONTROL_FLOW)
 
 
-def _closed(node: Node) -> Refusal:
+def _opened(inside: GraphModule | None) -> Attention | Refusal | None:
+    """The attention in an opened call; None where there is none."""
+    call = None if inside is None else next(filter(is_sdpa, inside.graph.nodes), None)
+    return None if inside is None or call is None else match_sdpa(call, Reader(inside))
+
+
+def _closed(node: Node, reader: Reader) -> Refusal:
     """Why a larger call could not be looked into."""
-    reason = why_closed(node) or Reason.OPAQUE
+    reason = why_closed(node, reader) or Reason.OPAQUE
     target = str(getattr(node.target, "__name__", node.target))
     return Refusal(reason, target if reason is Reason.OPAQUE else "")
 

@@ -9,9 +9,8 @@ from torch.fx import Node
 
 from .. import ops  # noqa: F401  importing it registers the op
 from .find import Match
-from .match.sdpa_kernels import FUSED_KERNELS, replace_kernel
+from .match.sdpa_kernels import SDPA_KERNELS, replace_kernel
 from .mha.open import put_inside
-from .read.writes import is_pure
 from .write.emit import Emitter
 
 OP = torch.ops.sparge.attention.default
@@ -25,7 +24,7 @@ def substitute_match(match: Match, thresholds: Node, replaced: dict[Node, Node])
     """
     found = match.attention
     assert found is not None
-    copies = put_inside(match.graph_module, match.node, match.inside) if match.inside is not None else {}
+    copies = put_inside(match.graph_module, match.node, match.inside, match.reader) if match.inside is not None else {}
 
     def translate(node: Node) -> Node:
         node = copies.get(node, node)
@@ -43,7 +42,7 @@ def substitute_match(match: Match, thresholds: Node, replaced: dict[Node, Node])
         result = emitter.result(new)
     new.meta = dict(output.meta)
     result.meta = dict(output.meta)
-    if output.target in FUSED_KERNELS:
+    if output.target in SDPA_KERNELS:
         replaced.update(dict.fromkeys(output.users, result))
         replace_kernel(output, result)
     output.replace_all_uses_with(result)
@@ -62,6 +61,6 @@ def _erase(match: Match, region: list[Node]) -> None:
             graph.erase_node(node)
     while orphans:
         node = orphans.pop()
-        if not node.users and not node._erased and is_pure(node, match.reader.lowering):
+        if not node.users and not node._erased and match.reader.is_pure(node):
             orphans += node.all_input_nodes
             graph.erase_node(node)

@@ -143,7 +143,7 @@ def uncompiled(model: Any) -> Iterator[None]:
     compiled: list[tuple[Any, str, Any]] = []
     for module in model.modules() if isinstance(model, Module) else ():
         if is_compiled(module):
-            compiled.append((module, "forward", user_model(module).__call__))
+            compiled.append((module, "forward", module._orig_mod.__call__))  # type: ignore[operator]
         elif module._compiled_call_impl is not None:
             compiled.append((module, "_compiled_call_impl", None))
     before = [(module, name, getattr(module, name)) for module, name, _ in compiled]

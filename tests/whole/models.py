@@ -424,7 +424,7 @@ CASES = (
     ),
     # torch.nn: one call of F.multi_head_attention_forward; it makes an additive mask of a boolean padding mask,
     # which is boolean again where the call is opened.
-    Case("mha", mha, (Attention("(root)", 300, 300, kind="fused"),)),
+    Case("mha", mha, (Attention("(root)", 300, 300, kind="mha"),)),
     Case(
         "mha_padded",
         mha_padded,
@@ -436,13 +436,11 @@ CASES = (
                 mask="additive",
                 mask_shape=(2, 2, 1, 300),
                 recognised="bool",
-                kind="fused",
+                kind="mha",
             ),
         ),
     ),
-    Case("mha_cross", mha_cross, (Attention("attend", 300, 200, kind="fused"),)),
-    Case("encoder_layer", encoder_layer, (Attention("self_attn", 300, 300, kind="fused"),)),
-    Case(
-        "encoder", encoder, tuple(Attention(f"layers.{layer}.self_attn", 300, 300, kind="fused") for layer in range(2))
-    ),
+    Case("mha_cross", mha_cross, (Attention("attend", 300, 200, kind="mha"),)),
+    Case("encoder_layer", encoder_layer, (Attention("self_attn", 300, 300, kind="mha"),)),
+    Case("encoder", encoder, tuple(Attention(f"layers.{layer}.self_attn", 300, 300, kind="mha") for layer in range(2))),
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -66,7 +68,7 @@ def test_the_inference_kernel_of_the_encoder_layer_is_written_out(norm_first, ac
     with torch.no_grad():
         assert torch._transformer_encoder_layer_fwd in targets(graph_of(model, x, **masks))
         (row,) = explain(model, EXACT)(x, **masks)
-        assert (row.name, row.kind, row.status, row.site.mask) == ("self_attn", "fused", "sparse", kind)
+        assert (row.name, row.kind, row.status, row.site.mask) == ("self_attn", "mha", "sparse", kind)
         assert_parity(model, x, **masks)
 
 
@@ -220,16 +222,68 @@ def test_masks_that_do_more_than_hide_stay_additive(case):
     assert (row.status, row.reason) == ("dense", Reason.ADDITIVE_MASK)
 
 
-def test_a_mask_that_is_written_to_later_is_not_followed_back():
-    model = nn.MultiheadAttention(32, 4, batch_first=True)
+def _ior(hide, more):
+    hide |= more
 
-    def attend(x, hide):
+
+def _iand(hide, more):
+    hide &= more
+
+
+def _setitem(hide, more):
+    hide[:] = more
+
+
+WRITES = {
+    "method": lambda hide, more: hide.logical_not_(),
+    "|=": _ior,
+    "&=": _iand,
+    "^=": lambda hide, more: operator.ixor(hide, more),
+    "item": _setitem,
+    "out": lambda hide, more: torch.logical_or(hide, more, out=hide),
+    "a view": lambda hide, more: hide[:, 3:].logical_not_(),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_mask_that_is_written_to_later_is_not_followed_back(write):
+    """Followed back, the additive mask would be what the boolean one holds by the time of the call."""
+    model = nn.MultiheadAttention(32, 4, batch_first=True)
+    more = torch.zeros_like(PADDING)
+    more[:, ::3] = True
+
+    def attend(x, hide, more, written=True):
+        hide = hide.clone()
         added = torch.zeros_like(hide, dtype=x.dtype).masked_fill_(hide, -torch.inf)
-        hide.logical_not_()
+        if written:
+            WRITES[write](hide, more)
         return model(x, x, x, key_padding_mask=added, need_weights=False)[0]
 
-    (row,) = explain(attend, EXACT)(torch.randn(2, LENGTH, 32), PADDING.clone())
+    args = torch.randn(2, LENGTH, 32), PADDING, more
+    (row,) = explain(attend, EXACT)(*args)
     assert row.reason is Reason.ADDITIVE_MASK
+    compiled = torch.compile(attend, backend="sparge", options=EXACT)
+    torch.testing.assert_close(compiled(*args), attend(*args), atol=1e-5, rtol=1e-5)
+    (row,) = explain(attend, EXACT)(*args, written=False)
+    assert row.status == "sparse"
+
+
+def test_a_mask_that_is_written_to_before_it_is_read_is_followed_back():
+    model = nn.MultiheadAttention(32, 4, batch_first=True)
+
+    def attend(x, hide, more):
+        hide = hide.clone()
+        hide |= more
+        added = torch.zeros_like(hide, dtype=x.dtype).masked_fill_(hide, -torch.inf)
+        return model(x, x, x, key_padding_mask=added, need_weights=False)[0]
+
+    more = torch.zeros_like(PADDING)
+    more[:, ::3] = True
+    args = torch.randn(2, LENGTH, 32), PADDING, more
+    (row,) = explain(attend, EXACT)(*args)
+    assert (row.status, row.site.mask) == ("sparse", "bool")
+    compiled = torch.compile(attend, backend="sparge", options=EXACT)
+    torch.testing.assert_close(compiled(*args), attend(*args), atol=1e-5, rtol=1e-5)
 
 
 def test_additive_masks_that_nobody_reads_any_more_are_removed():
@@ -262,7 +316,7 @@ def test_the_native_kernel_is_written_out_unless_its_weights_are_read(mask, mask
     x = torch.randn(2, LENGTH, 32)
     with torch.no_grad():
         (row,) = explain(lambda x: both(x)[0], EXACT)(x)
-        assert (row.kind, row.status) == ("fused", "sparse")
+        assert (row.kind, row.status) == ("mha", "sparse")
         assert_parity(lambda x: both(x)[0], x)
         (row,) = explain(both, EXACT)(x)
         assert row.reason is Reason.WEIGHTS_USED

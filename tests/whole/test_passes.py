@@ -186,7 +186,7 @@ def test_multi_head_attention_is_opened_only_where_no_weights_are_read():
     mha = torch.nn.MultiheadAttention(32, 4, batch_first=True)
     x = torch.randn(2, 100, 32)
     (row,) = rows(lambda x: mha(x, x, x)[0], x)  # the weights are computed by default, but nobody reads them
-    assert (row.status, row.kind) == ("sparse", "fused")
+    assert (row.status, row.kind) == ("sparse", "mha")
     (row,) = rows(lambda x: mha(x, x, x), x)
     assert (row.status, row.reason) == ("dense", Reason.WEIGHTS_USED)
     (row,) = rows(lambda x: mha(x, x, x, attn_mask=torch.zeros(100, 100), need_weights=False)[0], x)

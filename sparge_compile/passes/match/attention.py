@@ -40,12 +40,12 @@ class Axes:
 class Operand:
     """A tensor of the graph, the axes of its dimensions, and the axes that it shall have, dimension by dimension.
 
-    Axes that it lacks are broadcast; a mask keeps size 1 there (``expand`` is false). ``reader`` is the node that reads
+    Axes that it lacks are broadcast; a mask keeps size 1 there (``expand`` is false). ``user`` is the node that reads
     it in the graph as it was found.
     """
 
     node: Node
-    reader: Node
+    user: Node
     layout: Layout
     wanted: Layout
     expand: bool = True

@@ -33,7 +33,7 @@ class Part:
     """One side of a product: a value, the node that reads it, and the axes of its dimensions."""
 
     value: Value
-    reader: Node
+    user: Node
     layout: Layout
 
 
@@ -62,11 +62,11 @@ def compose(
     others are batch where that is known; else it is told from how heads were split. ``scores_dtype`` is what the
     product of queries and keys was computed in.
     """
-    result = reader.lowering.fake(output)
+    result = reader.fake(output)
     out_dtype = (result[0] if isinstance(result, (tuple, list)) else result).dtype
     seen = []
     for part, dtype in ((query, scores_dtype), (key, scores_dtype), (value, out_dtype)):
-        held = _exact(reader, reader.holders(part.value, part.reader, part.layout), dtype or out_dtype)
+        held = _exact(reader, reader.holders(part.value, part.user, part.layout), dtype or out_dtype)
         if not held:
             return Refusal(Reason.LAYOUT, "an operand is no tensor of the graph")
         seen.append(held)
@@ -99,7 +99,7 @@ def compose(
         factors=scaled,
         dropout=dropout,
         region=region,
-        rewritten=reader.mutations.changed(output, output, None),
+        rewritten=reader.changed(output, output, None),
     )
     return _unmade(reader, found) or found
 
@@ -113,7 +113,7 @@ def _exact(reader: Reader, held: list[Held], dtype: torch.dtype) -> list[tuple[H
     found: list[tuple[Held, torch.dtype]] = []
     narrow = dtype
     for i, one in enumerate(held):
-        own = reader.lowering.fake(one.node).dtype
+        own = reader.fake(one.node).dtype
         if min(own.itemsize, narrow.itemsize) < 2 and own != narrow:
             return found  # float8, which promotes to nothing
         if own != narrow:
@@ -202,7 +202,7 @@ def _choose(seen: list[tuple[Held, torch.dtype]], wanted: Layout) -> tuple[Opera
     assert fitting, "a group of heads is told by the earliest node, which lacks it"
     as_is = [x for x in fitting if settle(x[0].layout) == wanted]
     held, dtype = as_is[-1] if as_is else fitting[0]
-    return Operand(held.node, held.reader, settle(held.layout), wanted), dtype
+    return Operand(held.node, held.user, settle(held.layout), wanted), dtype
 
 
 def _factors(reader: Reader, factors: Sequence[tuple[Any, bool]], wanted: Layout) -> tuple[Factor, ...] | Refusal:
@@ -211,12 +211,10 @@ def _factors(reader: Reader, factors: Sequence[tuple[Any, bool]], wanted: Layout
         if isinstance(factor, Node):
             found.append(Factor(factor, inverse))
             continue
-        held = reader.holders(factor.value, factor.reader, factor.layout)
+        held = reader.holders(factor.value, factor.user, factor.layout)
         if not held:
             return Refusal(Reason.SCORES_CHANGED, "scaled by no tensor of the graph")
-        found.append(
-            Factor(Operand(held[0].node, held[0].reader, settle(held[0].layout), wanted, expand=False), inverse)
-        )
+        found.append(Factor(Operand(held[0].node, held[0].user, settle(held[0].layout), wanted, expand=False), inverse))
     return tuple(found)
 
 
@@ -225,7 +223,7 @@ def _unmade(reader: Reader, found: Attention) -> Refusal | None:
     operands = [found.query, found.key, found.value, *(mask.operand for mask in found.masks)]
     operands += [f.operand for f in found.factors if isinstance(f.operand, Operand)]
     for operand in operands:
-        if reader.mutations.changed(operand.node, operand.reader, found.output, found.region):
+        if reader.changed(operand.node, operand.user, found.output, found.region):
             return Refusal(Reason.IN_PLACE, f"{operand.node.name} is changed before the result is computed")
         lacking = [a for dim in operand.wanted for a in dim if a not in axes_of(operand.layout)]
         dims = (*settle(operand.layout), *operand.wanted)

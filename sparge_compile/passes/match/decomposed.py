@@ -60,7 +60,7 @@ def is_softmax(node: Node, reader: Reader) -> bool:
 
 def match_softmax(node: Node, reader: Reader) -> Attention | Refusal:
     """The attention around a softmax, or why it is none or cannot be replaced."""
-    value = reader.lowering.value(node)
+    value = reader.value(node)
     while value is not None and value.call is not None and value.call.name not in _SOFTMAX and is_layout(value.call):
         value = value.call.args[0]
     if value is None or value.call is None or value.call.name not in _SOFTMAX:
@@ -72,7 +72,7 @@ def match_softmax(node: Node, reader: Reader) -> Attention | Refusal:
     layout = new_layout(scores.shape)
     if not layout[dim]:
         return Refusal(Reason.NOT_ATTENTION, "over one entry")
-    return _Match(reader, node, layout, layout[dim]).run(scores)
+    return _Walk(reader, node, layout, layout[dim]).run(scores)
 
 
 @dataclass
@@ -97,7 +97,7 @@ class _Scores:
     fixed: bool = False  # something that a scale of unknown sign must not cross was met
 
 
-class _Match:
+class _Walk:
     def __init__(self, reader: Reader, softmax: Node, layout: Layout, keys: Dim) -> None:
         self.reader = reader
         self.softmax = softmax
@@ -122,7 +122,7 @@ class _Match:
             if len(readers) > 1 or readers[0].op == "output":
                 return Refusal(Reason.WEIGHTS_USED, ", ".join(user.name for user in readers))
             (user,) = readers
-            value = self.reader.lowering.value(user)
+            value = self.reader.value(user)
             if value is None:
                 return Refusal(Reason.SCORES_CHANGED, f"weights are read by {user.name}")
             step = self._weights(value, user, node, layout)
@@ -357,28 +357,28 @@ class _Match:
 
     def _region(self, scores: _Scores, product: _Product) -> tuple[Node, ...] | Refusal:
         """The nodes from the first product to the second; nobody else may read them."""
-        order, mutations = self.reader.mutations.position, self.reader.mutations
-        start, end = order[scores.node], order[product.node]
+        order, written = self.reader.position, self.reader.written
+        start, end = order(scores.node), order(product.node)
         nodes = list(self.reader.owner.graph.nodes)[start : end + 1]
         inside = {scores.node}
         for node in nodes:
-            if any(given in inside for given in (*node.all_input_nodes, *mutations.written(node))):
+            if any(given in inside for given in (*node.all_input_nodes, *written(node))):
                 inside.add(node)
         region = {product.node}
         for node in reversed(nodes):
-            if node in inside and (any(user in region for user in node.users) or set(mutations.written(node)) & inside):
+            if node in inside and (any(user in region for user in node.users) or set(written(node)) & inside):
                 region.add(node)
         for node in nodes:
             if _changes_context(node):
                 return Refusal(Reason.CONTEXT, f"{node.name}")
-            if node in region and any(w not in region for w in mutations.written(node)):
+            if node in region and any(w not in region for w in written(node)):
                 return Refusal(Reason.IN_PLACE, f"by {node.name}")
             if node in region and node is not product.node:
                 others = [
                     u for u in node.users if u not in region and (u.op == "output" or _may_hold_tensor(u, self.reader))
                 ]
                 if others:
-                    weights = order[node] >= order[self.softmax]
+                    weights = order(node) >= order(self.softmax)
                     return Refusal(
                         Reason.WEIGHTS_USED if weights else Reason.SCORES_USED, ", ".join(u.name for u in others)
                     )
@@ -409,7 +409,7 @@ def _near_product(start: Node, onwards: Callable[[Node], Iterable[Node]], reader
         if node in seen or node.op in ("placeholder", "output", "get_attr"):
             continue
         seen.add(node)
-        value = reader.lowering.value(node)
+        value = reader.value(node)
         if value is not None and _has_product(value):
             return True
         edge += list(onwards(node))
@@ -432,7 +432,7 @@ def _is_random(value: Value) -> bool:
 
 def _may_hold_tensor(node: Node, reader: Reader) -> bool:
     """Whether a reader of a tensor reads more than its sizes."""
-    value = reader.lowering.fake(node)
+    value = reader.fake(node)
     return (
         value is None
         or isinstance(value, Tensor)

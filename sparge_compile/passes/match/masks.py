@@ -23,10 +23,10 @@ MAX_CONDITIONS = 64  # comparisons in one mask; sympy's normal forms grow fast
 
 @dataclass(frozen=True)
 class Term:
-    """A tensor that takes part in the scores, as ``reader`` reads it: ``kind`` as in :class:`Mask`, or ``number``."""
+    """A tensor that takes part in the scores, as ``user`` reads it: ``kind`` as in :class:`Mask`, or ``number``."""
 
     value: Value
-    reader: Node
+    user: Node
     layout: Layout
     kind: str
     factor: float = 1.0  # that scales it, or ``fill``
@@ -55,14 +55,14 @@ def understand(reader: Reader, terms: list[Term], axes: Axes) -> Meaning | Refus
 
 
 def _understand(reader: Reader, term: Term, axes: Axes) -> Meaning | Refusal:
-    held = reader.holders(term.value, term.reader, term.layout)
+    held = reader.holders(term.value, term.user, term.layout)
     if not held:
         return Refusal(Reason.SCORES_CHANGED, "by a mask that no tensor of the graph holds")
     if term.kind != "number" and not term.fill * term.factor <= HIDDEN:
         return Refusal(Reason.SCORES_CHANGED, "what hides is scaled until it does not")
     symbols: dict[Axis, Any] = {}
     index = [_coordinate(dim, symbols) for dim in settle(term.layout)]
-    said = formula(reader, term.value, term.reader, index)
+    said = formula(reader, term.value, term.user, index)
     kind = term.kind
     if kind == "number":
         if any(v.is_number and v.is_extended_real and v * term.factor >= -HIDDEN / 2 for _, v in as_cases(said)):
@@ -169,4 +169,4 @@ def _operand(held: list[Held], axes: Axes) -> Operand:
     """The tensor to read: from before it was broadcast, so that it stays small."""
     chosen = held[-1]
     wanted = (axes.batch, (*axes.heads, *axes.group), axes.rows, axes.keys)
-    return Operand(chosen.node, chosen.reader, settle(chosen.layout), settle(wanted), expand=False)
+    return Operand(chosen.node, chosen.user, settle(chosen.layout), settle(wanted), expand=False)

@@ -17,7 +17,7 @@ from ..read.reader import Reader
 from .attention import Attention, Refusal
 from .compose import Part, compose
 from .masks import Term
-from .sdpa_kernels import FUSED_KERNELS, only_attention_is_read
+from .sdpa_kernels import SDPA_KERNELS, only_attention_is_read
 from .sdpa_kernels import attention_arguments as kernel_arguments
 
 
@@ -35,9 +35,9 @@ _SDPA = {
 }
 
 
-def is_fused(node: Node) -> bool:
+def is_sdpa(node: Node) -> bool:
     """Whether a node is a fused call of scaled-dot-product attention."""
-    return node.op == "call_function" and node.target in _SDPA | FUSED_KERNELS
+    return node.op == "call_function" and node.target in _SDPA | SDPA_KERNELS
 
 
 def arguments_of(node: Node) -> Mapping[str, Any]:
@@ -45,16 +45,15 @@ def arguments_of(node: Node) -> Mapping[str, Any]:
     return kernel_arguments(node) or bind(_SIGNATURE, node)
 
 
-def match_fused(node: Node, reader: Reader) -> Attention | Refusal:
+def match_sdpa(node: Node, reader: Reader) -> Attention | Refusal:
     """The attention of a fused call, or why it cannot be replaced."""
-    if node.target in FUSED_KERNELS and not only_attention_is_read(node):
+    if node.target in SDPA_KERNELS and not only_attention_is_read(node):
         return Refusal(Reason.OUTPUTS_USED)
     given = arguments_of(node)
     tensors = [
-        reader.lowering.fake(given[name]) if isinstance(given[name], Node) else None
-        for name in ("query", "key", "value")
+        reader.fake(given[name]) if isinstance(given[name], Node) else None for name in ("query", "key", "value")
     ]
-    output = reader.lowering.fake(node)
+    output = reader.fake(node)
     output = output[0] if isinstance(output, (tuple, list)) else output
     if not isinstance(output, Tensor) or not all(isinstance(x, Tensor) for x in tensors):
         return Refusal(Reason.NO_SHAPES)
@@ -102,14 +101,14 @@ def match_fused(node: Node, reader: Reader) -> Attention | Refusal:
     )
 
 
-def _part(node: Node, fake: Tensor, reader: Node, layout: Layout) -> Part:
-    return Part(Value(tuple(fake.shape), fake.dtype, fake.device, node=node), reader, layout)
+def _part(node: Node, fake: Tensor, user: Node, layout: Layout) -> Part:
+    return Part(Value(tuple(fake.shape), fake.dtype, fake.device, node=node), user, layout)
 
 
 def _mask_term(
     reader: Reader, node: Node, attention: Node, weights: Layout, target: tuple[Any, ...], terms: list[Term]
 ) -> Refusal | None:
-    mask = reader.lowering.fake(node)
+    mask = reader.fake(node)
     if not isinstance(mask, Tensor):
         return Refusal(Reason.NO_SHAPES)
     padded = (1,) * (4 - mask.dim()) + tuple(mask.shape)

@@ -14,7 +14,7 @@ import torch
 from torch.fx import Node
 
 _aten = torch.ops.aten
-FUSED_KERNELS = {
+SDPA_KERNELS = {
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,
@@ -26,7 +26,7 @@ FUSED_KERNELS = {
 
 def attention_arguments(node: Node) -> Mapping[str, Any] | None:
     """The arguments of SDPA by name, of a call of such a kernel; None for any other node."""
-    if node.op != "call_function" or node.target not in FUSED_KERNELS:
+    if node.op != "call_function" or node.target not in SDPA_KERNELS:
         return None
     given: dict[str, Any] = {}
     for position, argument in enumerate(node.target._schema.arguments):

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..read.fx_utils import value_of
+from ..read.reader import Reader
 
 _aten = torch.ops.aten
 _ZEROS = {torch.zeros_like, _aten.zeros_like.default}
@@ -31,13 +32,13 @@ _VIEW: dict[Any, Callable[..., Tensor]] = {
 }
 
 
-def boolean_sources(mask: Node) -> list[Node] | None:
+def boolean_sources(mask: Node, reader: Reader) -> list[Node] | None:
     """The boolean masks (True hides) that say all a mask says; None where it says more, or nobody can tell."""
     if getattr(value_of(mask), "dtype", None) == torch.bool:
-        return None if _written_to(mask) else [mask]
+        return None if _written_to(mask, reader) else [mask]
     operands = _operands(mask)
-    found = [boolean_sources(operand) for operand in operands]
-    if not found or None in found or _written_to(mask):
+    found = [boolean_sources(operand, reader) for operand in operands]
+    if not found or None in found or _written_to(mask, reader):
         return None
     return [source for sources in found for source in sources or ()]
 
@@ -83,16 +84,9 @@ def _sizes(mask: Node) -> tuple[Any, ...]:
     return tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
 
 
-def _written_to(node: Node) -> bool:
-    """Whether another node writes to a tensor in place, through whatever view: then what it holds depends on when."""
-    storage = value_of(node).untyped_storage()._cdata
-    for other in node.graph.nodes:
-        target, given = other.target, other.args[0] if other.args else None
-        name = target if isinstance(target, str) else getattr(target, "__name__", "")
-        schema = getattr(target, "_schema", None)
-        writes = schema.is_mutable if schema is not None else name.endswith("_") and not name.endswith("__")
-        makes_it = other is node or bool(_operands(other))  # the fill of fresh zeros, which is the mask itself
-        written = value_of(given) if not makes_it and (writes or target is operator.setitem) else None
-        if isinstance(written, Tensor) and written.untyped_storage()._cdata == storage:
-            return True
-    return False
+def _written_to(mask: Node, reader: Reader) -> bool:
+    """Whether a node changes a mask in place, through whatever view: then what it holds depends on when.
+
+    The fill of fresh zeros makes a mask and changes none.
+    """
+    return any(writer is not mask and not _operands(writer) for writer in reader.writers(mask))

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ...report import Reason
 from ..read.fx_utils import bind, signature_of, value_of
+from ..read.reader import Reader
 from .boolean_masks import boolean_sources, hidden, spelling
 from .plain_torch import native_multi_head_attention, transformer_encoder_layer
 
@@ -57,15 +58,15 @@ _MASKS = ("attn_mask", "key_padding_mask", "mask")
 EXAMPLE_SHAPES = "sparge_example_shapes"
 
 
-def open_up(node: Node) -> GraphModule | None:
+def open_up(node: Node, reader: Reader) -> GraphModule | None:
     """The inside of a call as a graph of ATen ops over the call's tensor arguments, in the order of ``tensor_inputs``.
 
     None where the call cannot be opened; ``why_closed`` tells.
     """
-    if why_closed(node) is not None:
+    if why_closed(node, reader) is not None:
         return None
-    inputs, arguments = tensor_inputs(node), _arguments(node)
-    masks = {name: arguments[name] for name in _boolean_masks(arguments)}
+    inputs, arguments = tensor_inputs(node, reader), _arguments(node)
+    masks = {name: arguments[name] for name in _boolean_masks(arguments, reader)}
     opener = OPENABLE[node.target]
     apart = opener is _MHA and bool(masks)  # it would make them additive again
 
@@ -83,30 +84,31 @@ def open_up(node: Node) -> GraphModule | None:
     return _with_mask(inside)
 
 
-def why_closed(node: Node) -> Reason | None:
+def why_closed(node: Node, reader: Reader) -> Reason | None:
     """Why a call cannot be opened up, or None."""
     if returns_weights(node):
         return Reason.WEIGHTS_USED
     if node.op == "call_module":
         return Reason.NO_SHAPES if value_of(node) is None else Reason.OPAQUE
-    values = [value_of(n) for n in tensor_inputs(node)]
+    values = [value_of(n) for n in tensor_inputs(node, reader)]
     if not values or not all(isinstance(value, FakeTensor) for value in values):
         return Reason.NO_SHAPES
     return Reason.OPAQUE if any(value.is_nested for value in values) else None
 
 
-def tensor_inputs(node: Node) -> list[Node]:
+def tensor_inputs(node: Node, reader: Reader) -> list[Node]:
     """The tensors that an opened call reads: boolean masks in the place of the additive ones made of them."""
     arguments = _arguments(node)
-    masks = _boolean_masks(arguments)
+    masks = _boolean_masks(arguments, reader)
     nodes = [x for name, value in arguments.items() if name not in masks for x in tree_leaves(value)]
     nodes += [source for sources in masks.values() for source in sources]
     return [n for n in dict.fromkeys(x for x in nodes if isinstance(x, Node)) if isinstance(value_of(n), Tensor)]
 
 
-def copy_inside(node: Node, inside: GraphModule) -> tuple[dict[Node, Any], Any]:
+def copy_inside(node: Node, inside: GraphModule, reader: Reader) -> tuple[dict[Node, Any], Any]:
     """Write a call's opened graph before the call; returns the copy of each node of ``inside``, and of its output."""
-    copies: dict[Node, Any] = dict(zip(inside.graph.find_nodes(op="placeholder"), tensor_inputs(node), strict=True))
+    placeholders = inside.graph.find_nodes(op="placeholder")
+    copies: dict[Node, Any] = dict(zip(placeholders, tensor_inputs(node, reader), strict=True))
     for name, value in (*inside.named_parameters(), *inside.named_buffers()):
         raise AssertionError(f"an opened call owns no tensors, but {name} {tuple(value.shape)} was traced")
     with node.graph.inserting_before(node):
@@ -118,12 +120,12 @@ def copy_inside(node: Node, inside: GraphModule) -> tuple[dict[Node, Any], Any]:
     return copies, output
 
 
-def put_inside(graph_module: GraphModule, node: Node, inside: GraphModule) -> dict[Node, Node]:
+def put_inside(graph_module: GraphModule, node: Node, inside: GraphModule, reader: Reader) -> dict[Node, Node]:
     """Replace a call by its opened graph; returns the copy of each node of ``inside``."""
     graph = graph_module.graph
     arguments = _arguments(node)
-    replaced = [n for name in _boolean_masks(arguments) for n in spelling(arguments[name])]
-    copies, output = copy_inside(node, inside)
+    replaced = [n for name in _boolean_masks(arguments, reader) for n in spelling(arguments[name])]
+    copies, output = copy_inside(node, inside, reader)
     if OPENABLE[node.target].returns_weights:
         for user in list(node.users):
             assert user.args[1] == 0, "a call whose weights are read is not opened"
@@ -166,12 +168,12 @@ def _arguments(node: Node) -> Mapping[str, Any]:
     return bind(OPENABLE[node.target].signature, node)
 
 
-def _boolean_masks(arguments: Mapping[str, Any]) -> dict[str, list[Node]]:
+def _boolean_masks(arguments: Mapping[str, Any], reader: Reader) -> dict[str, list[Node]]:
     """The boolean sources of each mask that a call is given; none unless all its masks have them."""
     if arguments.get("is_causal") and arguments["key_padding_mask"] is None:
         return {}  # a causal mask, which the hint replaces
     given = {name: arguments[name] for name in _MASKS if isinstance(arguments.get(name), Node)}
-    sources = {name: boolean_sources(mask) for name, mask in given.items()}
+    sources = {name: boolean_sources(mask, reader) for name, mask in given.items()}
     return {} if None in sources.values() else sources  # type: ignore[return-value]
 
 

@@ -65,7 +65,7 @@ class Value:
     constant: Tensor | None = None  # the number that a tensor without dimensions is known to hold
 
 
-class Lowering:
+class Calls:
     """Lowers the nodes of one graph, each at most once, when it is asked for."""
 
     def __init__(self, owner: GraphModule) -> None:

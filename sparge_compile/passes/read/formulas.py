@@ -144,7 +144,7 @@ def _number(x: Any) -> Any:
 
 def _unknown(reader: Reader, value: Value, at: Node, index: Sequence[Any]) -> Any:
     # By version: what a tensor holds before and after a change in place are two functions.
-    seen = reader.mutations.version(value.node, at) if value.node is not None else None
+    seen = reader.version(value.node, at) if value.node is not None else None
     name = seen.name if seen is not None else f"{value.node or id(value)}_as_{at}_reads_it"
     result = sympy.Function(name)(*index)
     return sympy.Ne(result, 0) if value.dtype == torch.bool else [(sympy.true, result)]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from .axes import COPIES, Layout, before, is_layout
-from .calls import Lowering, Value
-from .writes import Mutations
+from .calls import Calls, Value
+from .writes import Writes, may_write
 
 
 @dataclass(frozen=True)
@@ -18,57 +21,94 @@ class Held:
 
     node: Node
     layout: Layout
-    reader: Node
+    user: Node
     copied: bool = False  # a copy stands between this node and the tensor that was asked for
 
 
 class Reader:
-    """One graph, to be read."""
+    """One graph, to be read: what its nodes compute and hold, and what is written to in between.
+
+    All of it speaks of the graph as it was found; a rewrite does not change what a reader says.
+    """
 
     def __init__(self, owner: GraphModule) -> None:
         self.owner = owner
-        self.lowering = Lowering(owner)
-        self.mutations = Mutations(self.lowering)
+        self._calls = Calls(owner)
+        self._writes = Writes(self._calls)
         self.depth = 0  # of the formula that is being read
         self.spent = 0  # values that it has read
 
-    def holder(self, value: Value, reader: Node) -> Node | None:
-        """The graph node that holds what ``reader`` reads as ``value``; None for an intermediate result."""
+    def value(self, node: Node) -> Value | None:
+        """What a node computes from its inputs, as ATen calls; None where it is not one tensor or cannot be run."""
+        return self._calls.value(node)
+
+    def fake(self, node: Node) -> Any:
+        """The fake tensor or number that stands on a node; a module's own tensor for what reads an attribute."""
+        return self._calls.fake(node)
+
+    def position(self, node: Node) -> int:
+        """Where a node stands in the graph."""
+        return self._writes.position[node]
+
+    def version(self, node: Node, user: Node) -> Node | None:
+        """The node whose result is what ``user`` sees of ``node``; None where it was changed through a view."""
+        return self._writes.version(node, user)
+
+    def changed(self, node: Node, since: Node, until: Node | None, ignore: Collection[Node] = ()) -> bool:
+        """Whether a writer that is not ignored changes a tensor between two nodes (None: to the end)."""
+        return self._writes.changed(node, since, until, ignore)
+
+    def writers(self, node: Node) -> list[Node]:
+        """The nodes that change a tensor in place, through whatever view, in graph order."""
+        return self._writes.writers(node)
+
+    def written(self, node: Node) -> list[Node]:
+        """The tensors that a node changes."""
+        return self._writes.written(node)
+
+    def is_pure(self, node: Node) -> bool:
+        """Whether nothing but a node's result tells that it ran."""
+        if isinstance(node.target, torch._ops.OpOverload):
+            return not node.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in node.target.tags
+        return not may_write(node) and self._calls.runs_quietly(node)
+
+    def holder(self, value: Value, user: Node) -> Node | None:
+        """The graph node that holds what ``user`` reads as ``value``; None for an intermediate result."""
         if value.node is None:
             return None
-        seen = self.mutations.version(value.node, reader)
-        return seen if seen is not None and isinstance(self.lowering.fake(seen), Tensor) else value.node
+        seen = self._writes.version(value.node, user)
+        return seen if seen is not None and isinstance(self._calls.fake(seen), Tensor) else value.node
 
-    def definition(self, value: Value, reader: Node) -> tuple[Value, Node] | None:
-        """What computed a value that ``reader`` reads: a value with a call, and the node that the call belongs to."""
+    def definition(self, value: Value, user: Node) -> tuple[Value, Node] | None:
+        """What computed a value that ``user`` reads: a value with a call, and the node that the call belongs to."""
         while value.call is None:
-            found = self._made(value, reader)
+            found = self._made(value, user)
             if found is None:
                 return None
-            value, reader = found
-        return value, reader
+            value, user = found
+        return value, user
 
-    def _made(self, value: Value, reader: Node) -> tuple[Value, Node] | None:
-        """What the node of a leaf, as ``reader`` sees it, computes; and that node."""
-        node = self.mutations.version(value.node, reader) if value.node is not None else None
-        inner = self.lowering.value(node) if node is not None else None
+    def _made(self, value: Value, user: Node) -> tuple[Value, Node] | None:
+        """What the node of a leaf, as ``user`` sees it, computes; and that node."""
+        node = self._writes.version(value.node, user) if value.node is not None else None
+        inner = self._calls.value(node) if node is not None else None
         return None if node is None or inner is None else (inner, node)
 
-    def holders(self, value: Value, reader: Node, layout: Layout) -> list[Held]:
+    def holders(self, value: Value, user: Node, layout: Layout) -> list[Held]:
         """The nodes that hold a tensor in some layout, from the nearest back to where it is more than laid out anew."""
         found: list[Held] = []
         copied = False
         while True:
-            node = self.holder(value, reader)
+            node = self.holder(value, user)
             if node is not None:
                 if found and self._needs_gradient(node) and not self._needs_gradient(found[-1].node):
                     return found  # a gradient is stopped between them
-                found.append(Held(node, layout, reader, copied))
+                found.append(Held(node, layout, user, copied))
             if value.call is None:
-                made = self._made(value, reader)
+                made = self._made(value, user)
                 if made is None:
                     return found
-                value, reader = made
+                value, user = made
                 continue
             if not is_layout(value.call):
                 return found
@@ -79,4 +119,4 @@ class Reader:
             value, layout = value.call.args[0], earlier
 
     def _needs_gradient(self, node: Node) -> bool:
-        return bool(self.lowering.fake(node).requires_grad)
+        return bool(self._calls.fake(node).requires_grad)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from .calls import Lowering
+from .calls import Calls
 from .fx_utils import submodule_of
 
 _OPERATORS = (
@@ -37,25 +37,25 @@ _OPERATORS = (
 _IN_PLACE = {getattr(operator, name) for name in _OPERATORS}
 
 
-class Mutations:
+class Writes:
     """The nodes of one graph that change tensors in place, by storage."""
 
-    def __init__(self, lowering: Lowering) -> None:
-        self._lowering = lowering
-        self.position = {node: i for i, node in enumerate(lowering.owner.graph.nodes)}
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+        self.position = {node: i for i, node in enumerate(calls.owner.graph.nodes)}
         self._writers: dict[Any, list[tuple[Node, Node]]] = {}  # by storage: who writes, and to which node's tensor
         self._written: dict[Node, list[Node]] = {}
         for node in self.position:
-            if _may_write(node) or _runs_a_writer(node, lowering.owner):
-                for written in lowering.mutated(node):
+            if may_write(node) or _runs_a_writer(node, calls.owner):
+                for written in calls.mutated(node):
                     if (storage := self._storage(written)) is not None:
                         self._writers.setdefault(storage, []).append((node, written))
                         self._written.setdefault(node, []).append(written)
 
-    def version(self, node: Node, reader: Node) -> Node | None:
-        """The node whose result is what ``reader`` sees of ``node``; None where it was changed through a view."""
+    def version(self, node: Node, user: Node) -> Node | None:
+        """The node whose result is what ``user`` sees of ``node``; None where it was changed through a view."""
         seen = node
-        for writer, written in self._between(node, node, reader):
+        for writer, written in self._between(node, node, user):
             if written not in (node, seen):
                 return None
             seen = writer
@@ -64,6 +64,10 @@ class Mutations:
     def changed(self, node: Node, since: Node, until: Node | None, ignore: Collection[Node] = ()) -> bool:
         """Whether a writer that is not ignored changes a tensor between two nodes (None: to the end)."""
         return any(writer not in ignore for writer, _ in self._between(node, since, until))
+
+    def writers(self, node: Node) -> list[Node]:
+        """The nodes that change a tensor, in graph order."""
+        return list(dict.fromkeys(writer for writer, _ in self._writers.get(self._storage(node), [])))
 
     def written(self, node: Node) -> list[Node]:
         """The tensors that a node changes."""
@@ -75,11 +79,11 @@ class Mutations:
         return [w for w in found if start < self.position[w[0]] < end]
 
     def _storage(self, node: Node) -> Any:
-        fake = self._lowering.fake(node)
+        fake = self._calls.fake(node)
         return fake.untyped_storage()._cdata if isinstance(fake, Tensor) else None
 
 
-def _may_write(node: Node) -> bool:
+def may_write(node: Node) -> bool:
     """Whether a node's name, schema or arguments allow a change in place; of those, lowering tells which do change."""
     if node.op == "call_method":
         name = str(node.target)
@@ -107,11 +111,4 @@ def _runs_a_writer(node: Node, owner: GraphModule) -> bool:
     if node.op != "call_function" or not isinstance(node.target, torch._ops.HigherOrderOperator):
         return False
     bodies = [body for argument in node.all_input_nodes if (body := submodule_of(argument, owner)) is not None]
-    return any(_may_write(inner) or _runs_a_writer(inner, body) for body in bodies for inner in body.graph.nodes)
-
-
-def is_pure(node: Node, lowering: Lowering) -> bool:
-    """Whether nothing but a node's result tells that it ran."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return not node.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in node.target.tags
-    return not _may_write(node) and lowering.runs_quietly(node)
+    return any(may_write(inner) or _runs_a_writer(inner, body) for body in bodies for inner in body.graph.nodes)

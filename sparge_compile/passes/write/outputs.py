@@ -13,7 +13,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..find import Match
-from ..match.sdpa_kernels import FUSED_KERNELS
+from ..match.sdpa_kernels import SDPA_KERNELS
 from ..mha.open import put_inside
 from ..read.axes import settle
 from ..read.fx_utils import value_of
@@ -45,13 +45,15 @@ def dense_outputs(matches: Iterable[Match]) -> list[tuple[Match, Node]]:
     for match in matches:
         attention = match.attention
         assert attention is not None
-        copies = put_inside(match.graph_module, match.node, match.inside) if match.inside is not None else {}
+        copies = {}
+        if match.inside is not None:
+            copies = put_inside(match.graph_module, match.node, match.inside, match.reader)
         output = copies.get(attention.output, attention.output)
         axes = attention.axes
         emitter = Emitter(match.graph_module.graph, attention, lambda node: node)
         with match.graph_module.graph.inserting_after(output):
             node = output
-            if output.target in FUSED_KERNELS:
+            if output.target in SDPA_KERNELS:
                 node = emitter.call(operator.getitem, output, 0)
         with match.graph_module.graph.inserting_before(node.next):
             if attention.rewritten:  # the node is changed in place later on

@@ -41,7 +41,7 @@ def put_taps(graph_module: GraphModule, matches: Iterable[tuple[int, Match]]) ->
         found = match.attention
         assert found is not None
         graph = match.graph_module.graph
-        copies = copy_inside(match.node, match.inside)[0] if match.inside is not None else {}
+        copies = copy_inside(match.node, match.inside, match.reader)[0] if match.inside is not None else {}
         emitter = Emitter(graph, found, lambda node, copies=copies: copies.get(node, node))  # type: ignore[misc]
         with graph.inserting_before(match.node if copies else found.output):
             graph.call_function(hand_over, (number, *emitter.operands(), emitter.mask()))
