@@ -1,12 +1,18 @@
-"""The options of ``torch.compile(model, backend="sparge", options={...})``: validation, and one digest over all."""
+"""The options of ``torch.compile(model, backend="sparge", options={...})``: their meaning, validation, and one digest.
+
+The string under each field is its documentation; the table in README.md is made from these strings.
+"""
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import pairwise
 from typing import Any
 
 from .cost import CostModel
@@ -16,7 +22,7 @@ from .thresholds.calibration import Calibration
 
 # Untuned, nothing is known of a model, so half of the blocks and 80 % of the pooled mass are kept: heads that look
 # everywhere keep up to 0.8, others half. What that costs, beside other pairs: docs/fidelity.md. Lower values want a
-# calibration or a fine-tuned checkpoint (DESIGN section 8).
+# calibration or a fine-tuned checkpoint (docs/design.md, "Sparse only where it pays").
 DEFAULT_TOPK = 0.5
 DEFAULT_TOPP = 0.8
 
@@ -29,15 +35,29 @@ class Options:
     """Every option of the backend. Built with :meth:`parse`, which refuses what it does not know."""
 
     calibration: Calibration | None = None
+    """A `Calibration`, or the path of one, gives thresholds to each site and head, by name or pattern."""
     topk: float = DEFAULT_TOPK
+    """Sites that the calibration does not name keep this share of their visible key blocks, in (0, 1]."""
     topp: float = DEFAULT_TOPP
+    """They keep at least this much of the pooled probability mass, in [0, 1]: the larger set of the two is kept."""
     min_seq_len: int | None = None
+    """Sites with fewer keys stay dense. `None` lets the cost model decide from 1,024 keys on; a number (0 too) replaces
+    both."""
     costs: CostModel | None = None
+    """Coefficients of the cost model for your device, as `benchmarks/fit_cost_model.py` prints them. `None` takes a
+    measured set."""
     additive_masks: bool = False
+    """Replace attention with a float mask that changes scores, too. Blocks are then ranked by pooled scores that
+    include the mask."""
     on_unsupported: str = "warn"
+    """What happens where attention cannot be replaced: `"dense"` (nothing), `"warn"` (once for each reason) or
+    `"error"`."""
     inner: str = "inductor"
+    """Who compiles the rewritten graph: `"inductor"`, `"aot_eager"` or `"eager"`."""
     inductor: Mapping[str, Any] = field(default_factory=dict)
+    """A dict of Inductor's own options."""
     inductor_mode: str | None = None
+    """A mode of `torch.compile`, which itself refuses `mode` beside `options`."""
 
     def __post_init__(self) -> None:
         if isinstance(self.calibration, (str, os.PathLike)):
@@ -110,6 +130,22 @@ class Options:
         """A hash over all fields: equal for equal options, in any process."""
         content = {**asdict(self), "calibration": self.calibration.to_dict() if self.calibration else None}
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=repr).encode()).hexdigest()
+
+
+def option_table() -> str:
+    """Every option as a row of a markdown table: its name, its documentation, its default."""
+    documented: dict[str, str] = {}
+    body = ast.parse(inspect.getsource(Options)).body[0].body  # type: ignore[attr-defined]
+    for assigned, text in pairwise(body):
+        if isinstance(assigned, ast.AnnAssign) and isinstance(text, ast.Expr):
+            documented[assigned.target.id] = " ".join(ast.literal_eval(text.value).split())  # type: ignore[union-attr]
+    default = Options()
+    rows = [f"| `{f.name}` | {documented[f.name]} | `{_literal(getattr(default, f.name))}` |" for f in fields(Options)]
+    return "\n".join(["| option | meaning | default |", "|---|---|---|", *rows])
+
+
+def _literal(value: object) -> str:
+    return json.dumps(value) if isinstance(value, str) else repr(value)
 
 
 def _bad_value(name: str, given: object, allowed: str) -> ValueError:
