@@ -183,19 +183,6 @@ def assert_map_matches(
     assert (got.counts >= counts[0]).all() and (got.counts <= counts[1]).all(), "wrong number of blocks"
 
 
-def assert_error_bounded(actual: Tensor, exact: Tensor, plain: Tensor, what: str, factor: float = 3.0) -> None:
-    """The error is at most ``factor`` times that of a plain dense computation in the same dtype.
-
-    A few roundings of the largest value are always allowed: the plain error may happen to be zero.
-    """
-    assert not actual.isnan().any(), f"{what}: NaN"
-    error = (actual.double() - exact).abs().amax() if exact.numel() else torch.zeros(())
-    plain_error = (plain.double() - exact).abs().amax() if exact.numel() else torch.zeros(())
-    rounding = 4 * torch.finfo(actual.dtype).eps * exact.abs().amax() if exact.numel() else torch.zeros(())
-    bound = factor * plain_error + rounding
-    assert error <= bound, f"{what}: error {error:.3g}, bound {bound:.3g} (plain {plain_error:.3g})"
-
-
 def plain_attention(
     q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, attn_mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -211,6 +198,128 @@ def plain_attention(
     return out, torch.logsumexp(((q @ k.mT) * scale + bias).float(), -1)
 
 
+class Problem(NamedTuple):
+    """One call of attention, forward and backward; ``dlse`` is None where the log-sum-exp is not differentiated."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    block_map: BlockMap
+    mask: Tensor | None
+    is_causal: bool
+    scale: float
+    dout: Tensor
+    dlse: Tensor | None
+
+    def allowed(self) -> Tensor:
+        """bool [B, H, L, S]: the pairs that attention sees."""
+        kept = self.block_map.to_dense().expand(*self.q.shape[:2], -1, -1)
+        return reference.allowed_pairs(kept, self.q.shape[2], self.k.shape[2], self.mask, self.is_causal)
+
+
+class Results(NamedTuple):
+    """What attention and its backward give, or a bound of each."""
+
+    out: Tensor
+    lse: Tensor
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+
+
+def random_problem(case: Case, block_map: BlockMap, with_dlse: bool = True) -> Problem:
+    q, k, v = random_qkv(case)
+    mask = random_mask(case)
+    dout = random_matrix(*q.shape, case.dtype, case.layout)
+    dlse = torch.randn(q.shape[:3]) if with_dlse else None
+    return Problem(q, k, v, block_map, mask, case.is_causal, scale_of(case), dout, dlse)
+
+
+def exact_results(problem: Problem) -> Results:
+    """The reference in float64, differentiated by autograd. Rows without a key have lse -inf and no gradient."""
+    q, k, v, block_map, mask, is_causal, scale, dout, dlse = problem
+    inputs = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    wide_mask = mask.double() if mask is not None and mask.dtype != torch.bool else mask
+    out, lse = reference.attention(*inputs, block_map, wide_mask, is_causal, scale)
+    seen_lse = lse.masked_fill(lse == -torch.inf, 0.0)  # the gradient of -inf is NaN in autograd, and 0 in ours
+    weights = dout.double(), torch.zeros_like(lse) if dlse is None else dlse.double()
+    return Results(out.detach(), lse.detach(), *torch.autograd.grad((out, seen_lse), inputs, weights))
+
+
+def plain_results(problem: Problem) -> Results:
+    """Dense SDPA in the inputs' dtype over the same pairs: its error is the measure of ours."""
+    allowed = problem.allowed()
+    empty = ~allowed.any(-1)
+    inputs = [x.detach().clone().requires_grad_() for x in problem[:3]]
+    out, lse = plain_attention(*inputs, allowed | empty.unsqueeze(-1), problem.mask, problem.scale)
+    dlse = torch.zeros_like(lse) if problem.dlse is None else problem.dlse
+    weights = problem.dout.masked_fill(empty.unsqueeze(-1), 0.0), dlse.masked_fill(empty, 0.0)
+    grads = torch.autograd.grad((out, lse), inputs, weights)
+    return Results(
+        out.detach().masked_fill(empty.unsqueeze(-1), 0.0), lse.detach().masked_fill(empty, -torch.inf), *grads
+    )
+
+
+def summed_terms(problem: Problem) -> Results:
+    """The sums of the absolute values of all that is added up to each result, in float64.
+
+    Rounding is relative to these, not to a result that cancels: in a row that sees one key dS = P * (dP - delta) is
+    zero, yet P * dP and P * delta are not, and each of them is rounded.
+    """
+    allowed, group = problem.allowed(), problem.q.shape[1] // problem.k.shape[1]
+    q, k, v, dout = (x.detach().double() for x in (problem.q, problem.k, problem.v, problem.dout))
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    mask = (
+        problem.mask
+        if problem.mask is not None and problem.mask.dtype != torch.bool
+        else torch.zeros_like(q[:1, :1, :1, :1])
+    )
+    mask = torch.where(allowed, mask.double(), 0.0)
+    scores = (q @ k.mT * problem.scale + mask).masked_fill(~allowed, -torch.inf)
+    p = scores.softmax(-1).nan_to_num(0.0)  # [B, H, L, S]
+    q, k, v, dout = q.abs(), k.abs(), v.abs(), dout.abs()
+    score_terms = (q @ k.mT * abs(problem.scale) + mask.abs()).masked_fill(~allowed, 0.0)
+    out = p @ v
+    delta = (dout * out).sum(-1)
+    if problem.dlse is not None:
+        delta = delta + problem.dlse.double().abs()
+    ds = p * (dout @ v.mT + delta.unsqueeze(-1))
+    dk, dv = ((x.mT @ y).unflatten(1, (-1, group)).sum(2) for x, y in ((ds, q), (p, dout)))
+    scale = abs(problem.scale)
+    return Results(out, score_terms.amax(-1), ds @ k * scale, dk * scale, dv)
+
+
+def assert_error_bounded(
+    actual: Tensor, exact: Tensor, plain: Tensor, terms: Tensor, what: str, factor: float = 3.0
+) -> None:
+    """The error is at most ``factor`` times that of a plain dense computation in the same dtype.
+
+    A few roundings are always allowed, as the plain error may be zero: of the largest result in its own dtype,
+    and in the dtype of the arithmetic (float32 at least) of the largest sum of absolute ``terms``.
+    """
+    assert not actual.isnan().any(), f"{what}: NaN"
+    hidden = exact == -torch.inf
+    assert torch.equal(actual == -torch.inf, hidden), f"{what}: other rows see no key"
+    if not exact.numel():
+        return
+    actual, exact, plain = (x.masked_fill(hidden, 0.0) for x in (actual, exact, plain))
+    error, plain_error = ((x.double() - exact).abs().amax() for x in (actual, plain))
+    arithmetic = torch.promote_types(actual.dtype, torch.float32)
+    rounding = 4 * torch.finfo(actual.dtype).eps * exact.abs().amax() + 8 * torch.finfo(arithmetic).eps * terms.amax()
+    bound = factor * plain_error + rounding
+    assert error <= bound, f"{what}: error {error:.3g}, bound {bound:.3g} (plain {plain_error:.3g})"
+
+
+def assert_results_bounded(actual: Results, problem: Problem) -> None:
+    """Each result has the shape and dtype of its input, and an error that arithmetic explains."""
+    likes = problem.q, actual.lse, problem.q, problem.k, problem.v
+    for name, x, like in zip(Results._fields, actual, likes, strict=True):
+        assert x.dtype == like.dtype and x.shape == like.shape, name
+    bounds = exact_results(problem), plain_results(problem), summed_terms(problem)
+    for name, x, exact, plain, terms in zip(Results._fields, actual, *bounds, strict=True):
+        assert_error_bounded(x, exact, plain, terms, name)
+
+
 def check_attention(case: Case, block_map: BlockMap, with_dlse: bool = True) -> None:
     """Forward and backward of the Triton kernels against the float64 reference, in poisoned memory.
 
@@ -218,38 +327,12 @@ def check_attention(case: Case, block_map: BlockMap, with_dlse: bool = True) -> 
     """
     from sparge_compile.kernels.triton import backward, forward, lists
 
-    q, k, v = random_qkv(case)
-    mask, scale = random_mask(case), scale_of(case)
-    dense = block_map.to_dense().expand(case.batch, case.heads, -1, -1)
-    allowed = reference.allowed_pairs(dense, case.length, case.keys, mask, case.is_causal)
-    empty = ~allowed.any(-1)
-    dout = random_matrix(*q.shape, case.dtype, case.layout)
-    dlse = torch.randn(q.shape[:3]) if with_dlse else torch.zeros(q.shape[:3])
-
-    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    wide_mask = mask.double() if mask is not None and mask.dtype != torch.bool else mask
-    exact, exact_lse = reference.attention(*wide, block_map, wide_mask, case.is_causal, scale)
-    seen_lse = exact_lse.masked_fill(empty, 0.0)  # the gradient of -inf is NaN in autograd, and 0 in ours
-    exact_grads = torch.autograd.grad((exact, seen_lse), wide, (dout.double(), dlse.double()))
-
-    plain_inputs = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-    plain, plain_lse = plain_attention(*plain_inputs, allowed | empty.unsqueeze(-1), mask, scale)
-    plain_weights = dout.masked_fill(empty.unsqueeze(-1), 0.0), dlse.masked_fill(empty, 0.0)
-    plain_grads = torch.autograd.grad((plain, plain_lse), plain_inputs, plain_weights)
-    plain = plain.masked_fill(empty.unsqueeze(-1), 0.0)
-
+    problem = random_problem(case, block_map, with_dlse)
+    q, k, v, _, mask, is_causal, scale, dout, dlse = problem
+    empty = ~problem.allowed().any(-1)
     with poisoned_memory():
-        out, lse = forward.forward(q, k, v, block_map, mask, case.is_causal, scale)
+        out, lse = forward.forward(q, k, v, block_map, mask, is_causal, scale)
         bits = lists.pack(block_map, ceil_div(case.keys, KEY_BLOCK))
-        given_dlse = dlse.masked_fill(empty, torch.nan) if with_dlse else None
-        grads = backward.backward(dout, q, k, v, out, lse, given_dlse, bits, mask, case.is_causal, scale)
-
-    for name, x, like in zip(("out", "dq", "dk", "dv"), (out, *grads), (q, q, k, v), strict=True):
-        assert x.dtype == like.dtype and x.shape == like.shape, name
-    assert_error_bounded(out, exact.detach(), plain.detach(), "out")
-    assert torch.equal(lse == -torch.inf, empty)
-    assert_error_bounded(
-        lse.masked_fill(empty, 0.0), seen_lse.detach(), plain_lse.detach().masked_fill(empty, 0.0), "lse"
-    )
-    for name, grad, exact_grad, plain_grad in zip(("dq", "dk", "dv"), grads, exact_grads, plain_grads, strict=True):
-        assert_error_bounded(grad, exact_grad, plain_grad, name)
+        given_dlse = dlse if dlse is None else dlse.masked_fill(empty, torch.nan)
+        grads = backward.backward(dout, q, k, v, out, lse, given_dlse, bits, mask, is_causal, scale)
+    assert_results_bounded(Results(out, lse, *grads), problem)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import Problem, Results, assert_results_bounded
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
@@ -90,19 +91,12 @@ def test_gradients_equal_the_reference(causal, mask):
     q, k, v = qkv(grad=True)
     m = MASKS[mask](2, 200, 150)
     out, lse = attention(q, k, v, m, is_causal=causal, enable_gqa=True, topk=0.4, topp=0.3, return_lse=True)
-    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    lists = reference.block_map(q.detach(), k.detach(), thresholds(), m, causal)
-    expected, expected_lse = reference.attention(*wide, lists, m, causal)
-    finite = expected_lse.isfinite()  # a row that sees no key has no gradient through its log-sum-exp
+    lists = BlockMap(*sparge.block_map(q.detach(), k.detach(), thresholds(), m, causal, 24**-0.5))
     weight, weight_lse = torch.randn_like(out), torch.randn_like(lse)
-    got = torch.autograd.grad((out * weight).sum() + (lse * weight_lse)[finite].sum(), (q, k, v))
-    want = torch.autograd.grad(
-        (expected * weight.double()).sum() + (expected_lse * weight_lse.double())[finite].sum(), wide
-    )
-    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=1e-5)
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a.double(), b, atol=2e-5, rtol=1e-4)
+    problem = Problem(*(x.detach() for x in (q, k, v)), lists, m, causal, 24**-0.5, weight, weight_lse)
+    seen = lse != -torch.inf  # a row that sees no key has no gradient through its log-sum-exp
+    grads = torch.autograd.grad((out * weight).sum() + (lse * weight_lse)[seen].sum(), (q, k, v))
+    assert_results_bounded(Results(out.detach(), lse.detach(), *grads), problem)
 
 
 def test_the_backward_keeps_one_bit_for_each_pair_of_blocks():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import (
     Case,
+    Problem,
     assert_error_bounded,
     assert_map_matches,
     assert_same_map,
@@ -18,6 +19,7 @@ from helpers import (
     random_mask,
     random_qkv,
     scale_of,
+    summed_terms,
 )
 from torch import Tensor
 
@@ -233,11 +235,12 @@ def test_video_lengths(length: int, heads: int) -> None:
         rows = slice(i * QUERY_BLOCK, min((i + 1) * QUERY_BLOCK, length))
         sample = q[:, head : head + 1, rows], k[:, head : head + 1], v[:, head : head + 1]
         part = BlockMap.from_dense(dense[:, head : head + 1, i : i + 1])
+        problem = Problem(*sample, part, None, False, scale, torch.zeros_like(sample[0]), None)
         exact, exact_lse = reference.attention(*(x.double() for x in sample), part, None, False, scale)
-        allowed = reference.allowed_pairs(part.to_dense(), exact.shape[2], length, None, False)
-        plain, plain_lse = plain_attention(*sample, allowed, None, scale)
-        assert_error_bounded(out[:, head : head + 1, rows], exact, plain, f"out of query block {i}")
-        assert_error_bounded(lse[:, head : head + 1, rows], exact_lse, plain_lse, f"lse of query block {i}")
+        plain, plain_lse = plain_attention(*sample, problem.allowed(), None, scale)
+        terms, lse_terms = summed_terms(problem)[:2]
+        assert_error_bounded(out[:, head : head + 1, rows], exact, plain, terms, f"out of query block {i}")
+        assert_error_bounded(lse[:, head : head + 1, rows], exact_lse, plain_lse, lse_terms, f"lse of query block {i}")
 
     # dq of a query block and dv of a key block, from their formulas in float64 with the kernel's own out and lse.
     dout = torch.randn_like(out)
@@ -247,23 +250,30 @@ def test_video_lengths(length: int, heads: int) -> None:
     for x in (dq, dk, dv):
         assert x.isfinite().all()
     qd, kd, vd, dd, od = (x[0, head].double() for x in (q, k, v, dout, out))
-    delta = (dd * od).sum(-1)
+    delta, delta_terms = (dd * od).sum(-1, keepdim=True), (dd * od).abs().sum(-1, keepdim=True)
+
+    def score_gradients(rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """P, dS, and the sum of the absolute values of what dS is the difference of."""
+        p = torch.exp(qd[rows] @ kd[keys].T * scale - lse[0, head, rows].double().unsqueeze(-1))
+        terms = p * (dd[rows].abs() @ vd[keys].abs().T + delta_terms[rows])
+        return p, p * (dd[rows] @ vd[keys].T - delta[rows]), terms
+
     for i, j in ((0, 0), (n_query // 2, n_key // 2), (n_query - 1, n_key - 1)):
         rows = torch.arange(i * QUERY_BLOCK, min((i + 1) * QUERY_BLOCK, length))
         keys = dense[0, head, i].repeat_interleave(KEY_BLOCK)[:length].nonzero().squeeze(-1)
-        p = torch.exp(qd[rows] @ kd[keys].T * scale - lse[0, head, rows].double().unsqueeze(-1))
-        ds = p * (dd[rows] @ vd[keys].T - delta[rows].unsqueeze(-1))
-        exact = ds @ kd[keys] * scale
+        _, ds, ds_terms = score_gradients(rows, keys)
+        exact, terms = ds @ kd[keys] * scale, ds_terms @ kd[keys].abs() * scale
         plain = (ds.to(BF16) @ k[0, head, keys]) * scale
-        assert_error_bounded(dq[0, head, rows], exact, plain, f"dq of query block {i}", factor=6.0)
+        assert_error_bounded(dq[0, head, rows], exact, plain, terms, f"dq of query block {i}", factor=6.0)
 
         keys = torch.arange(j * KEY_BLOCK, min((j + 1) * KEY_BLOCK, length))
         rows = dense[0, head, :, j].repeat_interleave(QUERY_BLOCK)[:length].nonzero().squeeze(-1)
-        p = torch.exp(qd[rows] @ kd[keys].T * scale - lse[0, head, rows].double().unsqueeze(-1))
-        ds = p * (dd[rows] @ vd[keys].T - delta[rows].unsqueeze(-1))
-        plain_dv, plain_dk = p.to(BF16).T @ dout[0, head, rows], (ds.to(BF16).T @ q[0, head, rows]) * scale
-        assert_error_bounded(dv[0, head, keys], p.T @ dd[rows], plain_dv, f"dv of key block {j}", factor=6.0)
-        assert_error_bounded(dk[0, head, keys], ds.T @ qd[rows] * scale, plain_dk, f"dk of key block {j}", factor=6.0)
+        p, ds, ds_terms = score_gradients(rows, keys)
+        exact, plain, terms = p.T @ dd[rows], p.to(BF16).T @ dout[0, head, rows], p.T @ dd[rows].abs()
+        assert_error_bounded(dv[0, head, keys], exact, plain, terms, f"dv of key block {j}", factor=6.0)
+        exact, terms = ds.T @ qd[rows] * scale, ds_terms.T @ qd[rows].abs() * scale
+        plain = (ds.to(BF16).T @ q[0, head, rows]) * scale
+        assert_error_bounded(dk[0, head, keys], exact, plain, terms, f"dk of key block {j}", factor=6.0)
 
 
 def test_cuda_graph() -> None:
