@@ -14,7 +14,8 @@ from torch import nn
 from ..errors import explain_error
 from ..kernels.block_map import KEY_BLOCK, QUERY_BLOCK
 from ..options import Options
-from ..thresholds.calibration import Calibration, check_aim
+from ..thresholds.calibration import Calibration
+from ..thresholds.checks import check_aim
 from ..thresholds.fronts import BY, MODES
 from ..thresholds.measured import Origin
 from ..user_model import user_model

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..thresholds.calibration import Calibration, Key, choose, from_points
+from ..thresholds.calibration import Calibration, from_points
+from ..thresholds.choice import Key, choose
 from ..thresholds.fronts import MODES, Point, error_of, pareto, thin
 from ..thresholds.measured import Origin, PhaseCurves, SiteCurves
 from .curves import TOPK, TOPP

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..errors import explain_error
 from ..options import DEFAULT_TOPK, DEFAULT_TOPP
+from ..pair import check_pair
 from ..thresholds.attachment import Attachment
-from ..thresholds.calibration import check_pair
 
 _STATE = {"step", "steps", "start", "target"}
 

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
-from collections.abc import Callable, Iterable
-from fnmatch import fnmatchcase
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import ops
-from ..errors import explain_error
-from ..naming import ROOT, numbered, user_path
+from ..errors import type_error, value_error
 from ..pair import Pair, check_pair, check_progress
 from ..user_model import user_model, was_compiled
 from .buffers import CHILD, Attached, attached_to, mark
 from .calibration import Calibration
+from .targets import Target, find_targets, is_exact, modules_of, site_name
 
 logger = logging.getLogger("sparge_compile")
-
-Wanted = dict[tuple[str, int], tuple[Pair, ...]]  # thresholds by the name of a module and the number in it
-
-_ANY_NUMBER = 10**9  # as the number of a site: one that only patterns name
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 def attach(model: nn.Module, calibration: Calibration | str | os.PathLike[str]) -> Attachment:
@@ -48,20 +40,24 @@ def attach(model: nn.Module, calibration: Calibration | str | os.PathLike[str]) 
         An :class:`Attachment`: change the values with ``set``, take them off with ``remove`` or as a context manager.
 
     Raises:
+        TypeError: no module, or no calibration.
         ValueError: a name or pattern that fits no module; the message lists names that are near.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(
-            explain_error(
-                "attach: bad model", given=type(model).__name__, allowed="an nn.Module", todo="Pass the model."
-            )
+        raise type_error(
+            "attach: bad model",
+            given=type(model).__name__,
+            allowed="an nn.Module",
+            todo="Pass the model, or what torch.compile(model) returned.",
         )
     root: Any = user_model(model)
-    return Attachment(root, [(start, _wanted(root, phase)) for start, phase in _phases(Calibration.parse(calibration))])
+    return Attachment(
+        root, [(start, find_targets(root, phase)) for start, phase in _phases(Calibration.parse(calibration))]
+    )
 
 
 def diffusers_callback(handle: Attachment) -> Callable[..., dict[str, Any]]:
-    """What switches phases between the steps of a diffusers pipeline: give it as ``callback_on_step_end``.
+    """Return a ``callback_on_step_end`` that switches phases between the steps of a diffusers pipeline.
 
     After the last step the first phase holds again, for the next run. Where a run was broken off, call
     ``handle.set_progress(0)``.
@@ -78,15 +74,15 @@ def diffusers_callback(handle: Attachment) -> Callable[..., dict[str, Any]]:
 class Attachment:
     """Thresholds that :func:`attach` put on a model. A context manager: leaving it is ``remove``."""
 
-    def __init__(self, model: nn.Module, phases: list[tuple[float, Wanted]]) -> None:
+    def __init__(self, model: nn.Module, phases: list[tuple[float, dict[Target, tuple[Pair, ...]]]]) -> None:
         self._model = model
-        modules = _modules(model)
-        wanted = phases[0][1]
-        self._sites = {(name, index): modules[name] for name, index in wanted}
-        for (name, index), pairs in wanted.items():
+        modules = modules_of(model)
+        first = phases[0][1]
+        self._sites = {(name, index): modules[name] for name, index in first}
+        for (name, index), pairs in first.items():
             most = max(len(phase[name, index]) for _, phase in phases)
             values = _tensor(pairs, _device(modules[name], model)).expand(most, 2)
-            _hold(modules[name], name).put(index, values)
+            _child(modules[name], name).put(index, values)
         self._phases = [(start, {key: torch.tensor(pairs) for key, pairs in phase.items()}) for start, phase in phases]
         self._phase = 0
         _compile_anew(model)
@@ -94,7 +90,7 @@ class Attachment:
     @property
     def names(self) -> tuple[str, ...]:
         """The sites with thresholds; ``#*`` stands for all attentions of a module that have none of their own."""
-        return tuple(_site(*key) for key in self._sites)
+        return tuple(map(site_name, self._sites))
 
     def set(
         self,
@@ -116,55 +112,58 @@ class Attachment:
                 of range. Nothing is changed then.
         """
         if (calibration is None) == (topk is None and topp is None):
-            raise ValueError(
-                explain_error(
-                    "set needs new thresholds",
-                    given="nothing" if calibration is None else "a calibration and numbers",
-                    allowed="a calibration, or topk and topp",
-                    todo="Give one of the two.",
-                )
+            raise value_error(
+                "set needs new thresholds",
+                given="nothing" if calibration is None else "a calibration and numbers",
+                allowed="a calibration, or topk and topp",
+                todo="Give one of the two.",
             )
         if calibration is None:
-            check_pair(1.0 if topk is None else topk, 0.0 if topp is None else topp, "set")
-            with torch.no_grad():
-                for values in (*self._buffers().values(), *(v for _, phase in self._phases for v in phase.values())):
-                    for column, number in enumerate((topk, topp)):
-                        if number is not None:
-                            values[:, column] = number
-            return
-        new, buffers = Calibration.parse(calibration), self._buffers()
-        entries = {key: new.key_of(_site(*key)) for key in self._sites}
-        missed = [entry for entry in new.sites if entry not in entries.values() and _exact(entry)]
+            self._set_numbers(topk, topp)
+        else:
+            self._set_calibration(Calibration.parse(calibration))
+
+    def _set_numbers(self, topk: float | None, topp: float | None) -> None:
+        check_pair(1.0 if topk is None else topk, 0.0 if topp is None else topp, "set")
+        with torch.no_grad():
+            for values in (*self._buffers().values(), *(v for _, phase in self._phases for v in phase.values())):
+                for column, number in enumerate((topk, topp)):
+                    if number is not None:
+                        values[:, column] = number
+
+    def _set_calibration(self, calibration: Calibration) -> None:
+        buffers = self._buffers()
+        entries = {target: calibration.key_of(site_name(target)) for target in self._sites}
+        missed = [entry for entry in calibration.sites if entry not in entries.values() and is_exact(entry)]
         if missed or not any(entries.values()):
-            raise ValueError(
-                explain_error(
-                    "set: thresholds for sites that have none attached",
-                    given=", ".join(missed or new.sites) or "an empty calibration",
-                    allowed=", ".join(self.names[:8]) + (", …" if len(self._sites) > 8 else ""),
-                    todo="Attach a calibration that names these sites; set only writes values.",
-                )
+            raise value_error(
+                "set: thresholds for sites that have none attached",
+                given=", ".join(missed or calibration.sites) or "an empty calibration",
+                allowed=", ".join(self.names[:8]) + (", …" if len(self._sites) > 8 else ""),
+                todo="Attach a calibration that names these sites; set only writes values.",
             )
-        fresh = [
+        phases = [
             (start, {key: torch.tensor(phase.sites[entry]) for key, entry in entries.items() if entry is not None})
-            for start, phase in _phases(new)
+            for start, phase in _phases(calibration)
         ]
-        for key, values in ((key, values) for _, phase in fresh for key, values in phase.items()):
-            if len(values) not in (1, len(buffers[key])):
-                raise ValueError(
-                    explain_error(
-                        f"set: thresholds of {_site(*key)!r} do not fit what is attached",
-                        given=f"{len(values)} pairs",
-                        allowed=f"{len(buffers[key])} or one",
-                        todo="Attach a calibration with as many pairs as there are heads; set only writes values.",
-                    )
+        for target, values in ((target, values) for _, phase in phases for target, values in phase.items()):
+            if len(values) not in (1, len(buffers[target])):
+                raise value_error(
+                    f"set: thresholds of {site_name(target)!r} do not fit what is attached",
+                    given=f"{len(values)} pairs",
+                    allowed=f"{len(buffers[target])} or one",
+                    todo="Attach a calibration with as many pairs as there are heads; set only writes values.",
                 )
-        self._phases = fresh
+        self._phases = phases
         self._write(0)
 
     def set_progress(self, fraction: float) -> None:
         """Say how much of a denoising run is done, in [0, 1]: the buffers get the thresholds of that phase.
 
         Nothing is compiled anew. Without phases nothing changes.
+
+        Raises:
+            ValueError: a progress out of range.
         """
         check_progress(fraction)
         phase = max(i for i, (start, _) in enumerate(self._phases) if start <= fraction)
@@ -174,14 +173,13 @@ class Attachment:
     def _write(self, phase: int) -> None:
         buffers = self._buffers()
         with torch.no_grad():
-            for key, values in self._phases[phase][1].items():
-                buffers[key].copy_(values)
+            for target, values in self._phases[phase][1].items():
+                buffers[target].copy_(values)
         self._phase = phase
 
     def get(self) -> Calibration:
-        """What the buffers hold now, as a calibration."""
-        held = self._buffers().items()
-        return Calibration({_site(*key): tuple(map(tuple, values.tolist())) for key, values in held})
+        """Return the present values of the buffers as a calibration."""
+        return Calibration({name: tuple(map(tuple, values.tolist())) for name, values in self.buffers().items()})
 
     @property
     def has_phases(self) -> bool:
@@ -189,17 +187,17 @@ class Attachment:
         return len(self._phases) > 1
 
     def buffers(self) -> dict[str, Tensor]:
-        """The attached thresholds by site, float32 [H, 2] or [1, 2]: the buffers themselves, to be written in place."""
-        return {_site(*key): values for key, values in self._buffers().items()}
+        """Return the attached thresholds by site, float32 [H, 2] or [1, 2]: the buffers, to be written in place."""
+        return {site_name(target): values for target, values in self._buffers().items()}
 
     def remove(self) -> None:
         """Take buffers and hooks off the model, whose sites then have the option ``calibration`` or the defaults."""
         for (_, index), module in self._sites.items():
-            held = attached_to(module)
-            if held is None:
+            child = attached_to(module)
+            if child is None:
                 continue
-            held.drop(index)
-            if not held.indices:
+            child.drop(index)
+            if not child.indices:
                 delattr(module, CHILD)
                 hooks = module._forward_pre_hooks
                 for key in [key for key, hook in hooks.items() if hook is mark]:
@@ -218,14 +216,14 @@ class Attachment:
     def __repr__(self) -> str:
         return f"Attachment({', '.join(self.names)})"
 
-    def _buffers(self) -> dict[tuple[str, int], Tensor]:
-        found = {}
+    def _buffers(self) -> dict[Target, Tensor]:
+        buffers = {}
         for (name, index), module in self._sites.items():
-            held = attached_to(module)
-            values = held.get(index) if held is not None else None
+            child = attached_to(module)
+            values = child.get(index) if child is not None else None
             assert values is not None, f"{name} lost its thresholds"
-            found[name, index] = values
-        return found
+            buffers[name, index] = values
+        return buffers
 
 
 def _phases(calibration: Calibration) -> list[tuple[float, Calibration]]:
@@ -233,79 +231,21 @@ def _phases(calibration: Calibration) -> list[tuple[float, Calibration]]:
     return [(start, calibration.at_progress(start)) for start in (0.0, *calibration.phases)]
 
 
-def _modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of a model by the names that sites have."""
-    return {user_path(name) or ROOT: module for name, module in model.named_modules()}
-
-
-def _holds_attention(module: nn.Module) -> bool:
-    """Whether a pattern means this module: the user's own ones, which may compute attention in their forward."""
-    if isinstance(module, (nn.MultiheadAttention, Attached)):
-        return isinstance(module, nn.MultiheadAttention)
-    return not isinstance(module, _CONTAINERS) and not type(module).__module__.startswith("torch.nn.")
-
-
-def _wanted(model: nn.Module, calibration: Calibration) -> Wanted:
-    """The thresholds for each attention, by module name and index; every entry of the calibration is used."""
-    modules = {name: module for name, module in _modules(model).items() if _holds_attention(module)}
-    # A second and third attention are known by the entries that name them; for all others there may be a pattern.
-    numbers = {int(end) for _, _, end in (entry.rpartition("#") for entry in calibration.sites) if end.isdigit()}
-    wanted, used = {}, set()
-    for name in modules:
-        for index in (0, *sorted(numbers - {0}), ops.REST):
-            site = _site(name, index) if index != ops.REST else numbered(name, _ANY_NUMBER)
-            entry = calibration.key_of(site)
-            # What a pattern says of all further attentions needs no buffer for each.
-            if entry is not None and (index < 1 or entry == site or entry.endswith(f"#{index}")):
-                wanted[name, index] = calibration.sites[entry]
-                used.add(entry)
-    missed = [entry for entry in calibration.sites if entry not in used and not _shadowed(entry, modules)]
-    if missed or not wanted:
-        raise ValueError(
-            explain_error(
-                "attach: thresholds for modules that the model does not have",
-                given=", ".join(map(repr, missed)) or "an empty calibration",
-                allowed=f"modules that may compute attention, as {', '.join(_near(missed, modules)) or 'none here'}",
-                todo="sparge_compile.explain(model)(...) lists the sites.",
-            )
-        )
-    return wanted
-
-
-def _shadowed(entry: str, names: Iterable[str]) -> bool:
-    """Whether a pattern does match modules, and only those that other entries name."""
-    return not _exact(entry) and any(fnmatchcase(name, entry.partition("#")[0]) for name in names)
-
-
-def _exact(entry: str) -> bool:
-    return not any(letter in entry for letter in "*?[")
-
-
-def _near(missed: Iterable[str], names: Iterable[str]) -> list[str]:
-    names = list(names)
-    close = [
-        near for entry in missed for near in difflib.get_close_matches(entry.partition("#")[0], names, n=3, cutoff=0.4)
-    ]
-    return list(dict.fromkeys(close)) or names[:8]
-
-
-def _hold(module: nn.Module, name: str) -> Attached:
-    """The child of a module that holds its thresholds, with the hook that shows them to the backend."""
-    held = attached_to(module)
-    if held is None:
+def _child(module: nn.Module, name: str) -> Attached:
+    """The child of a module that holds its thresholds; a new one comes with the hook that shows them to the backend."""
+    child = attached_to(module)
+    if child is None:
         if hasattr(module, CHILD):
-            raise ValueError(
-                explain_error(
-                    f"attach: module {name!r} has an attribute {CHILD!r} of its own",
-                    given=type(getattr(module, CHILD)).__name__,
-                    allowed="modules without it",
-                    todo="Give the thresholds as the option 'calibration'.",
-                )
+            raise value_error(
+                f"attach: module {name!r} has an attribute {CHILD!r} of its own",
+                given=type(getattr(module, CHILD)).__name__,
+                allowed="modules without it",
+                todo="Give the thresholds as the option 'calibration'.",
             )
-        held = Attached()
-        module.add_module(CHILD, held)
+        child = Attached()
+        module.add_module(CHILD, child)
         module.register_forward_pre_hook(mark)
-    return held
+    return child
 
 
 def _device(module: nn.Module, model: nn.Module) -> torch.device:
@@ -315,10 +255,6 @@ def _device(module: nn.Module, model: nn.Module) -> torch.device:
 
 def _tensor(pairs: tuple[Pair, ...], device: torch.device) -> Tensor:
     return torch.tensor(pairs, dtype=torch.float32, device=device)
-
-
-def _site(name: str, index: int) -> str:
-    return f"{name}#*" if index == ops.REST else numbered(name, index)
 
 
 def _compile_anew(model: nn.Module) -> None:

@@ -29,24 +29,24 @@ class Attached(Module):
 
     def put(self, index: int, values: Tensor) -> None:
         """Hold thresholds for an index; values of the same shape are written in place, and nothing is compiled anew."""
-        held = self._buffers.get(_name(index))
-        if held is not None and held.shape == values.shape:
+        buffer = self._buffers.get(_name(index))
+        if buffer is not None and buffer.shape == values.shape:
             with torch.no_grad():
-                held.copy_(values)
+                buffer.copy_(values)
             return
         # Out of inference mode, so that the buffer can be written to there and elsewhere.
         with torch.inference_mode(False):
-            fresh = values.to(held.device if held is not None else values.device, torch.float32, copy=True)
+            fresh = values.to(buffer.device if buffer is not None else values.device, torch.float32, copy=True)
             self.register_buffer(_name(index), fresh)
         self.indices = tuple(sorted({*self.indices, index}))
 
     def get(self, index: int) -> Tensor | None:
-        """The buffer for the attention of this index, or None where none is meant for it."""
-        held = self._buffers.get(_name(index))
-        return held if held is not None else self._buffers.get(_name(ops.REST))
+        """Return the buffer for the attention of this index, or None where none is meant for it."""
+        buffer = self._buffers.get(_name(index))
+        return buffer if buffer is not None else self._buffers.get(_name(ops.REST))
 
     def drop(self, index: int) -> None:
-        """Hold nothing for an index any more."""
+        """Take off the thresholds for an index, if there are any."""
         if index in self.indices:
             delattr(self, _name(index))
             self.indices = tuple(i for i in self.indices if i != index)
@@ -61,17 +61,19 @@ class Attached(Module):
 
 
 def attached_to(module: Module | None) -> Attached | None:
-    """What is attached to a module, if anything."""
+    """Return the thresholds that are attached to a module, or None."""
     child = None if module is None else module._modules.get(CHILD)
     return child if isinstance(child, Attached) else None
 
 
 def mark(module: Module, args: Any) -> None:
-    """Forward pre-hook of a module with thresholds: one marker for each. One function for all modules, so that Dynamo's
-    guards let equal blocks share a graph."""
-    held: Any = module._modules[CHILD]
-    for index in held.indices:
-        torch.ops.sparge.mark(held._buffers[_name(index)], index)
+    """Put a marker for each of a module's thresholds into the graph: a forward pre-hook.
+
+    One function for all modules, so that Dynamo's guards let equal blocks share a graph.
+    """
+    attached: Any = module._modules[CHILD]
+    for index in attached.indices:
+        torch.ops.sparge.mark(attached._buffers[_name(index)], index)
 
 
 def _name(index: int) -> str:

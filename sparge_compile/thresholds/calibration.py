@@ -1,38 +1,21 @@
-"""Thresholds for each site, phase and head: look up, validate, aim anew; the file that holds them."""
+"""``Calibration``: thresholds for each site, phase and head. Looked up, aimed anew, summed up, saved and loaded."""
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from ..errors import explain_error
-from ..pair import Pair, check_pair, check_progress
-from ..version import __version__
-from . import json_file
-from .fronts import (
-    DENSE,
-    Point,
-    Unit,
-    error_of,
-    sparsest,
-    spread,
-)
-from .measured import Origin, SiteCurves, Summary
-from .table import table
-
-FORMAT = "sparge-calibration"
-FORMAT_VERSION = 2
-_PLAIN_VERSION = 1  # a table of sites and nothing else; may be written by hand
-_DOCUMENT_KEYS = {
-    1: {"format", "format_version", "created_by", "sites"},
-    2: {"format", "format_version", "created_by", "phases", "origin", "sites", json_file.CHECKSUM},
-}
-
-Sites = Mapping[str, tuple[Pair, ...]]
+from ..errors import type_error, value_error
+from ..pair import Pair, Sites, check_progress
+from . import calibration_file
+from .checks import check_aim, check_influence, check_phases, check_sites
+from .choice import Key, choose, thresholds_of
+from .fronts import DENSE, Point
+from .measured import Origin, SitePoints, Summary, summarise
+from .table import measured_table, thresholds_table
 
 
 @dataclass(frozen=True)
@@ -47,6 +30,10 @@ class Calibration:
     the same sites. ``attach`` is what switches between phases.
 
     ``origin`` is what ``sparge_compile.calibrate`` measured; with it, :meth:`at` chooses thresholds anew.
+
+    Raises:
+        TypeError, ValueError: thresholds out of range or of the wrong type, phases of other sites or heads than at the
+            start, measurements of others.
     """
 
     sites: Sites = field(default_factory=dict)
@@ -54,23 +41,21 @@ class Calibration:
     origin: Origin | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sites", _check_sites("sites", self.sites))
-        if not isinstance(self.phases, Mapping):
-            raise _bad_phases(type(self.phases).__name__)
-        later = {_check_start(start): _check_sites("phases", sites) for start, sites in self.phases.items()}
-        for sites in later.values():
-            if set(sites) != set(self.sites) or any(1 != len(p) != len(self.sites[n]) != 1 for n, p in sites.items()):
-                raise _bad_phases("phases that differ in their sites or numbers of heads")
-        object.__setattr__(self, "phases", dict(sorted(later.items())))
+        object.__setattr__(self, "sites", check_sites("sites", self.sites))
+        object.__setattr__(self, "phases", check_phases(self.phases, self.sites))
         if self.origin is not None:
-            self.origin.check((self.sites, *self.phases.values()))
+            self.origin.check(list(self._all_phases().values()))
+
+    def _all_phases(self) -> dict[float, Sites]:
+        """The thresholds by the progress from which they hold, those of the start at 0."""
+        return {0.0: self.sites, **self.phases}
 
     def key_of(self, name: str) -> str | None:
-        """The entry that holds for a site: its name, else the first pattern that matches it, else None."""
+        """Return the entry that holds for a site: its name, else the first pattern that matches it, else None."""
         return name if name in self.sites else next((p for p in self.sites if fnmatchcase(name, p)), None)
 
     def lookup(self, name: str, heads: int, head_size: int | None = None) -> tuple[Pair, ...] | None:
-        """The pairs of a site with so many heads, or None where neither a name nor a pattern covers it.
+        """Return the pairs of a site with so many heads, or None where neither a name nor a pattern covers it.
 
         Raises:
             ValueError: the site has another number of heads or another head size than the one that was calibrated, or
@@ -80,13 +65,11 @@ class Calibration:
         if key is None:
             return None
         if self.phases:
-            raise ValueError(
-                explain_error(
-                    f"a calibration with phases was given for site {name!r}, and nothing says which of them holds",
-                    given=f"thresholds from {', '.join(f'{start:g}' for start in (0.0, *self.phases))} of the run on",
-                    allowed="one phase",
-                    todo="Use attach(model, calibration) and its set_progress, or calibration.at_progress(fraction).",
-                )
+            raise value_error(
+                f"a calibration with phases was given for site {name!r}, and nothing says which of them holds",
+                given=f"thresholds from {', '.join(f'{start:g}' for start in self._all_phases())} of the run on",
+                allowed="one phase",
+                todo="Use attach(model, calibration) and its set_progress, or calibration.at_progress(fraction).",
             )
         pairs = self.sites[key]
         measured = self.origin.curves.get(key) if self.origin is not None else None
@@ -102,10 +85,13 @@ class Calibration:
         return pairs
 
     def at_progress(self, fraction: float) -> Calibration:
-        """The thresholds that hold at this share of a denoising run, in [0, 1], as a calibration of one phase."""
+        """Return the thresholds that hold at this share of a denoising run, in [0, 1], as one phase.
+
+        Raises:
+            ValueError: a progress out of range.
+        """
         check_progress(fraction)
-        sites = [self.sites, *(sites for start, sites in self.phases.items() if start <= fraction)][-1]
-        return Calibration(sites)
+        return Calibration([sites for start, sites in self._all_phases().items() if start <= fraction][-1])
 
     def at(
         self,
@@ -115,7 +101,7 @@ class Calibration:
         by: str | None = None,
         influence: Mapping[str, Sequence[float]] | None = None,
     ) -> Calibration:
-        """The same measurements with thresholds for another aim; the model does not run.
+        """Choose thresholds for another aim from the same measurements; the model does not run.
 
         Args:
             target_error: each head keeps as few key blocks as leave its relative L1 error within this bound.
@@ -130,48 +116,37 @@ class Calibration:
                 influence without a sparsity as aim, with phases, for other sites or heads, or of a negative number.
         """
         if self.origin is None:
-            raise ValueError(
-                explain_error(
-                    "this calibration cannot be aimed anew",
-                    given="thresholds without measurements",
-                    allowed="what sparge_compile.calibrate or `sparge calibrate` made",
-                    todo="Calibrate the model.",
-                )
+            raise value_error(
+                "this calibration cannot be aimed anew",
+                given="thresholds without measurements",
+                allowed="what sparge_compile.calibrate or `sparge calibrate` made",
+                todo="Calibrate the model.",
             )
         if influence is not None:
-            _check_influence(influence, self, target_sparsity, by)
+            check_influence(influence, self.sites, has_phases=bool(self.phases), target_sparsity=target_sparsity, by=by)
             by = "mean"
         origin = self.origin.aimed(check_aim(target_error, target_sparsity, by or self.origin.by, self.origin.mode))
         return from_points(origin, list(self.phases), choose(origin, influence))
 
-    def points(self) -> Iterator[tuple[str, int, list[Point], SiteCurves]]:
-        """For each calibrated site and phase: its name, the phase's number, the measured point of each head."""
+    def points(self) -> Iterator[SitePoints]:
+        """Yield the measured point of each head, for each calibrated site and phase; nothing without measurements."""
         if self.origin is None:
             return
         for name, curves in self.origin.curves.items():
-            for phase, sites in enumerate((self.sites, *self.phases.values())):
+            for phase, sites in enumerate(self._all_phases().values()):
                 heads = zip(curves.phases[phase].heads, sites[name], strict=True)
-                yield name, phase, [_point(front, pair) for front, pair in heads], curves
+                yield SitePoints(name, phase, [_point(front, pair) for front, pair in heads], curves)
 
     def summary(self) -> Summary | None:
-        """Sparsity and error over the whole model, as measured; None without measurements."""
-        if self.origin is None:
-            return None
-        rows = [(p, c.phases[phase].cost) for _, phase, points, c in self.points() for p in points]
-        total = sum(cost for _, cost in rows)
-        kept = sum(p.density * cost for p, cost in rows)
-        errors = [error_of(p, self.origin.by) for p, _ in rows]
-        return Summary(
-            sparsity=1 - kept / total if total else 0.0,
-            mean_error=sum(errors) / max(1, len(errors)),
-            worst_error=max(errors, default=0.0),
-            heads=len(rows),
-            dense_heads=sum(p.density == 1 for p, _ in rows),
-        )
+        """Return sparsity and error over the whole model, as measured; None without measurements."""
+        return None if self.origin is None else summarise(self.points(), self.origin.by)
 
     def table(self) -> str:
-        """What is known of it, and a row for each site and phase, with its sparsest and densest heads; for people."""
-        return table(self)
+        """Return a text for people: what is known, and a row for each site and phase with its extreme heads."""
+        summary = self.summary()
+        if self.origin is None or summary is None:
+            return thresholds_table(self._all_phases())
+        return measured_table(self.origin, summary, list(self._all_phases()), self.points())
 
     def __repr__(self) -> str:
         known = [f"{len(self.sites)} sites"]
@@ -185,238 +160,54 @@ class Calibration:
         return f"<Calibration: {', '.join(known)}>"
 
     def to_dict(self) -> dict[str, Any]:
-        every = (self.sites, *self.phases.values())
-        return {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "created_by": f"sparge_compile {__version__}",
-            "phases": [0.0, *self.phases],
-            "origin": None if self.origin is None else self.origin.to_dict(),
-            "sites": {
-                name: {
-                    "thresholds": [[list(pair) for pair in sites[name]] for sites in every],
-                    **({} if self.origin is None else self.origin.curves[name].to_dict()),
-                }
-                for name in self.sites
-            },
-        }
+        """Return all of it as plain JSON types, as :meth:`save` writes it."""
+        return calibration_file.to_document(self._all_phases(), self.origin)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file; a reader sees the old one or the new one, never a part."""
-        json_file.write_atomically(path, json_file.to_text(self.to_dict(), "sites").encode())
-
-    @staticmethod
-    def parse(given: Calibration | str | os.PathLike[str]) -> Calibration:
-        """A calibration, or the one in a file. Anything else is a ``TypeError``."""
-        if isinstance(given, Calibration):
-            return given
-        if isinstance(given, (str, os.PathLike)):
-            return Calibration.load(given)
-        raise TypeError(
-            explain_error(
-                "no calibration", given=repr(given)[:80], allowed="a path or a Calibration", todo="Pass thresholds."
-            )
-        )
+        calibration_file.write(path, self.to_dict())
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Calibration:
-        """Read a file that :meth:`save` wrote; a stranger is refused with a ``ValueError``."""
-        document = json_file.read(path, FORMAT, (_PLAIN_VERSION, FORMAT_VERSION), (FORMAT_VERSION,))
-        version = document["format_version"]
-        wrong = set(document) ^ _DOCUMENT_KEYS[version]
-        if version == _PLAIN_VERSION:
-            wrong -= {"created_by"}
-        if wrong:
-            raise _bad_file(path, f"unknown or missing fields {sorted(wrong)}")
-        sites = document["sites"]
-        if not isinstance(sites, dict):
-            raise _bad_file(path, "no table of sites")
-        try:
-            if version == _PLAIN_VERSION:
-                return Calibration({name: _only(entry, "thresholds") for name, entry in sites.items()})
-            return _parse(document, sites)
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise _bad_file(path, str(error) or type(error).__name__) from error
+        """Read a file that :meth:`save` wrote, or a plain table of sites (format version 1).
 
+        Raises:
+            OSError: there is no such file.
+            ValueError: another file, a damaged one, or one of another version.
+        """
+        contents = calibration_file.read(path)
+        with calibration_file.refusing(path):
+            return Calibration(*contents)
 
-def _parse(document: dict[str, Any], sites: dict[str, Any]) -> Calibration:
-    """A document of the present version; an error of any of the types that ``load`` knows, where it is none."""
-    starts = document["phases"]
-    if not isinstance(starts, list) or not starts or starts[0] != 0 or starts != sorted(set(starts)):
-        raise ValueError("phases that do not ascend from 0")
-    origin, curves = document["origin"], {}
-    for name, entry in sites.items():
-        if origin is not None:
-            curves[name] = SiteCurves.from_dict({k: v for k, v in entry.items() if k != "thresholds"}, name)
-        rows = entry["thresholds"] if origin is not None else _only(entry, "thresholds")
-        if not isinstance(rows, list) or len(rows) != len(starts):
-            raise ValueError(f"site {name!r} without thresholds for each of {len(starts)} phases")
-    first, *later = ({name: entry["thresholds"][i] for name, entry in sites.items()} for i in range(len(starts)))
-    found = None if origin is None else Origin.from_dict(origin, curves)
-    return Calibration(first, dict(zip(starts[1:], later, strict=True)), found)
-
-
-def check_aim(target_error: float | None, target_sparsity: float | None, by: str, mode: str) -> dict[str, Any]:
-    """An aim as a calibration file has it, or an error that says what is wrong with it."""
-    given = {"target_error": target_error, "target_sparsity": target_sparsity}
-    named = {name: value for name, value in given.items() if value is not None}
-    if len(named) != 1:
-        raise ValueError(
-            explain_error(
-                "a calibration needs one aim",
-                given=", ".join(named) or "none",
-                allowed="target_error or target_sparsity",
-                todo="Give one of the two.",
-            )
+    @staticmethod
+    def parse(value: Calibration | str | os.PathLike[str]) -> Calibration:
+        """Return a calibration as it is, or load the one in a file. Anything else is a ``TypeError``."""
+        if isinstance(value, Calibration):
+            return value
+        if isinstance(value, (str, os.PathLike)):
+            return Calibration.load(value)
+        raise type_error(
+            "no calibration",
+            given=repr(value)[:80],
+            allowed="a path or a Calibration",
+            todo="Give the path of a file of `sparge calibrate`, or Calibration({'*': [(topk, topp)]}).",
         )
-    name, value = next(iter(named.items()))
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise ValueError(
-            explain_error(f"{name} is out of range", given=value, allowed="a share in [0, 1)", todo="Change it.")
-        )
-    return {name: float(value), "by": by, "mode": mode}
-
-
-Key = tuple[str, int, int]  # a site, the number of a phase, a head
-
-
-def choose(origin: Origin, influence: Mapping[str, Sequence[float]] | None = None) -> dict[Key, Point]:
-    """The point of each head for the aim of an origin, from its fronts."""
-    units = {
-        (name, i, head): Unit(front, phase.cost, None if influence is None else influence[name][head])
-        for name, curves in origin.curves.items()
-        for i, phase in enumerate(curves.phases)
-        for head, front in enumerate(phase.heads)
-    }
-    if origin.target_error is not None:
-        bound = origin.target_error * origin.margin
-        return {key: sparsest(unit.front, bound, origin.by) for key, unit in units.items()}
-    assert origin.target_sparsity is not None
-    return dict(zip(units, spread(list(units.values()), origin.target_sparsity, origin.by), strict=True))
 
 
 def from_points(origin: Origin, starts: Sequence[float], points: Mapping[Key, Point]) -> Calibration:
-    """A calibration with the thresholds of the chosen points; ``starts`` are those of the later phases."""
-    phases: list[dict[str, tuple[Pair, ...]]] = [
-        {
-            name: tuple(points[name, i, head][:2] for head in range(len(curves.phases[i].heads)))
-            for name, curves in origin.curves.items()
-        }
-        for i in range(len(starts) + 1)
-    ]
-    return Calibration(phases[0], dict(zip(starts, phases[1:], strict=True)), origin)
-
-
-def with_origin(calibration: Calibration, **changes: Any) -> Calibration:
-    """The same thresholds with other words on where they come from."""
-    assert calibration.origin is not None
-    return replace(calibration, origin=replace(calibration.origin, **changes))
-
-
-def _check_influence(influence: Any, calibration: Calibration, target_sparsity: float | None, by: str | None) -> None:
-    heads = {name: len(pairs) for name, pairs in calibration.sites.items()}
-    wrong = None
-    if target_sparsity is None:
-        wrong = "one without target_sparsity"
-    elif calibration.phases:
-        wrong = "one for thresholds with phases"
-    elif by == "worst":
-        wrong = 'one with by="worst"; it is a factor of mean errors'
-    elif not isinstance(influence, Mapping) or not all(isinstance(each, Sequence) for each in influence.values()):
-        wrong = f"{type(influence).__name__} of other things than lists of numbers"
-    elif {name: len(each) for name, each in influence.items()} != heads:
-        wrong = "one for other sites, or for other numbers of heads"
-    elif not all(type(x) in (int, float) and 0 <= x < math.inf for each in influence.values() for x in each):
-        wrong = "one with a weight that is negative, not finite or no number"
-    elif not any(x for each in influence.values() for x in each):
-        wrong = "weights that are all 0"
-    if wrong is not None:
-        raise ValueError(
-            explain_error(
-                "the influence of heads does not fit",
-                given=wrong,
-                allowed="with target_sparsity, a weight >= 0 for each head of each calibrated site",
-                todo="Measure it with sparge_compile.head_influence(model, calibration, batches).",
-            )
-        )
+    """Return a calibration with the thresholds of chosen points; ``starts`` are those of the later phases."""
+    first, *later = (thresholds_of(origin, points, phase) for phase in range(len(starts) + 1))
+    return Calibration(first, dict(zip(starts, later, strict=True)), origin)
 
 
 def _point(front: Sequence[Point], pair: Pair) -> Point:
     return DENSE if pair == DENSE[:2] else next(p for p in front if p[:2] == pair)
 
 
-def _only(entry: Any, key: str) -> Any:
-    if not isinstance(entry, dict) or set(entry) != {key}:
-        raise ValueError(f"a site with other fields than {key!r}")
-    return entry[key]
-
-
 def _does_not_fit(name: str, given: str, allowed: str) -> ValueError:
-    return ValueError(
-        explain_error(
-            f"calibration of site {name!r} does not fit the model",
-            given=given,
-            allowed=allowed,
-            todo="Calibrate this model, or load the file that was made for it.",
-        )
+    return value_error(
+        f"calibration of site {name!r} does not fit the model",
+        given=given,
+        allowed=allowed,
+        todo="Calibrate this model, or load the file that was made for it.",
     )
-
-
-def _check_start(start: Any) -> float:
-    if isinstance(start, bool) or not isinstance(start, (int, float)) or not 0 < start < 1:
-        raise _bad_phases(f"a phase from {start!r} on")
-    return float(start)
-
-
-def _bad_phases(given: str) -> ValueError:
-    return ValueError(
-        explain_error(
-            "Calibration: bad phases",
-            given=given,
-            allowed="for a progress in (0, 1), thresholds for the same sites and heads as at the start",
-            todo="Name every site in each phase; (1, 0) is dense.",
-        )
-    )
-
-
-def _bad_file(path: object, given: str) -> ValueError:
-    return ValueError(
-        explain_error(
-            f"{path} is not a calibration file that this version reads",
-            given=given,
-            allowed=f"{FORMAT} version {_PLAIN_VERSION} or {FORMAT_VERSION}",
-            todo="Write it with Calibration.save, or update sparge_compile if a newer version wrote it.",
-        )
-    )
-
-
-def _check_sites(what: str, sites: Any) -> dict[str, tuple[Pair, ...]]:
-    if not isinstance(sites, Mapping):
-        raise TypeError(
-            explain_error(
-                f"Calibration: {what} has the wrong type",
-                given=type(sites).__name__,
-                allowed="a mapping from site name to (topk, topp) pairs",
-                todo="Load a file with Calibration.load(path), or pass a dict.",
-            )
-        )
-    return {name: _check_site(name, pairs) for name, pairs in sites.items()}
-
-
-def _check_site(name: object, pairs: Any) -> tuple[Pair, ...]:
-    where = f"calibration of site {name!r}"
-    shape_ok = isinstance(pairs, (list, tuple)) and len(pairs) > 0
-    if (
-        not isinstance(name, str)
-        or not shape_ok
-        or not all(isinstance(p, (list, tuple)) and len(p) == 2 for p in pairs)
-    ):
-        raise ValueError(
-            explain_error(
-                f"{where} cannot be read",
-                given=repr(pairs)[:80],
-                allowed="a list of (topk, topp) pairs, one for each query head",
-                todo="Give one pair for all heads, or one for each.",
-            )
-        )
-    return tuple(check_pair(topk, topp, where) for topk, topp in pairs)

@@ -11,14 +11,14 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from ..errors import explain_error
+from ..errors import value_error
 
 BY = ("worst", "mean")  # over samples
 MODES = ("hybrid", "topk", "topp")
 
 
 class Point(NamedTuple):
-    """What one pair of thresholds did to a head.
+    """One pair of thresholds, and what it did to a head.
 
     ``density``: kept ÷ visible key blocks. ``worst``, ``mean``: over samples, the relative L1 error of the head's
     attention output, Σ|O_sparse − O_dense| ÷ Σ|O_dense|.
@@ -43,11 +43,12 @@ class Unit(NamedTuple):
 
 
 def error_of(point: Point, by: str) -> float:
+    """Return the error that counts: that of the worst sample, or the mean over samples."""
     return point.worst if by == "worst" else point.mean
 
 
 def pareto(points: Iterable[Point], by: str) -> list[Point]:
-    """The points that no other beats in density and error; of equals, the one with the larger thresholds."""
+    """Return the points that no other beats in density and error; of equals, the one with the larger thresholds."""
     front: list[Point] = []
     for point in sorted(points, key=lambda p: (p.density, error_of(p, by), -p.topk, -p.topp)):
         if not front or error_of(point, by) < error_of(front[-1], by):
@@ -56,13 +57,13 @@ def pareto(points: Iterable[Point], by: str) -> list[Point]:
 
 
 def sparsest(front: Iterable[Point], bound: float, by: str) -> Point:
-    """The point of the lowest density whose error keeps the bound; dense where none does."""
+    """Return the point of the lowest density whose error keeps the bound; dense where none does."""
     fit = [point for point in front if error_of(point, by) <= bound and point.density < 1]
     return min((*fit, DENSE), key=lambda p: (p.density, error_of(p, by), -p.topk, -p.topp))
 
 
 def spread(units: Sequence[Unit], sparsity: float, by: str) -> list[Point]:
-    """A point for each unit, so that the sparsity of all together is reached where it hurts least.
+    """Choose a point for each unit, so that the sparsity of all together is reached where it hurts least.
 
     Minimised is the sum over units of weight · error², because the errors of heads are about independent and add up so
     in what they are summed into, and squares keep single heads from ruin. All units start at their sparsest; steps
@@ -77,13 +78,11 @@ def spread(units: Sequence[Unit], sparsity: float, by: str) -> list[Point]:
     budget = (1 - sparsity) * total * (1 + 1e-9) - sum(u.cost * h[0].density for u, h in zip(units, hulls, strict=True))
     if budget < 0:
         most = 1 - sum(u.cost * h[0].density for u, h in zip(units, hulls, strict=True)) / total
-        raise ValueError(
-            explain_error(
-                "target_sparsity is out of reach",
-                given=sparsity,
-                allowed=f"at most {math.floor(most * 1e4) / 1e4:g}: each query block keeps one, and what a mask cuts",
-                todo="Ask for less, or calibrate with longer inputs.",
-            )
+        raise value_error(
+            "target_sparsity is out of reach",
+            given=sparsity,
+            allowed=f"at most {math.floor(most * 1e4) / 1e4:g}: each query block keeps one, and what a mask cuts",
+            todo="Ask for less, or calibrate with longer inputs.",
         )
     at = [0] * len(units)
     # What a step gains is counted for a block; a unit without blocks takes its steps for nothing, in any order.
@@ -103,7 +102,7 @@ def spread(units: Sequence[Unit], sparsity: float, by: str) -> list[Point]:
 
 
 def thin(points: Sequence[Point], most: int, keep: Iterable[Point], by: str) -> tuple[Point, ...]:
-    """At most so many points of a front, evenly spread over the logarithm of the error, and those to be kept."""
+    """Keep at most so many points of a front, evenly spread over the logarithm of the error, and those to be kept."""
     if len(points) <= most:
         chosen = set(points)
     else:
@@ -119,7 +118,7 @@ def _square(point: Point, by: str) -> float:
 
 
 def _gain(hull: Sequence[Point], at: int, by: str) -> float:
-    """What a step along a hull gains for the density that it costs."""
+    """Squared error that a step along a hull takes away, for the density that it costs."""
     return (_square(hull[at], by) - _square(hull[at + 1], by)) / (hull[at + 1].density - hull[at].density)
 
 

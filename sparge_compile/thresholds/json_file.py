@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import explain_error
+from ..errors import value_error
 
 CHECKSUM = "checksum"
 
@@ -35,13 +35,13 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 def checksum(document: dict[str, Any]) -> str:
-    """A hash of what a document says, however it is laid out."""
+    """Return a hash of a document's contents, however they are laid out; 32 hexadecimal digits."""
     content = {key: value for key, value in document.items() if key != CHECKSUM}
     return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()[:32]
 
 
 def to_text(document: dict[str, Any], table: str) -> str:
-    """A document as JSON, signed: one line for each field, and one for each entry of the field ``table``."""
+    """Return a document as JSON, signed: one line for each field, and one for each entry of the field ``table``."""
     signed = {**document, CHECKSUM: checksum(document)}
     lines = []
     for key, value in signed.items():
@@ -56,7 +56,7 @@ def to_text(document: dict[str, Any], table: str) -> str:
 
 
 def read(path: str | os.PathLike[str], name: str, versions: Sequence[int], signed: Sequence[int]) -> dict[str, Any]:
-    """The document in a file.
+    """Read the document in a file.
 
     Args:
         name: what its field ``format`` must be.
@@ -69,9 +69,7 @@ def read(path: str | os.PathLike[str], name: str, versions: Sequence[int], signe
 
     def refuse(given: str, todo: str = "Write it anew; a copy may have been cut off.") -> ValueError:
         allowed = f"{name} version {' or '.join(map(str, versions))}"
-        return ValueError(
-            explain_error(f"{path} is not a file that this version reads", given=given, allowed=allowed, todo=todo)
-        )
+        return value_error(f"{path} is not a file that this version reads", given=given, allowed=allowed, todo=todo)
 
     try:
         document = json.loads(
@@ -96,10 +94,10 @@ def read(path: str | os.PathLike[str], name: str, versions: Sequence[int], signe
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
         raise ValueError("a key stands twice")
-    return found
+    return entries
 
 
 def _no_constant(name: str) -> Any:

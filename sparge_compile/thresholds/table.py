@@ -1,73 +1,82 @@
-"""A calibration as text: what is known of it, and a row for each site and phase."""
+"""A calibration as text for people: what is known of it, and a row for each site and phase."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
 
 from tabulate import tabulate
 
+from ..pair import Pair, Sites
 from .fronts import Point, error_of
+from .measured import WITHIN, Origin, SitePoints, Summary
 
-if TYPE_CHECKING:
-    from .calibration import Calibration
+NAMED = 3  # heads that are named in a row, sparsest and densest
+_HEADERS = (
+    "site",
+    "from",
+    "samples",
+    "heads",
+    "dense",
+    "sparsity",
+    "mean error",
+    "worst error",
+    "sparsest",
+    "densest",
+)
 
-WORST = 3  # heads that are named in a row
+
+def thresholds_table(phases: Mapping[float, Sites]) -> str:
+    """Return the table of thresholds without measurements, by the progress from which they hold."""
+    rows = [
+        (name, f"{start:g}", len(pairs), *_spans(pairs))
+        for start, sites in phases.items()
+        for name, pairs in sites.items()
+    ]
+    return "without measurements\n" + tabulate(rows, headers=("site", "from", "heads", "topk", "topp"))
 
 
-def table(calibration: Calibration) -> str:
-    """What is known of a calibration, and a row for each site and phase."""
-    origin, total = calibration.origin, calibration.summary()
-    starts = [0.0, *calibration.phases]
-    if origin is None or total is None:
-        every = zip(starts, (calibration.sites, *calibration.phases.values()), strict=True)
-        rows = [
-            (name, f"{start:g}", len(pairs), *_spans(pairs)) for start, sites in every for name, pairs in sites.items()
-        ]
-        return "without measurements\n" + tabulate(rows, headers=("site", "from", "heads", "topk", "topp"))
+def measured_table(origin: Origin, summary: Summary, starts: Sequence[float], sites: Iterable[SitePoints]) -> str:
+    """Return what is known of measured thresholds, and a row for each site and phase.
+
+    Args:
+        starts: the progress from which each phase holds.
+        sites: the chosen points of each site and phase.
+    """
+    rows = [
+        (site.name, f"{starts[site.phase]:g}", site.curves.samples, *_row(site.points, origin.by)) for site in sites
+    ]
+    return "\n".join(_about(origin, summary)) + "\n\n" + tabulate(rows, headers=_HEADERS, disable_numparse=True)
+
+
+def _about(origin: Origin, summary: Summary) -> list[str]:
+    """The lines above the rows."""
     aim = (
         f"error {origin.target_error:g}" if origin.target_error is not None else f"sparsity {origin.target_sparsity:g}"
     )
-    held = origin.held_out
     lines = [
         f"{origin.model}, {origin.created_with}, {origin.device}; fingerprint {origin.fingerprint}",
         f"aim: {aim}, by the {origin.by} sample, mode {origin.mode}; {origin.batches} batches, "
         f"{origin.query_blocks} query blocks, seed {origin.seed}",
-        f"sparsity {total.sparsity:.1%}; error of heads: mean {total.mean_error:.4f}, worst {total.worst_error:.4f}; "
-        f"{total.dense_heads} of {total.heads} heads stay dense",
+        f"sparsity {summary.sparsity:.1%}; error of heads: mean {summary.mean_error:.4f}, "
+        f"worst {summary.worst_error:.4f}; {summary.dense_heads} of {summary.heads} heads stay dense",
     ]
     if not origin.complete:
         lines.insert(0, "NOT COMPLETE: the run was interrupted; the same command goes on where it stopped")
     if origin.modes:
         lines.append("sparsity by mode: " + ", ".join(f"{mode} {value:.1%}" for mode, value in origin.modes.items()))
-    if held:
+    check = origin.held_out
+    if check:
         within = ""
-        if "within" in held:
-            within = f"; {held['within']:.1%} keep the bound, which is searched for with {origin.margin:g} of it"
+        if WITHIN in check:
+            within = f"; {check[WITHIN]:.1%} keep the bound, which is searched for with {origin.margin:g} of it"
         lines.append(
-            f"on samples that the thresholds were not chosen by: sparsity {held['sparsity']:.1%}, error mean "
-            f"{held['mean_error']:.4f} (expected {held['expected_mean_error']:.4f}), worst {held['worst_error']:.4f} "
-            f"(expected {held['expected_worst_error']:.4f}){within}"
+            f"on samples that the thresholds were not chosen by: sparsity {check['sparsity']:.1%}, error mean "
+            f"{check['mean_error']:.4f} (expected {check['expected_mean_error']:.4f}), worst "
+            f"{check['worst_error']:.4f} (expected {check['expected_worst_error']:.4f}){within}"
         )
     elif origin.modes:
         lines.append("not checked on held-out samples: that takes four of each site")
-    rows = [
-        (name, f"{starts[phase]:g}", curves.samples, *_row(points, origin.by))
-        for name, phase, points, curves in calibration.points()
-    ]
-    headers = (
-        "site",
-        "from",
-        "samples",
-        "heads",
-        "dense",
-        "sparsity",
-        "mean error",
-        "worst error",
-        "sparsest",
-        "densest",
-    )
-    return "\n".join(lines) + "\n\n" + tabulate(rows, headers=headers, disable_numparse=True)
+    return lines
 
 
 def _row(points: Sequence[Point], by: str) -> tuple[object, ...]:
@@ -83,11 +92,11 @@ def _row(points: Sequence[Point], by: str) -> tuple[object, ...]:
         f"{1 - sum(p.density for p in points) / len(points):.1%}",
         f"{sum(errors) / len(errors):.4f}",
         f"{max(errors):.4f}",
-        name(order[:WORST]),
-        name(order[-WORST:][::-1]),
+        name(order[:NAMED]),
+        name(order[-NAMED:][::-1]),
     )
 
 
-def _spans(pairs: Sequence[tuple[float, float]]) -> list[str]:
+def _spans(pairs: Sequence[Pair]) -> list[str]:
     """The least and the largest value of each threshold."""
     return [f"{min(x):g}" if min(x) == max(x) else f"{min(x):g}–{max(x):g}" for x in zip(*pairs, strict=True)]

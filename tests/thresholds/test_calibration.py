@@ -14,8 +14,9 @@ import torch
 from test_record import Fused, Model
 
 from sparge_compile import Calibration, attach
-from sparge_compile.thresholds import json_file as documents
-from sparge_compile.thresholds.calibration import choose, from_points
+from sparge_compile.thresholds import json_file
+from sparge_compile.thresholds.calibration import from_points
+from sparge_compile.thresholds.choice import choose
 from sparge_compile.thresholds.fronts import Point
 from sparge_compile.thresholds.measured import CHECKED, Origin, PhaseCurves, SiteCurves
 
@@ -154,7 +155,7 @@ def mutations(text: str, number: int):
             what = f"swapped {path}"
         if signed:
             try:
-                changed["checksum"] = documents.checksum(changed)
+                changed["checksum"] = json_file.checksum(changed)
             except (ValueError, OverflowError):
                 signed = False
         yield f"{what}{', signed' if signed else ''}", json.dumps(changed).encode()

@@ -1,0 +1,120 @@
+"""A calibration as a JSON document and back. In and out: thresholds by site and phase, and where they come from.
+
+Version 1 is a table of sites and nothing else, and may be written by hand; version 2 is what is written.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from ..errors import value_error
+from ..pair import Sites
+from ..version import __version__
+from . import json_file
+from .measured import Origin, SiteCurves
+
+FORMAT = "sparge-calibration"
+FORMAT_VERSION = 2
+_PLAIN_VERSION = 1
+_FIELDS = {
+    1: {"format", "format_version", "created_by", "sites"},
+    2: {"format", "format_version", "created_by", "phases", "origin", "sites", json_file.CHECKSUM},
+}
+
+
+class Contents(NamedTuple):
+    """The fields of a ``Calibration`` as a file has them, with lists for pairs; thresholds are not checked yet."""
+
+    sites: Mapping[str, Any]
+    phases: Mapping[float, Mapping[str, Any]]
+    origin: Origin | None
+
+
+def to_document(phases: Mapping[float, Sites], origin: Origin | None) -> dict[str, Any]:
+    """Return the document, without its checksum. ``phases`` are all, by the progress they hold from; the first is 0."""
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "created_by": f"sparge_compile {__version__}",
+        "phases": list(phases),
+        "origin": None if origin is None else origin.to_dict(),
+        "sites": {
+            name: {
+                "thresholds": [[list(pair) for pair in sites[name]] for sites in phases.values()],
+                **({} if origin is None else origin.curves[name].to_dict()),
+            }
+            for name in phases[0.0]
+        },
+    }
+
+
+def write(path: str | os.PathLike[str], document: dict[str, Any]) -> None:
+    """Sign a document and write it; a reader sees the old file or the new one, never a part."""
+    json_file.write_atomically(path, json_file.to_text(document, "sites").encode())
+
+
+def read(path: str | os.PathLike[str]) -> Contents:
+    """Return what a file says.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it is another file, damaged, changed by hand, or of another version.
+    """
+    document = json_file.read(path, FORMAT, (_PLAIN_VERSION, FORMAT_VERSION), (FORMAT_VERSION,))
+    version = document["format_version"]
+    wrong = set(document) ^ _FIELDS[version]
+    if version == _PLAIN_VERSION:
+        wrong -= {"created_by"}
+    if wrong:
+        raise _refusal(path, f"unknown or missing fields {sorted(wrong)}")
+    sites = document["sites"]
+    if not isinstance(sites, dict):
+        raise _refusal(path, "no table of sites")
+    with refusing(path):
+        if version == _PLAIN_VERSION:
+            return Contents({name: _only(entry, "thresholds") for name, entry in sites.items()}, {}, None)
+        return _parse(document, sites)
+
+
+@contextmanager
+def refusing(path: object) -> Iterator[None]:
+    """Turn each error that wrong contents cause into a ``ValueError`` that names the file."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise _refusal(path, str(error) or type(error).__name__) from error
+
+
+def _parse(document: dict[str, Any], sites: dict[str, Any]) -> Contents:
+    """Read a document of the present version; an error of any type that ``refusing`` knows, where it is none."""
+    starts = document["phases"]
+    if not isinstance(starts, list) or not starts or starts[0] != 0 or starts != sorted(set(starts)):
+        raise ValueError("phases that do not ascend from 0")
+    has_curves, curves = document["origin"] is not None, {}
+    for name, entry in sites.items():
+        if has_curves:
+            curves[name] = SiteCurves.from_dict({k: v for k, v in entry.items() if k != "thresholds"}, name)
+        rows = entry["thresholds"] if has_curves else _only(entry, "thresholds")
+        if not isinstance(rows, list) or len(rows) != len(starts):
+            raise ValueError(f"site {name!r} without thresholds for each of {len(starts)} phases")
+    first, *later = ({name: entry["thresholds"][i] for name, entry in sites.items()} for i in range(len(starts)))
+    origin = Origin.from_dict(document["origin"], curves) if has_curves else None
+    return Contents(first, dict(zip(starts[1:], later, strict=True)), origin)
+
+
+def _only(entry: Any, key: str) -> Any:
+    if not isinstance(entry, dict) or set(entry) != {key}:
+        raise ValueError(f"a site with other fields than {key!r}")
+    return entry[key]
+
+
+def _refusal(path: object, given: str) -> ValueError:
+    return value_error(
+        f"{path} is not a calibration file that this version reads",
+        given=given,
+        allowed=f"{FORMAT} version {_PLAIN_VERSION} or {FORMAT_VERSION}",
+        todo="Write it with Calibration.save, or update sparge_compile if a newer version wrote it.",
+    )

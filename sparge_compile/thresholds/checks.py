@@ -1,0 +1,125 @@
+"""Check what a user gives for a calibration: thresholds by site, phases, an aim, the influence of heads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..errors import type_error, value_error
+from ..pair import Pair, Sites, check_pair
+
+
+def check_sites(field: str, sites: Any) -> dict[str, tuple[Pair, ...]]:
+    """Return thresholds by site as tuples of floats.
+
+    Raises:
+        TypeError: ``field`` is no mapping, or a threshold no number.
+        ValueError: a name is no text, a site has no pairs, or a threshold is out of range.
+    """
+    if not isinstance(sites, Mapping):
+        raise type_error(
+            f"Calibration: {field} has the wrong type",
+            given=type(sites).__name__,
+            allowed="a mapping from site name to (topk, topp) pairs",
+            todo="Load a file with Calibration.load(path), or pass a dict.",
+        )
+    return {name: _check_site(name, pairs) for name, pairs in sites.items()}
+
+
+def _check_site(name: object, pairs: Any) -> tuple[Pair, ...]:
+    where = f"calibration of site {name!r}"
+    is_list = isinstance(pairs, (list, tuple)) and len(pairs) > 0
+    if not isinstance(name, str) or not is_list or not all(isinstance(p, (list, tuple)) and len(p) == 2 for p in pairs):
+        raise value_error(
+            f"{where} cannot be read",
+            given=repr(pairs)[:80],
+            allowed="a list of (topk, topp) pairs, one for each query head",
+            todo="Give one pair for all heads, or one for each.",
+        )
+    return tuple(check_pair(topk, topp, where) for topk, topp in pairs)
+
+
+def check_phases(phases: Any, first: Sites) -> dict[float, dict[str, tuple[Pair, ...]]]:
+    """Return the later phases in the order of their progress; they must fit the sites of the first one.
+
+    Raises:
+        TypeError, ValueError: as :func:`check_sites`.
+        ValueError: no mapping, a start outside (0, 1), other sites or numbers of heads than at the start.
+    """
+    if not isinstance(phases, Mapping):
+        raise _bad_phases(type(phases).__name__)
+    later = {_check_start(start): check_sites("phases", sites) for start, sites in phases.items()}
+    for sites in later.values():
+        if set(sites) != set(first) or any(1 != len(p) != len(first[n]) != 1 for n, p in sites.items()):
+            raise _bad_phases("phases that differ in their sites or numbers of heads")
+    return dict(sorted(later.items()))
+
+
+def _check_start(start: Any) -> float:
+    if isinstance(start, bool) or not isinstance(start, (int, float)) or not 0 < start < 1:
+        raise _bad_phases(f"a phase from {start!r} on")
+    return float(start)
+
+
+def _bad_phases(given: str) -> ValueError:
+    return value_error(
+        "Calibration: bad phases",
+        given=given,
+        allowed="for a progress in (0, 1), thresholds for the same sites and heads as at the start",
+        todo="Name every site in each phase; (1, 0) is dense.",
+    )
+
+
+def check_aim(target_error: float | None, target_sparsity: float | None, by: str, mode: str) -> dict[str, Any]:
+    """Return an aim as the fields of an ``Origin``.
+
+    Raises:
+        ValueError: no aim, both, or one outside [0, 1).
+    """
+    aims = {"target_error": target_error, "target_sparsity": target_sparsity}
+    aims = {name: value for name, value in aims.items() if value is not None}
+    if len(aims) != 1:
+        raise value_error(
+            "a calibration needs one aim",
+            given=", ".join(aims) or "none",
+            allowed="target_error or target_sparsity",
+            todo="Give one of the two.",
+        )
+    name, value = next(iter(aims.items()))
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise value_error(
+            f"{name} is out of range",
+            given=repr(value),
+            allowed="a share in [0, 1)",
+            todo="Give a share, not a percentage: target_error=0.05 allows 5 %, target_sparsity=0.8 skips 80 %.",
+        )
+    return {name: float(value), "by": by, "mode": mode}
+
+
+def check_influence(
+    influence: Any, sites: Sites, *, has_phases: bool, target_sparsity: float | None, by: str | None
+) -> None:
+    """Raise a ``ValueError`` unless there is a weight >= 0 for each head of each site, and an aim that uses them."""
+    wrong = None
+    if target_sparsity is None:
+        wrong = "one without target_sparsity"
+    elif has_phases:
+        wrong = "one for thresholds with phases"
+    elif by == "worst":
+        wrong = 'one with by="worst"; it is a factor of mean errors'
+    elif not isinstance(influence, Mapping) or not all(isinstance(each, Sequence) for each in influence.values()):
+        wrong = f"{type(influence).__name__} of other things than lists of numbers"
+    elif {name: len(each) for name, each in influence.items()} != {name: len(pairs) for name, pairs in sites.items()}:
+        wrong = "one for other sites, or for other numbers of heads"
+    elif not all(type(x) in (int, float) and 0 <= x < math.inf for each in influence.values() for x in each):
+        wrong = "one with a weight that is negative, not finite or no number"
+    elif not any(x for each in influence.values() for x in each):
+        wrong = "weights that are all 0"
+    if wrong is not None:
+        raise value_error(
+            "the influence of heads does not fit",
+            given=wrong,
+            allowed="with target_sparsity, a weight >= 0 for each head of each calibrated site",
+            todo="Measure it with sparge_compile.head_influence(model, calibration, batches).",
+        )
