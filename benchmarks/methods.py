@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from sparge_compile.kernels import reference
+from sparge_compile.kernels import rule
 from sparge_compile.kernels.block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap, ceil_div, visible_blocks
 
 TOPK = 0.03  # the paper's; topp is found for the wanted density
@@ -167,8 +167,8 @@ def flex_map(inputs: Inputs, density: float):
     from torch.nn.attention.flex_attention import BlockMask
 
     q, k, _, _, (_, heads, kv_heads, length, _, is_causal) = inputs
-    k_mean = reference.pool(k, FLEX_BLOCK).repeat_interleave(heads // kv_heads, 1)
-    scores = reference.pool(q, FLEX_BLOCK) @ k_mean.mT  # [B, H, N, N]
+    k_mean = rule.pool(k, FLEX_BLOCK).repeat_interleave(heads // kv_heads, 1)
+    scores = rule.pool(q, FLEX_BLOCK) @ k_mean.mT  # [B, H, N, N]
     number = torch.arange(scores.shape[-1], device=q.device)
     seen = number + 1 if is_causal else torch.full_like(number, len(number))
     n_keep = (density * seen).round().clamp(min=1)

@@ -9,7 +9,7 @@ from . import ops
 from .errors import explain_error
 from .kernels import capability
 from .kernels.block_map import BlockMap, visible_blocks
-from .kernels.reference import pool_mask
+from .kernels.rule import pool_mask
 
 
 def attention(

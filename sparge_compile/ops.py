@@ -16,7 +16,7 @@ from .kernels import allocate, capability
 from .kernels.block_map import BlockMap
 from .kernels.block_map import pack as pack_dense
 from .kernels.cpu import attention as cpu
-from .kernels.reference import default_scale
+from .kernels.rule import default_scale
 
 _QKV = "Tensor query, Tensor key, Tensor value"
 _HOW = "Tensor? attn_mask, bool is_causal, float scale"

@@ -12,14 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparge_compile.kernels import reference
-from sparge_compile.kernels.block_map import (
-    KEY_BLOCK,
-    QUERY_BLOCK,
-    BlockMap,
-    ceil_div,
-    diagonal_blocks,
-    visible_blocks,
-)
+from sparge_compile.kernels.block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap, ceil_div
 
 GARBAGE = 1 << 30  # what fresh integer memory holds in tests: an index that no tensor has
 
@@ -111,7 +104,7 @@ def block_constant(batch: int, heads: int, length: int, head_size: int, block: i
 
 
 def scale_of(case: Case) -> float:
-    return reference.default_scale(case.head_size, case.scale)
+    return case.head_size**-0.5 if case.scale is None else case.scale
 
 
 @contextmanager
@@ -157,19 +150,9 @@ def assert_map_matches(
     above a kept one, and the number kept lies between the rule's for topp - slack and topp + slack.
     """
     kept = got.to_dense()
-    group = q.shape[1] // k.shape[1]
-    q_mean = reference.pool(q.double(), QUERY_BLOCK)
-    k_mean = reference.pool(k.double(), KEY_BLOCK).repeat_interleave(group, dim=1)
-    scores = (q_mean * reference.default_scale(q.shape[-1], scale)) @ k_mean.mT
-    n_query, n_key = scores.shape[-2:]
-    visible = visible_blocks(n_query, n_key, q.shape[2], is_causal, q.device)
-    forced = diagonal_blocks(n_query, n_key, q.device) if is_causal else torch.zeros_like(visible)
-    if attn_mask is not None:
-        pooled = reference.pool_mask(attn_mask, q.shape[2])
-        scores, visible, forced = reference.apply_pooled_mask(scores, visible, forced, *pooled)
-    visible = visible.expand_as(scores)
+    wide_mask = attn_mask.double() if attn_mask is not None and attn_mask.dtype != torch.bool else attn_mask
+    scores, visible, forced, anchor = reference.block_scores(q.double(), k.double(), wide_mask, is_causal, scale)
     forced = forced & visible
-    anchor = reference.needs_anchor(attn_mask, is_causal)
     assert not (kept & ~visible).any(), "an invisible block was kept"
     assert not (forced & ~kept).any(), "a diagonal or cut block was dropped"
     lowest_kept = scores.masked_fill(~kept | forced, torch.inf).amin(-1)

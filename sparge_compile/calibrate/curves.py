@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels import reference
+from ..kernels import rule
 from ..kernels.block_map import KEY_BLOCK, QUERY_BLOCK, ceil_div, diagonal_blocks, visible_blocks
 
 # The candidates. The smallest topk keeps one block of up to 10,000, so that topp is alone; topp = 0 leaves topk alone.
@@ -99,14 +99,14 @@ class _Problem:
         self.heads, self.length, self.keys = q.shape[1], q.shape[2], k.shape[2]
         self.n_key = ceil_div(self.keys, KEY_BLOCK)
         self.group = self.heads // k.shape[1]
-        self.k_mean = reference.pool(k, KEY_BLOCK)  # [B, Hk, Nk, D]
+        self.k_mean = rule.pool(k, KEY_BLOCK)  # [B, Hk, Nk, D]
         padding = (0, 0, 0, self.n_key * KEY_BLOCK - self.keys)
         self.k, self.v = (torch.nn.functional.pad(x, padding).unflatten(2, (-1, KEY_BLOCK)) for x in (k, v))
         n_query = ceil_div(self.length, QUERY_BLOCK)
         self.visible = visible_blocks(n_query, self.n_key, self.length, is_causal, q.device)
         self.forced = diagonal_blocks(n_query, self.n_key, q.device) if is_causal else None
-        self.anchor = reference.needs_anchor(attn_mask, is_causal)
-        self.pooled = None if attn_mask is None else reference.pool_mask(attn_mask, self.length)
+        self.anchor = rule.needs_anchor(attn_mask, is_causal)
+        self.pooled = None if attn_mask is None else rule.pool_mask(attn_mask, self.length)
 
     def place(self, lead: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """batch, query head and key head of flattened (batch, head) numbers."""
@@ -211,9 +211,9 @@ def _order(
     forced = torch.zeros_like(visible) if problem.forced is None else problem.forced[block]
     if problem.pooled is not None:
         bias, cut = (problem.pooled_mask(x, batch, head, block) for x in problem.pooled)
-        scores, visible, forced = reference.apply_pooled_mask(scores, visible, forced, bias, cut)
+        scores, visible, forced = rule.apply_pooled_mask(scores, visible, forced, bias, cut)
     forced = forced & visible
-    rank, mass = reference.ranking(scores, visible)
+    rank, mass = rule.ranking(scores, visible)
     n = visible.sum(-1)
     if problem.anchor:
         uncut = rank.masked_fill(~visible | forced, rank.shape[-1])
@@ -224,8 +224,8 @@ def _order(
     order = torch.where(forced, rank - rank.shape[-1], rank).argsort(-1)
 
     topk, topp = (_on(rank.device, values) for values in (TOPK, TOPP))
-    by_k = reference.topk_length(topk, n.unsqueeze(1))  # [n, K]
-    by_p = reference.topp_length(topp, n.unsqueeze(1), mass.unsqueeze(1))  # [n, P]
+    by_k = rule.topk_length(topk, n.unsqueeze(1))  # [n, K]
+    by_p = rule.topp_length(topp, n.unsqueeze(1), mass.unsqueeze(1))  # [n, P]
     prefix = torch.maximum(by_k.unsqueeze(2), by_p.unsqueeze(1)).long().clamp_(max=rank.shape[-1])  # [n, K, P]
     # Of a prefix by rank, what is kept anyway counts once.
     by_rank = torch.zeros_like(forced, dtype=torch.int64).scatter_(1, rank, (visible & ~forced).long())

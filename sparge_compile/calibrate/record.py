@@ -19,7 +19,7 @@ from torch.nn import Module
 from ..errors import explain_error
 from ..kernels import capability
 from ..kernels.block_map import QUERY_BLOCK, ceil_div
-from ..kernels.reference import default_scale
+from ..kernels.rule import default_scale
 from ..options import Options
 from ..passes.decide import least_keys, refusal
 from ..passes.match.attention import Attention

@@ -8,9 +8,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from ..errors import explain_error
+from ..errors import value_error
+from ..pair import check_pair
 from ..report import Reason
-from ..thresholds.calibration import check_pair
 from . import launch
 from .block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap, ceil_div
 
@@ -49,43 +49,56 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise a ``ValueError`` unless q [B, H, L, D], k and v [B, Hk, S, D] can be attended to."""
     for name, x in (("query", q), ("key", k), ("value", v)):
         if x.dim() != 4:
-            raise _error(
+            raise value_error(
                 f"{name} has the wrong rank",
-                tuple(x.shape),
-                "[batch, heads, length, head size]",
-                "Add or fold dimensions.",
+                given=tuple(x.shape),
+                allowed="[batch, heads, length, head size]",
+                todo="Add or fold dimensions.",
             )
     if k.shape != v.shape:
-        raise _error(
+        raise value_error(
             "key and value differ in shape",
-            f"key {tuple(k.shape)}, value {tuple(v.shape)}",
-            "equal shapes",
-            "Values of another head size are not supported; use dense attention for them.",
+            given=f"key {tuple(k.shape)}, value {tuple(v.shape)}",
+            allowed="equal shapes",
+            todo="Values of another head size are not supported; use dense attention for them.",
         )
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise _error(
+        raise value_error(
             "query and key do not fit",
-            f"query {tuple(q.shape)}, key {tuple(k.shape)}",
-            "equal batch and head size",
-            "Expand the batch, or project to one head size.",
+            given=f"query {tuple(q.shape)}, key {tuple(k.shape)}",
+            allowed="equal batch and head size",
+            todo="Expand the batch, or project to one head size.",
         )
     if k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
-        raise _error(
+        raise value_error(
             "query heads are not a multiple of key heads",
-            f"{q.shape[1]} and {k.shape[1]}",
-            "query heads = n × key heads",
-            "Each key head serves the same number of query heads.",
+            given=f"{q.shape[1]} and {k.shape[1]}",
+            allowed="query heads = n × key heads",
+            todo="Each key head serves the same number of query heads.",
         )
     if not q.dtype == k.dtype == v.dtype:
-        raise _error(
-            "dtypes differ", f"{q.dtype}, {k.dtype}, {v.dtype}", "one dtype", "Cast query, key and value alike."
+        raise value_error(
+            "dtypes differ",
+            given=f"{q.dtype}, {k.dtype}, {v.dtype}",
+            allowed="one dtype",
+            todo="Cast query, key and value alike.",
         )
     if not q.device == k.device == v.device:
-        raise _error("devices differ", f"{q.device}, {k.device}, {v.device}", "one device", "Move them together.")
+        raise value_error(
+            "devices differ",
+            given=f"{q.device}, {k.device}, {v.device}",
+            allowed="one device",
+            todo="Move them together.",
+        )
     refused = refusal(q.device, q.dtype, q.shape[3])
     if refused:
         reason, detail = refused
-        raise _error(f"{reason.value} without a sparse kernel", detail, "see above", "Use dense attention for it.")
+        raise value_error(
+            f"{reason.value} without a sparse kernel",
+            given=detail,
+            allowed=f"{' or '.join(DEVICES)}, {', '.join(map(_short, DTYPES))}, head sizes 1 to {MAX_HEAD_SIZE}",
+            todo="Use dense attention for it.",
+        )
 
 
 def check_mask(attn_mask: Tensor, q: Tensor, k: Tensor) -> None:
@@ -94,24 +107,29 @@ def check_mask(attn_mask: Tensor, q: Tensor, k: Tensor) -> None:
     shape = tuple(attn_mask.shape)
     padded = (1,) * (4 - len(shape)) + shape
     if len(shape) > 4 or any(have not in (1, want) for have, want in zip(padded, target, strict=True)):
-        raise _error(
-            "attn_mask has the wrong shape", shape, f"what broadcasts to {target}", "Reshape or expand the mask."
+        raise value_error(
+            "attn_mask has the wrong shape",
+            given=shape,
+            allowed=f"what broadcasts to {target}",
+            todo="Reshape or expand the mask.",
         )
     if attn_mask.dtype not in (torch.bool, torch.float64, *DTYPES):
-        raise _error(
+        raise value_error(
             "attn_mask has the wrong dtype",
-            attn_mask.dtype,
-            "bool, float64, or a dtype of the kernels",
-            "Cast it; True means attend.",
+            given=attn_mask.dtype,
+            allowed="bool, float64, or a dtype of the kernels",
+            todo="Cast it; True means attend.",
         )
     if attn_mask.device != q.device:
-        raise _error("attn_mask is on another device", attn_mask.device, q.device, "Move it.")
+        raise value_error(
+            "attn_mask is on another device", given=attn_mask.device, allowed=str(q.device), todo="Move it."
+        )
     if attn_mask.requires_grad:
-        raise _error(
+        raise value_error(
             "attn_mask requires a gradient",
-            "requires_grad=True",
-            "a constant mask",
-            "Detach it or use dense attention.",
+            given="requires_grad=True",
+            allowed="a constant mask",
+            todo="Detach it or use dense attention.",
         )
 
 
@@ -131,11 +149,11 @@ def check_thresholds(thresholds: Tensor, q: Tensor) -> None:
     """Raise a ``ValueError`` unless thresholds are float32 [H, 2] on the query's device. Values are not read."""
     want = (q.shape[1], 2)
     if tuple(thresholds.shape) != want or thresholds.dtype != torch.float32 or thresholds.device != q.device:
-        raise _error(
+        raise value_error(
             "thresholds do not fit the query",
-            f"{thresholds.dtype} {tuple(thresholds.shape)} on {thresholds.device}",
-            f"float32 {want} on {q.device}: (topk, topp) for each query head",
-            "Give one pair for each query head.",
+            given=f"{thresholds.dtype} {tuple(thresholds.shape)} on {thresholds.device}",
+            allowed=f"float32 {want} on {q.device}: (topk, topp) for each query head",
+            todo="Give one pair for each query head.",
         )
 
 
@@ -151,11 +169,11 @@ def check_block_map(block_map: BlockMap, q: Tensor, k: Tensor) -> None:
         or tuple(counts.shape[2:]) != (n_query,)
         or tuple(indices.shape) != (*counts.shape, n_key)
     ):
-        raise _error(
+        raise value_error(
             "block_map has the wrong shape",
-            f"counts {tuple(counts.shape)}, indices {tuple(indices.shape)}",
-            f"counts [B or 1, H or 1, {n_query}], indices [B or 1, H or 1, {n_query}, {n_key}]",
-            f"A query block has {QUERY_BLOCK} rows and a key block {KEY_BLOCK}; BlockMap.from_dense makes lists.",
+            given=f"counts {tuple(counts.shape)}, indices {tuple(indices.shape)}",
+            allowed=f"counts [B or 1, H or 1, {n_query}], indices [B or 1, H or 1, {n_query}, {n_key}]",
+            todo=f"A query block has {QUERY_BLOCK} rows and a key block {KEY_BLOCK}; BlockMap.from_dense makes lists.",
         )
     if (
         counts.dtype != torch.int32
@@ -163,11 +181,11 @@ def check_block_map(block_map: BlockMap, q: Tensor, k: Tensor) -> None:
         or counts.device != q.device
         or indices.device != q.device
     ):
-        raise _error(
+        raise value_error(
             "block_map has the wrong dtype or device",
-            f"{counts.dtype} on {counts.device}, {indices.dtype} on {indices.device}",
-            f"int32 on {q.device}",
-            "Convert it with .to().",
+            given=f"{counts.dtype} on {counts.device}, {indices.dtype} on {indices.device}",
+            allowed=f"int32 on {q.device}",
+            todo="Convert it with .to().",
         )
 
 
@@ -180,18 +198,14 @@ def make_thresholds(topk: float | Tensor, topp: float | Tensor, heads: int, devi
         topp = torch.full((), check_pair(1.0, topp)[1], device=device)
     for name, value in (("topk", topk), ("topp", topp)):
         if value.shape not in ((), (1,), (heads,)):
-            raise _error(
+            raise value_error(
                 f"{name} does not fit the query",
-                f"shape {tuple(value.shape)}",
-                f"a number or [{heads}]",
-                "Give one for each head.",
+                given=f"shape {tuple(value.shape)}",
+                allowed=f"a number or [{heads}]",
+                todo="Give one for each head.",
             )
     return torch.stack([x.to(device=device, dtype=torch.float32).expand(heads) for x in (topk, topp)], -1)
 
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _error(what: str, given: object, allowed: object, todo: str) -> ValueError:
-    return ValueError(explain_error(what, given=given, allowed=str(allowed), todo=todo))

@@ -1,6 +1,7 @@
-"""The definition: pooling, selection and attention of the hybrid Top-k + Top-p rule, in plain torch.
+"""The oracle of tests and benchmarks: the rule block by block in plain Python, and dense attention under a block map.
 
-Slow, readable, good in float64, differentiable by autograd. Kernels are faster spellings of this file.
+Slow, readable, good in float64; attention is differentiable by autograd. No part of the package imports this file, and
+of the package it takes only the forms of a map, so that no code is compared with itself.
 
 Letters: B batch, H query heads, Hk key/value heads, L queries, S keys, D head size, Nq = ceil(L / 128) query blocks,
 Nk = ceil(S / 64) key blocks, i a query block, j a key block.
@@ -10,122 +11,122 @@ Source: SpargeAttention2 (arXiv 2602.13515), Eq. 9 and Alg. 1; causal, masks and
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .block_map import (
-    KEY_BLOCK,
-    QUERY_BLOCK,
-    BlockMap,
-    ceil_div,
-    diagonal_blocks,
-    visible_blocks,
-)
+from .block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap
 
-CEIL_SLACK = 0.001  # so that a float32 0.05 of 20 blocks is one block
+CEIL_SLACK = 0.001  # topk * n is rounded up, but a float32 0.05 of 20 blocks is one block
 
 
-def default_scale(head_size: int, scale: float | None) -> float:
-    return 1.0 / math.sqrt(head_size) if scale is None else scale
+def wide(x: Tensor) -> Tensor:
+    """x in float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def starts(length: int, block: int) -> range:
+    """The first row of each block."""
+    return range(0, length, block)
 
 
 def pool(x: Tensor, block: int) -> Tensor:
-    """Means of the rows that exist in each block: [B, H, N, D] from [B, H, L, D], accumulated in float32 at least."""
-    length = x.shape[-2]
-    n_blocks = ceil_div(length, block)
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    total = F.pad(wide, (0, 0, 0, n_blocks * block - length)).unflatten(-2, (n_blocks, block)).sum(-2)
-    rows = torch.full((n_blocks, 1), block, dtype=total.dtype, device=x.device)
-    if n_blocks:
-        rows[-1] = length - (n_blocks - 1) * block
-    return total / rows
+    """Means of the rows that exist in each block: [B, H, N, D] from [B, H, L, D], in float32 at least."""
+    means = [wide(x[..., first : first + block, :]).mean(-2) for first in starts(x.shape[-2], block)]
+    return torch.stack(means, -2) if means else wide(x)
 
 
-def pool_mask(attn_mask: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """What a mask [Bm, Hm, L or 1, S] means for blocks: (bias, cut), each [Bm, Hm, Nq or 1, Nk].
+class Scores(NamedTuple):
+    """What the rule chooses from, each [B, H, Nq, Nk]."""
 
-    ``bias``, in float32 at least, is added to block scores: the mean of the mask over the pairs that it lets through (0
-    for a boolean mask), -inf where it lets none through. ``cut``, bool, marks the blocks of which some rows see a key
-    and others none.
+    scores: Tensor  # the logits of P-bar
+    visible: Tensor  # bool: causality lets some pair through, and so does the mask, each taken alone
+    forced: Tensor  # bool: kept whatever it scores, if it is visible
+    anchor: bool  # whether the best block that is not forced is kept as well
+
+
+def block_scores(
+    q: Tensor, k: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, scale: float | None = None
+) -> Scores:
+    """Scores of q [B, H, L, D] over k [B, Hk, S, D] under a mask [B or 1, H or 1, L or 1, S], bool or float.
+
+    Causality is aligned to the top left. It forces the blocks that its diagonal crosses; a mask forces the blocks of
+    which some rows see a key and others none. Where rows of a query block see different keys by a mask, the kept prefix
+    might hold no key of some row: then the best block that is not forced is an anchor.
     """
-    if attn_mask.dtype == torch.bool:
-        open_pairs, value = attn_mask, torch.zeros((), device=attn_mask.device)
-    else:
-        value = attn_mask.to(torch.promote_types(attn_mask.dtype, torch.float32))
-        open_pairs = value != -math.inf
-    rows, keys = attn_mask.shape[-2:]
-    row_block = QUERY_BLOCK if rows == length else 1  # a mask of one row stays one row
-    n_query, n_key = ceil_div(rows, row_block), ceil_div(keys, KEY_BLOCK)
-
-    def block_sum(x: Tensor) -> Tensor:
-        x = F.pad(x, (0, n_key * KEY_BLOCK - keys, 0, n_query * row_block - rows))
-        return x.unflatten(-1, (n_key, KEY_BLOCK)).sum(-1).unflatten(-2, (n_query, row_block)).sum(-2)
-
-    pairs = block_sum(open_pairs.to(value.dtype))
-    mean = block_sum(torch.where(open_pairs, value, 0.0)) / pairs.clamp(min=1)
-    bias = torch.where(pairs > 0, mean, -math.inf)
-
-    sees = F.pad(open_pairs, (0, n_key * KEY_BLOCK - keys)).unflatten(-1, (n_key, KEY_BLOCK)).any(-1)
-    sees = F.pad(sees, (0, 0, 0, n_query * row_block - rows), value=True)  # rows that do not exist miss nothing
-    cut = (pairs > 0) & ~sees.unflatten(-2, (n_query, row_block)).all(-2)
-    return bias, cut
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    group = q.shape[1] // max(k.shape[1], 1)
+    scores = (pool(q, QUERY_BLOCK) * scale) @ pool(k, KEY_BLOCK).repeat_interleave(group, dim=1).mT
+    visible, forced = torch.ones_like(scores, dtype=torch.bool), torch.zeros_like(scores, dtype=torch.bool)
+    length, keys = q.shape[2], k.shape[2]
+    for i, first_row in enumerate(starts(length, QUERY_BLOCK)):
+        end_row = min(first_row + QUERY_BLOCK, length)
+        if is_causal:
+            first_keys = torch.arange(0, keys, KEY_BLOCK, device=q.device)
+            visible[:, :, i] &= first_keys < end_row
+            forced[:, :, i] = (first_keys >= first_row) & (first_keys < first_row + QUERY_BLOCK)
+        if attn_mask is not None:
+            rows = attn_mask if attn_mask.shape[2] == 1 else attn_mask[:, :, first_row:end_row]
+            for j, first_key in enumerate(starts(keys, KEY_BLOCK)):
+                mean, some, cut = mask_of_block(rows[..., first_key : first_key + KEY_BLOCK])
+                scores[:, :, i, j] += mean
+                visible[:, :, i, j] &= some
+                forced[:, :, i, j] |= cut
+    return Scores(scores, visible, forced, attn_mask is not None and (is_causal or attn_mask.shape[2] > 1))
 
 
-def ranking(scores: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
-    """Each block's place in its query block's order, and the P-bar mass of the leading blocks, both [B, H, Nq, Nk].
-
-    Descending by score, the lower index first on a tie; invisible blocks come last and have no mass.
-    """
-    score = scores.masked_fill(~visible, -math.inf)
-    order = score.argsort(dim=-1, descending=True, stable=True)
-    mass = torch.softmax(score, -1).nan_to_num(0.0).gather(-1, order).cumsum(-1)
-    places = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
-    return torch.empty_like(order).scatter_(-1, order, places), mass
+def mask_of_block(tile: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a mask's tile [Bm, Hm, rows, keys]: the mean of what it lets through, whether it lets anything through, and
+    whether it does so for some rows alone. Each [Bm, Hm]."""
+    opened = tile if tile.dtype == torch.bool else tile != -math.inf
+    added = torch.zeros((), device=tile.device) if tile.dtype == torch.bool else wide(tile)
+    mean = torch.where(opened, added, 0.0).sum((-2, -1)) / opened.sum((-2, -1)).clamp(min=1)
+    sees = opened.any(-1)
+    return mean, sees.any(-1), sees.any(-1) & ~sees.all(-1)
 
 
-def topk_length(topk: Tensor, n: Tensor) -> Tensor:
-    """How many leading blocks of n visible ones Top-k keeps, as floats; the arguments broadcast."""
-    return torch.ceil(topk * n - CEIL_SLACK).clamp(min=1)
-
-
-def topp_length(topp: Tensor, n: Tensor, mass: Tensor) -> Tensor:
-    """How many leading blocks of n visible ones Top-p keeps, by the mass [..., Nk] of the leading ones."""
-    length = (mass < topp.unsqueeze(-1)).sum(-1) + 1
-    return torch.where(topp <= 0, 0, torch.where(topp >= 1, n, length))
+def kept_blocks(
+    scores: Sequence[float], visible: Sequence[bool], forced: Sequence[bool], topk: float, topp: float, anchor: bool
+) -> list[int]:
+    """The key blocks that one query block keeps, by the rule of DESIGN section 3."""
+    seen = [j for j in range(len(scores)) if visible[j]]
+    if not all(math.isfinite(scores[j]) for j in seen):
+        return seen  # as dense attention would: a NaN shows
+    order = sorted(seen, key=lambda j: (-scores[j], j))  # the lower index first on a tie
+    by_topk = max(1, math.ceil(topk * len(seen) - CEIL_SLACK))
+    by_topp = 0 if topp <= 0 else len(seen)
+    if 0 < topp < 1:
+        weights = [math.exp(scores[j] - scores[order[0]]) for j in order]
+        total = math.fsum(weights)
+        mass = itertools.accumulate(weight / total for weight in weights)
+        by_topp = next((n for n, leading in enumerate(mass, 1) if leading >= topp), len(seen))
+    kept = set(order[: max(by_topk, by_topp)]) | {j for j in seen if forced[j]}
+    if anchor:
+        kept |= set([j for j in order if not forced[j]][:1])
+    return sorted(kept)
 
 
 def select(
     scores: Tensor, visible: Tensor, thresholds: Tensor, forced: Tensor | None = None, anchor: bool = False
 ) -> Tensor:
-    """Which key blocks each query block keeps.
+    """bool [B, H, Nq, Nk]: :func:`kept_blocks` of each query block.
 
-    Args:
-        scores: [B, H, Nq, Nk], the logits of P-bar.
-        visible: bool, broadcastable to scores; invisible blocks are never kept.
-        thresholds: float32 [H, 2], ``topk`` and ``topp`` of each head.
-        forced: bool, broadcastable to scores; visible blocks that are always kept (the causal diagonal, and what a mask
-            cuts).
-        anchor: keep as well the best block that is not forced, so that a row for which the prefix has no key sees one.
-
-    Returns:
-        bool [B, H, Nq, Nk]: the longer of the Top-k and the Top-p prefix, in descending order of score with the lower
-        index first on a tie. A row with a non-finite score keeps every visible block, as dense attention would.
+    ``visible`` and ``forced`` broadcast to ``scores`` [B, H, Nq, Nk]; ``thresholds`` are float32 [H, 2], (topk, topp).
     """
-    visible = visible.expand_as(scores)
-    n = visible.sum(-1)  # visible blocks of each query block
-    topk, topp = thresholds.to(torch.float32).view(1, -1, 1, 2).unbind(-1)  # [1, H, 1] each
-    rank, mass = ranking(scores, visible)
-    kept = rank < torch.maximum(topk_length(topk, n), topp_length(topp, n, mass)).unsqueeze(-1)
-    if forced is not None:
-        kept = kept | forced
-    if anchor:
-        uncut = rank.masked_fill(~visible if forced is None else ~visible | forced, scores.shape[-1])
-        kept = kept | (uncut == uncut.amin(-1, keepdim=True))
-    broken = (visible & ~torch.isfinite(scores)).any(-1, keepdim=True)
-    return (kept | broken) & visible
+    forced = torch.zeros_like(visible) if forced is None else forced
+    rows = zip(
+        *(x.expand_as(scores).flatten(0, -2).tolist() for x in (scores, visible, forced)),
+        thresholds.view(1, -1, 1, 2).expand(*scores.shape[:-1], 2).flatten(0, -2).tolist(),
+        strict=True,
+    )
+    kept = torch.zeros(scores.shape, dtype=torch.bool)
+    for row, (score, seen, always, (topk, topp)) in zip(kept.flatten(0, -2), rows, strict=True):
+        row[kept_blocks(score, seen, always, topk, topp, anchor)] = True
+    return kept.to(scores.device)
 
 
 def block_map(
@@ -136,34 +137,12 @@ def block_map(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> BlockMap:
-    """The block map of q [B, H, L, D] over k [B, Hk, S, D], by the rule of DESIGN section 3.
+    """The block map of q [B, H, L, D] over k [B, Hk, S, D] for thresholds float32 [H, 2].
 
-    ``attn_mask`` is bool or float [B or 1, H or 1, L or 1, S]; ``is_causal`` is aligned to the top left, and may be
-    combined with a mask: a block is visible where each of them, taken alone, lets some pair through.
+    ``attn_mask`` is bool or float [B or 1, H or 1, L or 1, S], and may be combined with ``is_causal``.
     """
-    group = q.shape[1] // max(k.shape[1], 1)
-    q_mean, k_mean = pool(q, QUERY_BLOCK), pool(k, KEY_BLOCK).repeat_interleave(group, dim=1)
-    scores = (q_mean * default_scale(q.shape[-1], scale)) @ k_mean.mT  # [B, H, Nq, Nk]
-    n_query, n_key = scores.shape[-2:]
-    visible = visible_blocks(n_query, n_key, q.shape[2], is_causal, q.device)
-    forced = diagonal_blocks(n_query, n_key, q.device) if is_causal else torch.zeros_like(visible)
-    if attn_mask is not None:
-        bias, cut = pool_mask(attn_mask, q.shape[2])
-        scores, visible, forced = apply_pooled_mask(scores, visible, forced, bias, cut)
-    return BlockMap.from_dense(select(scores, visible, thresholds, forced, needs_anchor(attn_mask, is_causal)))
-
-
-def apply_pooled_mask(
-    scores: Tensor, visible: Tensor, forced: Tensor, bias: Tensor, cut: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(scores, visible, forced) under what :func:`pool_mask` gave."""
-    hidden = bias == -math.inf
-    return scores + bias.masked_fill(hidden, 0.0), visible & ~hidden, forced | cut
-
-
-def needs_anchor(attn_mask: Tensor | None, is_causal: bool) -> bool:
-    """Whether rows of one query block may see different keys in a way that the causal diagonal alone does not mend."""
-    return attn_mask is not None and (is_causal or attn_mask.shape[2] > 1)
+    scores, visible, forced, anchor = block_scores(q, k, attn_mask, is_causal, scale)
+    return BlockMap.from_dense(select(scores, visible, thresholds, forced, anchor))
 
 
 def allowed_pairs(kept: Tensor, length: int, keys: int, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
@@ -191,11 +170,11 @@ def attention(
     (natural logarithm). A row that sees no key gives zeros and -inf.
     """
     group = q.shape[1] // max(k.shape[1], 1)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    key, value = (x.to(wide).repeat_interleave(group, dim=1) for x in (k, v))
-    scores = (q.to(wide) * default_scale(q.shape[-1], scale)) @ key.mT  # [B, H, L, S]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    key, value = (wide(x).repeat_interleave(group, dim=1) for x in (k, v))
+    scores = (wide(q) * scale) @ key.mT  # [B, H, L, S]
     if attn_mask is not None and attn_mask.dtype != torch.bool:
-        scores = scores + attn_mask.to(wide)
+        scores = scores + attn_mask.to(scores.dtype)
     allowed = allowed_pairs(block_map.to_dense(), q.shape[2], k.shape[2], attn_mask, is_causal)
     scores = scores.masked_fill(~allowed, -math.inf)
     lse = torch.logsumexp(scores, -1)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import allocate, reference
+from .. import allocate, rule
 from ..block_map import (
     KEY_BLOCK,
     QUERY_BLOCK,
@@ -58,12 +58,12 @@ def block_map(
     n_query, n_key = out.indices.shape[-2:]
     visible = visible_blocks(n_query, n_key, q.shape[2], is_causal, q.device)
     forced = diagonal_blocks(n_query, n_key, q.device) if is_causal else torch.zeros_like(visible)
-    anchor = reference.needs_anchor(attn_mask, is_causal)
+    anchor = rule.needs_anchor(attn_mask, is_causal)
     thresholds = thresholds.expand(q.shape[1], 2)
 
     for at_q, at_k in head_parts(q, k):
-        q_mean = reference.pool(q[at_q], QUERY_BLOCK) * reference.default_scale(q.shape[-1], scale)
-        k_mean = reference.pool(k[at_k], KEY_BLOCK).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        q_mean = rule.pool(q[at_q], QUERY_BLOCK) * rule.default_scale(q.shape[-1], scale)
+        k_mean = rule.pool(k[at_k], KEY_BLOCK).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         step = max(1, SCORES_AT_ONCE // max(1, q_mean.shape[:2].numel() * n_key))
         for i in range(0, n_query, step):
             some = slice(i, min(i + step, n_query))
@@ -71,8 +71,8 @@ def block_map(
             seen, always = visible[some], forced[some]
             if attn_mask is not None:
                 pooled = pool_mask_rows(attn_mask, at_q, some, q.shape[2])
-                scores, seen, always = reference.apply_pooled_mask(scores, seen, always, *pooled)
-            kept = reference.select(scores, seen, thresholds[at_q[1]], always, anchor)
+                scores, seen, always = rule.apply_pooled_mask(scores, seen, always, *pooled)
+            kept = rule.select(scores, seen, thresholds[at_q[1]], always, anchor)
             counts, indices = BlockMap.from_dense(kept)
             out.counts[at_q][:, :, some] = counts
             out.indices[at_q][:, :, some] = indices
@@ -80,13 +80,13 @@ def block_map(
 
 
 def pool_mask_rows(attn_mask: Tensor, at: Heads, blocks: slice, length: int) -> tuple[Tensor, Tensor]:
-    """reference.pool_mask for some heads and query blocks: each [b or 1, h or 1, some of Nq or 1, Nk]."""
+    """rule.pool_mask for some heads and query blocks: each [b or 1, h or 1, some of Nq or 1, Nk]."""
     for dim in (0, 1):
         attn_mask = attn_mask if attn_mask.shape[dim] == 1 else attn_mask[(slice(None),) * dim + (at[dim],)]
     if attn_mask.shape[2] == length:
         attn_mask = attn_mask[:, :, blocks.start * QUERY_BLOCK : blocks.stop * QUERY_BLOCK]
         length = attn_mask.shape[2]
-    return reference.pool_mask(attn_mask, length)
+    return rule.pool_mask(attn_mask, length)
 
 
 def forward(
@@ -105,7 +105,7 @@ def forward(
     out, lse = allocate.dense_like(q), allocate.new_lse(q).to(wide_dtype(q))
     if 0 in q.shape or 0 in k.shape:
         return out.zero_(), lse.fill_(-math.inf)
-    scale = reference.default_scale(q.shape[-1], scale)
+    scale = rule.default_scale(q.shape[-1], scale)
     counts, indices = (over_heads(x, q) for x in block_map)
     attn_mask = None if attn_mask is None else over_heads(attn_mask, q)
 
@@ -187,7 +187,7 @@ def backward(
     grads = dq, dk, dv = allocate.dense_like(q), allocate.dense_like(k), allocate.dense_like(v)
     if 0 in q.shape or 0 in k.shape:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    scale, head_size = reference.default_scale(q.shape[-1], scale), q.shape[-1]
+    scale, head_size = rule.default_scale(q.shape[-1], scale), q.shape[-1]
     bits = over_heads(bits, q)
     attn_mask = None if attn_mask is None else over_heads(attn_mask, q)
 

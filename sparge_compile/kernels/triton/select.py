@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import allocate, launch, reference
+from .. import allocate, launch, rule
 from ..block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap
 from .pool import pool, pool_mask
 
@@ -179,8 +179,8 @@ def block_map(
             bias_stride_i=0 if bias is None or bias.shape[2] == 1 else bias.stride(2),
             heads=heads, length=length, n_query=n_query, n_key=n_key,
             N_PAD=n_pad, QUERY_ROWS=QUERY_BLOCK, KEY_ROWS=KEY_BLOCK,
-            IS_CAUSAL=is_causal, HAS_MASK=bias is not None, ANCHOR=reference.needs_anchor(attn_mask, is_causal),
-            CEIL_SLACK=reference.CEIL_SLACK, LINEAR_STEPS=LINEAR_STEPS,
+            IS_CAUSAL=is_causal, HAS_MASK=bias is not None, ANCHOR=rule.needs_anchor(attn_mask, is_causal),
+            CEIL_SLACK=rule.CEIL_SLACK, LINEAR_STEPS=LINEAR_STEPS,
             num_warps=launch.select_warps(n_pad), num_stages=1,
             enable_fp_fusion=False,  # topk * n - slack must round as torch does, before the ceiling
         )  # fmt: skip
