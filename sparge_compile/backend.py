@@ -113,8 +113,7 @@ def explain_calls(model: Module, options: Mapping[str, Any] | None, run: Callabl
 
 
 class _Seen(Observer):
-    """What a running ``explain`` has seen: the matches and the attached sites of each graph in each place, in the order
-    in which they ran."""
+    """The observer of ``explain``: keeps the matches and attached sites of each graph in each place, as they ran."""
 
     def __init__(self, model: Callable[..., Any]) -> None:
         super().__init__(model)
@@ -139,7 +138,7 @@ class _Seen(Observer):
 
 
 def _reset() -> None:
-    """What torch calls as ``backend.reset`` when a compiled model is reset: forget which reasons were spoken of."""
+    """Forget which reasons were warned of: torch calls this as ``backend.reset`` when a compiled model is reset."""
     forget_warnings()
 
 

@@ -1,0 +1,1 @@
+"""Fine-tune a sparse student against its dense teacher."""

@@ -30,21 +30,21 @@ def decide(match: Match, options: Options) -> Decision:
     refused = refusal(match, options)
     if refused is not None:
         return refused
-    found = match.attention
-    assert found is not None
+    attention = match.attention
+    assert attention is not None
     pairs = thresholds_for(match, options)
-    shape = shape_of(found)
+    shape = shape_of(attention)
     if shape is None:
         return Decision(Reason.NO_SHAPES, "a size depends on data")
     least = least_keys(options)
     # Where the length is dynamic, this comparison becomes a guard: lengths on its other side are compiled anew.
-    if found.keys < least:
+    if attention.keys < least:
         return Decision(Reason.TOO_SHORT, f"{shape.keys} of at least {least}")
     if options.min_seq_len is not None:
         return Decision(Reason.LONG_ENOUGH, f"{shape.keys} keys")
-    costs = options.costs or cost_model(found.device)
+    costs = options.costs or cost_model(attention.device)
     # So does this one: the closed forms over symbolic sizes say on which side of the break-even a length lies.
-    reason = Reason.PAYS if pays(found, pairs, options, guard=True) else Reason.SLOWER
+    reason = Reason.PAYS if pays(attention, pairs, options, guard=True) else Reason.SLOWER
     return Decision(reason, "", costs.predict(shape, expected_density(pairs)))
 
 
@@ -54,16 +54,16 @@ def thresholds_for(match: Match, options: Options) -> tuple[Pair, ...]:
     return options.thresholds_of(match.site.name, int(match.attention.heads), int(match.attention.head_size))
 
 
-def pays(found: Attention, pairs: tuple[Pair, ...], options: Options, *, guard: bool = False) -> bool:
+def pays(attention: Attention, pairs: tuple[Pair, ...], options: Options, *, guard: bool = False) -> bool:
     """Whether the cost model predicts a gain; where a size depends on data, nothing is known against it.
 
     ``guard``: asked of the symbolic sizes, so that a dynamic length is guarded to lie on this side of the break-even;
     else of the sizes that were traced with.
     """
-    shape = Shape(*sizes_of(found), is_causal=found.is_causal) if guard else shape_of(found)
+    shape = Shape(*sizes_of(attention), is_causal=attention.is_causal) if guard else shape_of(attention)
     if shape is None:
         return True
-    costs = options.costs or cost_model(found.device)
+    costs = options.costs or cost_model(attention.device)
     return bool(costs.dense(shape) >= MARGIN * costs.sparse(shape, expected_density(pairs)))
 
 
@@ -77,26 +77,26 @@ def expected_density(pairs: tuple[Pair, ...]) -> float:
 
 def refusal(match: Match, options: Options) -> Decision | None:
     """Why this site cannot be sparse at all, or None."""
-    found = match.attention
+    attention = match.attention
     if match.refusal is not None:
         hint = _HOW_TO_GET_SHAPES if match.refusal.reason is Reason.NO_SHAPES else ""
         return Decision(match.refusal.reason, match.refusal.detail or hint)
-    assert found is not None
-    dropout = value_of(found.dropout)
+    assert attention is not None
+    dropout = value_of(attention.dropout)
     if dropout != 0:
         return Decision(Reason.DROPOUT, f"p = {dropout}")
-    if found.head_size != found.value_head_size:
-        return Decision(Reason.VALUE_HEAD_SIZE, f"{found.value_head_size} after {found.head_size}")
-    if isinstance(found.heads, torch.SymInt):
+    if attention.head_size != attention.value_head_size:
+        return Decision(Reason.VALUE_HEAD_SIZE, f"{attention.value_head_size} after {attention.head_size}")
+    if isinstance(attention.heads, torch.SymInt):
         return Decision(Reason.HEADS, "their number is dynamic, and thresholds belong to heads")
-    if isinstance(found.head_size, torch.SymInt):
+    if isinstance(attention.head_size, torch.SymInt):
         return Decision(Reason.HEAD_SIZE, "dynamic")
-    unsupported = capability.refusal(found.device, found.dtype, found.head_size)
+    unsupported = capability.refusal(attention.device, attention.dtype, attention.head_size)
     if unsupported is not None:
         return Decision(*unsupported)
-    if found.learned_mask:
+    if attention.learned_mask:
         return Decision(Reason.LEARNED_BIAS)
-    if found.mask_kind == "additive" and not options.additive_masks:
+    if attention.mask_kind == "additive" and not options.additive_masks:
         return Decision(Reason.ADDITIVE_MASK)
     return None
 
@@ -106,12 +106,12 @@ def least_keys(options: Options) -> int:
     return MIN_KEYS if options.min_seq_len is None else options.min_seq_len
 
 
-def shape_of(found: Attention) -> Shape | None:
+def shape_of(attention: Attention) -> Shape | None:
     """The sizes that the cost model needs, as they were traced with; None where one depends on data."""
-    hints = [size_hint(x) for x in sizes_of(found)]
-    return None if None in hints else Shape(*hints, is_causal=found.is_causal)
+    hints = [size_hint(x) for x in sizes_of(attention)]
+    return None if None in hints else Shape(*hints, is_causal=attention.is_causal)
 
 
-def sizes_of(found: Attention) -> tuple[Any, ...]:
+def sizes_of(attention: Attention) -> tuple[Any, ...]:
     """The sizes of :class:`Shape`, in order; symbolic where they are dynamic."""
-    return found.batch, found.heads, found.kv_heads, found.length, found.keys, found.head_size
+    return attention.batch, attention.heads, attention.kv_heads, attention.length, attention.keys, attention.head_size

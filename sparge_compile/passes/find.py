@@ -59,6 +59,7 @@ class Match:
 
     @property
     def is_attention(self) -> bool:
+        """Whether this is attention, replaceable or not; a softmax that is none is listed too."""
         return self.site.kind != "softmax"
 
 

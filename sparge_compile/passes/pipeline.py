@@ -42,6 +42,7 @@ class Step(NamedTuple):
 
     @property
     def is_sparse(self) -> bool:
+        """Whether the match is, or will be, replaced."""
         return self.decision.status == "sparse"
 
 
@@ -124,7 +125,7 @@ def decided(
     attached: Container[Node] = (),
     alike: Callable[[Match], Iterable[tuple[Match, bool]]] = lambda match: (),
 ) -> list[Step]:
-    """What :func:`decide_sites` decides, for matches without a graph in work."""
+    """Decide as :func:`decide_sites` does, for matches without a graph in work."""
     steps = []
     for match in matches:
         decision = _decide(match, options, match.node in attached)
@@ -167,12 +168,12 @@ def substitute(work: Work, options: Options, as_input: Callable[[Tensor], Any]) 
 
 
 def return_outputs(work: Work) -> None:
-    """What each substituted site gives, [B, H, L, D], becomes an output of the graph after its own ones."""
+    """Return the result of each substituted site, [B, H, L, D], from the graph, after its own outputs."""
     return_also(work.graph_module, work.substituted)
 
 
 def return_dense(work: Work, matches: Iterable[Match]) -> None:
-    """What these matches give as they are, [B, H, L, D], becomes an output of the graph after its own ones."""
+    """Return the dense result of each of these matches, [B, H, L, D], from the graph, after its own outputs."""
     outputs = dense_outputs(matches)
     return_also(work.graph_module, outputs)
     work.changed |= bool(outputs)

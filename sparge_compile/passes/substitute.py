@@ -22,8 +22,8 @@ def substitute_match(match: Match, thresholds: Node, replaced: dict[Node, Node])
     ``replaced`` says what became of the results of earlier sites, and is added to. Returns the op's node. The caller
     lints and recompiles.
     """
-    found = match.attention
-    assert found is not None
+    attention = match.attention
+    assert attention is not None
     copies = put_inside(match.graph_module, match.node, match.inside, match.reader) if match.inside is not None else {}
 
     def translate(node: Node) -> Node:
@@ -32,12 +32,16 @@ def substitute_match(match: Match, thresholds: Node, replaced: dict[Node, Node])
             node = replaced[node]
         return node
 
-    output = translate(found.output)
+    output = translate(attention.output)
     graph = match.graph_module.graph
-    emitter = Emitter(graph, found, translate)
+    emitter = Emitter(graph, attention, translate)
     with graph.inserting_before(output):
         query, key, value = emitter.operands()
-        options: dict[str, Any] = {"attn_mask": emitter.mask(), "is_causal": found.is_causal, "scale": found.scale}
+        options: dict[str, Any] = {
+            "attn_mask": emitter.mask(),
+            "is_causal": attention.is_causal,
+            "scale": attention.scale,
+        }
         new = graph.call_function(OP, (query, key, value, thresholds), options)
         result = emitter.result(new)
     new.meta = dict(output.meta)
@@ -47,7 +51,7 @@ def substitute_match(match: Match, thresholds: Node, replaced: dict[Node, Node])
         replace_kernel(output, result)
     output.replace_all_uses_with(result)
     replaced[output] = result
-    _erase(match, [copies.get(node, node) for node in reversed(found.region)])
+    _erase(match, [copies.get(node, node) for node in reversed(attention.region)])
     return new
 
 

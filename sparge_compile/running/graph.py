@@ -37,7 +37,7 @@ class Slot:
         return replace(match, site=replace(match.site, name=self.name(place)))
 
     def attached(self, place: Place) -> Attached | None:
-        """What holds thresholds for this site there. A graph break may hide its marker from the graph."""
+        """The child module that holds thresholds for this site there. A graph break may hide its marker."""
         root = place.root
         if root is None or place.prefix is None:
             return None

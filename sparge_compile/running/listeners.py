@@ -20,7 +20,7 @@ from .places import Names, Place
 
 
 class Listener(Protocol):
-    """What hears of the graphs that run."""
+    """Protocol of those who are told when a graph runs."""
 
     def ran(self, options: Options, names: list[str], outputs: Sequence[Tensor]) -> None:
         """A graph ran that was compiled with these options; ``names`` are its sparse sites, or those that were asked
@@ -42,6 +42,7 @@ def heard_by(*listeners: Listener) -> Iterator[None]:
 
 
 def current_listeners() -> tuple[Listener, ...]:
+    """Return those who hear of the graphs that run now."""
     return _listeners.get()
 
 

@@ -49,7 +49,7 @@ class Watched:
 
 
 class Observer:
-    """What hears of the graphs that run while it watches. ``names`` are those of the model that it was given."""
+    """Base of those that run the graphs of a model and look into them. ``names`` are those of the given model."""
 
     def __init__(self, model: Callable[..., Any]) -> None:
         self.names = Names(model) if isinstance(model, Module) else None

@@ -34,6 +34,7 @@ class Place:
 
     @property
     def root(self) -> Module | None:
+        """The model; None where it is not known, or gone."""
         return self._root() if self._root is not None else None
 
     def name(self, path: str) -> str:
@@ -86,7 +87,7 @@ class Anchor(NamedTuple):
 
 
 class Frame:
-    """What the inputs of Dynamo's own graph (a copy of it has lost them) say of the modules that it was traced from."""
+    """The modules that a graph was traced from, as the inputs of Dynamo's own graph (no copy of it) tell them."""
 
     def __init__(self, graph_module: GraphModule) -> None:
         self._anchors: defaultdict[str, list[Anchor]] = defaultdict(list)
@@ -104,7 +105,7 @@ class Frame:
                 remember_compiled(given.example)
 
     def locator(self, base: str | None, path: str, names: Names | None) -> Locator:
-        """What finds the place of a base at run time; ``path`` is that of a module below it.
+        """Make what finds the place of a base at run time; ``path`` is that of a module below it.
 
         A site that stands in no module stands in the module that is being called, mostly the base of all the others.
         """
@@ -218,7 +219,7 @@ def _is_block(module: Module, outermost: Module) -> bool:
 
 
 def _without(name: str, path: str) -> str | None:
-    """What stands before ``path`` in a name; None where the name does not end so."""
+    """The part of a name before ``path``; None where the name does not end so."""
     if name == path:
         return ""
     return name[: -len(path) - 1] if name.endswith("." + path) else None

@@ -26,7 +26,7 @@ Row = list["Tensor | Callable[[], Tensor]"]  # thresholds of a place, or what re
 
 
 class RunTime:
-    """What to append to the inputs of a call: one tensor [H, 2] for each threshold input of the graph.
+    """Tells what to append to the inputs of a call: one tensor [H, 2] for each threshold input of the graph.
 
     The tensors of a place are made when it first runs the graph, and stay the same ones after that.
     """
@@ -78,7 +78,7 @@ class RunTime:
 
 
 def _attached(x: ThresholdInput, slot: Slot, place: Place) -> Callable[[], Tensor] | None:
-    """What reads the thresholds that are attached there at each call, since moving a model replaces its buffers."""
+    """A reader of attached thresholds, asked at each call, since moving a model replaces its buffers; else None."""
     held = slot.attached(place)
     return None if held is None else partial(_read, held, slot.number, x.heads)
 

@@ -99,30 +99,37 @@ class Attention:
 
     @property
     def batch(self) -> Any:
+        """B: the batch size, an int or a SymInt."""
         return size_of(self.axes.batch)
 
     @property
     def kv_heads(self) -> Any:
+        """Hk: the number of key heads."""
         return size_of(self.axes.heads)
 
     @property
     def heads(self) -> Any:
+        """H: the number of query heads."""
         return size_of(self.axes.heads) * size_of(self.axes.group)
 
     @property
     def length(self) -> Any:
+        """L: the number of queries."""
         return size_of(self.axes.rows)
 
     @property
     def keys(self) -> Any:
+        """S: the number of keys."""
         return size_of(self.axes.keys)
 
     @property
     def head_size(self) -> Any:
+        """D: the size of a query and of a key."""
         return size_of(self.axes.feature)
 
     @property
     def value_head_size(self) -> Any:
+        """The size of a value."""
         return size_of(self.axes.value_feature)
 
     @property
@@ -133,6 +140,7 @@ class Attention:
 
     @property
     def device(self) -> torch.device:
+        """The device of the result."""
         return self.result.device
 
     @property

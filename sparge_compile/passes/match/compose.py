@@ -64,12 +64,10 @@ def compose(
     """
     result = reader.fake(output)
     out_dtype = (result[0] if isinstance(result, (tuple, list)) else result).dtype
-    seen = []
-    for part, dtype in ((query, scores_dtype), (key, scores_dtype), (value, out_dtype)):
-        held = _exact(reader, reader.holders(part.value, part.user, part.layout), dtype or out_dtype)
-        if not held:
-            return Refusal(Reason.LAYOUT, "an operand is no tensor of the graph")
-        seen.append(held)
+    dtypes = (scores_dtype or out_dtype, scores_dtype or out_dtype, out_dtype)
+    seen = [_exact(reader, part, dtype) for part, dtype in zip((query, key, value), dtypes, strict=True)]
+    if not all(seen):
+        return Refusal(Reason.LAYOUT, "an operand is no tensor of the graph")
     axes = _axes(settle(weights), settle_dim(keys), query, key, value, seen, batch)
     if isinstance(axes, Refusal):
         return axes
@@ -104,7 +102,7 @@ def compose(
     return _unmade(reader, found) or found
 
 
-def _exact(reader: Reader, held: list[Held], dtype: torch.dtype) -> list[tuple[Held, torch.dtype]]:
+def _exact(reader: Reader, part: Part, dtype: torch.dtype) -> list[tuple[Held, torch.dtype]]:
     """The nodes that hold an operand without loss, each with the dtype that its numbers fit in.
 
     An upcast on the way is seen through; behind a downcast is another tensor. ``dtype`` is that of the product: under
@@ -112,7 +110,7 @@ def _exact(reader: Reader, held: list[Held], dtype: torch.dtype) -> list[tuple[H
     """
     found: list[tuple[Held, torch.dtype]] = []
     narrow = dtype
-    for i, one in enumerate(held):
+    for i, one in enumerate(reader.holders(part.value, part.user, part.layout)):
         own = reader.fake(one.node).dtype
         if min(own.itemsize, narrow.itemsize) < 2 and own != narrow:
             return found  # float8, which promotes to nothing
@@ -219,7 +217,7 @@ def _factors(reader: Reader, factors: Sequence[tuple[Any, bool]], wanted: Layout
 
 
 def _unmade(reader: Reader, found: Attention) -> Refusal | None:
-    """What stands against building the operands at the place of the result."""
+    """Refuse operands that cannot be built at the place of the result."""
     operands = [found.query, found.key, found.value, *(mask.operand for mask in found.masks)]
     operands += [f.operand for f in found.factors if isinstance(f.operand, Operand)]
     for operand in operands:

@@ -1,4 +1,4 @@
-"""What a mask says: nothing, causality, a condition on keys, one on pairs, or numbers added to scores."""
+"""Masks: each says nothing, causality, a condition on keys, one on pairs, or numbers added to scores."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Meaning:
 
 
 def understand(reader: Reader, terms: list[Term], axes: Axes) -> Meaning | Refusal:
-    """What the mask terms of one attention say together."""
+    """Join what the mask terms of one attention say."""
     masks: list[Mask] = []
     causal = False
     for term in terms:

@@ -178,7 +178,7 @@ def _boolean_masks(arguments: Mapping[str, Any], reader: Reader) -> dict[str, li
 
 
 def _visible(arguments: Mapping[str, Any], masks: Mapping[str, Tensor]) -> Tensor:
-    """What ``F.multi_head_attention_forward`` hands to SDPA for its masks, as a boolean mask: True attends."""
+    """The mask that ``F.multi_head_attention_forward`` hands to SDPA, as a boolean one: True attends."""
     query, heads = arguments["query"], arguments["num_heads"]
     batch = query.shape[1] if query.dim() == 3 else 1
     parts = []

@@ -41,14 +41,17 @@ Layout = tuple[Dim, ...]
 
 
 def new_dim(size: Any) -> Dim:
+    """The axes of a dimension of which nothing else is known: one of its size, none for size 1."""
     return () if same(size, 1) else (Axis(size),)
 
 
 def new_layout(shape: Sequence[Any]) -> Layout:
+    """A layout of new axes, one for each dimension."""
     return tuple(new_dim(size) for size in shape)
 
 
 def settle_dim(dim: Dim) -> Dim:
+    """A dimension in terms of the finest axes."""
     return tuple(part for axis in dim for part in axis.settled())
 
 
@@ -63,6 +66,7 @@ def axes_of(layout: Layout) -> Dim:
 
 
 def size_of(dim: Dim) -> Any:
+    """The product of the sizes of a dimension's axes."""
     size: Any = 1
     for axis in settle_dim(dim):
         size = size * axis.size

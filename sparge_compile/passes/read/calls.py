@@ -1,4 +1,4 @@
-"""What a graph node computes, as ATen calls: every spelling of an operation becomes the same handful of them.
+"""Calls: each graph node as the ATen calls that it makes. Every spelling of an operation becomes the same handful.
 
 A node is run once on blank fake tensors while its ATen calls are noted. Blank floats are float32 whatever the model's
 dtype, so casts between floating dtypes are not seen here; dtypes are read off the graph's own nodes.
@@ -42,6 +42,7 @@ class Call:
 
     @property
     def random(self) -> bool:
+        """Whether it draws random numbers."""
         return torch.Tag.nondeterministic_seeded in self.op.tags
 
     @property
@@ -50,6 +51,7 @@ class Call:
         return [x for x in tree_flatten((self.args, self.kwargs))[0] if isinstance(x, Value)]
 
     def argument(self, index: int, name: str, default: Any = None) -> Any:
+        """An argument by its position or its name."""
         return self.args[index] if len(self.args) > index else self.kwargs.get(name, default)
 
 
@@ -76,7 +78,7 @@ class Calls:
         self._mode: FakeTensorMode | None = None
 
     def value(self, node: Node) -> Value | None:
-        """What a node computes from its inputs, which are leaves; None where it is not one tensor or cannot be run."""
+        """The result of a node in terms of its inputs, which are leaves; None where it cannot be told."""
         found = self._lower(node)
         return found if isinstance(found, Value) else None
 

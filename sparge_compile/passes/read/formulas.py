@@ -1,4 +1,4 @@
-"""What a tensor holds, as a formula in its indices: ``arange``, comparisons, ``tril``, fills and what joins them.
+"""The contents of a tensor as a formula in its indices: ``arange``, comparisons, ``tril``, fills, and their sums.
 
 A boolean tensor becomes a sympy condition, a numeric one a list of cases (condition, formula). What is not understood
 is an unknown function of its own indices, so that which indices a formula depends on stays true.
@@ -95,6 +95,7 @@ def as_condition(x: Any) -> Any:
 
 
 def as_cases(x: Any) -> Cases:
+    """A formula as cases; a condition is 1 where it holds and 0 elsewhere."""
     if not isinstance(x, Boolean):
         return x
     return [case for case in ((x, sympy.S.One), (sympy.Not(x), sympy.S.Zero)) if case[0] != sympy.false]
@@ -192,13 +193,18 @@ def _of_call(reader: Reader, made: Value, node: Node, index: Index) -> Any:
         return inner if inner == [(sympy.true, sympy.S.Zero)] else _fail()
     if name == "index":
         return _indexed(reader, call, node, read)
-    if name in _COMPARISONS:
-        return _compare(_COMPARISONS[name], read(args[0]), read(args[1]))
     if name in ("tril", "triu"):
-        diagonal = symbol_of(call.argument(1, "diagonal", 0))
-        offset = index[-1] - index[-2] - diagonal
+        offset = index[-1] - index[-2] - symbol_of(call.argument(1, "diagonal", 0))
         inside = sympy.Le(offset, 0) if name == "tril" else sympy.Ge(offset, 0)
         return typed(_choose(inside, as_cases(read(args[0])), [(sympy.true, sympy.S.Zero)]))
+    return _of_elements(call, made, read, typed)
+
+
+def _of_elements(call: Call, made: Value, read: Callable[[Any], Any], typed: Callable[[Any], Any]) -> Any:
+    """The value of a call that computes each element from the elements of its operands in the same place."""
+    name, args, boolean = call.name, call.args, made.dtype == torch.bool
+    if name in _COMPARISONS:
+        return _compare(_COMPARISONS[name], read(args[0]), read(args[1]))
     if name == "where":
         return typed(_choose(as_condition(read(args[0])), as_cases(read(args[1])), as_cases(read(args[2]))))
     if name == "masked_fill":

@@ -26,6 +26,7 @@ def bind(signature: inspect.Signature, node: Node) -> Mapping[str, Any]:
 
 
 def signature_of(function: Callable[..., Any]) -> inspect.Signature:
+    """The signature of a Python function, to be given to :func:`bind`."""
     return inspect.signature(function)
 
 

@@ -39,7 +39,7 @@ class Reader:
         self.spent = 0  # values that it has read
 
     def value(self, node: Node) -> Value | None:
-        """What a node computes from its inputs, as ATen calls; None where it is not one tensor or cannot be run."""
+        """The result of a node as ATen calls on its inputs; None where it is not one tensor or cannot be run."""
         return self._calls.value(node)
 
     def fake(self, node: Node) -> Any:
@@ -80,7 +80,7 @@ class Reader:
         return seen if seen is not None and isinstance(self._calls.fake(seen), Tensor) else value.node
 
     def definition(self, value: Value, user: Node) -> tuple[Value, Node] | None:
-        """What computed a value that ``user`` reads: a value with a call, and the node that the call belongs to."""
+        """Follow a value that ``user`` reads to what computed it: a value with a call, and the node of the call."""
         while value.call is None:
             found = self._made(value, user)
             if found is None:
@@ -89,7 +89,7 @@ class Reader:
         return value, user
 
     def _made(self, value: Value, user: Node) -> tuple[Value, Node] | None:
-        """What the node of a leaf, as ``user`` sees it, computes; and that node."""
+        """Follow a leaf, as ``user`` sees it, to the value that its node computes; and that node."""
         node = self._writes.version(value.node, user) if value.node is not None else None
         inner = self._calls.value(node) if node is not None else None
         return None if node is None or inner is None else (inner, node)

@@ -32,6 +32,7 @@ class Emitter:
         self.translate = translate
 
     def call(self, op: Any, *args: Any, **kwargs: Any) -> Node:
+        """Insert a call of an ATen op, with the fake value that it gives where that can be told."""
         node = self.graph.call_function(op, args, kwargs)
         value = _fake_result(op, args, kwargs)
         if value is not None:
@@ -50,6 +51,7 @@ class Emitter:
         return query, key, value
 
     def operand(self, operand: Operand, query: Node | None) -> Node:
+        """Insert what lays an operand out as it is wanted, broadcast and cast where that is asked for."""
         node = self.translate(operand.node)
         made = self.arrange(node, operand.layout, operand.wanted)
         if operand.expand:
@@ -76,6 +78,7 @@ class Emitter:
         return self.call(aten.sym_size.int, query, position)
 
     def scaled(self, query: Node, factor: Factor) -> Node:
+        """Insert the product of the query with a factor of the scores, or the quotient."""
         if isinstance(factor.operand, Node):
             op = aten.div.Tensor if factor.inverse else aten.mul.Tensor
             return self.call(op, query, self.translate(factor.operand))
@@ -175,7 +178,7 @@ def _dtype(node: Node) -> torch.dtype | None:
 
 
 def _fake_result(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a call returns in fake tensors; None where its arguments carry none, or those of two modes (Dynamo's do)."""
+    """The result of a call in fake tensors; None where its arguments carry none, or are of two modes (Dynamo's)."""
     values = map_arg((args, kwargs), value_of)
     modes = {x.fake_mode for x in tree_leaves(values) if isinstance(x, FakeTensor)}
     if len(modes) != 1 or len(tree_leaves(values)) != len(tree_leaves((args, kwargs))):

@@ -41,7 +41,7 @@ def return_also(graph_module: GraphModule, wanted: Iterable[tuple[Match, Node]])
 
 def dense_outputs(matches: Iterable[Match]) -> list[tuple[Match, Node]]:
     """For each attention of a graph that stays as it is, a node with its result as [B, H, L, D]."""
-    found = []
+    dense = []
     for match in matches:
         attention = match.attention
         assert attention is not None
@@ -60,8 +60,8 @@ def dense_outputs(matches: Iterable[Match]) -> list[tuple[Match, Node]]:
                 node = emitter.call(torch.ops.aten.clone.default, node)
             heads = (*axes.heads, *axes.group)
             wanted = settle((axes.batch, heads, axes.rows, axes.value_feature))
-            found.append((match, emitter.arrange(node, settle(attention.output_layout), wanted)))
-    return found
+            dense.append((match, emitter.arrange(node, settle(attention.output_layout), wanted)))
+    return dense
 
 
 def _append(graph_module: GraphModule, node: Node) -> int:

@@ -30,7 +30,7 @@ def listening(listener: Listener) -> Iterator[None]:
 
 
 def hand_over(number: int, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> None:
-    """What a tap calls."""
+    """Give the operands of an attention to the listener: a tap calls this."""
     _listener.get()(number, query, key, value, attn_mask)
 
 
@@ -38,12 +38,12 @@ def put_taps(graph_module: GraphModule, matches: Iterable[tuple[int, Match]]) ->
     """Write a tap before the result of each of these matches of a graph; every other node stays as it is."""
     touched = {graph_module}
     for number, match in matches:
-        found = match.attention
-        assert found is not None
+        attention = match.attention
+        assert attention is not None
         graph = match.graph_module.graph
         copies = copy_inside(match.node, match.inside, match.reader)[0] if match.inside is not None else {}
-        emitter = Emitter(graph, found, lambda node, copies=copies: copies.get(node, node))  # type: ignore[misc]
-        with graph.inserting_before(match.node if copies else found.output):
+        emitter = Emitter(graph, attention, lambda node, copies=copies: copies.get(node, node))  # type: ignore[misc]
+        with graph.inserting_before(match.node if copies else attention.output):
             graph.call_function(hand_over, (number, *emitter.operands(), emitter.mask()))
         for inner, copy in reversed(list(copies.items())):  # of an opened call, only its operands are wanted
             if inner.op != "placeholder" and not copy.users:

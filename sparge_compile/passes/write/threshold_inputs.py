@@ -43,6 +43,7 @@ class ThresholdInput:
 
     @property
     def heads(self) -> int:
+        """H: the number of query heads."""
         return len(self.values)
 
 
