@@ -26,8 +26,11 @@ STEPS = 32  # from there on, a ladder that grows by a 32nd
 
 
 class Sums(NamedTuple):
-    """What one call adds to a head's curves, all float32: Σ|O_pair − O| and kept blocks [H, K, P], Σ|O| and visible
-    blocks [H]; K and P are the lengths of TOPK and TOPP."""
+    """The addends of one call to the curves of its heads, all float32.
+
+    ``error``: Σ|O_pair − O|, and ``kept`` blocks, [H, K, P]; ``norm``: Σ|O|, and ``visible`` blocks, [H]. K and P are
+    the lengths of TOPK and TOPP.
+    """
 
     error: Tensor
     kept: Tensor
@@ -36,7 +39,7 @@ class Sums(NamedTuple):
 
 
 def ladder(n_key: int) -> list[int]:
-    """The prefix lengths that are looked at, ascending, the whole last."""
+    """Return the prefix lengths that are looked at, ascending, the whole last."""
     steps = list(range(1, min(n_key, EXACT) + 1))
     while steps[-1] < n_key:
         steps.append(min(n_key, steps[-1] + max(1, steps[-1] // STEPS)))
@@ -44,7 +47,7 @@ def ladder(n_key: int) -> list[int]:
 
 
 def scratch(steps: Sequence[int], head_size: int) -> int:
-    """Bytes that a query block takes while it is looked at, about."""
+    """Return about how many bytes a query block takes while it is looked at."""
     n_key = steps[-1]
     keys = KEY_BLOCK * max(b - a for a, b in zip([0, *steps], steps, strict=False))
     scores, operands = 3 * QUERY_BLOCK * keys, 4 * keys * head_size  # with masks; keys and values, gathered and widened
@@ -61,14 +64,14 @@ def measure(
     sample: Tensor,
     memory: int,
 ) -> Sums:
-    """Error and density of every pair of the grid over some query blocks of one attention call.
+    """Measure error and density of every pair of the grid over some query blocks of one attention call.
 
     Args:
         q: [B, H, L, D]; k, v: [B, Hk, S, D], in any floating dtype; computed in float32 on their device.
         attn_mask: as the ops take it (``capability.normal_mask``), [B or 1, H or 1, L or 1, S].
         sample: int64 [B, H, n], the query blocks to look at.
         memory: bytes of scratch memory that may be used, about, beside a padded copy of k and v; at least one query
-            block is held. To pool k takes two float32 copies of it, before the rest.
+            block is taken. To pool k takes two float32 copies of it, before the rest.
 
     Returns:
         Sums over the batch and the sampled query blocks, on the device.

@@ -6,7 +6,8 @@ model may feel an error of one head a hundred times as much as the same of anoth
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,12 +15,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..backend import sparge
-from ..distill.forwards import Heard
-from ..errors import explain_error
+from ..distill.forwards import GraphCalls
+from ..errors import type_error, value_error
 from ..options import Options
 from ..running.listeners import heard_by
 from ..running.observe import uncompiled
-from ..thresholds.attachment import attach
+from ..thresholds.attachment import Attachment, attach
 from ..thresholds.buffers import attached_to
 from ..thresholds.calibration import Calibration
 from ..thresholds.fronts import DENSE, Point
@@ -28,6 +29,8 @@ from .run import arguments
 
 REFERENCE = 0.2  # density at which a head is tried: sparse enough for an error that counts
 REPEATS = 1e-6  # relative squared error up to which two dense runs count as the same
+
+Trials = dict[str, list[Point | None]]  # by site the point that each head is tried at; None: only measured dense
 
 
 def head_influence(
@@ -38,7 +41,7 @@ def head_influence(
     options: Mapping[str, Any] | Options | None = None,
     progress: bool = False,
 ) -> dict[str, list[float]]:
-    """What an error of each head's attention output does to the model's output, for ``Calibration.at(influence=…)``.
+    """Measure what an error of each head does to the model's output, for ``Calibration.at(influence=…)``.
 
     The model runs twice with all heads dense, and once for each head with that head alone sparse, at the measured pair
     whose density is nearest to 0.2: as many forwards for each batch as there are heads, and two. The weight of a head
@@ -63,51 +66,103 @@ def head_influence(
             thresholds attached, whose outputs differ from one call to the next, are not finite or all zero, or of which
             a calibrated site did not become sparse.
     """
+    target = _check_model(model)
+    trials = _trials(calibration)
+    weights = {name: [0.0] * len(points) for name, points in trials.items()}
+    count = 0
+    with _all_dense(target, trials, Options.parse(options).additive_masks) as (attached, sparse), torch.no_grad():
+        for batch in batches:
+            count += 1
+            args, kwargs = arguments(batch)
+
+            def run(args: Any = args, kwargs: Any = kwargs) -> list[Tensor]:
+                return _floats(sparse(*_copied(args), **_copied(kwargs)))
+
+            _add_influence(weights, trials, attached, run, progress)
+    if not count:
+        raise value_error(
+            "head_influence: batches",
+            given="none",
+            allowed="at least one",
+            todo="Is the iterable used up? Give a list.",
+        )
+    return {name: [weight / count for weight in values] for name, values in weights.items()}
+
+
+def _check_model(model: Any) -> nn.Module:
     target: Any = user_model(model)
     if not isinstance(target, nn.Module):
-        raise TypeError(_wrong("model", type(target).__name__, "an nn.Module", "Pass the module that was calibrated."))
-    if not isinstance(calibration, Calibration):
-        todo = "Load a file with Calibration.load(path)."
-        raise TypeError(_wrong("calibration", type(calibration).__name__, "a Calibration", todo))
+        raise type_error(
+            "head_influence: model",
+            given=type(target).__name__,
+            allowed="an nn.Module",
+            todo="Pass the module that was calibrated.",
+        )
     if target.training:
-        raise _bad("model", "one in training mode", "evaluation mode", "Call model.eval().")
+        raise value_error(
+            "head_influence: model",
+            given="one in training mode",
+            allowed="evaluation mode",
+            todo="Call model.eval().",
+        )
     if any(attached_to(module) is not None for module in target.modules()):
-        raise _bad("model", "one with thresholds attached", "one without", "Call remove() of what attach returned.")
+        raise value_error(
+            "head_influence: model",
+            given="one with thresholds attached",
+            allowed="one without",
+            todo="Call remove() of what attach returned.",
+        )
+    return target
+
+
+@contextmanager
+def _all_dense(
+    model: nn.Module, trials: Trials, additive_masks: bool
+) -> Iterator[tuple[Attachment, Callable[..., Any]]]:
+    """The model, compiled with sparse sites that keep all blocks, and the handle that changes that."""
+    options: dict[str, Any] = {"topk": 1.0, "topp": 0.0, "min_seq_len": 0, "inner": "eager", "on_unsupported": "dense"}
+    dense = Calibration({name: _dense(points) for name, points in trials.items()})
+    with attach(model, dense) as attached, uncompiled(model):
+        yield attached, torch.compile(model, backend=sparge, options={**options, "additive_masks": additive_masks})
+
+
+def _dense(points: Sequence[Any]) -> tuple[tuple[float, float], ...]:
+    return (DENSE[:2],) * len(points)
+
+
+def _add_influence(
+    weights: dict[str, list[float]],
+    trials: Trials,
+    attached: Attachment,
+    run: Callable[[], list[Tensor]],
+    progress: bool,
+) -> None:
+    """Add to each head's weight what one batch, which ``run`` runs, says of it."""
     from tqdm import tqdm
 
-    tried = _tried(calibration)
-    heads = [(name, i, point) for name, points in tried.items() for i, point in enumerate(points) if point is not None]
-    settings = Options.parse(options)
-    total = {name: [0.0] * len(points) for name, points in tried.items()}
-    dense = {name: (DENSE[:2],) * len(points) for name, points in tried.items()}
-    others: dict[str, Any] = {"topk": 1.0, "topp": 0.0, "min_seq_len": 0, "inner": "eager", "on_unsupported": "dense"}
-    count = 0
-    with attach(target, Calibration(dense)) as attached, uncompiled(target), torch.no_grad():
-        sparse = torch.compile(target, backend=sparge, options={**others, "additive_masks": settings.additive_masks})
-
-        def run() -> list[Tensor]:
-            return _floats(sparse(*_copied(args), **_copied(kwargs)))
-
-        for given in batches:
-            args, kwargs = arguments(given)
-            heard = Heard()
-            with heard_by(heard):
-                exact = run()
-            if missing := sorted(set(tried).difference(heard.names)):
-                todo = "Give inputs that reach them, and the options of the calibration (additive_masks)."
-                raise _bad("sites", f"{', '.join(missing)}: not replaced or not run", "sparse ones", todo)
-            if (error := _error(run(), exact)) > REPEATS:
-                todo = "Switch off what is random in it, or keeps something from one call to the next (a cache)."
-                raise _bad("model", f"outputs that differ by {error:.2g} between two calls", "the same ones", todo)
-            count += 1
-            for name, head, point in tqdm(heads, desc="influence", unit="head", disable=not progress):
-                alone = (*dense[name][:head], point[:2], *dense[name][head + 1 :])
-                attached.set(Calibration({name: alone}))
-                total[name][head] += _error(run(), exact) / point.mean**2
-                attached.set(Calibration({name: dense[name]}))
-    if not count:
-        raise _bad("batches", "none", "at least one", "Is the iterable used up?")
-    return {name: [weight / count for weight in weights] for name, weights in total.items()}
+    graphs = GraphCalls()
+    with heard_by(graphs):
+        exact = run()
+    if missing := sorted(set(trials).difference(graphs.names)):
+        raise value_error(
+            "head_influence: sites",
+            given=f"{', '.join(missing)}: not replaced or not run",
+            allowed="sparse ones",
+            todo="Give inputs that reach them, and the options of the calibration (additive_masks).",
+        )
+    if (error := _error(run(), exact)) > REPEATS:
+        raise value_error(
+            "head_influence: model",
+            given=f"outputs that differ by {error:.2g} between two calls",
+            allowed="the same ones",
+            todo="Switch off what is random in it, or keeps something from one call to the next (a cache).",
+        )
+    heads = [(name, i, point) for name, points in trials.items() for i, point in enumerate(points) if point is not None]
+    for name, head, point in tqdm(heads, desc="influence", unit="head", disable=not progress):
+        dense = _dense(trials[name])
+        attached.set(Calibration({name: (*dense[:head], point[:2], *dense[head + 1 :])}))
+        weights[name][head] += _error(run(), exact) / point.mean**2
+        attached.set(Calibration({name: dense}))
 
 
 def _copied(arguments: Any) -> Any:
@@ -115,12 +170,29 @@ def _copied(arguments: Any) -> Any:
     return tree_map_only(Tensor, Tensor.clone, arguments)
 
 
-def _tried(calibration: Calibration) -> dict[str, list[Point | None]]:
-    """For each head the point of its front that it is tried at; None where it was only measured dense."""
+def _trials(calibration: Calibration) -> Trials:
+    """For each head the point of its front whose density is nearest to ``REFERENCE``."""
+    if not isinstance(calibration, Calibration):
+        raise type_error(
+            "head_influence: calibration",
+            given=type(calibration).__name__,
+            allowed="a Calibration",
+            todo="Load a file with Calibration.load(path).",
+        )
     if calibration.origin is None:
-        raise _bad("calibration", "thresholds without measurements", "what sparge_compile.calibrate made", "Calibrate.")
+        raise value_error(
+            "head_influence: calibration",
+            given="thresholds without measurements",
+            allowed="what sparge_compile.calibrate made",
+            todo="Calibrate the model.",
+        )
     if calibration.phases:
-        raise _bad("calibration", "one with phases", "one phase", "Calibrate the inputs of one phase on their own.")
+        raise value_error(
+            "head_influence: calibration",
+            given="one with phases",
+            allowed="one phase",
+            todo="Calibrate the inputs of one phase on their own.",
+        )
 
     def nearest(front: Iterable[Point]) -> Point | None:
         fit = [point for point in front if point.density < 1 and point.mean > 0]
@@ -133,26 +205,33 @@ def _tried(calibration: Calibration) -> dict[str, list[Point | None]]:
 def _floats(output: Any) -> list[Tensor]:
     """The floating tensors in what a model returned, in float32, as they are now."""
     tensors = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
-    found = [x.to(torch.float32, copy=True) for x in tensors if x.is_floating_point()]
-    if not found:
-        raise _bad("model", f"{type(output).__name__} without floating tensors", "tensors", "Have it return them.")
-    return found
+    floats = [x.to(torch.float32, copy=True) for x in tensors if x.is_floating_point()]
+    if not floats:
+        raise value_error(
+            "head_influence: model",
+            given=f"{type(output).__name__} without floating tensors",
+            allowed="tensors",
+            todo="Have it return them.",
+        )
+    return floats
 
 
 def _error(changed: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     """‖u − v‖² ÷ ‖v‖²."""
     if [u.shape for u in changed] != [v.shape for v in exact]:
-        raise _bad("model", "outputs whose shapes differ between calls", "the same ones", "Give other inputs.")
+        raise value_error(
+            "head_influence: model",
+            given="outputs whose shapes differ between calls",
+            allowed="the same ones",
+            todo="Give other inputs.",
+        )
     norm = sum(float(v.square().sum()) for v in exact)
     error = sum(float((u - v).square().sum()) for u, v in zip(changed, exact, strict=True))
     if not (0 < norm < float("inf") and error < float("inf")):
-        raise _bad("model", f"outputs with squares of {norm:g}", "finite numbers, not all 0", "Check model and inputs.")
+        raise value_error(
+            "head_influence: model",
+            given=f"outputs with squares of {norm:g}",
+            allowed="finite numbers, not all 0",
+            todo="Check model and inputs.",
+        )
     return error / norm
-
-
-def _wrong(what: str, given: object, allowed: str, todo: str) -> str:
-    return explain_error(f"head_influence: {what}", given=given, allowed=allowed, todo=todo)
-
-
-def _bad(what: str, given: object, allowed: str, todo: str) -> ValueError:
-    return ValueError(_wrong(what, given, allowed, todo))

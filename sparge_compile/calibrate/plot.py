@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import explain_error
+from ..errors import explain_error, value_error
 from ..thresholds.calibration import Calibration
 from ..thresholds.fronts import Unit, error_of, pareto, spread
 
@@ -14,16 +14,21 @@ NAMED = 12  # sites that a legend has room for
 
 
 def plot(calibration: Calibration, out: str | os.PathLike[str]) -> list[Path]:
-    """Write two PNGs, ``<out>-heads.png`` (sparsity of each site and head) and ``<out>-curves.png`` (error of each site
-    by sparsity, and of the whole model where blocks are dropped where it hurts least)."""
+    """Draw a calibration as two PNGs, and return their paths.
+
+    ``<out>-heads.png`` has the sparsity of each site and head, ``<out>-curves.png`` the error of each site by sparsity,
+    and of the whole model where blocks are dropped where it hurts least.
+
+    Raises:
+        ValueError: a calibration without measurements.
+        ImportError: there is no matplotlib.
+    """
     if calibration.origin is None:
-        raise ValueError(
-            explain_error(
-                "nothing to draw",
-                given="thresholds without measurements",
-                allowed="what `sparge calibrate` made",
-                todo="Calibrate the model.",
-            )
+        raise value_error(
+            "nothing to draw",
+            given="thresholds without measurements",
+            allowed="what `sparge calibrate` made",
+            todo="Calibrate the model.",
         )
     try:
         import matplotlib

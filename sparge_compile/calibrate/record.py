@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from ..errors import explain_error
+from ..errors import value_error
 from ..kernels import capability
 from ..kernels.block_map import QUERY_BLOCK, ceil_div
 from ..kernels.rule import default_scale
@@ -44,7 +44,7 @@ class Sample:
 
 @dataclass
 class Batch:
-    """What one batch gave: its samples, and how many calls of the model there were, measured or not."""
+    """One batch as it was recorded: its samples, and the number of calls of the model, measured or not."""
 
     samples: list[Sample] = field(default_factory=list)
     calls: int = 0
@@ -68,7 +68,7 @@ class Recorder(Observer):
         target = user_model(model)
         assert isinstance(target, Module)
         super().__init__(target)
-        self._model, self._given = target, model
+        self._model, self._called = target, model
         self._options, self._query_blocks, self._every = options, query_blocks, every
         self._memory, self._seed = memory, seed
         self._watched = watching(target, self)
@@ -76,9 +76,9 @@ class Recorder(Observer):
         self._turns: Counter[str] = Counter()  # how often a site was met in this call
 
     def record(self, number: int, run: Callable[[], Any]) -> Batch:
-        """The samples of one batch; ``run`` calls the model on it, once or as often as it likes."""
+        """Return the samples of one batch; ``run`` calls the model on it, once or as often as it likes."""
         self._batch, self._number = Batch(), number
-        with calls_through(self._given, self._call), torch.no_grad():
+        with calls_through(self._called, self._call), torch.no_grad():
             run()
         samples = [_to_host(sample) for sample in self._batch.samples]
         return Batch(samples, self._batch.calls)
@@ -93,6 +93,7 @@ class Recorder(Observer):
             self._batch.calls += 1
 
     def ran(self, graph: Watched, places: list[Place], args: Sequence[Any]) -> Any:
+        """Run a graph, and measure those of its sites that may become sparse; see ``running.observe.Observer``."""
         wanted = tuple(
             number
             for number, match in enumerate(graph.matches)
@@ -102,15 +103,15 @@ class Recorder(Observer):
             return graph.run(args)
 
         def listen(number: int, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> None:
-            found = graph.matches[number].attention
-            if found is not None and key.shape[2] >= least_keys(self._options):
-                self._measure(graph.slots[number].name(places[number]), found, query, key, value, attn_mask)
+            attention = graph.matches[number].attention
+            if attention is not None and key.shape[2] >= least_keys(self._options):
+                self._measure(graph.slots[number].name(places[number]), attention, query, key, value, attn_mask)
 
         with listening(listen):
             return graph.run_tapped(args, wanted)
 
     def _measure(
-        self, name: str, found: Attention, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
+        self, name: str, attention: Attention, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
     ) -> None:
         batch, heads, length, head_size = query.shape
         n_query = ceil_div(length, QUERY_BLOCK)
@@ -122,9 +123,9 @@ class Recorder(Observer):
             query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
         with torch.autocast(kind, enabled=False):
             mask = None if attn_mask is None else capability.normal_mask(attn_mask, key.shape[2])
-            scale = default_scale(head_size, found.scale)
+            scale = default_scale(head_size, attention.scale)
             where = chosen.to(query.device, non_blocking=True)
-            sums = measure(query, key, value, mask, found.is_causal, scale, where, self._memory)
+            sums = measure(query, key, value, mask, attention.is_causal, scale, where, self._memory)
         self._batch.samples.append(Sample(name, self._batch.calls, head_size, n_query / max(1, chosen.shape[-1]), sums))
 
     def _choose(self, seed: str, lead: tuple[int, int], n_query: int) -> Tensor:
@@ -142,12 +143,10 @@ def _to_host(sample: Sample) -> Sample:
     """The sample in CPU memory. Numbers that are none are an error of the model or its inputs."""
     sums = Sums(*(x.cpu() for x in sample.sums))
     if not all(bool(torch.isfinite(x).all()) for x in sums):
-        raise ValueError(
-            explain_error(
-                f"the attention of site {sample.site!r} is not finite",
-                given="NaN or inf among its queries, keys, values or outputs",
-                allowed="finite numbers",
-                todo="Run the model on this batch without calibration and see where they come from.",
-            )
+        raise value_error(
+            f"the attention of site {sample.site!r} is not finite",
+            given="NaN or inf among its queries, keys, values or outputs",
+            allowed="finite numbers",
+            todo="Run the model on this batch without calibration and see where they come from.",
         )
     return Sample(sample.site, sample.call, sample.head_size, sample.blocks, sums)

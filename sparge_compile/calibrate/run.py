@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import explain_error
+from ..errors import value_error
 from ..kernels.block_map import KEY_BLOCK, QUERY_BLOCK
 from ..options import Options
 from ..thresholds.calibration import Calibration
@@ -20,6 +22,7 @@ from ..thresholds.fronts import BY, MODES
 from ..thresholds.measured import Origin
 from ..user_model import user_model
 from ..version import __version__
+from .processes import Processes
 from .record import Batch, Recorder
 from .search import search, table
 from .state import Folder
@@ -49,32 +52,28 @@ def calibrate(
 ) -> Calibration:
     """Find thresholds for each attention head of a model, from the model's own inputs.
 
-    The model runs as it is, once for each batch; beside it, some query blocks of every attention are computed once more
-    and every pair of a grid is measured at once. Sites that the backend cannot replace, or that are too short, are left
-    out.
+    The model runs as it is, once for each batch; beside it, every pair of a grid is measured on some query blocks of
+    every attention. Sites that the backend cannot replace, or that are too short, are left out.
 
     Args:
         model: the model, compiled or not, on its device and in evaluation mode.
-        batches: inputs for the model: a tuple of arguments, a dict of keyword arguments, a tuple of both, or the single
-            argument. Where they come from must give the same ones again if an interrupted run shall go on.
+        batches: its inputs: a tuple of arguments, a dict of keyword arguments, a tuple of both, or the single argument.
+            They must be the same again if an interrupted run shall go on.
         forward_loop: instead of batches, a function that calls the model as often as it likes: one batch.
-        call: what runs the model on a batch; it gets the batch's arguments. Default: the model itself. For a pipeline:
-            ``calibrate(pipe.transformer, prompts, call=pipe)``.
+        call: runs a batch's arguments; default: the model. As in ``calibrate(pipe.transformer, prompts, call=pipe)``.
         target_error: bound of each head's relative L1 error Σ|O_sparse − O_dense| ÷ Σ|O_dense|, with as few blocks as
             it allows; a head that cannot keep it stays dense. Default 0.05, unless target_sparsity is given.
         target_sparsity: share of the visible key blocks that the model skips in all, where it hurts least.
-        by: the error of a head is its ``"worst"`` sample, the default for a bound on it, or the ``"mean"`` of all, the
+        by: a head's error is its ``"worst"`` sample, the default for a bound on it, or the ``"mean"`` of all, the
             default for a sparsity. A sample is one call of the site.
         mode: ``"hybrid"``, or for comparison ``"topk"`` or ``"topp"`` alone.
         phases: where, in (0, 1) of a batch's model calls, other thresholds begin: for denoising.
         options: the backend's, as the model will be compiled with; ``min_seq_len`` and ``additive_masks`` matter.
         query_blocks: how many blocks of 128 queries are looked at, for each call, head and batch element.
         every: in a batch, every so many calls of the model one is measured, beginning with the first.
-        memory: MiB of scratch memory on the device.
-        seed: of the choice of query blocks.
-        out: where to save the calibration. Finished batches are kept in ``<out>.partial`` until it is written, and a
-            run with the same settings goes on from them. An interruption (Ctrl-C) writes what there is, marked as not
-            complete, and is raised again.
+        memory, seed: MiB of scratch memory on the device; the seed of the choice of query blocks.
+        out: where to save the calibration. Until then finished batches are in ``<out>.partial``, from where a run with
+            the same settings goes on. What interrupts a run is raised after the file has what there is, marked so.
         share_batches: divide the batches among the processes of ``torch.distributed``, which must be initialised; all
             return the same calibration, and the first one writes it.
         progress: show a bar.
@@ -83,127 +82,207 @@ def calibrate(
         ValueError: an aim or setting out of range, no site that may become sparse, inputs that are not finite, batches
             in ``<out>.partial`` of another run.
     """
-    target = user_model(model)
-    if not isinstance(target, nn.Module):
-        raise _bad("model", type(target).__name__, "an nn.Module", "Pass the module; `call` may be any function.")
-    if (batches is None) == (forward_loop is None):
-        raise _bad("inputs", "none or both", "batches, or a forward_loop", "Give one of the two.")
+    aim = _aim(target_error, target_sparsity, by, mode)
+    settings = _Settings(aim, phases, Options.parse(options), query_blocks, every, memory, seed)
+    run = _Run(model, settings, out, share_batches, progress)
+    return run(*_inputs(run.model, batches, forward_loop, call))
+
+
+def _aim(target_error: float | None, target_sparsity: float | None, by: str | None, mode: str) -> dict[str, Any]:
+    """The fields of an ``Origin`` that say what is aimed at; the rest by default."""
     if target_error is None and target_sparsity is None:
         target_error = DEFAULT_ERROR
     by = by or ("worst" if target_sparsity is None else "mean")
-    for name, value, known in (("by", by, BY), ("mode", mode, MODES)):
-        if value not in known:
-            raise _bad(name, repr(value), ", ".join(map(repr, known)), "Change it.")
-    for name, number in (("query_blocks", query_blocks), ("every", every), ("memory", memory)):
-        if type(number) is not int or number < 1:
-            raise _bad(name, repr(number), "a whole number, at least 1", "Change it.")
-    starts = [float(start) for start in phases]
-    if starts != sorted(set(starts)) or not all(0 < start < 1 for start in starts):
-        raise _bad("phases", phases, "ascending numbers in (0, 1)", "Give where each later phase begins.")
-    aim = check_aim(target_error, target_sparsity, by, mode)
-    settings = Options.parse(options)
-    recorder = Recorder(model, options=settings, query_blocks=query_blocks, every=every, memory=memory << 20, seed=seed)
-    run = call or target
-    if forward_loop is not None:
-        batches, run = [(target,)], forward_loop
+    for name, value, allowed in (("by", by, BY), ("mode", mode, MODES)):
+        if value not in allowed:
+            raise value_error(
+                f"calibrate: {name}",
+                given=repr(value),
+                allowed=", ".join(map(repr, allowed)),
+                todo=f"Give one of them, or leave {name} out.",
+            )
+    return check_aim(target_error, target_sparsity, by, mode)
 
-    rank, world, group = _processes() if share_batches else (0, 1, None)
-    sampled = {
-        "version": __version__,
-        "model": type(target).__qualname__,
-        "options": [settings.min_seq_len, settings.additive_masks],
-        "numbers": [query_blocks, every, seed],
-    }
-    folder = None if out is None else Folder(Path(f"{os.fspath(out)}.partial"), sampled)
-    done = folder.load() if folder else {}
-    seen, whole = 0, False
 
-    def result(complete: bool) -> Calibration:
-        return search(
-            _measured(done, seen if complete else None, starts, recorder),
-            starts,
-            Origin(
-                model=type(target).__qualname__,
-                created_with=f"torch {torch.__version__}",
-                device=_device_name(target),
-                query_block=QUERY_BLOCK,
-                key_block=KEY_BLOCK,
-                seed=seed,
-                query_blocks=query_blocks,
-                batches=len(done),
-                complete=complete,
-                **aim,
-            ),
+@dataclass(frozen=True)
+class _Settings:
+    """The checked settings of a run beside the model and its inputs; see the arguments of ``calibrate``."""
+
+    aim: Mapping[str, Any]
+    phases: Sequence[float]
+    options: Options
+    query_blocks: int
+    every: int
+    memory: int  # MiB
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name in ("query_blocks", "every", "memory"):
+            number = getattr(self, name)
+            if type(number) is not int or number < 1:
+                raise value_error(
+                    f"calibrate: {name}",
+                    given=repr(number),
+                    allowed="a whole number, at least 1",
+                    todo=f"Leave {name} out for a value that suits most models.",
+                )
+        starts = [float(start) for start in self.phases]
+        if starts != sorted(set(starts)) or not all(0 < start < 1 for start in starts):
+            raise value_error(
+                "calibrate: phases",
+                given=self.phases,
+                allowed="ascending numbers in (0, 1)",
+                todo="Give where each later phase begins.",
+            )
+        object.__setattr__(self, "phases", starts)
+
+    def of_samples(self, model: nn.Module) -> dict[str, Any]:
+        """Return all that the samples of a batch depend on, for a folder of finished batches."""
+        return {
+            "version": __version__,
+            "model": type(model).__qualname__,
+            "options": [self.options.min_seq_len, self.options.additive_masks],
+            "numbers": [self.query_blocks, self.every, self.seed],
+        }
+
+
+def _inputs(
+    model: nn.Module,
+    batches: Iterable[Any] | None,
+    forward_loop: Callable[[nn.Module], Any] | None,
+    call: Callable[..., Any] | None,
+) -> tuple[Iterable[Any], Callable[..., Any]]:
+    """The batches, and what runs one."""
+    if forward_loop is not None and batches is None:
+        return [(model,)], forward_loop
+    if batches is None or forward_loop is not None:
+        raise value_error(
+            "calibrate: inputs",
+            given="none" if batches is None else "batches and a forward_loop",
+            allowed="batches, or a forward_loop",
+            todo="Give one of the two.",
         )
+    return batches, call or model
 
-    assert batches is not None
-    try:
-        with _bar(batches, done, progress and rank == 0) as bar:
-            for number, given in enumerate(batches):
-                seen = number + 1
-                if number in done or number % world != rank:
+
+class _Run:
+    """One run over a model's batches. Called, it returns the calibration; interrupted, it saves what there is."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: _Settings,
+        out: str | os.PathLike[str] | None,
+        share_batches: bool,
+        progress: bool,
+    ) -> None:
+        target = user_model(model)
+        if not isinstance(target, nn.Module):
+            raise value_error(
+                "calibrate: model",
+                given=type(target).__name__,
+                allowed="an nn.Module",
+                todo="Pass the module; `call` may be any function.",
+            )
+        self.model = target
+        self._settings = settings
+        self._recorder = Recorder(
+            model,
+            options=settings.options,
+            query_blocks=settings.query_blocks,
+            every=settings.every,
+            memory=settings.memory << 20,
+            seed=settings.seed,
+        )
+        self._processes = Processes(share_batches)
+        self._out = out
+        partial_folder = Path(f"{os.fspath(out)}.partial") if out is not None else None
+        self._folder = Folder(partial_folder, settings.of_samples(target)) if partial_folder else None
+        self._done = self._folder.load() if self._folder else {}
+        self._progress = progress
+
+    def __call__(self, batches: Iterable[Any], call: Callable[..., Any]) -> Calibration:
+        whole = False
+        try:
+            count = self._measure(batches, call)
+            whole = True
+        finally:
+            # Whatever ended it, an interruption above all: what was measured is worth a file.
+            if not whole and self._out is not None and self._folder and self._processes.is_first:
+                saved = self._folder.load()
+                if saved:
+                    self._calibration(saved, complete=False).save(self._out)
+        done = self._processes.gather(self._done)
+        if not count:
+            raise value_error(
+                "calibrate: batches", given="none", allowed="at least one", todo="Is the iterable used up? Give a list."
+            )
+        calibration = self._calibration({n: batch for n, batch in done.items() if n < count}, complete=True)
+        if self._out is not None and self._processes.is_first:
+            calibration.save(self._out)
+            assert self._folder is not None
+            self._folder.remove()
+        return calibration
+
+    def _measure(self, batches: Iterable[Any], call: Callable[..., Any]) -> int:
+        """Record this process's share of the batches that are not done; return how many batches there are."""
+        count = 0
+        with _bar(batches, self._done, self._progress and self._processes.is_first) as bar:
+            for number, batch in enumerate(batches):
+                count = number + 1
+                if number in self._done or not self._processes.owns(number):
                     continue
-                args, kwargs = arguments(given)
-                batch = recorder.record(number, lambda args=args, kwargs=kwargs: run(*args, **kwargs))  # type: ignore[misc]
-                done[number] = batch
-                if folder:
-                    folder.save(number, batch)
-                bar.update(1 if world == 1 else min(world, bar.total - bar.n if bar.total else world))
-        whole = True
-    finally:
-        # Whatever ended it, an interruption above all: what was measured is worth a file.
-        if not whole and out is not None and folder and rank == 0 and (done := folder.load()):
-            result(complete=False).save(out)
-    if group is not None:
-        done = _gathered(done, world, group)
-    done = {number: batch for number, batch in done.items() if number < seen}
-    calibration = result(complete=True)
-    if out is not None and rank == 0:
-        calibration.save(out)
-        assert folder is not None
-        folder.remove()
-    return calibration
+                args, kwargs = arguments(batch)
+                recorded = self._recorder.record(number, partial(call, *args, **kwargs))
+                self._done[number] = recorded
+                if self._folder:
+                    self._folder.save(number, recorded)
+                at_once = self._processes.number
+                bar.update(min(at_once, bar.total - bar.n) if at_once > 1 and bar.total else at_once)
+        return count
 
-
-def _measured(done: Mapping[int, Batch], expected: int | None, starts: Sequence[float], recorder: Recorder) -> Any:
-    if expected == 0:
-        raise _bad("batches", "none", "at least one", "Is the iterable used up?")
-    found = table(done, starts)
-    if not found and not any(batch.calls for batch in done.values()):
-        raise _bad("model", "one that the inputs never reach", "the module that is called", "Does `call` run it?")
-    if not found:
-        raise _bad(
-            "model",
-            "no attention that may become sparse",
-            "attention of at least min_seq_len keys",
-            "sparge_compile.explain(model)(...) says why sites stay dense; options={'min_seq_len': 0} lets all in.",
+    def _calibration(self, done: Mapping[int, Batch], complete: bool) -> Calibration:
+        measured = table(done, self._settings.phases)
+        if not measured:
+            raise _nothing_measured(done)
+        origin = Origin(
+            model=type(self.model).__qualname__,
+            created_with=f"torch {torch.__version__}",
+            device=_device_name(self.model),
+            query_block=QUERY_BLOCK,
+            key_block=KEY_BLOCK,
+            seed=self._settings.seed,
+            query_blocks=self._settings.query_blocks,
+            batches=len(done),
+            complete=complete,
+            **self._settings.aim,
         )
-    return found
+        return search(measured, self._settings.phases, origin)
 
 
-def arguments(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments that a batch stands for."""
-    if isinstance(given, Mapping):
-        return (), dict(given)
-    if isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], tuple) and isinstance(given[1], Mapping):
-        return given[0], dict(given[1])
-    return (tuple(given), {}) if isinstance(given, (tuple, list)) else ((given,), {})
-
-
-def _processes() -> tuple[int, int, Any]:
-    distributed = torch.distributed
-    if not distributed.is_available() or not distributed.is_initialized():
-        raise _bad(
-            "share_batches", "no process group", "an initialised one", "Call init_process_group, or use torchrun."
+def _nothing_measured(done: Mapping[int, Batch]) -> ValueError:
+    if not any(batch.calls for batch in done.values()):
+        return value_error(
+            "calibrate: model",
+            given="one that the inputs never reach",
+            allowed="the module that is called",
+            todo="Give the module that `call` or the forward_loop runs.",
         )
-    return distributed.get_rank(), distributed.get_world_size(), distributed.new_group(backend="gloo")
+    return value_error(
+        "calibrate: model",
+        given="no attention that may become sparse",
+        allowed="attention of at least min_seq_len keys",
+        todo="sparge_compile.explain(model)(...) says why sites stay dense; options={'min_seq_len': 0} lets all in.",
+    )
 
 
-def _gathered(done: dict[int, Batch], world: int, group: Any) -> dict[int, Batch]:
-    """The batches of all processes, in each of them."""
-    parts: list[Any] = [None] * world
-    torch.distributed.all_gather_object(parts, done, group=group)
-    return {number: batch for part in parts for number, batch in part.items()}
+def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the positional and the keyword arguments that a batch stands for."""
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if isinstance(batch, tuple) and len(batch) == 2 and isinstance(batch[0], tuple) and isinstance(batch[1], Mapping):
+        return batch[0], dict(batch[1])
+    return (tuple(batch), {}) if isinstance(batch, (tuple, list)) else ((batch,), {})
 
 
 def _device_name(model: nn.Module) -> str:
@@ -217,7 +296,3 @@ def _bar(batches: Iterable[Any], done: Mapping[int, Batch], shown: bool) -> Any:
 
     total = len(batches) if isinstance(batches, Sized) else None
     return tqdm(total=total, initial=len(done), desc="calibrating", unit="batch", disable=not shown)
-
-
-def _bad(what: str, given: object, allowed: str, todo: str) -> ValueError:
-    return ValueError(explain_error(f"calibrate: {what}", given=given, allowed=allowed, todo=todo))

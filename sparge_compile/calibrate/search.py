@@ -36,7 +36,8 @@ class Measured:
     head_size: int
 
     @staticmethod
-    def of(samples: Sequence[Sample], site: str) -> Measured:
+    def of(samples: Sequence[Sample]) -> Measured:
+        """Put the samples of a site in a phase together."""
         sums = [sample.sums for sample in samples]
         norm = torch.stack([x.norm for x in sums])
         error = torch.stack([x.error for x in sums]) / norm.masked_fill(norm == 0, 1.0)[..., None, None]
@@ -45,14 +46,17 @@ class Measured:
         return Measured(error, torch.stack([x.kept for x in sums]), visible, cost, samples[0].head_size)
 
     def fold(self, number: int, left_out: bool) -> Measured:
-        """One part of the samples, or all the others."""
+        """Return one part of the samples, or all the others."""
         part = torch.arange(len(self.error)) % FOLDS == number
         which = part if left_out else ~part
         return replace(self, error=self.error[which], kept=self.kept[which], visible=self.visible[which])
 
     def fronts(self, mode: str, by: str) -> list[tuple[Point, ...]]:
-        """Each head's points that no other beats, of the pairs that a mode may use: the hybrid all, the others one
-        threshold alone. Of equal ones, that with the larger thresholds."""
+        """Return each head's points that no other beats, of the pairs that a mode may use.
+
+        The hybrid mode may use all, the others one threshold alone. Of equal points the one with the larger thresholds
+        stays.
+        """
         rows = slice(None) if mode != "topp" else slice(0, 1)
         columns = slice(None) if mode != "topk" else slice(0, 1)
         pairs = [(topk, topp) for topk in TOPK[rows] for topp in TOPP[columns]][::-1]
@@ -73,7 +77,7 @@ class Measured:
         ]
 
     def at(self, head: int, point: Point) -> tuple[Tensor, float]:
-        """A head's error in each sample under the thresholds of a point, and its density."""
+        """Return a head's errors, float32 [samples], under the thresholds of a point, and its density."""
         k, p = TOPK.index(point.topk), TOPP.index(point.topp)
         density = self.kept[:, head, k, p].sum() / self.visible[:, head].sum().clamp(min=1)
         return self.error[:, head, k, p], float(density)
@@ -83,36 +87,36 @@ Table = Mapping[str, Sequence[Measured]]  # for each site, phase by phase
 
 
 def table(batches: Mapping[int, Batch], starts: Sequence[float]) -> dict[str, list[Measured]]:
-    """The samples by site and phase.
+    """Return the samples by site and phase.
 
     Progress is the share of the model's calls in a batch that came before. A site that a phase has no sample of takes
     the samples of all phases there.
     """
     bounds = [0.0, *starts, 2.0]
-    found: dict[str, list[list[Sample]]] = {}
+    by_site: dict[str, list[list[Sample]]] = {}
     for number in sorted(batches):
         batch = batches[number]
         for sample in batch.samples:
-            phases = found.setdefault(sample.site, [[] for _ in bounds[1:]])
+            phases = by_site.setdefault(sample.site, [[] for _ in bounds[1:]])
             progress = sample.call / max(1, batch.calls)
             phases[max(i for i, start in enumerate(bounds) if start <= progress)].append(sample)
     return {
-        site: [Measured.of(samples or [s for other in phases for s in other], site) for samples in phases]
-        for site, phases in found.items()
+        site: [Measured.of(samples or [s for other in phases for s in other]) for samples in phases]
+        for site, phases in by_site.items()
     }
 
 
 def search(measured: Table, starts: Sequence[float], origin: Origin) -> Calibration:
-    """Thresholds for the aim of ``origin``, which is completed with fronts, the modes' sparsity, and the check."""
+    """Choose thresholds for the aim of ``origin``, which gets the fronts, the modes' sparsity, and the check."""
     margin, held_out = _check(measured, origin)
     origin = replace(origin, margin=margin, held_out=held_out)
     curves = {mode: _curves(measured, mode, origin.by) for mode in MODES}
-    found = {mode: choose(replace(origin, curves=curves[mode])) for mode in MODES}
-    modes = {mode: _rounded(_sparsity(curves[mode], points)) for mode, points in found.items()}
-    mine, points = curves[origin.mode], found[origin.mode]
+    chosen = {mode: choose(replace(origin, curves=curves[mode])) for mode in MODES}
+    modes = {mode: _rounded(_sparsity(curves[mode], points)) for mode, points in chosen.items()}
+    own, points = curves[origin.mode], chosen[origin.mode]
     kept = {
         site: replace(some, phases=tuple(_thinned(p, i, site, points, origin.by) for i, p in enumerate(some.phases)))
-        for site, some in mine.items()
+        for site, some in own.items()
     }
     return from_points(replace(origin, curves=kept, modes=modes), starts, points)
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..errors import explain_error
+from ..errors import explain_error, value_error
 
 
 class Source(NamedTuple):
@@ -25,25 +25,46 @@ class Source(NamedTuple):
 
 
 def from_python(model: str, inputs: str) -> Source:
-    """``model`` names a module, or a callable that gives one, or one with what runs it; ``inputs`` an iterable, or a
-    callable that gives one. Both as ``module:object``; modules of the working directory are found."""
-    made = _named(model)
-    made = made() if callable(made) and not isinstance(made, nn.Module) else made
-    built, call = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
-    if not isinstance(built, nn.Module) or not (call is None or callable(call)):
-        raise _bad(f"--model {model}", type(made).__name__, "an nn.Module, or (module, callable)")
-    given = _named(inputs)
-    given = given() if callable(given) else given
-    if not isinstance(given, Iterable):
-        raise _bad(f"--inputs {inputs}", type(given).__name__, "an iterable of batches, or a callable that gives one")
-    return Source(built, call, given)
+    """Return a model and its batches, each named as ``module:object``; modules of the working directory are found.
+
+    Args:
+        model: names a module, a pair of one and what runs it on a batch, or a callable that gives one of these.
+        inputs: names an iterable of batches, or a callable that gives one.
+
+    Raises:
+        ValueError: a name that leads nowhere, or to something else.
+    """
+    built = _named(model)
+    built = built() if callable(built) and not isinstance(built, nn.Module) else built
+    module, call = built if isinstance(built, tuple) and len(built) == 2 else (built, None)
+    if not isinstance(module, nn.Module) or not (call is None or callable(call)):
+        raise _wrong_argument(f"--model {model}", type(built).__name__, "an nn.Module, or (module, callable)")
+    batches = _named(inputs)
+    batches = batches() if callable(batches) else batches
+    if not isinstance(batches, Iterable):
+        raise _wrong_argument(
+            f"--inputs {inputs}", type(batches).__name__, "an iterable of batches, or a callable that gives one"
+        )
+    return Source(module, call, batches)
 
 
 def from_pipeline(
     folder: str, prompts: str, steps: int, arguments: str, device: str | None, dtype: str | None
 ) -> Source:
-    """The denoiser of a diffusers pipeline in a local folder, run on the lines of a text file; ``arguments`` is a JSON
-    object with what else the pipeline is called with."""
+    """Return the denoiser of a diffusers pipeline, run on the lines of a text file.
+
+    Args:
+        folder: what ``DiffusionPipeline.save_pretrained`` wrote; nothing is downloaded.
+        prompts: the text file; empty lines are left out.
+        steps: denoising steps.
+        arguments: a JSON object with further keyword arguments of the pipeline's call.
+        device, dtype: where to run, and what to load in; None: a GPU if there is one, and the dtypes of the folder.
+
+    Raises:
+        ImportError: there is no diffusers.
+        OSError: there is no file of prompts.
+        ValueError: another folder, no prompts, arguments that are no JSON object, a pipeline without a denoiser.
+    """
     try:
         from diffusers import DiffusionPipeline
     except ImportError as error:
@@ -51,16 +72,18 @@ def from_pipeline(
             explain_error("--pipeline needs diffusers", given="none", allowed="diffusers", todo="pip install diffusers")
         ) from error
     if not Path(folder).is_dir():
-        raise _bad("--pipeline", folder, "a folder that DiffusionPipeline.save_pretrained wrote; nothing is downloaded")
+        raise _wrong_argument(
+            "--pipeline", folder, "a folder that DiffusionPipeline.save_pretrained wrote; nothing is downloaded"
+        )
     try:
-        given = json.loads(arguments)
+        keywords = json.loads(arguments)
     except ValueError:
-        given = None
-    if not isinstance(given, dict):
-        raise _bad("--arguments", arguments, 'a JSON object, as \'{"height": 480, "width": 832}\'')
+        keywords = None
+    if not isinstance(keywords, dict):
+        raise _wrong_argument("--arguments", arguments, 'a JSON object, as \'{"height": 480, "width": 832}\'')
     lines = [line.strip() for line in Path(prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
     if not lines:
-        raise _bad("--prompts", prompts, "a text file with a prompt on each line")
+        raise _wrong_argument("--prompts", prompts, "a text file with a prompt on each line")
     pipe = DiffusionPipeline.from_pretrained(
         folder, local_files_only=True, torch_dtype=getattr(torch, dtype) if dtype else None
     )
@@ -68,11 +91,11 @@ def from_pipeline(
     pipe.set_progress_bar_config(disable=True)
     model = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
     if not isinstance(model, nn.Module):
-        raise _bad("--pipeline", type(pipe).__name__, "a pipeline with a transformer or a unet")
+        raise _wrong_argument("--pipeline", type(pipe).__name__, "a pipeline with a transformer or a unet")
 
     def call(number: int, prompt: str) -> Any:
         generator = torch.Generator("cpu").manual_seed(number)
-        return pipe(prompt, num_inference_steps=steps, generator=generator, **{"output_type": "latent", **given})
+        return pipe(prompt, num_inference_steps=steps, generator=generator, **{"output_type": "latent", **keywords})
 
     return Source(model, call, list(enumerate(lines)))
 
@@ -80,16 +103,16 @@ def from_pipeline(
 def _named(name: str) -> Any:
     module, colon, path = name.partition(":")
     if not colon or not module or not path:
-        raise _bad("a name", repr(name), "module:object, as my_models:build")
+        raise _wrong_argument("a name", repr(name), "module:object, as my_models:build")
     if (here := os.getcwd()) not in sys.path:
         sys.path.insert(0, here)
-    found: Any = importlib.import_module(module)
+    value: Any = importlib.import_module(module)
     for part in path.split("."):
-        if not hasattr(found, part):
-            raise _bad(f"the name {name!r}", f"a module without {part!r}", "an object of the module")
-        found = getattr(found, part)
-    return found
+        if not hasattr(value, part):
+            raise _wrong_argument(f"the name {name!r}", f"a module without {part!r}", "an object of the module")
+        value = getattr(value, part)
+    return value
 
 
-def _bad(what: str, given: object, allowed: str) -> ValueError:
-    return ValueError(explain_error(what, given=given, allowed=allowed, todo="See `sparge calibrate --help`."))
+def _wrong_argument(what: str, given: object, allowed: str) -> ValueError:
+    return value_error(what, given=given, allowed=allowed, todo="See `sparge calibrate --help`.")

@@ -1,4 +1,4 @@
-"""What a calibration run has measured so far, on disk: a folder beside the output with a file for each batch.
+"""A calibration run's finished batches on disk: a folder beside the output with a file for each batch.
 
 Files are written whole or not at all, so a run that was killed goes on where it stopped; processes that share the
 batches may share the folder.
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..errors import explain_error
+from ..errors import value_error
 from ..thresholds.json_file import write_atomically
 from .curves import Sums
 from .record import Batch, Sample
@@ -31,12 +31,12 @@ class Folder:
         self._key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=repr).encode()).hexdigest()[:16]
 
     def load(self) -> dict[int, Batch]:
-        """Every batch that is there.
+        """Return every batch that is there, by number.
 
         Raises:
             ValueError: a file of a run with other settings, or one that cannot be read.
         """
-        found = {}
+        batches = {}
         for path in sorted(self.path.glob("batch-*.pt")):
             try:
                 key, batch = _decode(path.read_bytes())
@@ -44,10 +44,11 @@ class Folder:
                 raise self._refuse(f"{path.name}, which cannot be read ({type(error).__name__})") from error
             if key != self._key:
                 raise self._refuse(f"{path.name} of a run with another model or other settings")
-            found[int(path.stem.removeprefix("batch-"))] = batch
-        return found
+            batches[int(path.stem.removeprefix("batch-"))] = batch
+        return batches
 
     def save(self, number: int, batch: Batch) -> None:
+        """Write a batch to a file of its own."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path / f"batch-{number:06}.pt", _encode(self._key, batch))
 
@@ -57,13 +58,11 @@ class Folder:
             shutil.rmtree(self.path)
 
     def _refuse(self, given: str) -> ValueError:
-        return ValueError(
-            explain_error(
-                f"{self.path} has batches that this run cannot go on from",
-                given=given,
-                allowed="batches of the same model, settings and version",
-                todo="Delete the folder to start anew, or write to another file.",
-            )
+        return value_error(
+            f"{self.path} has batches that this run cannot go on from",
+            given=given,
+            allowed="batches of the same model, settings and version",
+            todo="Delete the folder to start anew, or write to another file.",
         )
 
 
@@ -75,6 +74,6 @@ def _encode(key: str, batch: Batch) -> bytes:
 
 
 def _decode(content: bytes) -> tuple[str, Batch]:
-    held = torch.load(io.BytesIO(content), weights_only=True)
-    samples = [Sample(s["site"], s["call"], s["head_size"], s["blocks"], Sums(*s["sums"])) for s in held["samples"]]
-    return held["key"], Batch(samples, held["calls"])
+    document = torch.load(io.BytesIO(content), weights_only=True)
+    samples = [Sample(s["site"], s["call"], s["head_size"], s["blocks"], Sums(*s["sums"])) for s in document["samples"]]
+    return document["key"], Batch(samples, document["calls"])

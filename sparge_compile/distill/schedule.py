@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import explain_error
+from ..errors import value_error
 from ..options import DEFAULT_TOPK, DEFAULT_TOPP
 from ..pair import check_pair
 from ..thresholds.attachment import Attachment
@@ -39,15 +39,18 @@ class SparsitySchedule:
         self, attached: Attachment, steps: int, start: tuple[float, float] = (DEFAULT_TOPK, DEFAULT_TOPP)
     ) -> None:
         if type(steps) is not int or steps < 0:
-            raise ValueError(_wrong("bad number of steps", repr(steps), "a whole number from 0 on", "Change it."))
+            raise value_error(
+                "SparsitySchedule: bad number of steps",
+                given=repr(steps),
+                allowed="a whole number from 0 on",
+                todo="Give the number of optimizer steps that it shall take; 0 starts at the target.",
+            )
         if attached.has_phases:
-            raise ValueError(
-                _wrong(
-                    "the thresholds have phases",
-                    "a calibration whose thresholds change during a denoising run",
-                    "one set of thresholds",
-                    "Attach calibration.at_progress(...) while training, and the phases for inference.",
-                )
+            raise value_error(
+                "SparsitySchedule: the thresholds have phases",
+                given="a calibration whose thresholds change during a denoising run",
+                allowed="one set of thresholds",
+                todo="Attach calibration.at_progress(...) while training, and the phases for inference.",
             )
         self._attached = attached
         self._steps = steps
@@ -81,13 +84,11 @@ class SparsitySchedule:
         if set(state) != _STATE or {n: v.shape for n, v in state["target"].items()} != {
             n: v.shape for n, v in self._target.items()
         }:
-            raise ValueError(
-                _wrong(
-                    "a state of other thresholds",
-                    ", ".join(state.get("target", state))[:200],
-                    f"thresholds of {', '.join(self._target)[:200]}",
-                    "Attach the calibration that training began with.",
-                )
+            raise value_error(
+                "SparsitySchedule: a state of other thresholds",
+                given=", ".join(state.get("target", state))[:200],
+                allowed=f"thresholds of {', '.join(self._target)[:200]}",
+                todo="Attach the calibration that training began with.",
             )
         self._step, self._steps = state["step"], state["steps"]
         self._start = check_pair(state["start"][0], state["start"][1], "SparsitySchedule: start")
@@ -107,7 +108,3 @@ class SparsitySchedule:
         first = topk.clamp(min=self._start[0]), topp.clamp(min=self._start[1])
         share = self.progress
         return torch.stack([first[0] ** (1 - share) * topk**share, first[1] + share * (topp - first[1])], -1)
-
-
-def _wrong(what: str, given: object, allowed: str, todo: str) -> str:
-    return explain_error(f"SparsitySchedule: {what}", given=given, allowed=allowed, todo=todo)

@@ -1,14 +1,14 @@
 """The teacher of a distillation: a frozen model that gives what dense attention gives, compiled as the student is.
 
 In: a module, or the student itself with its adapters off; a call's arguments. Out: what it returns, and the attention
-outputs of the sites that are asked for. Losses live in :mod:`.hook`.
+outputs of the sites that are asked for. Losses live in :mod:`.loss`.
 """
 
 from __future__ import annotations
 
-import copy
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.nn import Module
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from ..errors import explain_error
+from ..errors import value_error
 from ..inner import compile_graph
 from ..options import Options
 from ..passes.pipeline import check, erase_markers, return_dense, run
@@ -26,8 +27,7 @@ from ..running.listeners import Listener, Outlet, heard_by, with_outlet
 from ..running.observe import uncompiled
 from ..running.places import Names
 from ..user_model import unwrapped, user_model
-
-_OFF = "_disable_adapters"  # how layers of PEFT say that their adapters are switched off
+from .adapters import adapter_parameters, adapters_off
 
 
 class Teacher:
@@ -54,14 +54,17 @@ class Teacher:
     def __call__(
         self, args: Sequence[Any], kwargs: dict[str, Any], options: Options, sites: frozenset[str], listener: Listener
     ) -> Any:
-        """What it gives for a call's arguments. ``listener`` hears of the outputs of ``sites``, if there are any.
+        """Run it on a call's arguments and return what it gives.
 
-        ``options`` are the student's: who compiles, and how.
+        Args:
+            options: the student's: who compiles, and how.
+            sites: those whose outputs ``listener`` is told of.
         """
         base = unwrapped(self.module)
         if self._compiled and (self._backend is None or not self._backend.fits(options, sites)):
             self._compile(_Dense(options, sites, Names(base)))
-        with torch.no_grad(), _in_evaluation(base), _adapters_off(base, self.is_student), heard_by(listener):
+        without_adapters = adapters_off(base) if self.is_student else nullcontext()
+        with torch.no_grad(), _in_evaluation(base), without_adapters, heard_by(listener):
             if not self._compiled:
                 return self._run(*args, **kwargs)
             with self._compiled_blocks(base):
@@ -75,7 +78,7 @@ class Teacher:
 
     @contextmanager
     def _compiled_blocks(self, base: Module) -> Iterator[None]:
-        """What is compiled in it runs as a teacher's, whatever it was compiled for."""
+        """Run its compiled blocks as a teacher's, whatever they were compiled for."""
         with uncompiled(base):
             try:
                 for block, call in self._run_blocks:
@@ -86,13 +89,16 @@ class Teacher:
                     block._compiled_call_impl = None
 
     def parameters(self) -> list[tuple[str, Tensor]]:
-        """Its frozen tensors by name, without adapters where it is the student."""
+        """Return its frozen tensors by name, without adapters where it is the student."""
         base = unwrapped(self.module)
-        adapters = {id(p) for p in _adapter_parameters(base)} if self.is_student else set()
+        adapters = {id(p) for p in adapter_parameters(base)} if self.is_student else set()
         return [(name, p) for name, p in base.named_parameters() if id(p) not in adapters]
 
     def checksum(self) -> str:
-        """A number over the bits of all its parameters, the same for any sharding. All ranks ask for it together."""
+        """Return a hexadecimal number over the bits of all its parameters, the same for any sharding.
+
+        All ranks ask for it together.
+        """
         total = 0
         for number, (_, parameter) in enumerate(self.parameters(), 1):
             values: Any = parameter.detach()
@@ -112,6 +118,7 @@ class _Dense:
         self._names = names
 
     def fits(self, options: Options, sites: frozenset[str]) -> bool:
+        """Whether what it compiled serves these options of a student and these sites."""
         same = ("inner", "inductor", "inductor_mode")
         return sites <= self._sites and all(getattr(options, x) == getattr(self._options, x) for x in same)
 
@@ -123,96 +130,33 @@ class _Dense:
         return with_outlet(compile_graph(graph.graph_module, example_inputs, self._options), outlet)
 
 
-def copy_of(student: Module) -> Module:
-    """A dense copy of a student's model as it is now: nothing compiled, nothing shared.
+def refuse_in_optimizers(teacher: Teacher) -> Any:
+    """Have the first step of any optimizer that holds parameters of a teacher raise a ``ValueError``.
 
-    Raises:
-        ValueError: the student is sharded, or a function that knows only the student stands in for its forward.
+    Returns a handle whose ``remove()`` ends that; it ends by itself when the teacher is gone.
     """
-    base = unwrapped(student)
-    for module in base.modules():
-        if any(kind.__name__ in ("FSDPModule", "FullyShardedDataParallel") for kind in type(module).__mro__):
-            raise ValueError(
-                explain_error(
-                    "DistillationHook: a sharded student cannot be copied",
-                    given="a student after fully_shard, and no teacher",
-                    allowed="a teacher, or a student that is not sharded yet",
-                    todo="teacher = copy.deepcopy(model) before fully_shard(model); the teacher may be sharded too.",
-                )
+    seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+    reference, handle = weakref.ref(teacher), None
+
+    def check(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        alive = reference()
+        if alive is None and handle is not None:
+            handle.remove()
+        if torch.compiler.is_compiling() or alive is None or optimizer in seen:
+            return
+        frozen = {id(p): name for name, p in alive.parameters()}
+        names = [frozen[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in frozen]
+        if names:
+            raise value_error(
+                "DistillationHook: the teacher is in an optimizer",
+                given=f"{type(optimizer).__name__} with {', '.join(names[:4])} of the teacher",
+                allowed="the student's parameters",
+                todo="Make the optimizer from student.parameters(), not from a module that holds the teacher too.",
             )
-    teacher = copy.deepcopy(base)
-    for parent in list(teacher.modules()):
-        for name, child in list(parent.named_children()):
-            if user_model(child) is not child:
-                setattr(parent, name, user_model(child))
-    for name, module in teacher.named_modules():
-        forward = vars(module).get("forward")
-        if forward is not None and getattr(forward, "__self__", None) is not module:
-            raise ValueError(
-                explain_error(
-                    "DistillationHook: a copy of the student would still run the student",
-                    given=f"a forward that was replaced by a function, in {name or 'the model itself'}",
-                    allowed="modules with the forward of their class, or a teacher",
-                    todo="Give teacher=copy.deepcopy(model), made before it was replaced.",
-                )
-            )
-    return teacher
+        seen.add(optimizer)
 
-
-def compiled_blocks(student: Module) -> list[str]:
-    """The names of the modules in a student that are compiled on their own."""
-    return [
-        name
-        for name, module in unwrapped(student).named_modules()
-        if name and (user_model(module) is not module or getattr(module, "_compiled_call_impl", None) is not None)
-    ]
-
-
-def has_adapters(student: Module) -> bool:
-    """Whether a model holds adapters of PEFT that can be switched off."""
-    return any(hasattr(module, _OFF) for module in unwrapped(student).modules())
-
-
-def check_adapters(student: Module) -> None:
-    """The student's base weights can be its teacher, or a ``ValueError``: they are frozen, and no adapter is merged."""
-    base = unwrapped(student)
-    if not has_adapters(base):
-        raise ValueError(
-            explain_error(
-                "DistillationHook: the student has no adapters to switch off",
-                given="teacher='base'",
-                allowed="a model with adapters of PEFT",
-                todo="Leave teacher out: a dense copy is made.",
-            )
-        )
-    merged = [name for name, module in base.named_modules() if hasattr(module, _OFF) and _is_merged(module)]
-    adapters = {id(p) for p in _adapter_parameters(base)}
-    moving = [name for name, p in base.named_parameters() if p.requires_grad and id(p) not in adapters]
-    if merged or moving:
-        raise ValueError(
-            explain_error(
-                "DistillationHook: the base weights of this student are no frozen teacher",
-                given=f"a merged adapter in {merged[0]}" if merged else f"{moving[0]}, which takes gradients",
-                allowed="adapters that are not merged, on frozen weights",
-                todo="Unmerge the adapter." if merged else "Freeze it, or give a copy of the model as teacher.",
-            )
-        )
-
-
-def _is_merged(module: Module) -> bool:
-    return bool(getattr(module, "merged_adapters", ()))
-
-
-def _adapter_parameters(base: Module) -> Iterator[Tensor]:
-    for module in base.modules():
-        if hasattr(module, _OFF):
-            inner = {id(p) for name in ("base_layer", "original_module") for p in _parameters_of(module, name)}
-            yield from (p for p in module.parameters() if id(p) not in inner)
-
-
-def _parameters_of(module: Module, name: str) -> Iterator[Tensor]:
-    child = module._modules.get(name)
-    return iter(()) if child is None else child.parameters()
+    handle = register_optimizer_step_pre_hook(check)
+    return handle
 
 
 @contextmanager
@@ -225,17 +169,3 @@ def _in_evaluation(base: Module) -> Iterator[None]:
     finally:
         for module in changed:
             module.training = True
-
-
-@contextmanager
-def _adapters_off(base: Module, wanted: bool) -> Iterator[None]:
-    """Not with PEFT's ``disable_adapter``: it turns ``requires_grad`` of the adapters off and on, between a forward and
-    its backward here."""
-    changed = [module for module in base.modules() if wanted and not getattr(module, _OFF, True)]
-    try:
-        for module in changed:
-            setattr(module, _OFF, True)
-        yield
-    finally:
-        for module in changed:
-            setattr(module, _OFF, False)
