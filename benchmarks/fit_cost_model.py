@@ -83,7 +83,7 @@ def samples(shape: Shape, device: torch.device, dtype: torch.dtype) -> list[Samp
         block_map = ours.block_map(q, k, thresholds, *options)
         reached[density] = harness.density(block_map, visible)
         calls["map"] = lambda thresholds=thresholds: ours.block_map(q, k, thresholds, *options)
-        calls[f"{density}"] = lambda block_map=block_map: ours.forward(q, k, v, block_map, *options)
+        calls[f"{density}"] = lambda block_map=block_map: ours.forward(q, k, v, *block_map, *options)
     if device.type == "cuda":
         calls = {name: captured(call) for name, call in calls.items()}
     # A fit compares times of different minutes: on a CPU, the least of the runs is the least disturbed.

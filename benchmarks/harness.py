@@ -16,14 +16,14 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from sparge_compile.kernels.block_map import BlockMap, pack
+from sparge_compile.kernels.block_map import BlockMap
 
 FLUSH_BYTES = 2**28  # more than any L2
 HEAD_START = 4_000_000  # GPU cycles, some 2 ms: what the host needs to launch a call
@@ -54,21 +54,9 @@ def header(device: torch.device) -> str:
     return " | ".join(parts)
 
 
-def kernels(device: torch.device) -> SimpleNamespace:
-    """block_map, forward, backward and pack of the device, with equal signatures."""
-    if device.type == "cuda":
-        names = ("select", "forward", "backward", "lists")
-        select, forward, backward, lists = (import_module(f"sparge_compile.kernels.{name}") for name in names)
-        return SimpleNamespace(
-            block_map=select.block_map, forward=forward.forward, backward=backward.backward, pack=lists.pack
-        )
-    cpu = import_module("sparge_compile.kernels.cpu")
-    return SimpleNamespace(
-        block_map=cpu.block_map,
-        forward=cpu.forward,
-        backward=cpu.backward,
-        pack=lambda block_map, n_key: pack(block_map.to_dense()),
-    )
+def kernels(device: torch.device) -> ModuleType:
+    """The device's face: block_map, forward, pack and backward, with the arguments of the op schemas."""
+    return import_module(f"sparge_compile.kernels.{'triton' if device.type == 'cuda' else 'cpu'}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

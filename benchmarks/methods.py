@@ -116,14 +116,14 @@ def our_methods(inputs: Inputs, thresholds: Tensor) -> tuple[list[Method], Block
     q, k, v, dout, problem = inputs
     options, causal = inputs.options, problem.is_causal
     block_map = ours.block_map(q, k, thresholds, *options)
-    out, lse = ours.forward(q, k, v, block_map, *options)
-    bits = ours.pack(block_map, ceil_div(k.shape[2], KEY_BLOCK))
+    out, lse = ours.forward(q, k, v, *block_map, *options)
+    bits = ours.pack(*block_map)
 
     def find() -> BlockMap:
         return ours.block_map(q, k, thresholds, *options)
 
     def attend(found: BlockMap) -> tuple[Tensor, Tensor]:
-        return ours.forward(q, k, v, found, *options)
+        return ours.forward(q, k, v, *found, *options)
 
     def backward() -> tuple[Tensor, Tensor, Tensor]:
         return ours.backward(dout, q, k, v, out, lse, None, bits, *options)

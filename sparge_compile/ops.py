@@ -7,15 +7,16 @@ No op synchronises with the host, and no allocation depends on data.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import sharding
 from .errors import explain_error
-from .kernels import allocate, capability
+from .kernels import allocate, capability, cpu
 from .kernels.block_map import BlockMap
-from .kernels.block_map import pack as pack_dense
-from .kernels.cpu import attention as cpu
 from .kernels.rule import default_scale
 
 _QKV = "Tensor query, Tensor key, Tensor value"
@@ -104,51 +105,21 @@ library.impl("attention", _autocast("cpu"), "AutocastCPU")
 library.impl("attention", _autocast("cuda"), "AutocastCUDA")
 
 
-# Real kernels. The GPU files are imported when a kernel runs, so that importing the package needs no Triton.
+# Real kernels: each device has a face of the same four functions.
 
 
-def _cpu_pack(counts, indices):
-    return pack_dense(BlockMap(counts, indices).to_dense())
+def _on_gpu(name: str) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        from .kernels import triton  # when a kernel runs, so that importing the package needs no Triton
+
+        return getattr(triton, name)(*args)
+
+    return run
 
 
-def _cpu_forward(query, key, value, counts, indices, attn_mask, is_causal, scale):
-    return cpu.forward(query, key, value, BlockMap(counts, indices), attn_mask, is_causal, scale)
-
-
-library.impl("block_map", cpu.block_map, "CPU")
-library.impl("forward", _cpu_forward, "CPU")
-library.impl("pack", _cpu_pack, "CPU")
-library.impl("backward", cpu.backward, "CPU")
-
-
-def _gpu_block_map(query, key, thresholds, attn_mask, is_causal, scale):
-    from .kernels.triton import select
-
-    return select.block_map(query, key, thresholds, attn_mask, is_causal, scale)
-
-
-def _gpu_forward(query, key, value, counts, indices, attn_mask, is_causal, scale):
-    from .kernels.triton import forward
-
-    return forward.forward(query, key, value, BlockMap(counts, indices), attn_mask, is_causal, scale)
-
-
-def _gpu_pack(counts, indices):
-    from .kernels.triton import lists
-
-    return lists.pack(BlockMap(counts, indices), indices.shape[-1])
-
-
-def _gpu_backward(grad_out, query, key, value, out, lse, grad_lse, bits, attn_mask, is_causal, scale):
-    from .kernels.triton import backward
-
-    return backward.backward(grad_out, query, key, value, out, lse, grad_lse, bits, attn_mask, is_causal, scale)
-
-
-library.impl("block_map", _gpu_block_map, "CUDA")
-library.impl("forward", _gpu_forward, "CUDA")
-library.impl("pack", _gpu_pack, "CUDA")
-library.impl("backward", _gpu_backward, "CUDA")
+for _name in ("block_map", "forward", "pack", "backward"):
+    library.impl(_name, getattr(cpu, _name), "CPU")
+    library.impl(_name, _on_gpu(_name), "CUDA")
 
 
 # Fake kernels, from the same allocation code as the real ones.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import pytest
@@ -303,19 +304,27 @@ def assert_results_bounded(actual: Results, problem: Problem) -> None:
         assert_error_bounded(x, exact, plain, terms, name)
 
 
-def check_attention(case: Case, block_map: BlockMap, with_dlse: bool = True) -> None:
-    """Forward and backward of the Triton kernels against the float64 reference, in poisoned memory.
+def face_of(device: str) -> Any:
+    """The four functions of one device: ``cpu``, or ``triton``, on a GPU or in Triton's interpreter."""
+    return import_module(f"sparge_compile.kernels.{device}")
+
+
+def run_face(face: Any, problem: Problem) -> Results:
+    """Forward and backward in poisoned memory; the gradient of lse is NaN where it must not be read."""
+    q, k, v, block_map, mask, is_causal, scale, dout, dlse = problem
+    how = mask, is_causal, scale
+    if dlse is not None:
+        dlse = dlse.masked_fill(~problem.allowed().any(-1), torch.nan)
+    with poisoned_memory():
+        out, lse = face.forward(q, k, v, *block_map, *how)
+        grads = face.backward(dout, q, k, v, out, lse, dlse, face.pack(*block_map), *how)
+    return Results(out, lse, *grads)
+
+
+def check_attention(case: Case, block_map: BlockMap, with_dlse: bool = True, face: Any = None) -> None:
+    """Forward and backward of a face (of the Triton kernels if none is given) against the reference in float64.
 
     Masked rows count: where nothing is seen, out and gradients are zero and lse is -inf.
     """
-    from sparge_compile.kernels.triton import backward, forward, lists
-
     problem = random_problem(case, block_map, with_dlse)
-    q, k, v, _, mask, is_causal, scale, dout, dlse = problem
-    empty = ~problem.allowed().any(-1)
-    with poisoned_memory():
-        out, lse = forward.forward(q, k, v, block_map, mask, is_causal, scale)
-        bits = lists.pack(block_map, ceil_div(case.keys, KEY_BLOCK))
-        given_dlse = dlse if dlse is None else dlse.masked_fill(empty, torch.nan)
-        grads = backward.backward(dout, q, k, v, out, lse, given_dlse, bits, mask, is_causal, scale)
-    assert_results_bounded(Results(out, lse, *grads), problem)
+    assert_results_bounded(run_face(face or face_of("triton"), problem), problem)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import methods
 import plot_sweep
 import pytest
@@ -38,7 +40,7 @@ def test_wrong_results_do_not(inputs, spoiled, monkeypatch):
         grads = zip(("dq", "dk", "dv"), real.backward(*args), strict=True)
         return tuple(x.mul_(1.05) if name == spoiled else x for name, x in grads)
 
-    fake = methods.harness.SimpleNamespace(block_map=block_map, forward=forward, backward=backward, pack=real.pack)
+    fake = SimpleNamespace(block_map=block_map, forward=forward, backward=backward, pack=real.pack)
     monkeypatch.setattr(methods.harness, "kernels", lambda device: fake)
     ours, _ = methods.our_methods(inputs, methods.thresholds_for(0.5, inputs))
     wrong = {m.method.name for m in methods.measure(ours, CPU, budget=0) if m.trouble}

@@ -1,5 +1,5 @@
-"""Block maps and block-sparse attention: the reference, the CPU path and the Triton kernels.
+"""Block maps and block-sparse attention: the rule, the CPU path and the Triton kernels.
 
-Every path offers the same functions on the same tensors; :mod:`sparge_compile.ops` chooses by device.
-Importing this package imports no Triton.
+``cpu`` and ``triton`` are one face each: block_map, forward, pack and backward, with the arguments of the op schemas.
+:mod:`sparge_compile.ops` chooses by device. Importing this package imports no Triton.
 """

@@ -8,20 +8,21 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import Problem, Results, assert_results_bounded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils import deterministic
 
-from sparge_compile.kernels import allocate, reference
-from sparge_compile.kernels.block_map import KEY_BLOCK, BlockMap, ceil_div, pack
-from sparge_compile.kernels.cpu import attention as cpu
+from sparge_compile.kernels import allocate, cpu, reference
+from sparge_compile.kernels.block_map import KEY_BLOCK, BlockMap, ceil_div
+from sparge_compile.kernels.cpu import attention as cpu_attention
 from sparge_compile.kernels.cpu import batches as cpu_batches
 
 LENGTHS = (1, 2, 63, 64, 65, 127, 128, 129, 200, 300, 384)
 MASKS = (None, "padding", "bool", "float", "float heads", "hidden rows")
 LAYOUTS = ("bhld", "blhd", "fused", "transposed")
-ERROR_FACTOR = 4  # times the error of dense SDPA in the same dtype on the same inputs
+PLAIN = None, False, 0.25  # no mask, not causal, a scale
 
 
 @pytest.fixture(autouse=True)
@@ -91,8 +92,8 @@ class Case(NamedTuple):
             return (torch.rand(rows, 1) > 0.5).expand(rows, keys)[None, None]
         return None
 
-    def options(self) -> tuple[Tensor | None, bool, float | None]:
-        return self.attn_mask(), self.is_causal, self.scale
+    def options(self) -> tuple[Tensor | None, bool, float]:
+        return self.attn_mask(), self.is_causal, self.head_size**-0.5 if self.scale is None else self.scale
 
 
 def smooth(batch: int, heads: int, rows: int, head_size: int) -> Tensor:
@@ -152,7 +153,7 @@ def gradients(
 @settings(max_examples=60)
 def test_block_map_equals_reference(case: Case):
     q, k, _ = case.inputs(torch.float64)
-    found = cpu.block_map(q, k, case.thresholds(), *case.options())
+    found = BlockMap(*cpu.block_map(q, k, case.thresholds(), *case.options()))
     true = reference.block_map(q, k, case.thresholds(), *case.options())
     assert torch.equal(found.counts, true.counts) and found.counts.dtype == torch.int32
     assert torch.equal(found.to_dense(), true.to_dense()) and found.indices.dtype == torch.int32
@@ -163,7 +164,7 @@ def test_block_map_equals_reference(case: Case):
 def test_forward_is_the_definition_in_float64(case: Case):
     x = case.inputs(torch.float64)
     block_map = reference.block_map(*x[:2], case.thresholds(), *case.options())
-    out, lse = cpu.forward(*x, block_map, *case.options())
+    out, lse = cpu.forward(*x, *block_map, *case.options())
     true_out, true_lse = reference.attention(*x, block_map, *case.options())
     assert error(out, true_out) < 1e-12 and error(lse, true_lse) < 1e-12
     assert out.stride() == allocate.dense_like(x[0]).stride()
@@ -174,10 +175,10 @@ def test_forward_is_the_definition_in_float64(case: Case):
 def test_backward_is_the_definition_in_float64(case: Case, with_lse: bool):
     x = case.inputs(torch.float64)
     block_map = reference.block_map(*x[:2], case.thresholds(), *case.options())
-    out, lse = cpu.forward(*x, block_map, *case.options())
+    out, lse = cpu.forward(*x, *block_map, *case.options())
     sees_none = lse == -math.inf
     dout, dlse = torch.randn_like(out), torch.randn_like(lse) if with_lse else None
-    found = cpu.backward(dout, *x, out, lse, dlse, pack(block_map.to_dense()), *case.options())
+    found = cpu.backward(dout, *x, out, lse, dlse, cpu.pack(*block_map), *case.options())
 
     for grad, given_to in zip(found, x, strict=True):
         assert grad.stride() == allocate.dense_like(given_to).stride() and not grad.isnan().any()
@@ -192,25 +193,12 @@ def test_backward_is_the_definition_in_float64(case: Case, with_lse: bool):
 def test_error_is_that_of_dense_attention(dtype: torch.dtype, is_causal: bool, topk: float):
     case = Case(batch=2, group=2, length=700, keys=700, head_size=64, is_causal=is_causal, topk=topk, layout="blhd")
     x = case.inputs(dtype)
-    exact = tuple(t.double() for t in x)
-    block_map = cpu.block_map(*x[:2], case.thresholds(), *case.options())
-    out, lse = cpu.forward(*x, block_map, *case.options())
-    assert out.dtype == dtype and lse.dtype == torch.float32
-    true, true_lse = reference.attention(*exact, block_map, *case.options())
-    dout = torch.randn_like(true).to(dtype)
-    found = cpu.backward(dout, *x, out, lse, None, pack(block_map.to_dense()), *case.options())
-    true_grads = gradients(case, x, block_map, dout.double(), None)
-    assert [g.dtype for g in found] == [dtype] * 3
-
-    def dense(*x: Tensor) -> tuple[Tensor, ...]:
-        x = tuple(t.detach().requires_grad_() for t in x)
-        out = F.scaled_dot_product_attention(*x, is_causal=is_causal, enable_gqa=True)
-        return out, *torch.autograd.grad(out, x, dout.to(out.dtype))
-
-    bounds = [ERROR_FACTOR * error(a, b) for a, b in zip(dense(*x), dense(*exact), strict=True)]
-    errors = [error(a, b) for a, b in zip((out, *found), (true, *true_grads), strict=True)]
-    assert all(e <= b for e, b in zip(errors, bounds, strict=True)), (errors, bounds)
-    assert error(lse, true_lse) < 1e-5
+    block_map = BlockMap(*cpu.block_map(*x[:2], case.thresholds(), *case.options()))
+    out, lse = cpu.forward(*x, *block_map, *case.options())
+    assert lse.dtype == torch.float32
+    dout = torch.randn_like(out)
+    grads = cpu.backward(dout, *x, out, lse, None, cpu.pack(*block_map), *case.options())
+    assert_results_bounded(Results(out, lse, *grads), Problem(*x, block_map, *case.options(), dout, None))
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["whole", "causal"])
@@ -225,8 +213,8 @@ def test_topk_one_is_dense_attention(is_causal: bool, mask: str | None):
     true_grads = torch.autograd.grad(true, x, dout)
     with torch.no_grad():
         block_map = cpu.block_map(*x[:2], case.thresholds(), *case.options())
-        out, lse = cpu.forward(*x, block_map, *case.options())
-        found = cpu.backward(dout, *x, out, lse, None, pack(block_map.to_dense()), *case.options())
+        out, lse = cpu.forward(*x, *block_map, *case.options())
+        found = cpu.backward(dout, *x, out, lse, None, cpu.pack(*block_map), *case.options())
     assert error(out, true) < 1e-5
     assert all(error(g, t) < 1e-4 for g, t in zip(found, true_grads, strict=True))
 
@@ -234,8 +222,8 @@ def test_topk_one_is_dense_attention(is_causal: bool, mask: str | None):
 class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, block_map, options):
-        out, lse = cpu.forward(q, k, v, block_map, *options)
-        ctx.save_for_backward(q, k, v, out, lse, pack(block_map.to_dense()))
+        out, lse = cpu.forward(q, k, v, *block_map, *options)
+        ctx.save_for_backward(q, k, v, out, lse, cpu.pack(*block_map))
         ctx.options = options
         return out, lse
 
@@ -257,20 +245,6 @@ def test_gradcheck(is_causal: bool, mask: str | None):
 # ---- corners
 
 
-@pytest.mark.parametrize("sizes", [{"batch": 0}, {"length": 0}, {"keys": 0}, {"length": 0, "keys": 0}], ids=str)
-@pytest.mark.parametrize("is_causal", [False, True], ids=["whole", "causal"])
-def test_empty_inputs(sizes: dict, is_causal: bool):
-    case = Case(is_causal=is_causal)._replace(**sizes)
-    x = tuple(torch.randn(case.batch, 2, n, 16) for n in (case.length, case.keys, case.keys))
-    block_map = cpu.block_map(*x[:2], case.thresholds(), None, is_causal)
-    true = reference.block_map(*x[:2], case.thresholds(), None, is_causal)
-    assert torch.equal(block_map.counts, true.counts) and block_map.indices.shape == true.indices.shape
-    out, lse = cpu.forward(*x, block_map, None, is_causal)
-    assert (out == 0).all() and (lse == -math.inf).all()
-    grads = cpu.backward(out, *x, out, lse, lse, pack(block_map.to_dense()), None, is_causal)
-    assert all((g == 0).all() and g.shape == t.shape for g, t in zip(grads, x, strict=True))
-
-
 def random_map(case: Case, heads: int, share: float) -> BlockMap:
     n_query, n_key = ceil_div(case.length, 128), ceil_div(case.keys, KEY_BLOCK)
     return BlockMap.from_dense(torch.rand(1, heads, n_query, n_key) < share)
@@ -283,11 +257,11 @@ def test_any_map_of_the_user(heads: int, share: float, is_causal: bool):
     """Rows without a block, causal maps that lack the diagonal or list what no query sees, broadcast maps."""
     case = Case(batch=2, group=2, length=500, keys=400, is_causal=is_causal)
     x, block_map = case.inputs(torch.float64), random_map(case, heads, share)
-    out, lse = cpu.forward(*x, block_map, *case.options())
+    out, lse = cpu.forward(*x, *block_map, *case.options())
     whole_map = BlockMap(*(t.expand(2, 4, *t.shape[2:]) for t in block_map))
     true_out, true_lse = reference.attention(*x, whole_map, *case.options())
     assert error(out, true_out) < 1e-12 and error(lse, true_lse) < 1e-12
-    grads = cpu.backward(out, *x, out, lse, None, pack(block_map.to_dense()), *case.options())
+    grads = cpu.backward(out, *x, out, lse, None, cpu.pack(*block_map), *case.options())
     assert not any(g.isnan().any() for g in grads) and (grads[0][lse == -math.inf] == 0).all()
 
 
@@ -297,35 +271,24 @@ def test_undefined_entries_are_not_read():
     live = torch.arange(block_map.indices.shape[-1]) < block_map.counts.unsqueeze(-1)
     spoilt = BlockMap(block_map.counts, block_map.indices.where(live, 2**31 - 1))
     for is_causal in (False, True):
-        found, true = (cpu.forward(*x, lists, None, is_causal) for lists in (spoilt, block_map))
+        found, true = (cpu.forward(*x, *lists, None, is_causal, 0.25) for lists in (spoilt, block_map))
         assert torch.equal(found[0], true[0]) and torch.equal(found[1], true[1])
 
 
 def test_nan_stays_in_its_head():
     case = Case(batch=2, key_heads=3, topp=0.5)
     x = case.inputs(torch.float32)
-    clean = cpu.forward(*x, cpu.block_map(*x[:2], case.thresholds()))[0]
+    clean = cpu.forward(*x, *cpu.block_map(*x[:2], case.thresholds(), *PLAIN), *PLAIN)[0]
     x[1][1, 2, 70] = math.nan
-    block_map = cpu.block_map(*x[:2], case.thresholds())
-    out, lse = cpu.forward(*x, block_map)
-    grads = cpu.backward(torch.ones_like(out), *x, out, lse, None, pack(block_map.to_dense()))
+    block_map = cpu.block_map(*x[:2], case.thresholds(), *PLAIN)
+    out, lse = cpu.forward(*x, *block_map, *PLAIN)
+    grads = cpu.backward(torch.ones_like(out), *x, out, lse, None, cpu.pack(*block_map), *PLAIN)
     assert out[1, 2].isnan().all()
     out[1, 2] = clean[1, 2]
     torch.testing.assert_close(out, clean)
     for grad in grads:
         grad[1, 2] = 0.0
         assert not grad.isnan().any()
-
-
-def test_dropped_blocks_are_not_read():
-    case = Case(length=400, keys=500)
-    x, kept = case.inputs(torch.float32), torch.ones(1, 2, 4, 8, dtype=torch.bool)
-    kept[..., 3] = False
-    kept[:, :, 0, 5:] = False  # lists of unequal length in one batch
-    x[1][:, :, 192:256], x[2][:, :, 192:256] = math.nan, math.nan
-    out, lse = cpu.forward(*x, BlockMap.from_dense(kept))
-    grads = cpu.backward(out, *x, out, lse, None, pack(kept))
-    assert not any(t.isnan().any() for t in (out, lse, *grads))
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -336,12 +299,12 @@ def test_results_do_not_depend_on_the_parts(monkeypatch, mask: str | None, is_ca
 
     def run() -> list[Tensor]:
         block_map = cpu.block_map(*x[:2], case.thresholds(), *case.options())
-        out, lse = cpu.forward(*x, block_map, *case.options())
-        grads = cpu.backward(out, *x, out, lse, None, pack(block_map.to_dense()), *case.options())
+        out, lse = cpu.forward(*x, *block_map, *case.options())
+        grads = cpu.backward(out, *x, out, lse, None, cpu.pack(*block_map), *case.options())
         return [block_map.to_dense(), out, lse, *grads]
 
     large = run()
-    for module, name in ((cpu_batches, "PART_BYTES"), (cpu_batches, "GATHER_BYTES"), (cpu, "SCORES_AT_ONCE")):
+    for module, name in ((cpu_batches, "PART_BYTES"), (cpu_batches, "GATHER_BYTES"), (cpu_attention, "SCORES_AT_ONCE")):
         monkeypatch.setattr(module, name, 1)
     for found, true in zip(run(), large, strict=True):
         torch.testing.assert_close(found, true, rtol=1e-11, atol=1e-12)

@@ -51,10 +51,10 @@ def thresholds(heads: int, topk: float | None = None, topp: float = 0.0) -> Tens
 def triton_map(
     q: Tensor, k: Tensor, limits: Tensor, mask: Tensor | None = None, is_causal: bool = False, scale: float = 0.25
 ) -> BlockMap:
-    from sparge_compile.kernels.triton import select
+    from sparge_compile.kernels import triton
 
     with poisoned_memory():
-        return select.block_map(q, k, limits, mask, is_causal, scale)
+        return BlockMap(*triton.block_map(q, k, limits, mask, is_causal, scale))
 
 
 # Each pair of (dtype, head size, mask, causal, grouping, layout) values of interest meets in some case.
@@ -151,10 +151,10 @@ def test_many_lists_of_very_different_lengths() -> None:
     q, k, v = random_qkv(case)
     kept = torch.rand(1, 8, 157, 313) < torch.rand(1, 8, 157, 1) ** 4
     block_map = BlockMap.from_dense(kept)
-    from sparge_compile.kernels.triton import forward
+    from sparge_compile.kernels import triton
 
     with poisoned_memory():
-        out, lse = forward.forward(q, k, v, block_map, None, False, 0.125)
+        out, lse = triton.forward(q, k, v, *block_map, None, False, 0.125)
     exact, exact_lse = reference.attention(q.float(), k.float(), v.float(), block_map, None, False, 0.125)
     torch.testing.assert_close(lse, exact_lse, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(out.float(), exact, rtol=2e-2, atol=2e-2)
@@ -163,7 +163,7 @@ def test_many_lists_of_very_different_lengths() -> None:
 @pytest.mark.parametrize("is_causal", [False, True], ids=["dense", "causal"])
 def test_a_quarter_of_a_million_tokens(is_causal: bool) -> None:
     """L = 262,144, 8 heads: of each pair of blocks no more than 4 bytes, the index, are held. Backward too."""
-    from sparge_compile.kernels.triton import backward, forward, lists, select
+    from sparge_compile.kernels import triton
 
     length, heads = 262_144, 8
     case = Case(length, length, 128, heads=heads, key_heads=heads, dtype=BF16)
@@ -173,12 +173,12 @@ def test_a_quarter_of_a_million_tokens(is_causal: bool) -> None:
     limits, scale = thresholds(heads, 0.02, 0.02), scale_of(case)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    block_map = select.block_map(q, k, limits, None, is_causal, scale * 30)
+    block_map = triton.block_map(q, k, limits, None, is_causal, scale * 30)
     indices = 4 * heads * ceil_div(length, QUERY_BLOCK) * ceil_div(length, KEY_BLOCK)
     assert torch.cuda.max_memory_allocated() - before < 1.2 * indices + 2**26
-    out, lse = forward.forward(q, k, v, block_map, None, is_causal, scale)
-    bits = lists.pack(block_map, ceil_div(length, KEY_BLOCK))
-    dq, dk, dv = backward.backward(out, q, k, v, out, lse, None, bits, None, is_causal, scale)
+    out, lse = triton.forward(q, k, v, *block_map, None, is_causal, scale)
+    bits = triton.pack(*block_map)
+    dq, dk, dv = triton.backward(out, q, k, v, out, lse, None, bits, None, is_causal, scale)
     assert all(x.isfinite().all() for x in (out, lse, dq, dk, dv))
     head, i = heads - 1, length // QUERY_BLOCK - 1
     rows = slice(i * QUERY_BLOCK, length)
@@ -217,7 +217,7 @@ def test_map_is_the_references_where_scores_tie(keys: int, is_causal: bool) -> N
 @pytest.mark.parametrize("length, heads", [(32_760, 12), (75_600, 2)])
 def test_video_lengths(length: int, heads: int) -> None:
     """Wan's lengths, forward and backward; a sample of query blocks, and of key blocks, in float64."""
-    from sparge_compile.kernels.triton import backward, forward, lists
+    from sparge_compile.kernels import triton
 
     case = Case(length, length, 128, heads=heads, key_heads=heads, dtype=BF16, layout="blhd")
     q, k, v = random_qkv(case)
@@ -226,7 +226,7 @@ def test_video_lengths(length: int, heads: int) -> None:
     block_map = triton_map(q, k, limits, None, False, scale * 30)
     assert_map_matches(block_map, q, k, limits, None, False, scale * 30)
     with poisoned_memory():
-        out, lse = forward.forward(q, k, v, block_map, None, False, scale)
+        out, lse = triton.forward(q, k, v, *block_map, None, False, scale)
     n_query, n_key = block_map.indices.shape[-2:]
     dense = block_map.to_dense()
 
@@ -244,9 +244,9 @@ def test_video_lengths(length: int, heads: int) -> None:
 
     # dq of a query block and dv of a key block, from their formulas in float64 with the kernel's own out and lse.
     dout = torch.randn_like(out)
-    bits = lists.pack(block_map, n_key)
+    bits = triton.pack(*block_map)
     with poisoned_memory():
-        dq, dk, dv = backward.backward(dout, q, k, v, out, lse, None, bits, None, False, scale)
+        dq, dk, dv = triton.backward(dout, q, k, v, out, lse, None, bits, None, False, scale)
     for x in (dq, dk, dv):
         assert x.isfinite().all()
     qd, kd, vd, dd, od = (x[0, head].double() for x in (q, k, v, dout, out))
@@ -278,15 +278,15 @@ def test_video_lengths(length: int, heads: int) -> None:
 
 def test_cuda_graph() -> None:
     """Captured once, replayed with other inputs and other thresholds: nothing was read on the host."""
-    from sparge_compile.kernels.triton import forward, select
+    from sparge_compile.kernels import triton
 
     case = Case(1000, 1000, 64, dtype=BF16)
     q, k, v = random_qkv(case)
     limits = thresholds(2)
 
     def run() -> tuple[BlockMap, Tensor]:
-        block_map = select.block_map(q, k, limits, None, True, 1.0)
-        return block_map, forward.forward(q, k, v, block_map, None, True, 0.125)[0]
+        block_map = triton.block_map(q, k, limits, None, True, 1.0)
+        return block_map, triton.forward(q, k, v, *block_map, None, True, 0.125)[0]
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -307,21 +307,21 @@ def test_cuda_graph() -> None:
 
 
 def test_equal_inputs_give_equal_bits() -> None:
-    from sparge_compile.kernels.triton import backward, forward, lists
+    from sparge_compile.kernels import triton
 
     case = Case(1500, 1500, 128, dtype=BF16, heads=4, key_heads=2)
     q, k, v = random_qkv(case)
     block_map = random_map(case)
     runs = []
     for _ in range(2):
-        out, lse = forward.forward(q, k, v, block_map, None, False, 0.1)
-        bits = lists.pack(block_map, ceil_div(1500, KEY_BLOCK))
-        runs.append((out, lse, *backward.backward(out, q, k, v, out, lse, None, bits, None, False, 0.1)))
+        out, lse = triton.forward(q, k, v, *block_map, None, False, 0.1)
+        bits = triton.pack(*block_map)
+        runs.append((out, lse, *triton.backward(out, q, k, v, out, lse, None, bits, None, False, 0.1)))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 def test_key_blocks_that_nobody_reads_get_zero_gradients() -> None:
-    from sparge_compile.kernels.triton import backward, forward, lists
+    from sparge_compile.kernels import triton
 
     case = Case(300, 640, 64, dtype=BF16)
     q, k, v = random_qkv(case)
@@ -329,16 +329,16 @@ def test_key_blocks_that_nobody_reads_get_zero_gradients() -> None:
     kept[..., 3] = True
     block_map = BlockMap.from_dense(kept)
     with poisoned_memory():
-        out, lse = forward.forward(q, k, v, block_map, None, False, 0.125)
-        bits = lists.pack(block_map, 10)
-        _, dk, dv = backward.backward(out, q, k, v, out, lse, None, bits, None, False, 0.125)
+        out, lse = triton.forward(q, k, v, *block_map, None, False, 0.125)
+        bits = triton.pack(*block_map)
+        _, dk, dv = triton.backward(out, q, k, v, out, lse, None, bits, None, False, 0.125)
     for x in (dk, dv):
         assert (x[:, :, :192] == 0).all() and (x[:, :, 256:] == 0).all() and (x[:, :, 192:256] != 0).any()
 
 
 def test_offsets_beyond_32_bits() -> None:
     """A stride so large that 32-bit offsets wrap, even inside one tile: a wrapped offset reads other memory."""
-    from sparge_compile.kernels.triton import forward, select
+    from sparge_compile.kernels import triton
 
     case = Case(200, 200, 16, dtype=FP16)
     step = 2**31 // 100
@@ -348,8 +348,8 @@ def test_offsets_beyond_32_bits() -> None:
     far = torch.empty_strided(k.shape, (16, 32, step, 1), dtype=FP16)
     far.copy_(k)
     limits = thresholds(2)
-    want_map, got_map = triton_map(q, k, limits), select.block_map(q, far, limits, None, False, 0.25)
+    want_map, got_map = triton_map(q, k, limits), triton.block_map(q, far, limits, None, False, 0.25)
     assert_same_map(got_map, want_map)
-    want = forward.forward(q, k, v, want_map, None, False, 0.25)
-    got = forward.forward(q, far, v, want_map, None, False, 0.25)
+    want = triton.forward(q, k, v, *want_map, None, False, 0.25)
+    got = triton.forward(q, far, v, *want_map, None, False, 0.25)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

@@ -1,9 +1,9 @@
-"""The rule and the attention of reference.py on a CPU, from torch code that skips the dropped blocks.
+"""Block maps and attention under them on a CPU, from torch code that skips the dropped blocks.
 
-In: what reference.block_map and reference.attention take. Out: block maps, ``out`` and ``lse``, and the gradients.
-Query blocks that keep about as many key blocks are batched (cpu_batches.py); their keys are gathered into dense memory
+In: queries, keys, values, thresholds, masks. Out: block maps, ``out`` and ``lse``, and the gradients.
+Query blocks that keep about as many key blocks are batched (batches.py); their keys are gathered into dense memory
 and the CPU kernel behind SDPA does the arithmetic, the one that dense attention runs too, so speeds and errors compare.
-float64 stays float64; every other dtype is computed in float32. Letters and shapes: see reference.py.
+float64 stays float64; every other dtype is computed in float32. Letters and shapes: see rule.py.
 """
 
 from __future__ import annotations
@@ -46,31 +46,35 @@ SCORES_AT_ONCE = 1 << 18  # block scores that are ranked together; ranking takes
 
 
 def block_map(
-    q: Tensor,
-    k: Tensor,
+    query: Tensor,
+    key: Tensor,
     thresholds: Tensor,
-    attn_mask: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
 ) -> BlockMap:
-    """reference.block_map with scratch memory that does not grow with the number of heads and query blocks."""
-    out = allocate.new_block_map(q, k)
-    n_query, n_key = out.indices.shape[-2:]
-    visible = visible_blocks(n_query, n_key, q.shape[2], is_causal, q.device)
-    forced = diagonal_blocks(n_query, n_key, q.device) if is_causal else torch.zeros_like(visible)
-    anchor = rule.needs_anchor(attn_mask, is_causal)
-    thresholds = thresholds.expand(q.shape[1], 2)
+    """The block map of query [B, H, L, D] over key [B, Hk, S, D], by the rule (rule.py).
 
-    for at_q, at_k in head_parts(q, k):
-        q_mean = rule.pool(q[at_q], QUERY_BLOCK) * rule.default_scale(q.shape[-1], scale)
-        k_mean = rule.pool(k[at_k], KEY_BLOCK).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    ``thresholds`` is float32 [H, 2]; ``attn_mask`` is bool or float [B or 1, H or 1, L or 1, S]. Scratch memory does
+    not grow with the number of heads and query blocks.
+    """
+    out = allocate.new_block_map(query, key)
+    n_query, n_key = out.indices.shape[-2:]
+    visible = visible_blocks(n_query, n_key, query.shape[2], is_causal, query.device)
+    forced = diagonal_blocks(n_query, n_key, query.device) if is_causal else torch.zeros_like(visible)
+    anchor = rule.needs_anchor(attn_mask, is_causal)
+    thresholds = thresholds.expand(query.shape[1], 2)
+
+    for at_q, at_k in head_parts(query, key):
+        q_mean = rule.pool(query[at_q], QUERY_BLOCK) * scale
+        k_mean = rule.pool(key[at_k], KEY_BLOCK).repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         step = max(1, SCORES_AT_ONCE // max(1, q_mean.shape[:2].numel() * n_key))
         for i in range(0, n_query, step):
             some = slice(i, min(i + step, n_query))
             scores = q_mean[:, :, some] @ k_mean.mT  # [b, h, some of Nq, Nk]
             seen, always = visible[some], forced[some]
             if attn_mask is not None:
-                pooled = pool_mask_rows(attn_mask, at_q, some, q.shape[2])
+                pooled = pool_mask_rows(attn_mask, at_q, some, query.shape[2])
                 scores, seen, always = rule.apply_pooled_mask(scores, seen, always, *pooled)
             kept = rule.select(scores, seen, thresholds[at_q[1]], always, anchor)
             counts, indices = BlockMap.from_dense(kept)
@@ -80,7 +84,7 @@ def block_map(
 
 
 def pool_mask_rows(attn_mask: Tensor, at: Heads, blocks: slice, length: int) -> tuple[Tensor, Tensor]:
-    """rule.pool_mask for some heads and query blocks: each [b or 1, h or 1, some of Nq or 1, Nk]."""
+    """:func:`rule.pool_mask` for some heads and query blocks: each [b or 1, h or 1, some of Nq or 1, Nk]."""
     for dim in (0, 1):
         attn_mask = attn_mask if attn_mask.shape[dim] == 1 else attn_mask[(slice(None),) * dim + (at[dim],)]
     if attn_mask.shape[2] == length:
@@ -90,27 +94,28 @@ def pool_mask_rows(attn_mask: Tensor, at: Heads, blocks: slice, length: int) -> 
 
 
 def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_map: BlockMap,
-    attn_mask: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    counts: Tensor,
+    indices: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """reference.attention: out [B, H, L, D] in q's dtype and order of strides, and lse [B, H, L].
+    """Softmax attention over the kept keys: out [B, H, L, D] in the query's dtype and order of strides, lse [B, H, L].
 
-    lse is float32, or float64 for float64. A row that sees no key gives zeros and -inf.
+    ``counts`` and ``indices`` are a :class:`BlockMap`, of which B and H may be 1. lse (natural logarithm) is float32,
+    or float64 for float64. A row that sees no key gives zeros and -inf.
     """
-    out, lse = allocate.dense_like(q), allocate.new_lse(q).to(wide_dtype(q))
-    if 0 in q.shape or 0 in k.shape:
+    out, lse = allocate.dense_like(query), allocate.new_lse(query).to(wide_dtype(query))
+    if 0 in query.shape or 0 in key.shape:
         return out.zero_(), lse.fill_(-math.inf)
-    scale = rule.default_scale(q.shape[-1], scale)
-    counts, indices = (over_heads(x, q) for x in block_map)
-    attn_mask = None if attn_mask is None else over_heads(attn_mask, q)
+    counts, indices = (over_heads(x, query) for x in (counts, indices))
+    attn_mask = None if attn_mask is None else over_heads(attn_mask, query)
 
-    for at_q, at_k in head_parts(q, k):
-        some_q, some_k, some_v = (widen(x) for x in (q[at_q], k[at_k], v[at_k]))
+    for at_q, at_k in head_parts(query, key):
+        some_q, some_k, some_v = (widen(x) for x in (query[at_q], key[at_k], value[at_k]))
         lists = BlockMap(counts[at_q], indices[at_q])
         part = Part.of(lists, None if attn_mask is None else attn_mask[at_q], is_causal, some_q, some_k)
         attend = attend_all if part.keeps_all() else attend_listed
@@ -125,11 +130,13 @@ def widen(x: Tensor) -> Tensor:
 
 
 def attend_all(q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor]:
+    """(out, lse) of heads that keep every visible block: dense attention."""
     k, v = (x.repeat_interleave(part.group, dim=1) if part.group > 1 else x for x in (k, v))
     return _attention(q, k, v, is_causal=part.is_causal, scale=scale)
 
 
 def attend_listed(q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor]:
+    """(out, lse) of heads by their lists of key blocks."""
     queries = to_blocks(q, part.query_rows)  # [N, rows, D]
     keys, values = to_blocks(k, part.key_rows), to_blocks(v, part.key_rows)
     out, lse = merge(*(attend_piece(queries, keys, values, piece, scale) for piece in part.pieces()))
@@ -168,43 +175,43 @@ def for_rows(mask: Tensor | None, query: Tensor) -> Tensor | None:
 
 
 def backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     out: Tensor,
     lse: Tensor,
-    dlse: Tensor | None,
+    grad_lse: Tensor | None,
     bits: Tensor,
-    attn_mask: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, each in its tensor's shape, dtype and order of strides.
+    """Gradients of query, key and value, each in its tensor's shape, dtype and order of strides.
 
-    ``bits`` is the packed block map, int32 [B or 1, H or 1, Nq, words]; ``dlse`` [B, H, L] is the gradient of lse.
+    ``bits`` is the packed block map, int32 [B or 1, H or 1, Nq, words]; ``grad_lse`` [B, H, L] is the gradient of lse.
     """
-    grads = dq, dk, dv = allocate.dense_like(q), allocate.dense_like(k), allocate.dense_like(v)
-    if 0 in q.shape or 0 in k.shape:
+    grads = dq, dk, dv = allocate.dense_like(query), allocate.dense_like(key), allocate.dense_like(value)
+    if 0 in query.shape or 0 in key.shape:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    scale, head_size = rule.default_scale(q.shape[-1], scale), q.shape[-1]
-    bits = over_heads(bits, q)
-    attn_mask = None if attn_mask is None else over_heads(attn_mask, q)
+    head_size = query.shape[-1]
+    bits = over_heads(bits, query)
+    attn_mask = None if attn_mask is None else over_heads(attn_mask, query)
 
-    for at_q, at_k in head_parts(q, k):
-        q_like = [widen(x[at_q]) for x in (dout, q, out)]
-        k_like = [widen(x[at_k]) for x in (k, v)]
+    for at_q, at_k in head_parts(query, key):
+        q_like = [widen(x[at_q]) for x in (grad_out, query, out)]
+        k_like = [widen(x[at_k]) for x in (key, value)]
         some_lse = lse[at_q]
         sees_none = some_lse == -math.inf
-        if dlse is not None:
-            q_like, k_like = with_dlse(dlse[at_q].masked_fill(sees_none, 0.0), *q_like, *k_like)
+        if grad_lse is not None:
+            q_like, k_like = with_dlse(grad_lse[at_q].masked_fill(sees_none, 0.0), *q_like, *k_like)
         some_lse = some_lse.masked_fill(sees_none, 0.0).to(q_like[0].dtype)  # exp(-inf - 0): its weights are zeros
 
-        lists = BlockMap.from_dense(unpack(bits[at_q], ceil_div(k.shape[2], KEY_BLOCK)))
-        part = Part.of(lists, None if attn_mask is None else attn_mask[at_q], is_causal, q[at_q], k[at_k])
+        lists = BlockMap.from_dense(unpack(bits[at_q], ceil_div(key.shape[2], KEY_BLOCK)))
+        part = Part.of(lists, None if attn_mask is None else attn_mask[at_q], is_causal, query[at_q], key[at_k])
         grads_of: Callable[..., tuple[Tensor, ...]] = grads_of_all if part.keeps_all() else grads_of_listed
-        found = grads_of(*q_like, *k_like, some_lse, part, scale)
-        for grad, at, some in zip(grads, (at_q, at_k, at_k), found, strict=True):
+        some_grads = grads_of(*q_like, *k_like, some_lse, part, scale)
+        for grad, at, some in zip(grads, (at_q, at_k, at_k), some_grads, strict=True):
             grad[at] = some[..., :head_size]
     return dq, dk, dv
 
@@ -221,6 +228,7 @@ def with_dlse(
 def grads_of_all(
     dout: Tensor, q: Tensor, out: Tensor, k: Tensor, v: Tensor, lse: Tensor, part: Part, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) of heads that keep every visible block."""
     if part.group > 1:
         k, v = (x.repeat_interleave(part.group, dim=1) for x in (k, v))
     dq, dk, dv = _attention_backward(dout, q, k, v, out, lse, 0.0, part.is_causal, scale=scale)
@@ -230,6 +238,7 @@ def grads_of_all(
 def grads_of_listed(
     dout: Tensor, q: Tensor, out: Tensor, k: Tensor, v: Tensor, lse: Tensor, part: Part, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) of heads by their lists of key blocks."""
     q_like = [to_blocks(x, part.query_rows) for x in (dout, q, out, lse.unsqueeze(-1))]
     keys, values = to_blocks(k, part.key_rows), to_blocks(v, part.key_rows)
     dq, dk, dv = (torch.zeros_like(x) for x in (q_like[1], keys, values))

@@ -1,7 +1,7 @@
 """How the CPU walks a block map: which heads and query blocks are worked on together, and what hides single keys.
 
 In: a block map, a mask, shapes. Out: head parts small enough to copy, and within each the batches of query blocks that
-gather their keys for one kernel call. The arithmetic is in cpu.py. Letters and shapes: see reference.py.
+gather their keys for one kernel call. The arithmetic is in attention.py. Letters and shapes: see rule.py.
 """
 
 from __future__ import annotations

@@ -1,0 +1,14 @@
+"""The face of the GPU: the four functions of the op schemas (ops.py), with the same arguments as those of the CPU.
+
+Importing it imports Triton, so ops.py does so when an op first runs on a GPU. The functions hide the modules of their
+names: ``from .forward import ...`` reaches what else is in them.
+"""
+
+from __future__ import annotations
+
+from .backward import backward
+from .forward import forward
+from .lists import pack
+from .select import block_map
+
+__all__ = ["backward", "block_map", "forward", "pack"]

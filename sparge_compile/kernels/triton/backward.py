@@ -1,7 +1,7 @@
 """Gradients of attention over the kept key blocks.
 
 First delta = rowsum(dout * out) - dlse for each query row, here; then dq in :mod:`backward_query`, dk and dv in
-:mod:`backward_key`. No atomics: two runs are equal bit by bit. The definition is autograd on the reference.
+:mod:`backward_key`. No atomics: two runs are equal bit by bit. Autograd on the reference gives the same.
 """
 
 from __future__ import annotations
@@ -70,28 +70,28 @@ def _delta(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> Tenso
 
 
 def backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     out: Tensor,
     lse: Tensor,
-    dlse: Tensor | None,
+    grad_lse: Tensor | None,
     bits: Tensor,
     attn_mask: Tensor | None,
     is_causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv in the dtypes and orders of dimensions of q, k, v.
+    """Gradients of query, key and value, each in its tensor's dtype and order of dimensions.
 
-    ``dout`` [B, H, L, D] may have any strides; ``out`` and ``lse`` come from the forward, ``dlse`` is lse's gradient
-    or None; ``bits`` is the packed map, of which B and H may be 1.
+    ``grad_out`` [B, H, L, D] may have any strides; ``out`` and ``lse`` come from the forward, ``grad_lse`` [B, H, L] is
+    the gradient of lse or None; ``bits`` is the packed map, of which B and H may be 1.
     """
-    if q.numel() == 0 or k.numel() == 0:
-        return allocate.dense_like(q).zero_(), allocate.dense_like(k).zero_(), allocate.dense_like(v).zero_()
+    if query.numel() == 0 or key.numel() == 0:
+        return allocate.dense_like(query).zero_(), allocate.dense_like(key).zero_(), allocate.dense_like(value).zero_()
     lse = lse.contiguous()
-    with torch.cuda.device_of(q):
-        delta = _delta(dout, out, lse, dlse)
-        dq = query_gradient(dout, q, k, v, lse, delta, bits, attn_mask, is_causal, scale)
-        dk, dv = key_gradients(dout, q, k, v, lse, delta, bits, attn_mask, is_causal, scale)
+    with torch.cuda.device_of(query):
+        delta = _delta(grad_out, out, lse, grad_lse)
+        dq = query_gradient(grad_out, query, key, value, lse, delta, bits, attn_mask, is_causal, scale)
+        dk, dv = key_gradients(grad_out, query, key, value, lse, delta, bits, attn_mask, is_causal, scale)
     return dq, dk, dv

@@ -2,8 +2,7 @@
 
 Online softmax (FlashAttention-2, arXiv 2307.08691) over each query block's list of key blocks. Lists are ascending, so
 the blocks that need element masks (the tail of the keys, the causal diagonal) are the last ones: they are peeled off,
-and the main loop masks nothing. The definition is :func:`reference.attention`. On Hopper most calls go to
-:mod:`forward_hopper`.
+and the main loop masks nothing. On Hopper most calls go to :mod:`forward_hopper`.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import allocate, launch
-from ..block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap
+from ..block_map import KEY_BLOCK, QUERY_BLOCK
 from .tiles import (
     LOG2_E,
     dense_prefix,
@@ -154,51 +153,67 @@ def _forward_kernel(
 
 
 def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_map: BlockMap,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    counts: Tensor,
+    indices: Tensor,
     attn_mask: Tensor | None,
     is_causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """out [B, H, L, D] in q's dtype and order of dimensions, and lse float32 [B, H, L] (natural logarithm).
+    """Softmax attention over the kept keys: out [B, H, L, D] in the query's dtype and stride order, and lse [B, H, L].
 
-    q [B, H, L, D], k and v [B, Hk, S, D], with any strides; the map's B and H may be 1; ``attn_mask`` is bool or float
-    [B or 1, H or 1, L or 1, S].
+    query [B, H, L, D], key and value [B, Hk, S, D] may have any strides; ``counts`` and ``indices`` are a
+    :class:`BlockMap`, of which B and H may be 1; ``attn_mask`` is bool or float [B or 1, H or 1, L or 1, S]. lse
+    (natural logarithm) is float32. A row that sees no key gives zeros and -inf.
     """
+    out, lse = allocate.dense_like(query), allocate.new_lse(query)
+    if out.numel() == 0 or key.shape[2] == 0:
+        return out.zero_(), lse.fill_(-float("inf"))
+    with torch.cuda.device_of(query):
+        if use_hopper_kernels(query.device):
+            from . import forward_hopper
+
+            if forward_hopper.takes(query, key, value, out, attn_mask, scale):
+                forward_hopper.forward(query, key, value, counts, indices, is_causal, scale, out, lse)
+                return out, lse
+        _launch_portable(query, key, value, counts, indices, attn_mask, is_causal, scale, out, lse)
+    return out, lse
+
+
+def _launch_portable(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    counts: Tensor,
+    indices: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Fill out and lse by the kernel that runs on every GPU."""
     batch, heads, length, head_size = q.shape
     keys = k.shape[2]
-    out, lse = allocate.dense_like(q), allocate.new_lse(q)
-    if out.numel() == 0 or keys == 0:
-        return out.zero_(), lse.fill_(-float("inf"))
-    if use_hopper_kernels(q.device):
-        from . import forward_hopper
-
-        if forward_hopper.takes(q, k, v, out, attn_mask, scale):
-            with torch.cuda.device_of(q):
-                forward_hopper.forward(q, k, v, block_map, is_causal, scale, out, lse)
-            return out, lse
-
     tile = launch.attention_launch("forward", head_size, q.dtype, q.device)
     tiles = QUERY_BLOCK // tile.rows
     n_tiles = triton.cdiv(length, tile.rows)
-    counts, indices = (x.expand(batch, heads, *x.shape[2:]) for x in block_map)
+    counts, indices = (x.expand(batch, heads, *x.shape[2:]) for x in (counts, indices))
     head_pad = launch.pad_head(head_size)
     described, k_source, v_source = tile_sources(k, v, KEY_BLOCK, head_pad)
-    with torch.cuda.device_of(q):
-        _forward_kernel[(n_tiles * batch * heads,)](
-            q_ptr=q, k_ptr=k_source, v_ptr=v_source, counts_ptr=counts, indices_ptr=indices,
-            out_ptr=out, lse_ptr=lse,
-            counts_stride_b=counts.stride(0), counts_stride_h=counts.stride(1), counts_stride_i=counts.stride(2),
-            indices_stride_b=indices.stride(0), indices_stride_h=indices.stride(1), indices_stride_i=indices.stride(2),
-            heads=heads, group=heads // k.shape[1], length=length, keys=keys, n_tiles=n_tiles,
-            # A running maximum of scaled scores is the scaled maximum only for a scale that is not negative.
-            scale_log2=abs(scale) * LOG2_E, NEGATE=scale < 0,
-            HEAD_SIZE=head_size, HEAD_PAD=head_pad, ROWS=tile.rows, TILES=tiles, KEYS=KEY_BLOCK,
-            DESCRIPTORS=described, IS_CAUSAL=is_causal, STAGES=tile.stages,
-            num_warps=tile.warps, num_stages=tile.stages,
-            **matrix_arguments(QUERY_BLOCK, q=q, k=k, v=v, out=out),
-            **mask_arguments(attn_mask, batch, heads),
-        )  # fmt: skip
-    return out, lse
+    _forward_kernel[(n_tiles * batch * heads,)](
+        q_ptr=q, k_ptr=k_source, v_ptr=v_source, counts_ptr=counts, indices_ptr=indices,
+        out_ptr=out, lse_ptr=lse,
+        counts_stride_b=counts.stride(0), counts_stride_h=counts.stride(1), counts_stride_i=counts.stride(2),
+        indices_stride_b=indices.stride(0), indices_stride_h=indices.stride(1), indices_stride_i=indices.stride(2),
+        heads=heads, group=heads // k.shape[1], length=length, keys=keys, n_tiles=n_tiles,
+        # A running maximum of scaled scores is the scaled maximum only for a scale that is not negative.
+        scale_log2=abs(scale) * LOG2_E, NEGATE=scale < 0,
+        HEAD_SIZE=head_size, HEAD_PAD=head_pad, ROWS=tile.rows, TILES=tiles, KEYS=KEY_BLOCK,
+        DESCRIPTORS=described, IS_CAUSAL=is_causal, STAGES=tile.stages,
+        num_warps=tile.warps, num_stages=tile.stages,
+        **matrix_arguments(QUERY_BLOCK, q=q, k=k, v=v, out=out),
+        **mask_arguments(attn_mask, batch, heads),
+    )  # fmt: skip

@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .. import launch
-from ..block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap
+from ..block_map import KEY_BLOCK, QUERY_BLOCK
 from . import tiles
 
 ROWS = QUERY_BLOCK // 2  # of one consumer
@@ -376,11 +376,19 @@ def takes(q: Tensor, k: Tensor, v: Tensor, out: Tensor, attn_mask: Tensor | None
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, block_map: BlockMap, is_causal: bool, scale: float, out: Tensor, lse: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    counts: Tensor,
+    indices: Tensor,
+    is_causal: bool,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
 ) -> None:
     """Fill ``out`` and ``lse`` as :func:`forward.forward` describes them."""
     batch, heads, length, head_size = q.shape
-    counts, indices = (x.expand(batch, heads, *x.shape[2:]) for x in block_map)
+    counts, indices = (x.expand(batch, heads, *x.shape[2:]) for x in (counts, indices))
     head_pad = launch.pad_head(head_size)
     n_tiles = -(-length // QUERY_BLOCK)
     total = n_tiles * batch * heads

@@ -44,11 +44,10 @@ def _pack_kernel(
     tl.store(bits_ptr + row * words + word, value, mask=word < words)
 
 
-def pack(block_map: BlockMap, n_key: int) -> Tensor:
-    """int32 [B, H, Nq, ceil(Nk / 32)] from the lists of a map."""
-    counts, indices = block_map
+def pack(counts: Tensor, indices: Tensor) -> Tensor:
+    """int32 [B, H, Nq, ceil(Nk / 32)] from the lists of a map, int32 [B, H, Nq] and [B, H, Nq, Nk]."""
     batch, heads, n_query = counts.shape
-    bits = allocate.new_bits(counts, n_key)
+    bits = allocate.new_bits(counts, indices.shape[-1])
     words = bits.shape[-1]
     if bits.numel() == 0:
         return bits

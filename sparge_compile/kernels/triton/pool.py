@@ -1,6 +1,6 @@
 """Block means on the GPU: of the rows of q and k, and of what a mask adds to scores.
 
-The same numbers as :func:`reference.pool` and :func:`reference.pool_mask` in float32; each input is read once.
+The same numbers as :func:`rule.pool` and :func:`rule.pool_mask` in float32; each input is read once.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _pool_mask_kernel(
 
 
 def pool_mask(attn_mask: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """reference.pool_mask: bias float32 and cut bool, each [Bm, Hm, Nq or 1, Nk]."""
+    """:func:`rule.pool_mask`: bias float32 and cut bool, each [Bm, Hm, Nq or 1, Nk]."""
     batch, heads, rows, keys = attn_mask.shape
     row_block = QUERY_BLOCK if rows == length else 1
     n_query, n_key = ceil_div(rows, row_block), ceil_div(keys, KEY_BLOCK)

@@ -1,7 +1,7 @@
 """The block map on the GPU: selection by the hybrid Top-k + Top-p rule from pooled queries and keys.
 
 Goes in: q, k, thresholds, a mask. Comes out: the lists of :class:`BlockMap`, equal to those of
-:func:`reference.block_map` up to rounding. Scores are written to where the indices will be, so that they take no memory
+:func:`cpu.block_map` up to rounding. Scores are written to where the indices will be, so that they take no memory
 of their own; then a program for each query block holds its row in registers and finds the row's cut by bisection:
 nothing is sorted. Thresholds are read by the kernel, not by the host.
 """
@@ -146,29 +146,29 @@ def _select_kernel(
 
 
 def block_map(
-    q: Tensor, k: Tensor, thresholds: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float
+    query: Tensor, key: Tensor, thresholds: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float
 ) -> BlockMap:
-    """The block map of q [B, H, L, D] over k [B, Hk, S, D], by the rule of DESIGN section 3.
+    """The block map of query [B, H, L, D] over key [B, Hk, S, D], by the rule (rule.py).
 
-    ``thresholds`` is float32 [H, 2] on q's device; ``attn_mask`` is bool or float [B or 1, H or 1, L or 1, S].
+    ``thresholds`` is float32 [H, 2] on the query's device; ``attn_mask`` is bool or float [B or 1, H or 1, L or 1, S].
     """
-    batch, heads, length, head_size = q.shape
-    result = allocate.new_block_map(q, k)
+    batch, heads, length, head_size = query.shape
+    result = allocate.new_block_map(query, key)
     n_query, n_key = result.indices.shape[-2:]
     if result.indices.numel() == 0:
         return BlockMap(result.counts.zero_(), result.indices)
-    q_mean, k_mean = pool(q, k)
+    q_mean, k_mean = pool(query, key)
     bias, cut = (None, None) if attn_mask is None else pool_mask(attn_mask, length)
     row_tiles, key_tiles = triton.cdiv(n_query, SCORE_ROWS), triton.cdiv(n_key, SCORE_KEYS)
     n_pad = triton.next_power_of_2(n_key)
-    with torch.cuda.device_of(q):
+    with torch.cuda.device_of(query):
         _score_kernel[(batch * heads * row_tiles * key_tiles,)](
             q_mean_ptr=q_mean, k_mean_ptr=k_mean,
             scores_ptr=result.indices.view(torch.float32),
-            heads=heads, group=heads // k.shape[1], n_query=n_query, n_key=n_key,
+            heads=heads, group=heads // key.shape[1], n_query=n_query, n_key=n_key,
             row_tiles=row_tiles, key_tiles=key_tiles, scale=scale,
             HEAD_SIZE=head_size, HEAD_PAD=max(SCORE_DEPTH, launch.pad_head(head_size)), DEPTH=SCORE_DEPTH,
-            ROWS=SCORE_ROWS, KEYS=SCORE_KEYS, PRECISION=launch.score_precision(q.device), num_warps=4, num_stages=2,
+            ROWS=SCORE_ROWS, KEYS=SCORE_KEYS, PRECISION=launch.score_precision(query.device), num_warps=4, num_stages=2,
         )  # fmt: skip
         _select_kernel[(batch * heads * n_query,)](
             thresholds_ptr=thresholds, bias_ptr=bias, cut_ptr=None if cut is None else cut.view(torch.uint8),
