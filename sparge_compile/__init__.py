@@ -1,6 +1,10 @@
 """Block-sparse attention for any model: ``torch.compile(model, backend="sparge")``.
 
 Public names are imported when they are first used, so that this import is cheap and changes nothing global.
+
+A few modules bear odd names because public functions have the plain ones, and an imported module of the same name
+would take the function's place: ``attention`` is in ``functional``, ``rewrite`` in ``rewriting``; ``attach``, for
+likeness, in ``thresholds.attachment``. ``calibrate`` is both: a folder that can be called.
 """
 
 from __future__ import annotations

@@ -22,7 +22,10 @@ _SPARSITY = "share of key blocks that the whole model skips, where it hurts leas
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status. What is wrong with arguments or files is said in a sentence."""
+    """Run the command and return its exit status.
+
+    Errors about arguments and files are printed as a sentence; SPARGE_TRACEBACK=1 shows where they come from.
+    """
     args = _parser().parse_args(arguments)
     try:
         status: int = args.run(args)
@@ -43,21 +46,39 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="command")
     raw = argparse.RawDescriptionHelpFormatter
-    calibrate = commands.add_parser("calibrate", help="find thresholds", description=_CALIBRATE, formatter_class=raw)
-    _add_source(calibrate)
-    calibrate.add_argument("--out", required=True, help="the calibration file to write (JSON)")
-    aim = calibrate.add_mutually_exclusive_group()
+    _calibrate_arguments(
+        commands.add_parser("calibrate", help="find thresholds", description=_CALIBRATE, formatter_class=raw)
+    )
+    _show_arguments(commands.add_parser("show", **_described("print a calibration file as a table, or aim it anew")))
+    _plot_arguments(commands.add_parser("plot", **_described("draw a calibration file as two PNGs (needs matplotlib)")))
+    _explain_arguments(
+        commands.add_parser(
+            "explain", **_described("which attention of a model would be replaced, and why not the rest")
+        )
+    )
+    return parser
+
+
+def _described(text: str) -> dict[str, Any]:
+    """The same sentence in the list of commands and in the command's own help."""
+    return {"help": text, "description": text[0].upper() + text[1:] + "."}
+
+
+def _calibrate_arguments(parser: argparse.ArgumentParser) -> None:
+    _source_arguments(parser)
+    parser.add_argument("--out", required=True, help="the calibration file to write (JSON)")
+    aim = parser.add_mutually_exclusive_group()
     aim.add_argument("--target-error", type=float, help=_ERROR)
     aim.add_argument("--target-sparsity", type=float, help=_SPARSITY)
     by = "which error of a head counts, over samples (worst with --target-error, mean with --target-sparsity)"
-    calibrate.add_argument("--by", choices=("worst", "mean"), help=by)
-    calibrate.add_argument(
+    parser.add_argument("--by", choices=("worst", "mean"), help=by)
+    parser.add_argument(
         "--mode",
         choices=("hybrid", "topk", "topp"),
         default="hybrid",
         help="both thresholds, or one alone for comparison (hybrid)",
     )
-    calibrate.add_argument(
+    parser.add_argument(
         "--phases",
         type=float,
         nargs="*",
@@ -65,45 +86,40 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FROM",
         help="for denoising: shares of a batch's model calls from which on other thresholds hold, as 0.2 0.6",
     )
-    calibrate.add_argument("--every", type=int, default=1, help="measure every n-th call of the model in a batch (1)")
-    calibrate.add_argument(
+    parser.add_argument("--every", type=int, default=1, help="measure every n-th call of the model in a batch (1)")
+    parser.add_argument(
         "--query-blocks", type=int, default=32, help="blocks of 128 queries to look at, of each call and head (32)"
     )
-    calibrate.add_argument("--memory", type=int, default=1024, help="MiB of scratch memory on the device (1024)")
-    calibrate.add_argument("--seed", type=int, default=0, help="of the random choice of query blocks (0)")
-    calibrate.add_argument("--batches", type=int, help="use only the first so many batches")
-    calibrate.set_defaults(run=_calibrate)
+    parser.add_argument("--memory", type=int, default=1024, help="MiB of scratch memory on the device (1024)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random choice of query blocks (0)")
+    parser.add_argument("--batches", type=int, help="use only the first so many batches")
+    parser.set_defaults(run=_calibrate)
 
-    show = commands.add_parser("show", **_said("print a calibration file as a table, or aim it anew"))
-    show.add_argument("file")
-    again = show.add_mutually_exclusive_group()
+
+def _show_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file")
+    again = parser.add_mutually_exclusive_group()
     again.add_argument("--target-error", type=float, help="aim anew: the most relative L1 error of each head")
     again.add_argument("--target-sparsity", type=float, help="aim anew: the share of key blocks to skip")
-    show.add_argument("--out", help="write the calibration, aimed anew, to this file")
-    show.set_defaults(run=_show)
-
-    plot = commands.add_parser("plot", **_said("draw a calibration file as two PNGs (needs matplotlib)"))
-    plot.add_argument("file")
-    plot.add_argument("--out", metavar="PREFIX", help="how the names of the pictures begin (as that of the file)")
-    plot.set_defaults(run=_plot)
-
-    explain = commands.add_parser(
-        "explain", **_said("which attention of a model would be replaced, and why not the rest")
-    )
-    _add_source(explain)
-    explain.add_argument("--calibration", help="a calibration file")
-    explain.add_argument("--topk", type=float, help="threshold of sites without one in the file")
-    explain.add_argument("--topp", type=float, help="threshold of sites without one in the file")
-    explain.set_defaults(run=_explain)
-    return parser
+    parser.add_argument("--out", help="write the calibration, aimed anew, to this file")
+    parser.set_defaults(run=_show)
 
 
-def _said(text: str) -> dict[str, Any]:
-    """The same sentence in the list of commands and in the command's own help."""
-    return {"help": text, "description": text[0].upper() + text[1:] + "."}
+def _plot_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file")
+    parser.add_argument("--out", metavar="PREFIX", help="how the names of the pictures begin (as that of the file)")
+    parser.set_defaults(run=_plot)
 
 
-def _add_source(parser: argparse.ArgumentParser) -> None:
+def _explain_arguments(parser: argparse.ArgumentParser) -> None:
+    _source_arguments(parser)
+    parser.add_argument("--calibration", help="a calibration file")
+    parser.add_argument("--topk", type=float, help="threshold of sites without one in the file")
+    parser.add_argument("--topp", type=float, help="threshold of sites without one in the file")
+    parser.set_defaults(run=_explain)
+
+
+def _source_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="MODULE:NAME",
@@ -128,19 +144,17 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 
 def _source(args: argparse.Namespace) -> Any:
     from .calibrate.sources import from_pipeline, from_python
-    from .errors import explain_error
+    from .errors import value_error
 
     if args.pipeline and args.prompts and not (args.model or args.inputs):
         return from_pipeline(args.pipeline, args.prompts, args.steps, args.arguments, args.device, args.dtype)
     if args.model and args.inputs and not (args.pipeline or args.prompts):
         return from_python(args.model, args.inputs)
-    raise ValueError(
-        explain_error(
-            "no model",
-            given=", ".join(x for x in ("model", "inputs", "pipeline", "prompts") if getattr(args, x)) or "none",
-            allowed="--model and --inputs, or --pipeline and --prompts",
-            todo="Give one of the two pairs.",
-        )
+    raise value_error(
+        "no model",
+        given=", ".join(x for x in ("model", "inputs", "pipeline", "prompts") if getattr(args, x)) or "none",
+        allowed="--model and --inputs, or --pipeline and --prompts",
+        todo="Give one of the two pairs.",
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import sympy
 import torch
 
-from .errors import explain_error
+from .errors import value_error
 from .kernels.block_map import KEY_BLOCK, QUERY_BLOCK
 from .report import Prediction
 
@@ -32,7 +32,7 @@ class Shape:
 
     @staticmethod
     def symbolic(is_causal: bool = False) -> Shape:
-        """All sizes as positive sympy symbols, to read the closed forms."""
+        """Return all sizes as positive sympy symbols, to read the closed forms."""
         return Shape(*sympy.symbols("B H Hk L S D", positive=True), is_causal=is_causal)
 
 
@@ -57,42 +57,45 @@ class CostModel:
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-                raise ValueError(
-                    explain_error(
-                        f"cost coefficient {f.name} is not usable",
-                        given=repr(value),
-                        allowed="seconds, 0 or more",
-                        todo="benchmarks/fit_cost_model.py prints a set for your device.",
-                    )
+                raise value_error(
+                    f"cost coefficient {f.name} is not usable",
+                    given=repr(value),
+                    allowed="seconds, 0 or more",
+                    todo="benchmarks/fit_cost_model.py prints a set for your device.",
                 )
 
     @classmethod
     def parse(cls, coefficients: Mapping[str, float] | CostModel) -> CostModel:
-        """A model from a complete set of coefficients by name."""
+        """Return a model from a complete set of coefficients by name, in seconds.
+
+        Raises:
+            ValueError: another set of names, or a coefficient that is negative or no number.
+        """
         if isinstance(coefficients, cls):
             return coefficients
         known = {f.name for f in fields(cls)}
         if not isinstance(coefficients, Mapping) or set(coefficients) != known:
-            raise ValueError(
-                explain_error(
-                    "option 'costs' is not a set of cost coefficients",
-                    given=repr(coefficients)[:80],
-                    allowed=f"a dict with {', '.join(sorted(known))}, in seconds",
-                    todo="benchmarks/fit_cost_model.py prints one for your device.",
-                )
+            raise value_error(
+                "option 'costs' is not a set of cost coefficients",
+                given=repr(coefficients)[:80],
+                allowed=f"a dict with {', '.join(sorted(known))}, in seconds",
+                todo="benchmarks/fit_cost_model.py prints one for your device.",
             )
         return cls(**coefficients)
 
     def dense(self, s: Shape) -> Any:
+        """Return the seconds of dense attention: a number, or a sympy expression for symbolic sizes."""
         return self.dense_base + self.dense_pair * _pairs(s) * s.head_size
 
     def sparse(self, s: Shape, density: Any) -> Any:
+        """Return the seconds of sparse attention that keeps this share of the visible blocks; as :meth:`dense`."""
         pooled = s.batch * (s.heads * s.length + s.kv_heads * s.keys) * s.head_size
         scored = s.batch * s.heads * (s.length / QUERY_BLOCK) * (s.keys / KEY_BLOCK)
         kept = density * _pairs(s) * s.head_size
         return self.sparse_base + self.pool * pooled + self.select * scored + self.sparse_pair * kept
 
     def predict(self, s: Shape, density: float) -> Prediction:
+        """Return both, in seconds, for sizes that are numbers."""
         return Prediction(float(self.dense(s)), float(self.sparse(s, density)), density)
 
 
@@ -102,7 +105,7 @@ def _pairs(s: Shape) -> Any:
 
 
 def device_class(device: torch.device) -> str:
-    """``"cpu"``, ``"sm90"`` and so on for CUDA."""
+    """Return the name of a class of devices with one set of coefficients: ``"cpu"``, and ``"sm90"`` and so on."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return f"sm{major}{minor}"
@@ -110,7 +113,7 @@ def device_class(device: torch.device) -> str:
 
 
 def cost_model(device: torch.device) -> CostModel:
-    """The coefficients of a device's class; an unmeasured GPU is taken to be like the measured one."""
+    """Return the coefficients of a device's class; an unmeasured GPU is taken to be like the measured one."""
     return COST_MODELS.get(device_class(device), COST_MODELS["sm90"])
 
 

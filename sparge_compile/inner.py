@@ -41,7 +41,7 @@ def compile_graph(graph_module: GraphModule, inputs: Sequence[Any], settings: Op
 
 @functools.cache
 def source_digest() -> str:
-    """A hash of the package's version and of every source file of it."""
+    """Return a SHA-256 of the package's version and of every source file of it."""
     digest = hashlib.sha256(__version__.encode())
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
@@ -49,6 +49,6 @@ def source_digest() -> str:
 
 
 def faker(example_inputs: Sequence[Any]) -> Callable[[Tensor], Tensor]:
-    """What turns a real tensor into an example input like the others: fake where they are fake."""
+    """Return a function that makes a real tensor an example input like the others: fake where they are fake."""
     mode = detect_fake_mode(example_inputs)
     return mode.from_tensor if mode is not None else lambda tensor: tensor

@@ -1,7 +1,7 @@
 """A layer's one name: its module path in the user's model, from a graph node.
 
 The same model must give the same names in whole-model compilation, in ``explain``, in calibration and in distillation.
-What a graph knows is a base (a local of the compiled frame) and a path below it; passes/places.py finds the base.
+What a graph knows is a base (a local of the compiled frame) and a path below it; running/places.py finds the base.
 """
 
 from __future__ import annotations
@@ -25,41 +25,41 @@ _ITEM = re.compile(r"\['?([^'\]]*)'?\]")  # blocks[0], layers['a']
 
 
 def clean_path(path: str) -> str:
-    """A module path as the user would write it, from Dynamo's or export's spelling of it."""
+    """Return a module path as the user would write it, from Dynamo's or export's spelling of it."""
     path = _MODULES.sub(r".\1", _BASE.sub("", path))
     return user_path(_ITEM.sub(r".\1", path)) or ROOT
 
 
 def user_path(name: str) -> str:
-    """A dotted name without the modules that wrap a user's module; empty for the root."""
+    """Return a dotted name without the modules that wrap a user's module; empty for the root."""
     return ".".join(part for part in name.split(".") if part and part not in WRAPPERS)
 
 
 def join(prefix: str, path: str) -> str:
-    """A path below a module as a path below the model; the root's own path is ``ROOT``."""
+    """Return a path below a module as a path below the model; the root's own path is ``ROOT``."""
     return ".".join(part for part in (prefix, path) if part and part != ROOT) or ROOT
 
 
 def base_of(path: str) -> str | None:
-    """The local or global of the compiled frame that a path of Dynamo starts from, as ``L['self']``."""
-    found = _BASE.match(path)
-    return found.group() if found else None
+    """Return the local or global of the compiled frame that a path of Dynamo starts from, as ``L['self']``."""
+    match = _BASE.match(path)
+    return match.group() if match else None
 
 
 def module_path(node: Any) -> str:
-    """The path of the innermost module in which a graph node was traced."""
+    """Return the path of the innermost module in which a graph node was traced."""
     stack = node.meta.get("nn_module_stack")
     return clean_path(list(stack.values())[-1][0]) if stack else ROOT
 
 
 def module_base(node: Any) -> str | None:
-    """The base of that path; None where the node stands in no module but the compiled frame itself."""
+    """Return the base of that path; None where the node stands in no module but the compiled frame itself."""
     stack = node.meta.get("nn_module_stack")
     return base_of(list(stack.values())[-1][0]) if stack else None
 
 
 def numbered(path: str, earlier: int) -> str:
-    """A site's name, after so many earlier ones in the same module."""
+    """Return a site's name, after so many earlier ones in the same module."""
     return f"{path}#{earlier}" if earlier else path
 
 
@@ -70,7 +70,7 @@ class SiteNames:
         self._seen: Counter[str] = Counter()
 
     def name(self, path: str) -> str:
-        """The name of the next site in a module."""
+        """Return the name of the next site in a module."""
         earlier = self._seen[path]
         self._seen[path] += 1
         return numbered(path, earlier)

@@ -1,4 +1,4 @@
-"""What a user is told while a graph is compiled: warnings, each once, and errors about calibrations and sites."""
+"""Tell a user what to know while a graph is compiled: warnings, each once, and errors about calibrations and sites."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from torch.nn import Module
 
-from .errors import explain_error
+from .errors import value_error
 from .options import Options
 from .report import Report
 from .running.places import Names
@@ -16,17 +16,19 @@ _warned: set[str] = set()
 
 
 def warn_of_unsupported(report: Report, settings: Options) -> None:
-    """Warn once for each reason, or raise, where attention that a user may have meant to replace stays dense."""
+    """Warn once for each reason, or raise, where attention that a user may have meant to replace stays dense.
+
+    Raises:
+        ValueError: there is such attention, and the option ``on_unsupported`` is ``"error"``.
+    """
     unsupported = [row for row in report.dense if row.reason.unsupported]
     if settings.on_unsupported == "error" and unsupported:
         names = ", ".join(f"{row.name} ({row.reason.value})" for row in unsupported)
-        raise ValueError(
-            explain_error(
-                "attention that cannot be replaced",
-                given=names,
-                allowed="replaceable sites only, because on_unsupported is 'error'",
-                todo="sparge_compile.explain(model)(...) shows them; 'warn' or 'dense' lets them be.",
-            )
+        raise value_error(
+            "attention that cannot be replaced",
+            given=names,
+            allowed="replaceable sites only, because on_unsupported is 'error'",
+            todo="sparge_compile.explain(model)(...) shows them; 'warn' or 'dense' lets them be.",
         )
     if settings.on_unsupported == "warn":
         for reason in dict.fromkeys(row.reason for row in unsupported):
@@ -50,28 +52,33 @@ def _warn(about: str, text: str) -> None:
 
 
 def check_model(settings: Options, names: Sequence[str], root: Module | None) -> None:
-    """Raise where a calibration was measured on another model: no site of this graph is in it, and none of its sites is
-    in the model that is running."""
-    found = settings.calibration
-    if found is None or found.origin is None or not names or root is None or any(map(found.key_of, names)):
+    """Check that a calibration was measured on the model that runs.
+
+    Raises:
+        ValueError: no site of this graph is in the calibration, and none of its sites is in the model.
+    """
+    calibration = settings.calibration
+    if calibration is None or calibration.origin is None or not names or root is None:
+        return
+    if any(map(calibration.key_of, names)):
         return
     modules = Names(root).by_name
-    if not any(site.partition("#")[0] in modules for site in found.sites) and not any(
-        site.endswith(f".{name}") for site in found.sites for name in names
+    if not any(site.partition("#")[0] in modules for site in calibration.sites) and not any(
+        site.endswith(f".{name}") for site in calibration.sites for name in names
     ):
-        raise ValueError(
-            explain_error(
-                "the calibration was made for another model",
-                given=f"one of {found.origin.model} with sites as {next(iter(found.sites), 'none')!r}",
-                allowed=f"one of {type(root).__name__} with sites as {names[0]!r}",
-                todo="Calibrate this model (`sparge calibrate`), or give it topk and topp.",
-            )
+        raise value_error(
+            "the calibration was made for another model",
+            given=f"one of {calibration.origin.model} with sites as {next(iter(calibration.sites), 'none')!r}",
+            allowed=f"one of {type(root).__name__} with sites as {names[0]!r}",
+            todo="Calibrate this model (`sparge calibrate`), or give it topk and topp.",
         )
 
 
 def warn_of_names(settings: Options, names: Iterable[str]) -> None:
-    """Warn where a calibration seems to mean a site that goes by a shorter or a longer name: a block called without its
-    model, or a model that is part of another; and where one that was measured lacks a site."""
+    """Warn where a calibration seems to mean a site by another name, where it lacks a site, and where it is incomplete.
+
+    The name may be longer or shorter: a block was called without its model, or a model is part of another.
+    """
     if settings.calibration is None:
         return
     origin = settings.calibration.origin

@@ -1,4 +1,4 @@
-"""What was found and what became of it: Site, Reason, Decision, Report. Values only, no graphs."""
+"""The attention of a model and what became of it: Site, Reason, Decision, Report. Values only, no graphs."""
 
 from __future__ import annotations
 
@@ -69,10 +69,12 @@ class Reason(Enum):
 
     @property
     def sparse(self) -> bool:
+        """Whether a site with this reason is replaced."""
         return self in (Reason.PAYS, Reason.LONG_ENOUGH, Reason.SHARED)
 
     @property
     def unsupported(self) -> bool:
+        """Whether a site stays dense although sparse attention might be faster."""
         return not self.sparse and self not in (Reason.SLOWER, Reason.TOO_SHORT, Reason.NOT_ATTENTION)
 
 
@@ -86,6 +88,7 @@ class Prediction:
 
     @property
     def speedup(self) -> float:
+        """Dense seconds over sparse seconds."""
         return self.dense / self.sparse
 
 
@@ -99,6 +102,7 @@ class Decision:
 
     @property
     def status(self) -> str:
+        """``"sparse"`` or ``"dense"``."""
         return "sparse" if self.reason.sparse else "dense"
 
 
@@ -111,31 +115,37 @@ class SiteReport:
 
     @property
     def name(self) -> str:
+        """The site's name: the path of its module, and ``#1``, ``#2`` for further ones there."""
         return self.site.name
 
     @property
     def kind(self) -> str:
+        """How the attention is written; see :class:`Site`."""
         return self.site.kind
 
     @property
     def status(self) -> str:
+        """``"sparse"`` or ``"dense"``."""
         return self.decision.status
 
     @property
     def reason(self) -> Reason:
+        """Why it is sparse or dense."""
         return self.decision.reason
 
     @property
     def detail(self) -> str:
+        """The reason's particulars, or an empty text."""
         return self.decision.detail
 
     @property
     def shapes(self) -> dict[str, int | str | None]:
-        """batch, heads, kv_heads, length, keys, head_size."""
+        """The sizes batch, heads, kv_heads, length, keys and head_size by name."""
         names = ("batch", "heads", "kv_heads", "length", "keys", "head_size")
         return {name: getattr(self.site, name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
+        """Return it as plain JSON types."""
         prediction = self.decision.prediction
         return {
             **asdict(self.site),
@@ -161,13 +171,16 @@ class Report:
 
     @property
     def sparse(self) -> list[SiteReport]:
+        """The rows of sites that are replaced."""
         return [row for row in self.sites if row.status == "sparse"]
 
     @property
     def dense(self) -> list[SiteReport]:
+        """The rows of sites that stay as they are."""
         return [row for row in self.sites if row.status == "dense"]
 
     def to_dict(self) -> dict[str, Any]:
+        """Return it as plain JSON types."""
         return {"graphs": self.graphs, "sites": [row.to_dict() for row in self.sites]}
 
     def __str__(self) -> str:

@@ -20,7 +20,7 @@ _compiled_for = WeakTensorKeyDictionary()
 
 
 def user_model(model: Callable[..., Any]) -> Callable[..., Any]:
-    """Of what ``torch.compile`` gave, the model or function itself; anything else is given back."""
+    """Return the model or function inside what ``torch.compile`` gave; anything else as it is."""
     return getattr(model, "_orig_mod", getattr(model, "_torchdynamo_orig_callable", model))
 
 
@@ -30,7 +30,7 @@ def is_compiled(module: Module) -> bool:
 
 
 def unwrapped(module: Module) -> Module:
-    """The user's own module inside what compiles or distributes it."""
+    """Return the user's own module inside what compiles or distributes it."""
     while True:
         if is_compiled(module):
             module = module._orig_mod  # type: ignore[assignment]

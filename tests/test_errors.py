@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sparge_compile import BlockMap, attention
+from sparge_compile.errors import type_error, value_error
 
 
 def qkv(batch=2, heads=4, kv_heads=4, length=100, keys=100, head_size=16, dtype=torch.float32):
@@ -67,6 +68,13 @@ def test_bad_input_is_refused_in_four_parts(case):
         make()
     message = str(caught.value)
     assert what in message and "got " in message and "allowed: " in message and allowed in message, message
+
+
+@pytest.mark.parametrize("make, kind", [(value_error, ValueError), (type_error, TypeError)])
+def test_a_message_has_four_parts_in_one_order(make, kind):
+    error = make("topk is out of range", given=2, allowed="a share in (0, 1]", todo="Use 1 to keep all.")
+    assert type(error) is kind
+    assert str(error) == "topk is out of range: got 2; allowed: a share in (0, 1]. Use 1 to keep all."
 
 
 def test_wrong_type_of_threshold():
