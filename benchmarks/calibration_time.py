@@ -17,66 +17,30 @@ from collections.abc import Iterator
 
 import harness
 import torch
-import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor, nn
+from wan_stand_in import TEXT, Block, positions
 
 import sparge_compile
 
-TEXT = 512  # keys of the cross-attention, which stays dense
 WIDEN = 35 / 6  # of the feed-forward layer: 1,536 to 8,960
 
 
-class Attention(nn.Module):
-    def __init__(self, heads: int, head_size: int) -> None:
-        super().__init__()
-        width, self.heads = heads * head_size, heads
-        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
-        self.norm_q, self.norm_k = nn.RMSNorm(width), nn.RMSNorm(width)
-
-    def forward(self, x: Tensor, context: Tensor, turn: tuple[Tensor, Tensor] | None) -> Tensor:
-        split = (self.norm_q(self.q(x)), self.norm_k(self.k(context)), self.v(context))
-        q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in split)  # [B, L, H, D]
-        if turn is not None:
-            q, k = rotated(q, *turn), rotated(k, *turn)
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        return self.out(out.transpose(1, 2).flatten(2))
-
-
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position: x [B, L, H, D], cos and sin [L, 1, D / 2]."""
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
-
-
-class Block(nn.Module):
-    def __init__(self, heads: int, head_size: int) -> None:
-        super().__init__()
-        width = heads * head_size
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
-        self.attn1, self.attn2 = Attention(heads, head_size), Attention(heads, head_size)
-        wide = int(width * WIDEN)
-        self.ffn = nn.Sequential(nn.Linear(width, wide), nn.GELU("tanh"), nn.Linear(wide, width))
-
-    def forward(self, x: Tensor, text: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-        y = self.norms[0](x)
-        x = x + self.attn1(y, y, turn)
-        x = x + self.attn2(self.norms[1](x), text, None)
-        return x + self.ffn(self.norms[2](x))
-
-
 class StandIn(nn.Module):
+    """Wan's blocks between tokens and tokens; the cross-attention to TEXT keys stays dense."""
+
     def __init__(self, layers: int, heads: int, head_size: int, length: int) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block(heads, head_size) for _ in range(layers))
-        rates = 1e4 ** -torch.linspace(0, 1, head_size // 2)
-        angles = torch.arange(length).view(-1, 1, 1) * rates
-        self.register_buffer("cos", angles.cos())
-        self.register_buffer("sin", angles.sin())
+        width = heads * head_size
+        self.blocks = nn.ModuleList(Block(width, int(width * WIDEN), head_size) for _ in range(layers))
+        cos, sin = positions(length, head_size, torch.get_default_device())
+        self.register_buffer("cos", cos)
+        self.register_buffer("sin", sin)
+        self.register_buffer("time", torch.zeros(1, 6, width))
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         for block in self.blocks:
-            x = block(x, text, (self.cos, self.sin))
+            x = block(x, text, self.time, self.cos, self.sin)
         return x
 
 

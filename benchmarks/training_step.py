@@ -24,88 +24,13 @@ import torch
 import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import sparge_compile
 from sparge_compile.running.listeners import heard_by
 
 sys.path.append(str(Path(__file__).parent))
 import harness
-
-TEXT, CHANNELS, HEAD = 512, 16, 128
-
-
-class Attention(nn.Module):
-    """Wan's: RMS norm over all heads of queries and keys, rotary positions where there are some."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.heads = width // HEAD if width >= HEAD else 1
-        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
-        self.norm_query, self.norm_key = nn.RMSNorm(width, eps=1e-6), nn.RMSNorm(width, eps=1e-6)
-
-    def forward(self, x: Tensor, context: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        query, key = self.norm_query(self.query(x)), self.norm_key(self.key(context))
-        q, k, v = (y.unflatten(2, (self.heads, -1)) for y in (query, key, self.value(context)))  # [B, L, H, D]
-        if rotary is not None:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions [L, 1, D/2] on [B, L, H, D]."""
-    a, b = x.float().chunk(2, -1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1).to(x.dtype)
-
-
-class Block(nn.Module):
-    def __init__(self, width: int, ffn: int) -> None:
-        super().__init__()
-        self.attn1, self.attn2 = Attention(width), Attention(width)
-        self.norm1, self.norm3 = (nn.LayerNorm(width, eps=1e-6, elementwise_affine=False) for _ in range(2))
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.ffn = nn.Sequential(nn.Linear(width, ffn), nn.GELU("tanh"), nn.Linear(ffn, width))
-        self.modulation = nn.Parameter(torch.randn(1, 6, width) / width**0.5)
-
-    def forward(self, x: Tensor, text: Tensor, time: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + time).chunk(6, 1)
-        y = self.norm1(x) * (1 + scale1) + shift1
-        x = x + self.attn1(y, y, (cos, sin)) * gate1
-        x = x + self.attn2(self.norm2(x), text)
-        return x + self.ffn(self.norm3(x) * (1 + scale2) + shift2) * gate2
-
-
-class Wan(nn.Module):
-    """Latents [B, 16, T, H, W], a text [B, 512, width] and a time [B] to a velocity like the latents."""
-
-    def __init__(self, layers: int, width: int, ffn: int, is_checkpointed: bool) -> None:
-        super().__init__()
-        self.width, self.is_checkpointed = width, is_checkpointed
-        self.patch = nn.Conv3d(CHANNELS, width, (1, 2, 2), (1, 2, 2))
-        self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, 6 * width))
-        self.blocks = nn.ModuleList(Block(width, ffn) for _ in range(layers))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 4 * CHANNELS)
-
-    def forward(self, latents: Tensor, text: Tensor, when: Tensor) -> Tensor:
-        x = self.patch(latents)
-        frames, height, width = x.shape[2:]
-        x = x.flatten(2).mT  # [B, L, width]
-        frequencies = torch.exp(-torch.arange(128, device=x.device) / 128 * 9.2)
-        angles = when[:, None].float() * frequencies
-        modulation = self.time(torch.cat((angles.sin(), angles.cos()), -1).to(x.dtype)).unflatten(1, (6, -1))
-        half = x.shape[2] // self.blocks[0].attn1.heads // 2
-        where = torch.arange(x.shape[1], device=x.device)[:, None] / (
-            10000 ** (torch.arange(half, device=x.device) / half)
-        )
-        cos, sin = where.cos()[:, None], where.sin()[:, None]
-        for block in self.blocks:
-            if self.is_checkpointed and torch.is_grad_enabled():
-                x = checkpoint(block, x, text, modulation, cos, sin, use_reentrant=False)
-            else:
-                x = block(x, text, modulation, cos, sin)
-        x = self.head(self.norm(x)).unflatten(2, (CHANNELS, 1, 2, 2)).unflatten(1, (frames, height, width))
-        return x.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+from wan_stand_in import CHANNELS, TEXT, Wan
 
 
 class Sites:
