@@ -67,11 +67,11 @@ class SparsitySchedule:
 
     @property
     def progress(self) -> float:
-        """How far it is, in [0, 1]."""
+        """The share of the steps that are taken, in [0, 1]."""
         return self._step / self._steps if self._steps else 1.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it is and where it goes: to be saved with the model, whose own state has the thresholds of now."""
+        """Return its step and its target, to be saved with the model, whose own state has the present thresholds."""
         target = {name: values.cpu() for name, values in self._target.items()}
         return {"step": self._step, "steps": self._steps, "start": list(self._start), "target": target}
 
@@ -79,7 +79,7 @@ class SparsitySchedule:
         """Go on from a saved state; the model's thresholds are set to it.
 
         Raises:
-            ValueError: a state of other sites.
+            ValueError: a state of other sites or numbers of heads.
         """
         if set(state) != _STATE or {n: v.shape for n, v in state["target"].items()} != {
             n: v.shape for n, v in self._target.items()

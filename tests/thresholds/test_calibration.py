@@ -27,7 +27,7 @@ def head(shift: float) -> tuple[Point, ...]:
     return tuple(Point(k, p, k, (1 - k) * shift, (1 - k) * shift / 2) for k, p in ((0.1, 0.0), (0.3, 0.2), (0.6, 0.4)))
 
 
-def made(
+def measured_calibration(
     phases: int = 2, sites=("blocks.0", "blocks.1"), heads: int = 2, head_size: int = 16, **changes
 ) -> Calibration:
     """A calibration as a run would leave it, for the small models of these tests."""
@@ -61,7 +61,13 @@ def made(
 
 
 @pytest.mark.parametrize(
-    "calibration", [made(), made(1), Calibration({"*": [(1, 0)]}, phases={0.2: {"*": [(0.1, 0.3)]}}), Calibration({})]
+    "calibration",
+    [
+        measured_calibration(),
+        measured_calibration(1),
+        Calibration({"*": [(1, 0)]}, phases={0.2: {"*": [(0.1, 0.3)]}}),
+        Calibration({}),
+    ],
 )
 def test_saving_and_loading_changes_nothing(tmp_path, calibration):
     path = tmp_path / "c.json"
@@ -169,7 +175,10 @@ def _at(document, path):
 
 @pytest.mark.parametrize(
     "calibration",
-    [made(), Calibration({"a.*": [(0.5, 0.1), (0.25, 0.0)]}, phases={0.5: {"a.*": [(0.1, 0.0), (0.2, 0.0)]}})],
+    [
+        measured_calibration(),
+        Calibration({"a.*": [(0.5, 0.1), (0.25, 0.0)]}, phases={0.5: {"a.*": [(0.1, 0.0), (0.2, 0.0)]}}),
+    ],
     ids=["measured", "plain"],
 )
 def test_of_200_changed_files_each_is_refused_with_a_sentence_or_means_what_it_says(tmp_path, calibration):
@@ -197,7 +206,7 @@ def test_of_200_changed_files_each_is_refused_with_a_sentence_or_means_what_it_s
 
 def test_heads_that_were_swapped_by_hand_are_refused(tmp_path):
     path = tmp_path / "c.json"
-    made().save(path)
+    measured_calibration().save(path)
     document = json.loads(path.read_text())
     document["sites"]["blocks.0"]["thresholds"][0].reverse()
     path.write_text(json.dumps(document))
@@ -207,7 +216,7 @@ def test_heads_that_were_swapped_by_hand_are_refused(tmp_path):
 
 def test_a_duplicate_key_a_newer_format_and_another_file_say_what_they_are(tmp_path):
     path = tmp_path / "c.json"
-    made().save(path)
+    measured_calibration().save(path)
     text = path.read_text()
     for content, words in (
         (text.replace('"format_version": 2', '"format_version": 3'), "newer version"),
@@ -230,7 +239,7 @@ def run(model, x, calibration, **options):
 
 def test_the_backend_uses_the_file_and_attached_buffers_travel_in_a_state_dict(tmp_path):
     path, x = tmp_path / "c.json", torch.randn(1, 1500, 32)
-    calibration = made(1)
+    calibration = measured_calibration(1)
     calibration.save(path)
     model = Model(Fused).eval()
     got = run(model, x, path)
@@ -246,23 +255,23 @@ def test_the_backend_uses_the_file_and_attached_buffers_travel_in_a_state_dict(t
 def test_the_file_of_another_model_is_refused():
     x, model = torch.randn(1, 700, 32), Model(Fused).eval()
     with pytest.raises(Exception, match="made for another model"):
-        run(model, x, made(1, sites=("layers.0.attention",)))
+        run(model, x, measured_calibration(1, sites=("layers.0.attention",)))
     with pytest.raises(Exception, match="thresholds for 3 heads"):
-        run(model, x, made(1, heads=3))
+        run(model, x, measured_calibration(1, heads=3))
     with pytest.raises(Exception, match="heads of size 64"):
-        run(model, x, made(1, head_size=64))
+        run(model, x, measured_calibration(1, head_size=64))
     with pytest.raises(Exception, match="attach"):
-        run(model, x, made(2))
+        run(model, x, measured_calibration(2))
     with pytest.raises(Exception, match="1 heads"):
-        run(model, x, made(1, heads=1))
+        run(model, x, measured_calibration(1, heads=1))
 
 
 def test_a_site_without_thresholds_and_a_file_of_a_part_are_spoken_of():
     x, model = torch.randn(1, 700, 32), Model(Fused).eval()
     with pytest.warns(UserWarning, match="no thresholds for site 'blocks.1'"):
-        run(model, x, made(1, sites=("blocks.0",)))
+        run(model, x, measured_calibration(1, sites=("blocks.0",)))
     with pytest.warns(UserWarning, match="interrupted after 8 batches"):
-        run(model, x, made(1, complete=False))
+        run(model, x, measured_calibration(1, complete=False))
 
 
 def test_a_file_of_a_whole_model_serves_a_block_that_is_called_alone():
@@ -272,7 +281,7 @@ def test_a_file_of_a_whole_model_serves_a_block_that_is_called_alone():
     holder.attn = block
     holder.forward = lambda x: holder.attn(x)
     with pytest.warns(UserWarning, match="but here the site is 'attn'"):
-        run(holder, x, made(1, sites=("blocks.0.attn",)))
+        run(holder, x, measured_calibration(1, sites=("blocks.0.attn",)))
 
 
 @pytest.mark.parametrize(
@@ -303,7 +312,7 @@ def test_the_name_is_a_package_and_a_function_whichever_is_imported_first():
 
 
 def test_a_calibration_is_shown_in_a_line_and_as_a_table():
-    measured = made(2, complete=False)
+    measured = measured_calibration(2, complete=False)
     # Of eight heads one keeps a tenth with an error of 0.09, three 0.6 with 0.08, and four stay dense.
     errors = "errors of heads 0.0413 on average, 0.0900 at most"
     assert repr(measured) == f"<Calibration: 2 sites, 2 phases, sparsity 26.2%, {errors}, not complete>"
@@ -313,5 +322,7 @@ def test_a_calibration_is_shown_in_a_line_and_as_a_table():
     assert len([line for line in table.splitlines() if line.startswith("blocks.")]) == 4, "sites × phases"
     held = dict.fromkeys(CHECKED, 0.1)
     assert "100.0% keep the bound" in table
-    assert "keep the bound" not in made(1, target_error=None, target_sparsity=0.3, held_out=held).table()
+    assert (
+        "keep the bound" not in measured_calibration(1, target_error=None, target_sparsity=0.3, held_out=held).table()
+    )
     assert "0.1–0.3" in Calibration({"a": [(0.1, 0.0), (0.3, 0.0)]}).table()
