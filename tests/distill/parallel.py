@@ -1,6 +1,6 @@
 """Two processes over gloo that train the same student in every way there is; what each found goes into a file.
 
-Run by test_distill_parallel.py. Every scenario gives its losses, or the text of what went wrong.
+Run by test_parallel.py. Every scenario gives its losses, or the text of what went wrong.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ What the processes do is in parallel.py. They run once, for all tests, because e
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -36,9 +37,13 @@ def run_in_two(folder: Path, scenarios: tuple[str, ...]) -> list[dict[str, objec
     if not torch.distributed.is_available():
         pytest.skip("torch without torch.distributed")
     script = Path(__file__).parent / "parallel.py"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # the folders of helpers that pytest knows
     processes = [
         subprocess.Popen(
-            [sys.executable, script, str(rank), folder, *scenarios], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            [sys.executable, script, str(rank), folder, *scenarios],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=environment,
         )
         for rank in range(2)
     ]
