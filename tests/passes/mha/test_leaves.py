@@ -40,7 +40,7 @@ def test_a_leaf_is_opened_for_any_length():
     parameters = [n.target for n in made if n.op == "get_attr"]
     assert "attn.in_proj_weight" in parameters  # they are read from the module, and stay its own
     (sdpa,) = owner.graph.find_nodes(op="call_function", target=SDPA)
-    assert [path for path, _ in sdpa.meta["nn_module_stack"].values()][0] == "block"
+    assert next(path for path, _ in sdpa.meta["nn_module_stack"].values()) == "block"
 
 
 @pytest.mark.parametrize("case", ["weights", "shapes", "not asked for"])
