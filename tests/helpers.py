@@ -1,4 +1,4 @@
-"""What kernel tests share: inputs, comparison of block maps up to ties, error bounds that come from arithmetic."""
+"""Helpers that kernel tests share: inputs, comparison of block maps up to ties, error bounds that come from arithmetic."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ class Problem(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What attention and its backward give, or a bound of each."""
+    """The results of attention and its backward, or the size of each."""
 
     out: Tensor
     lse: Tensor

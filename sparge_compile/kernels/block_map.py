@@ -1,4 +1,4 @@
-"""What a block is, and the three forms of a block map.
+"""The size of a block, and the three forms of a block map.
 
 A map says for each (batch, head, query block) which key blocks are read:
 

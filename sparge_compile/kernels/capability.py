@@ -1,4 +1,4 @@
-"""What the kernels accept: asked as a value by the passes, and as an error by the ops."""
+"""The inputs that kernels accept: asked as a value by the passes, and as an error by the ops."""
 
 from __future__ import annotations
 

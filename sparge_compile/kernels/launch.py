@@ -18,6 +18,8 @@ SELECT_SCORES = 512  # scores that one warp of a selecting program holds
 
 
 class Launch(NamedTuple):
+    """One entry of the table."""
+
     rows: int  # query rows that a program (forward, dq) or a step (dkv) works on; divides 128
     warps: int
     stages: int
@@ -31,6 +33,7 @@ def architecture(device: torch.device) -> int:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -64,7 +67,7 @@ _WIDE = {
 
 
 def attention_launch(direction: str, head_size: int, dtype: torch.dtype, device: torch.device) -> Launch:
-    """``direction`` is "forward", "dq" or "dkv"."""
+    """The table's entry for ``direction`` "forward", "dq" or "dkv", a head size, an item size and an architecture."""
     row_bytes = max(64, pad_head(head_size) * dtype.itemsize)
     narrow = _LARGE if architecture(device) in LARGE_SHARED_MEMORY else _SMALL
     table = _WIDE if dtype.itemsize > 2 else narrow

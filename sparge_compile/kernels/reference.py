@@ -41,7 +41,7 @@ def pool(x: Tensor, block: int) -> Tensor:
 
 
 class Scores(NamedTuple):
-    """What the rule chooses from, each [B, H, Nq, Nk]."""
+    """The blocks that the rule chooses from: tensors [B, H, Nq, Nk], and whether there is an anchor."""
 
     scores: Tensor  # the logits of P-bar
     visible: Tensor  # bool: causality lets some pair through, and so does the mask, each taken alone

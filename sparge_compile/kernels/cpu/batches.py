@@ -60,6 +60,7 @@ class Part(NamedTuple):
 
     @staticmethod
     def of(lists: BlockMap, attn_mask: Tensor | None, is_causal: bool, q: Tensor, k: Tensor) -> Part:
+        """The lists of some heads [b, h, ...] of q [b, h, L, D] over k [b, Hk, S, D]."""
         n_key = lists.indices.shape[-1]
         flat = lists.counts.reshape(-1), lists.indices.reshape(-1, n_key)
         heads = (q.shape[0], q.shape[1])
@@ -67,6 +68,7 @@ class Part(NamedTuple):
 
     @property
     def n_query(self) -> int:
+        """Query blocks of one head."""
         return ceil_div(self.length, QUERY_BLOCK)
 
     @property
@@ -76,6 +78,7 @@ class Part(NamedTuple):
 
     @property
     def key_rows(self) -> int:
+        """Rows in a key block: fewer than 64 only where one block is all there is."""
         return min(KEY_BLOCK, self.keys)
 
     def pieces(self) -> list[Part]:
