@@ -1,4 +1,4 @@
-"""Helpers that kernel tests share: inputs, comparison of block maps up to ties, error bounds that come from arithmetic."""
+"""Helpers of the kernel tests: inputs, comparison of block maps up to ties, error bounds that come from arithmetic."""
 
 from __future__ import annotations
 

@@ -58,6 +58,7 @@ def has_descriptor(x: Tensor) -> bool:
 
 
 def descriptor(x: Tensor, block_rows: int, head_pad: int) -> TensorDescriptor:
+    """A TMA descriptor of x [B, H, L, D] in tiles of [1, 1, block_rows, head_pad]."""
     aligned = 16 // x.dtype.itemsize  # for a dimension of one, which is never stepped, whatever its stride is
     strides = [aligned if n == 1 else stride for n, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
     return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, block_rows, head_pad])
@@ -130,6 +131,7 @@ def load_block(
 
 @triton.jit
 def store_tile(pointers, tile, row, column, n_rows, HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr):
+    """Store x at the pointers that lie inside the tensor, in the dtype of its memory."""
     keep = (row < n_rows)[:, None]
     if HEAD_PAD != HEAD_SIZE:
         keep = keep & (column < HEAD_SIZE)[None, :]
