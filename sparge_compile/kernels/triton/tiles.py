@@ -131,7 +131,7 @@ def load_block(
 
 @triton.jit
 def store_tile(pointers, tile, row, column, n_rows, HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr):
-    """Store x at the pointers that lie inside the tensor, in the dtype of its memory."""
+    """Store a tile at the pointers that lie inside the tensor, in the dtype of its memory."""
     keep = (row < n_rows)[:, None]
     if HEAD_PAD != HEAD_SIZE:
         keep = keep & (column < HEAD_SIZE)[None, :]
