@@ -1,0 +1,181 @@
+"""Sparse or dense, with a reason: what the options, the cost model and the attention itself say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from graphs import Builder
+
+from sparge_compile import Calibration
+from sparge_compile.options import Options
+from sparge_compile.passes.decide import MARGIN, MIN_KEYS, decide, expected_density, pays, shape_of, thresholds_for
+from sparge_compile.passes.find import find
+from sparge_compile.report import Reason
+
+ALWAYS = Options(min_seq_len=0)
+FREE = {"dense_base": 0, "dense_pair": 1e-9, "sparse_base": 0, "pool": 0, "select": 0, "sparse_pair": 0}
+SDPA = F.scaled_dot_product_attention
+
+
+def matched(b: Builder, node):
+    (match,) = find(b.module(node))
+    return match
+
+
+def attention(dropout=0.0, mask=None, **sizes):
+    b = Builder()
+    q, k, v = b.qkv(**sizes)
+    given = None if mask is None else mask(b, q.meta["example_value"].shape[2], k.meta["example_value"].shape[2])
+    return matched(b, b.call(SDPA, q, k, v, given, dropout))
+
+
+def test_a_site_becomes_sparse():
+    decision = decide(attention(), ALWAYS)
+    assert (decision.status, decision.reason, decision.detail) == ("sparse", Reason.LONG_ENOUGH, "10 keys")
+    assert decision.prediction is None
+
+
+def bias(requires_grad):
+    return lambda b, rows, keys: b.input("bias", rows, keys, requires_grad=requires_grad)
+
+
+def padding(b, rows, keys):
+    return b.method("expand", b.input("padding", keys, dtype=torch.bool), rows, keys)
+
+
+DENSE = {
+    "dropout": (Reason.DROPOUT, {"dropout": 0.1}),
+    "values of another size": (Reason.VALUE_HEAD_SIZE, {"value_size": 8}),
+    "float64": (Reason.DTYPE, {"dtype": torch.float64}),
+    "large heads": (Reason.HEAD_SIZE, {"head_size": 512}),
+    "additive mask": (Reason.ADDITIVE_MASK, {"mask": bias(False)}),
+    "learned bias": (Reason.LEARNED_BIAS, {"mask": bias(True)}),
+}
+SPARSE = {
+    "no dropout": {"dropout": 0.0},
+    "values of the same size": {"value_size": 4},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "heads of 256": {"head_size": 256},
+    "boolean mask": {"mask": padding},
+}
+
+
+@pytest.mark.parametrize("case", DENSE)
+def test_what_has_no_sparse_kernel_stays_dense(case):
+    reason, options = DENSE[case]
+    decision = decide(attention(**options), ALWAYS)
+    assert (decision.status, decision.reason) == ("dense", reason)
+
+
+@pytest.mark.parametrize("case", SPARSE)
+def test_its_neighbour_becomes_sparse(case):
+    assert decide(attention(**SPARSE[case]), ALWAYS).status == "sparse"
+
+
+def test_additive_masks_are_replaced_where_that_is_asked_for_but_never_learned_ones():
+    asked = Options(min_seq_len=0, additive_masks=True)
+    assert decide(attention(mask=bias(False)), asked).status == "sparse"
+    assert decide(attention(mask=bias(True)), asked).reason is Reason.LEARNED_BIAS
+
+
+def test_a_refusal_of_the_match_is_kept_with_its_detail():
+    b = Builder()
+    x = b.input("x", 2, 6, 4)
+    decision = decide(matched(b, b.call(SDPA, x, x, x)), ALWAYS)
+    assert (decision.reason, decision.detail) == (Reason.LAYOUT, "query has 3 dimensions")
+
+
+def test_a_graph_without_shapes_says_how_to_get_them():
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    graph.output(graph.call_function(SDPA, (x, x, x)))
+    (match,) = find(torch.fx.GraphModule({}, graph))
+    decision = decide(match, ALWAYS)
+    assert decision.reason is Reason.NO_SHAPES and "example_inputs" in decision.detail
+
+
+@pytest.mark.parametrize("least, status", [(0, "sparse"), (10, "sparse"), (11, "dense")])
+def test_a_least_number_of_keys_replaces_the_cost_model(least, status):
+    decision = decide(attention(keys=10), Options(min_seq_len=least, costs={**FREE, "sparse_base": 1.0}))
+    assert decision.status == status
+    assert decision.reason is (Reason.LONG_ENOUGH if status == "sparse" else Reason.TOO_SHORT)
+
+
+@pytest.mark.parametrize("keys, reason", [(MIN_KEYS - 1, Reason.TOO_SHORT), (MIN_KEYS, Reason.PAYS)])
+def test_short_keys_stay_dense_whatever_they_would_gain(keys, reason):
+    assert decide(attention(length=64, keys=keys), Options(costs=FREE)).reason is reason
+
+
+@pytest.mark.parametrize("gain, pays_off", [(MARGIN * 1.01, True), (MARGIN * 0.99, False), (0.5, False)])
+def test_a_site_must_be_predicted_to_gain_a_margin(gain, pays_off):
+    options = Options(costs={**FREE, "sparse_pair": 1e-9 / gain}, topk=1.0)
+    match = attention(length=64, keys=MIN_KEYS)
+    decision = decide(match, options)
+    assert decision.reason is (Reason.PAYS if pays_off else Reason.SLOWER)
+    assert decision.prediction.speedup == pytest.approx(gain) and decision.prediction.density == 1.0
+    assert pays(match.attention, ((1.0, 0.0),), options) == pays_off
+
+
+def test_fewer_blocks_pay_sooner():
+    match = attention(length=64, keys=MIN_KEYS)
+    costs = {**FREE, "sparse_pair": 1.5e-9}
+    assert decide(match, Options(costs=costs, topk=0.5, topp=0.5)).status == "sparse"
+    assert decide(match, Options(costs=costs, topk=0.5, topp=0.8)).status == "dense"
+
+
+def test_thresholds_come_from_the_calibration_or_the_options():
+    match = attention(heads=2)
+    pairs = ((0.25, 0.0), (0.5, 0.1))
+    assert thresholds_for(match, Options(calibration=Calibration({"(root)": pairs}))) == pairs
+    assert thresholds_for(match, Options(topk=0.3, topp=0.2)) == ((0.3, 0.2),) * 2
+    other = Calibration({"(root)": [(0.25, 0.0)] * 3})
+    with pytest.raises(ValueError, match="heads"):
+        decide(match, Options(min_seq_len=0, calibration=other))  # an error stays an error
+
+
+@pytest.mark.parametrize(
+    "pairs, density",
+    [(((0.5, 0.8),), 0.8), (((0.5, 0.1), (1.0, 0.0)), 0.75), ((), 0)],
+    ids=["the larger", "the mean", "no heads"],
+)
+def test_the_expected_density(pairs, density):
+    assert expected_density(pairs) == density
+
+
+def test_a_dynamic_length_is_guarded_to_its_side():
+    """Lengths on the other side of the comparison are compiled anew."""
+    b = Builder()
+    x = b.input("x", 1, 2, 64, 4, dynamic=(2,))
+    match = matched(b, b.call(SDPA, x, x, x))
+    assert shape_of(match.attention).length == 64 and not b.mode.shape_env.guards
+    assert decide(match, Options(min_seq_len=32)).status == "sparse"
+    assert len(b.mode.shape_env.guards) == 1
+    assert pays(match.attention, ((0.5, 0.0),), Options(costs=FREE))
+    assert len(b.mode.shape_env.guards) == 1  # what was traced with is asked without a guard
+
+
+def test_a_size_that_depends_on_data_has_no_shape():
+    b = Builder()
+    size = b.mode.shape_env.create_unbacked_symint()
+    torch._check(size >= 2)
+    with b.mode:
+        fake = torch.empty(1, 2, size, 4)
+    x = b._note(b.graph.placeholder("x"), fake)
+    out = b.opaque(SDPA, x, x, x, value=fake)
+    match = matched(b, out)
+    assert shape_of(match.attention) is None and pays(match.attention, ((0.5, 0.0),), Options())
+    assert decide(match, ALWAYS).reason is Reason.NO_SHAPES
+
+
+def test_a_dynamic_number_of_heads_stays_dense():
+    b = Builder()
+    x = b.input("x", 1, 4, 6, 8, dynamic=(1,))
+    assert decide(matched(b, b.call(SDPA, x, x, x)), ALWAYS).reason is Reason.HEADS
+
+
+def test_deciding_only_reads():
+    match = attention()
+    before = [(node.target, node.args, node.kwargs) for node in match.graph_module.graph.nodes]
+    decide(match, ALWAYS)
+    assert [(node.target, node.args, node.kwargs) for node in match.graph_module.graph.nodes] == before
