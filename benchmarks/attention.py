@@ -1,4 +1,4 @@
-"""Our kernels beside their rivals in one run: the table of DESIGN section 10, or its CPU counterpart.
+"""Our kernels beside their rivals in one run: the table of the README's section Speed, or its CPU counterpart.
 
     python benchmarks/attention.py                      # this machine's device; CUDA: shapes A and B
     python benchmarks/attention.py --device cpu --quick

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .errors import explain_error
+from .errors import value_error
 from .kernels import capability
 from .kernels.block_map import BlockMap, visible_blocks
 from .kernels.rule import pool_mask
@@ -56,23 +56,19 @@ def attention(
     Source: SpargeAttention2 (arXiv 2602.13515), Eq. 9.
     """
     if dropout_p != 0:
-        raise ValueError(
-            explain_error(
-                "dropout is not supported",
-                given=dropout_p,
-                allowed="dropout_p=0",
-                todo="Call model.eval(), or use SDPA.",
-            )
+        raise value_error(
+            "dropout is not supported",
+            given=dropout_p,
+            allowed="dropout_p=0",
+            todo="Call model.eval(), or use SDPA.",
         )
     capability.check_qkv(query, key, value)
     if query.shape[1] != key.shape[1] and not enable_gqa:
-        raise ValueError(
-            explain_error(
-                "query and key have different numbers of heads",
-                given=f"{query.shape[1]} and {key.shape[1]}",
-                allowed="equal numbers, unless enable_gqa=True",
-                todo="Pass enable_gqa=True.",
-            )
+        raise value_error(
+            "query and key have different numbers of heads",
+            given=f"{query.shape[1]} and {key.shape[1]}",
+            allowed="equal numbers, unless enable_gqa=True",
+            todo="Pass enable_gqa=True.",
         )
     thresholds = None
     if block_map is None:
@@ -81,10 +77,8 @@ def attention(
             topk = 1.0 if topp is None else torch.finfo(torch.float32).tiny
         thresholds = capability.make_thresholds(topk, 0.0 if topp is None else topp, query.shape[1], query.device)
     elif topk is not None or topp is not None:
-        raise ValueError(
-            explain_error(
-                "two ways to select blocks", given="block_map and thresholds", allowed="one of them", todo="Drop one."
-            )
+        raise value_error(
+            "two ways to select blocks", given="block_map and thresholds", allowed="one of them", todo="Drop one."
         )
     out, lse, used = ops.attend(query, key, value, block_map, thresholds, attn_mask, is_causal, scale)
     extra: tuple[Tensor, ...] = (lse,) if return_lse else ()

@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import Any
 
 from .cost import CostModel
-from .errors import explain_error
+from .errors import type_error, value_error
 from .pair import Pair, check_pair
 from .thresholds.calibration import Calibration
 
@@ -103,13 +103,11 @@ class Options:
         known = [f.name for f in fields(cls)]
         unknown = sorted(set(map(str, given)) - set(known))
         if unknown:
-            raise ValueError(
-                explain_error(
-                    "unknown option for backend 'sparge'",
-                    given=", ".join(map(repr, unknown)),
-                    allowed=", ".join(known),
-                    todo="Remove it or mend its spelling; Inductor's own options go into 'inductor'.",
-                )
+            raise value_error(
+                "unknown option for backend 'sparge'",
+                given=", ".join(map(repr, unknown)),
+                allowed=", ".join(known),
+                todo="Remove it or mend its spelling; Inductor's own options go into 'inductor'.",
             )
         return cls(**given)
 
@@ -148,14 +146,13 @@ def _literal(value: object) -> str:
     return json.dumps(value) if isinstance(value, str) else repr(value)
 
 
+_SEE = "The README's table says what each option means; leave it out for its default."
+
+
 def _bad_value(name: str, given: object, allowed: str) -> ValueError:
-    return ValueError(
-        explain_error(f"option {name!r} has a bad value", given=repr(given), allowed=allowed, todo="Change it.")
-    )
+    return value_error(f"option {name!r} has a bad value", given=repr(given), allowed=allowed, todo=_SEE)
 
 
 def _expect(name: str, value: object, types: tuple[type, ...], allowed: str) -> None:
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-        raise TypeError(
-            explain_error(f"option {name!r} has the wrong type", given=repr(value), allowed=allowed, todo="Change it.")
-        )
+        raise type_error(f"option {name!r} has the wrong type", given=repr(value), allowed=allowed, todo=_SEE)

@@ -35,7 +35,7 @@ from torch.fx import GraphModule
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .errors import explain_error
+from .errors import type_error, value_error
 from .notices import warn_of_unsupported
 from .options import Options
 from .passes.mha.leaves import LeafOpener
@@ -98,23 +98,19 @@ def rewrite(
     """
     settings = _options(options)
     if not isinstance(graph, (ExportedProgram, GraphModule)):
-        raise TypeError(
-            explain_error(
-                "this is not a graph",
-                given=type(graph).__name__,
-                allowed="a torch.export.ExportedProgram or a torch.fx.GraphModule",
-                todo='Trace the model first, or use torch.compile(model, backend="sparge").',
-            )
+        raise type_error(
+            "this is not a graph",
+            given=type(graph).__name__,
+            allowed="a torch.export.ExportedProgram or a torch.fx.GraphModule",
+            todo='Trace the model first, or use torch.compile(model, backend="sparge").',
         )
     if isinstance(graph, ExportedProgram):
         if example_inputs is not None:
-            raise ValueError(
-                explain_error(
-                    "example_inputs have no meaning here",
-                    given="example_inputs for an exported program",
-                    allowed="them for a GraphModule without shapes",
-                    todo="Leave them out: the program carries its shapes.",
-                )
+            raise value_error(
+                "example_inputs have no meaning here",
+                given="example_inputs for an exported program",
+                allowed="them for a GraphModule without shapes",
+                todo="Leave them out: the program carries its shapes.",
             )
         return _rewrite_program(graph, settings)
     return _rewrite_module(graph, settings, example_inputs)
@@ -295,12 +291,10 @@ def _options(options: Mapping[str, Any] | Options | None) -> Options:
     else:
         given = [name for name in _COMPILERS if isinstance(options, Mapping) and name in options]
     if given:
-        raise ValueError(
-            explain_error(
-                "options that mean nothing to rewrite",
-                given=", ".join(map(repr, given)),
-                allowed="the other options of the backend",
-                todo="Nothing is compiled here: give the result to torch.compile or AOTInductor.",
-            )
+        raise value_error(
+            "options that mean nothing to rewrite",
+            given=", ".join(map(repr, given)),
+            allowed="the other options of the backend",
+            todo="Nothing is compiled here: give the result to torch.compile or AOTInductor.",
         )
     return Options.parse(options)

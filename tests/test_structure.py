@@ -108,11 +108,11 @@ def test_only_gpu_kernel_files_import_triton(name: str, path: Path) -> None:
 
 @pytest.mark.parametrize("name, path", [pytest.param(*m, id=m[0]) for m in modules()])
 def test_what_is_public_has_a_docstring(name: str, path: Path) -> None:
-    def lacking(body: list[ast.stmt], owner: str, protocol: bool = False) -> Iterator[str]:
+    def lacking(body: list[ast.stmt], owner: str) -> Iterator[str]:
         for node in body:
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and node.name[0] != "_":
-                inherited = isinstance(node, ast.FunctionDef) and node.name in ("forward", "backward") and owner
-                if not ast.get_docstring(node) and not inherited:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != "_":
+                overload = any(isinstance(x, ast.Name) and x.id == "overload" for x in node.decorator_list)
+                if not ast.get_docstring(node) and not overload:
                     yield f"{owner}{node.name}"
                 if isinstance(node, ast.ClassDef):
                     yield from lacking(node.body, f"{node.name}.")

@@ -92,7 +92,7 @@ def mask_of_block(tile: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def kept_blocks(
     scores: Sequence[float], visible: Sequence[bool], forced: Sequence[bool], topk: float, topp: float, anchor: bool
 ) -> list[int]:
-    """The key blocks that one query block keeps, by the rule of DESIGN section 3."""
+    """The key blocks that one query block keeps, by the rule (docs/design.md, The rule)."""
     seen = [j for j in range(len(scores)) if visible[j]]
     if not all(math.isfinite(scores[j]) for j in seen):
         return seen  # as dense attention would: a NaN shows

@@ -1,6 +1,6 @@
 """Watch a user's model run: Dynamo finds the graphs, they run as they are, and an observer hears of each.
 
-``explain`` and calibration are observers. Which module runs a graph is known when it runs (passes/places.py).
+``explain`` and calibration are observers. Which module runs a graph is known when it runs (:mod:`.places`).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ... import ops
-from ...errors import explain_error
+from ...errors import value_error
 from ...naming import module_base, module_path
 from ..find import Match
 from ..read.fx_utils import add_input, submodule_of, value_of
@@ -92,13 +92,11 @@ def attached_thresholds(match: Match, marker: Marker) -> Node:
     if value.shape[0] == heads:
         return given
     if value.shape[0] != 1:
-        raise ValueError(
-            explain_error(
-                f"thresholds that are attached at {match.site.name!r} do not fit the model",
-                given=f"thresholds for {value.shape[0]} heads",
-                allowed=f"{heads} pairs, one for each query head, or a single pair",
-                todo="Attach a calibration that was made for this model.",
-            )
+        raise value_error(
+            f"thresholds that are attached at {match.site.name!r} do not fit the model",
+            given=f"thresholds for {value.shape[0]} heads",
+            allowed=f"{heads} pairs, one for each query head, or a single pair",
+            todo="Attach a calibration that was made for this model.",
         )
     with match.graph_module.graph.inserting_before(match.node):
         node = match.graph_module.graph.call_method("expand", (given, heads, 2))
