@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
 
 from hypothesis import settings
 
-pytest.register_assert_rewrite("helpers", "spelling", "models")
+pytest.register_assert_rewrite("helpers", "spelling", "models", "toys")
 settings.register_profile("repo", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("repo")
 

@@ -11,36 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from toys import Block, Stack
 
 from sparge_compile import Calibration, attention, backend, explain, inner
 from sparge_compile.options import Options
 from sparge_compile.passes import pipeline
 
 
-class Block(torch.nn.Module):
-    def __init__(self, width=32, heads=4):
-        super().__init__()
-        self.heads = heads
-        self.qkv = torch.nn.Linear(width, 3 * width)
-        self.out = torch.nn.Linear(width, width)
-
-    def forward(self, x):
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
-        return x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class Model(torch.nn.Module):
-    def __init__(self, layers=2):
-        super().__init__()
-        self.blocks = torch.nn.ModuleList(Block() for _ in range(layers))
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-
-class Broken(Model):
+class Broken(Stack):
     def forward(self, x):
         x = self.blocks[0](x)
         torch._dynamo.graph_break()
@@ -58,7 +36,7 @@ def test_found_by_name_without_an_import():
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
 def test_dense_thresholds_give_dense_results_and_gradients(inner):
-    model, x = Model(), torch.randn(2, 300, 32)
+    model, x = Stack(), torch.randn(2, 300, 32)
     compiled = torch.compile(
         model, backend="sparge", fullgraph=True, options={"min_seq_len": 0, "topk": 1.0, "inner": inner}
     )
@@ -73,7 +51,7 @@ def test_dense_thresholds_give_dense_results_and_gradients(inner):
 
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
 def test_sparse_thresholds_give_what_the_op_gives(inner, monkeypatch):
-    model, x = Model(), torch.randn(2, 700, 32)
+    model, x = Stack(), torch.randn(2, 700, 32)
     compiled = torch.compile(
         model, backend="sparge", options={"min_seq_len": 0, "topk": 0.3, "topp": 0.2, "inner": inner}
     )
@@ -86,7 +64,7 @@ def test_sparse_thresholds_give_what_the_op_gives(inner, monkeypatch):
 
 def test_thresholds_are_read_at_run_time(opened_graphs):
     """One compiled graph serves any thresholds: its inputs are tensors, and writing to them is enough."""
-    model, x = Model(), torch.randn(1, 700, 32)
+    model, x = Stack(), torch.randn(1, 700, 32)
     compiled = torch.compile(
         model, backend="sparge", fullgraph=True, options={"min_seq_len": 0, "topk": 0.2, "topp": 0.0}
     )
@@ -102,7 +80,7 @@ def test_thresholds_are_read_at_run_time(opened_graphs):
 def test_calibration_by_path_and_by_object(tmp_path):
     calibration = Calibration({"blocks.0": [(0.2, 0.0)] * 4, "blocks.*": [(1.0, 0.0)]})
     calibration.save(tmp_path / "model.json")
-    model, x = Model(), torch.randn(1, 700, 32)
+    model, x = Stack(), torch.randn(1, 700, 32)
     outs = [
         torch.compile(model, backend="sparge", options={**FAST, "calibration": given})(x)
         for given in (calibration, str(tmp_path / "model.json"), tmp_path / "model.json")
@@ -114,11 +92,11 @@ def test_calibration_by_path_and_by_object(tmp_path):
 def test_calibration_for_other_heads_is_refused():
     options = {**FAST, "calibration": Calibration({"blocks.1": [(0.2, 0.0)] * 3})}
     with pytest.raises(Exception, match=r"blocks\.1.*3 heads.*4 pairs"):
-        torch.compile(Model(), backend="sparge", options=options)(torch.randn(1, 300, 32))
+        torch.compile(Stack(), backend="sparge", options=options)(torch.randn(1, 300, 32))
 
 
 def test_names_are_the_same_in_explain_and_in_compilation(caplog):
-    model, x = Model(), torch.randn(1, 300, 32)
+    model, x = Stack(), torch.randn(1, 300, 32)
     names = [row.name for row in explain(model, FAST)(x)]
     assert names == ["blocks.0", "blocks.1"]
     with caplog.at_level(logging.INFO, logger="sparge_compile"):
@@ -141,7 +119,7 @@ def test_nothing_found_is_said():
 
 def test_report_as_table_and_dict():
     slow = {"dense_base": 0, "dense_pair": 1e-9, "sparse_base": 1, "pool": 0, "select": 0, "sparse_pair": 1}
-    report = explain(Model(), {"costs": slow})(torch.randn(1, 1100, 32))
+    report = explain(Stack(), {"costs": slow})(torch.randn(1, 1100, 32))
     first = report.to_dict()["sites"][0]
     assert first["status"] == "dense" and first["reason"] == "slower" and first["prediction"]["dense"] > 0
     assert (first["batch"], first["heads"], first["length"], first["keys"], first["head_size"]) == (1, 4, 1100, 1100, 8)
@@ -150,7 +128,7 @@ def test_report_as_table_and_dict():
 
 
 def test_dynamic_lengths_take_one_compilation():
-    model, compilations = Model(), []
+    model, compilations = Stack(), []
 
     def counting(graph_module, inputs):
         compilations.append(1)
@@ -182,7 +160,7 @@ def test_a_refused_site_warns_once_for_each_reason():
 def test_a_short_sequence_is_no_reason_to_warn_or_fail():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        torch.compile(Model(), backend="sparge", options={"on_unsupported": "error"})(torch.randn(1, 300, 32))
+        torch.compile(Stack(), backend="sparge", options={"on_unsupported": "error"})(torch.randn(1, 300, 32))
 
 
 def test_an_error_in_a_pass_leaves_dynamos_graph_as_it_was(monkeypatch):
@@ -194,7 +172,7 @@ def test_an_error_in_a_pass_leaves_dynamos_graph_as_it_was(monkeypatch):
 
     monkeypatch.setattr(pipeline, "substitute_match", lambda *a: 1 / 0)
     with pytest.raises(Exception, match="division"):
-        torch.compile(Model(), backend=caught)(torch.randn(1, 300, 32))
+        torch.compile(Stack(), backend=caught)(torch.randn(1, 300, 32))
     assert graphs[0][0].code == graphs[0][1]
 
 
@@ -247,7 +225,7 @@ def test_global_state_is_left_alone():
 
 
 def test_two_models_in_one_process():
-    first, second, x = Model(1), Model(3), torch.randn(1, 300, 32)
+    first, second, x = Stack(1), Stack(3), torch.randn(1, 300, 32)
     a = torch.compile(first, backend="sparge", options={**FAST, "topk": 1.0})
     b = torch.compile(second, backend="sparge", options={**FAST, "topk": 0.3, "topp": 0.0})
     torch.testing.assert_close(a(x), first(x), atol=1e-5, rtol=1e-5)
@@ -270,7 +248,7 @@ def test_explain_leaves_room_for_compilation():
 
 def test_lengths_on_both_sides_of_the_limit():
     """The first length once decided for all."""
-    model = Model(1)
+    model = Stack(1)
     options = {**FAST, "min_seq_len": 500, "topk": 0.1, "topp": 0.0}
     for lengths in ((700, 300, 900), (300, 700, 200)):
         torch.compiler.reset()

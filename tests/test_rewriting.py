@@ -18,6 +18,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map
+from toys import Stack
 
 from sparge_compile import Options, attention, explain, rewrite
 from sparge_compile.report import Reason
@@ -41,15 +42,9 @@ class Block(nn.Module):
         return self.norm(x + out * self.gate)
 
 
-class Model(nn.Module):
+class Model(Stack):
     def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList([Block(), Block()])
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = block(x)
-        return x
+        super().__init__(2, Block)
 
 
 def export(model, *args, **how):

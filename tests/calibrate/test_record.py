@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from toys import Stack
 
 import sparge_compile
 from sparge_compile import attention
@@ -84,15 +85,9 @@ class Opened(nn.Module):
 SPELLINGS = [Fused, Causal, Written, Rewritten, Masked, Checkpointed, Broken, Opened]
 
 
-class Model(nn.Module):
+class Model(Stack):
     def __init__(self, spelling, layers=2):
-        super().__init__()
-        self.blocks = nn.ModuleList(spelling() for _ in range(layers))
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = block(x)
-        return x
+        super().__init__(layers, spelling)
 
 
 def recorder(model, **changes):

@@ -12,6 +12,7 @@ from helpers import assert_error_bounded
 from models import wan
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from toys import Block
 
 import sparge_compile
 from sparge_compile import Calibration, DistillationHook, SparsitySchedule, attach
@@ -23,22 +24,12 @@ SPARSE = {"min_seq_len": 0, "topk": 0.3, "topp": 0.0, "inner": "eager"}
 NO_TERMS = torch.zeros(1)  # nothing cancels here: roundings count by the size of the results
 
 
-class Block(nn.Module):
-    def __init__(self, width: int = 32) -> None:
-        super().__init__()
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:  # [B, L, width]
-        q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
-        return x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
 class Plain(nn.Module):
     """Two blocks of attention; ``reentrant`` is None without checkpointing."""
 
     def __init__(self, reentrant: bool | None = None) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.blocks = nn.ModuleList(Block(heads=2) for _ in range(2))
         self.reentrant = reentrant
 
     def forward(self, x: Tensor) -> Tensor:

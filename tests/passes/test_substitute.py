@@ -128,7 +128,9 @@ def in_place_above_the_op(b, q, k, v):
 
 
 @pytest.mark.parametrize(
-    "make, kept", [(unused_in_place, "add_"), (unused_pure, torch.exp), (in_place_above_the_op, "mul_")], ids=str
+    "make, kept",
+    [(unused_in_place, "add_"), (unused_pure, torch.exp), (in_place_above_the_op, "mul_")],
+    ids=["unused in place", "unused pure", "in place above the op"],
 )
 def test_what_the_rewrite_did_not_orphan_stays(make, kept):
     owner, _ = substituted(make)

@@ -8,6 +8,7 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
+from toys import Stack
 
 from sparge_compile import Calibration, attention, backend, explain
 
@@ -45,15 +46,9 @@ class Block(torch.nn.Module):
         return x + self.attn(self.norm(x))
 
 
-class Model(torch.nn.Module):
+class Model(Stack):
     def __init__(self, layers=N, block=Block):
-        super().__init__()
-        self.blocks = torch.nn.ModuleList(block() for _ in range(layers))
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = block(x)
-        return x
+        super().__init__(layers, block)
 
 
 class BreakBetween(Model):

@@ -155,6 +155,18 @@ def test_two_dynamic_sizes_in_one_dimension_are_refused(dynamic):
         assert isinstance(found, Attention) and found.heads == H
 
 
+@pytest.mark.parametrize("dynamic", [(1,), (0, 1)], ids=["one", "two"])
+def test_two_dynamic_sizes_of_keys_are_refused_too(dynamic):
+    """A few queries attend to all tokens of a batch."""
+    b = Builder()
+    q, x = b.input("q", H, L, D), b.input("x", 3, 16, H * D, dynamic=dynamic)
+    tokens = b.call(operator.mul, b.method("size", x, 0), b.method("size", x, 1))
+    split = b.method("view", x, b.method("size", x, 0), b.method("size", x, 1), H, D)
+    heads = b.method("transpose", b.method("view", split, tokens, H, D), 0, 1)
+    found = composed(b, attend(b, q, heads, heads))
+    assert isinstance(found, Refusal if dynamic == (0, 1) else Attention)
+
+
 def test_a_factor_of_the_scores_is_read_like_an_operand():
     b = Builder()
     q, k, v = b.qkv(B, H, L, S, D)

@@ -191,6 +191,15 @@ def test_what_hides_must_hide_when_it_is_scaled(factor, hides):
     assert isinstance(found, Meaning if hides else Refusal)
 
 
+@pytest.mark.parametrize("factor, kind", [(0.5, "hide"), (1e-9, "add"), (-1.0, None)])
+def test_numbers_that_hide_must_hide_when_they_are_scaled(factor, kind):
+    found = said(lambda b: b.call(torch.where, padding(b), 0.0, -1e9), "number", factor=factor)
+    if kind is None:
+        assert isinstance(found, Refusal) and found.reason is Reason.SCORES_CHANGED
+    else:
+        assert only(found).kind == kind
+
+
 @pytest.mark.parametrize("spelling", [operator.iand, operator.ior])
 def test_a_mask_that_is_joined_in_place_says_what_it_says_then(spelling):
     def make(b):

@@ -176,6 +176,13 @@ def test_what_does_more_than_lay_out_anew(case):
     assert not axes.is_layout(value_after(*NO_LAYOUTS[case]).call)
 
 
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_slice_of_every_second_entry_is_no_layout(step):
+    b = Builder()
+    y = b.call(torch.ops.aten.slice.Tensor, b.input("x", 6), 0, 0, None, step)
+    assert axes.is_layout(b.reader(y).value(y).call) == (step == 1)
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_copy_on_another_device_is_another_tensor(device):
     b = Builder()

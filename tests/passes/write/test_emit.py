@@ -184,6 +184,20 @@ def test_operands_attended_to_by_plain_sdpa_give_the_result(make):
     assert all("example_value" in node.meta for node in (q, k, v))
 
 
+@pytest.mark.parametrize("scaled", [True, False])
+def test_a_query_that_was_scaled_in_another_dtype_is_cast_back(scaled):
+    b = Builder()
+    q, k, v = b.qkv(B, H, L, S, D, dtype=torch.float16)
+    scores = b.call(torch.matmul, q, b.method("transpose", k, -1, -2))
+    scores = b.call(torch.mul, scores, b.input("by", H, 1, 1)) if scaled else scores
+    weights = b.method("to", b.call(torch.softmax, scores, -1), torch.float16)
+    emitter, found, owner = emitter_of(b, b.call(torch.matmul, weights, v))
+    with owner.graph.inserting_before(found.output):
+        query, *_ = emitter.operands()
+    assert found.dtype == query.meta["example_value"].dtype == torch.float16
+    assert (query is q) != scaled
+
+
 def masked(b, *masks):
     """Attention with masks, each put on in its own way: (node, kind)."""
     q, k, v = b.input("q", B, H, L, D), b.input("k", B, H, S, D), b.input("v", B, H, S, D)

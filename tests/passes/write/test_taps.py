@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -72,6 +74,23 @@ def test_taps_are_numbered_as_they_were_asked_for():
     owner, _, _, given = tapped(two, numbers=[1])
     calls, _ = heard(owner, given)
     assert [call[0] for call in calls] == [1] and torch.equal(calls[0][2], given[1])
+
+
+def test_of_an_opened_call_only_the_operands_are_computed_again():
+    b = Builder()
+    x = b.input("x", L, B, 8)
+    shapes = (24, 8), (24,), (8, 8), (8,)
+    in_w, in_b, out_w, out_b = (b.input(f"w{i}", *shape) for i, shape in enumerate(shapes))
+    arguments = (x, x, x, 8, 2, in_w, in_b, None, None, False, 0.0, out_w, out_b)
+    call = b.call(F.multi_head_attention_forward, *arguments, training=False)
+    owner = b.module(b.call(operator.getitem, call, 0))
+    given = [torch.randn(L, B, 8), *(torch.randn(shape) for shape in shapes)]
+    want = owner(*given)[0]
+    put_taps(owner, [(7, match) for match in find(owner)])
+    assert torch.ops.aten.scaled_dot_product_attention.default not in targets(owner)
+    ((number, q, k, _, mask),), result = heard(owner, given)
+    assert (number, q.shape, k.shape, mask) == (7, (B, 2, L, 4), (B, 2, L, 4), None)
+    assert torch.equal(result, want)
 
 
 def test_who_listens_is_told_apart_by_nesting():
