@@ -16,7 +16,7 @@ from .inner import compile_graph, faker
 from .notices import check_model, forget_warnings, warn_of_names, warn_of_unsupported
 from .options import Options
 from .passes.find import Match
-from .passes.pipeline import decide_sites, decided, rewriting, run
+from .passes.pipeline import decide_sites, decided, rewriting_passes, run
 from .report import Report, SiteReport
 from .running.graph import open_graph
 from .running.listeners import Outlet, outputs_wanted, with_outlet
@@ -60,7 +60,7 @@ def sparge(
     warn_of_names(settings, names)
     with_outputs = outputs_wanted()
     as_input = faker(example_inputs)
-    run(graph, *rewriting(settings, as_input, with_outputs))
+    run(graph, *rewriting_passes(settings, as_input, with_outputs))
     logger.debug("rewritten graph:\n%s", graph.graph_module.graph)
     inputs = [*example_inputs, *(x.placeholder.meta["val"] for x in graph.threshold_inputs)]
     settings = replace(settings, inductor_mode=settings.inductor_mode or mode)

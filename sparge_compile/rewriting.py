@@ -40,7 +40,7 @@ from .notices import warn_of_unsupported
 from .options import Options
 from .passes.mha.leaves import LeafOpener
 from .passes.mha.open import EXAMPLE_SHAPES
-from .passes.pipeline import Work, decide_sites, find, logger, rewriting, run
+from .passes.pipeline import Work, decide_sites, find, logger, rewriting_passes, run
 from .passes.read.fx_utils import clone, submodule_of
 from .passes.write.threshold_inputs import ThresholdInput
 from .report import Report
@@ -209,7 +209,7 @@ def _substituted(work: Work, settings: Options) -> Iterator[tuple[str, Threshold
     values = (value for node in new.graph.nodes for value in tree_leaves(node.meta.get("val")))
     mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
     as_input = (lambda x: mode.from_tensor(x, static_shapes=True)) if mode is not None else lambda x: x
-    run(work, *rewriting(settings, as_input))
+    run(work, *rewriting_passes(settings, as_input))
     owner = getattr(new, THRESHOLDS, None)
     taken = set(owner._buffers) if isinstance(owner, nn.Module) else set()
     for made in work.threshold_inputs:

@@ -91,10 +91,10 @@ def rewrite_graph(graph_module: Any, options: Any) -> Any:
     """The passes on a graph, in place; gives the finished work."""
     from functools import partial
 
-    from sparge_compile.passes.pipeline import Work, decide_sites, find, rewriting, run
+    from sparge_compile.passes.pipeline import Work, decide_sites, find, rewriting_passes, run
 
     work = Work(graph_module)
-    run(work, find, partial(decide_sites, options=options), *rewriting(options, lambda x: x))
+    run(work, find, partial(decide_sites, options=options), *rewriting_passes(options, lambda x: x))
     return work
 
 

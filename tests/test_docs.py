@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from sparge_compile.options import Options, option_table
-from sparge_compile.passes.pipeline import decide_sites, rewriting, run
+from sparge_compile.passes.pipeline import decide_sites, rewriting_passes, run
 from sparge_compile.running.graph import open_graph
 
 ROOT = Path(__file__).parent.parent
@@ -74,7 +74,11 @@ def test_design_lists_the_passes_that_run():
     )(q)  # fmt: skip
     work = open_graph(traced, None)
     options = Options(min_seq_len=0)
-    run(work, partial(decide_sites, options=options), *rewriting(options, lambda values: values, with_outputs=True))
+    run(
+        work,
+        partial(decide_sites, options=options),
+        *rewriting_passes(options, lambda values: values, with_outputs=True),
+    )
     assert len(work.substituted) == 1
     listed = re.findall(r"^\d+\. `(\w+)`", section(DESIGN, "The passes"), re.MULTILINE)
     assert listed == work.passes

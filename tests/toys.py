@@ -28,7 +28,7 @@ class Stack(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(block() for _ in range(layers))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):  # no annotations: torch cannot pickle an FX graph that has them as text
         for block in self.blocks:
             x = block(x)
         return x

@@ -1,8 +1,8 @@
 """Find attention: graph in, matches out. Nothing is changed and nothing is decided here.
 
-Understood are fused calls (:mod:`.fused`) and attention written out around a softmax (:mod:`.decomposed`), in Dynamo
-graphs, ``torch.export`` programs and plain FX graphs; larger calls are looked into (:mod:`.open_up`) or named, so that
-the report is whole.
+Understood are calls of SDPA (:mod:`.match.sdpa`) and attention written out around a softmax
+(:mod:`.match.decomposed`), in Dynamo graphs, ``torch.export`` programs and plain FX graphs; larger calls are opened
+(:mod:`.mha.open`) or named, so that the report is whole.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The passes in the order in which they run: find, (place,) decide, substitute, return_outputs, erase_markers, check.
+"""The passes in the order in which they run: find, (place,) decide_sites, substitute, return_outputs,
+erase_markers, check.
 
 The first three only read the graph. A pass takes the :class:`Work` and notes in it what it found or made; its settings
 are bound when a list is put together. ``place`` belongs to graphs of Dynamo (:mod:`sparge_compile.running.graph`).
@@ -191,7 +192,7 @@ def check(work: Work) -> None:
         module.recompile()
 
 
-def rewriting(options: Options, as_input: Callable[[Tensor], Any], with_outputs: bool = False) -> list[Pass]:
+def rewriting_passes(options: Options, as_input: Callable[[Tensor], Any], with_outputs: bool = False) -> list[Pass]:
     """The passes that change a graph, after ``decide_sites``."""
     passes: list[Pass] = [partial(substitute, options=options, as_input=as_input)]
     return [*passes, *[return_outputs] * with_outputs, erase_markers, check]

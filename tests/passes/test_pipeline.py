@@ -36,14 +36,15 @@ def work_of(*sites: str, marked: str = "") -> Work:
 
 def run(work: Work, options=SPARSE, **more) -> Work:
     decide = partial(pipeline.decide_sites, options=options, **more)
-    pipeline.run(work, pipeline.find, decide, *pipeline.rewriting(options, lambda values: values))
+    pipeline.run(work, pipeline.find, decide, *pipeline.rewriting_passes(options, lambda values: values))
     return work
 
 
 def test_passes_run_in_the_order_of_the_list():
     assert run(work_of("sdpa")).passes == ["find", "decide_sites", "substitute", "erase_markers", "check"]
     names = [
-        getattr(each, "func", each).__name__ for each in pipeline.rewriting(SPARSE, lambda x: x, with_outputs=True)
+        getattr(each, "func", each).__name__
+        for each in pipeline.rewriting_passes(SPARSE, lambda x: x, with_outputs=True)
     ]
     assert names == ["substitute", "return_outputs", "erase_markers", "check"]
 
@@ -108,7 +109,7 @@ def test_thresholds_are_those_of_the_options():
     work = work_of("sdpa")
     given = []
     pipeline.run(work, pipeline.find, partial(pipeline.decide_sites, options=options))
-    pipeline.run(work, *pipeline.rewriting(options, lambda values: given.append(values) or "a fake tensor"))
+    pipeline.run(work, *pipeline.rewriting_passes(options, lambda values: given.append(values) or "a fake tensor"))
     (made,) = work.threshold_inputs
     assert made.values.tolist() == [[0.25, 0.5]] * H and made.values.dtype == torch.float32
     assert given == [made.values] and made.placeholder.meta["val"] == "a fake tensor"
@@ -159,14 +160,14 @@ def test_a_site_that_would_not_pay_is_sparse_where_another_module_s_is(shared):
     pipeline.decide_sites(work, options, alike=lambda m: [(m, shared)])  # where it is attached, it pays
     (step,) = work.steps
     assert step.decision.reason is (Reason.SHARED if shared else Reason.SLOWER)
-    pipeline.run(work, *pipeline.rewriting(options, lambda values: values))
+    pipeline.run(work, *pipeline.rewriting_passes(options, lambda values: values))
     assert [x.values.tolist() for x in work.threshold_inputs] == [[[1.0, 0.0]] * H] * shared  # all blocks are kept
 
 
 def test_outputs_of_sparse_sites_are_returned_where_that_is_asked_for():
     work = work_of("sdpa", "dropout")
     pipeline.run(work, pipeline.find, partial(pipeline.decide_sites, options=SPARSE))
-    pipeline.run(work, *pipeline.rewriting(SPARSE, lambda values: values, with_outputs=True))
+    pipeline.run(work, *pipeline.rewriting_passes(SPARSE, lambda values: values, with_outputs=True))
     (end,) = work.graph_module.graph.find_nodes(op="output")
     assert [node.target for node in end.args[0]] == [F.scaled_dot_product_attention, OP]
 

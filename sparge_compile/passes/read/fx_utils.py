@@ -62,7 +62,8 @@ def clone(graph_module: GraphModule) -> GraphModule:
     copies: dict[Node, Node] = {}
     graph = torch.fx.Graph()
     output = graph.graph_copy(graph_module.graph, copies)
-    graph.output(output)
+    (end,) = graph_module.graph.find_nodes(op="output")
+    graph.output(output, type_expr=end.type)
     graph._codegen = copy.copy(graph_module.graph._codegen)
     new = GraphModule(graph_module, graph, class_name=type(graph_module).__name__)
     for name, value in graph_module.__dict__.items():
