@@ -51,11 +51,12 @@ def sparge(
     settings = Options.parse(options)
     root = find_root()
     graph = open_graph(graph_module, None if root is None else Names(root))
-    run(graph, partial(decide_sites, options=settings, attached=graph.attached, alike=graph.alike))
+    attached = graph.attached
+    run(graph, partial(decide_sites, options=settings, attached=attached, alike=graph.alike))
     report = graph.add_to(Report())
     logger.info("%s", report)
     warn_of_unsupported(report, settings)
-    names = [match.site.name for match in graph.sparse if match.node not in graph.attached]
+    names = [match.site.name for match in graph.sparse if match.node not in attached]
     check_model(settings, names, root)
     warn_of_names(settings, names)
     with_outputs = outputs_wanted()
