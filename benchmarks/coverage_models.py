@@ -1,6 +1,6 @@
 """The models of the coverage table, at tiny random sizes: how to build each, and how its attention is counted.
 
-Builders that the tests use as well are in tests/models.py. Where a library has several spellings of one model (SDPA and
+Builders that the tests use as well are in tests/whole/models.py. Where a library has several spellings of one model (SDPA and
 eager attention), each is a row.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-sys.path.append(str(Path(__file__).parent.parent / "tests"))
+sys.path.append(str(Path(__file__).parent.parent / "tests" / "whole"))
 import models
 
 Built = tuple[nn.Module, dict[str, Any]]
