@@ -17,7 +17,7 @@ from .version import __version__ as __version__
 _WHERE = {
     "attach": "thresholds.attachment",
     "attention": "functional",
-    "diffusers_callback": "thresholds.attachment",
+    "diffusers_callback": "thresholds.denoising",
     "explain": "backend",
     "head_influence": "calibrate.influence",
     "BlockMap": "kernels.block_map",

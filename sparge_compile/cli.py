@@ -84,7 +84,7 @@ def _calibrate_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         default=(),
         metavar="FROM",
-        help="for denoising: shares of a batch's model calls from which on other thresholds hold, as 0.2 0.6",
+        help="for denoising: shares of the model's steps in a batch from which on other thresholds hold, as 0.2 0.6",
     )
     parser.add_argument("--every", type=int, default=1, help="measure every n-th call of the model in a batch (1)")
     parser.add_argument(

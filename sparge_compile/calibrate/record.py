@@ -44,10 +44,17 @@ class Sample:
 
 @dataclass
 class Batch:
-    """One batch as it was recorded: its samples, and the number of calls of the model, measured or not."""
+    """One batch as it was recorded: its samples, and for each call of the model, measured or not, which step it is in.
+
+    Steps are numbered from 0 without gaps: they are those in which the model is called.
+    """
 
     samples: list[Sample] = field(default_factory=list)
-    calls: int = 0
+    steps: list[int] = field(default_factory=list)
+
+    def progress(self, call: int) -> float:
+        """Return the share of the model's steps that came before a call."""
+        return self.steps[call] / (self.steps[-1] + 1)
 
 
 class Recorder(Observer):
@@ -73,24 +80,37 @@ class Recorder(Observer):
         self._memory, self._seed = memory, seed
         self._watched = watching(target, self)
         self._batch, self._number = Batch(), 0
+        self._ended = 0  # steps of this batch
         self._turns: Counter[str] = Counter()  # how often a site was met in this call
 
     def record(self, number: int, run: Callable[[], Any]) -> Batch:
-        """Return the samples of one batch; ``run`` calls the model on it, once or as often as it likes."""
-        self._batch, self._number = Batch(), number
+        """Return the samples of one batch; ``run`` calls the model on it, once or as often as it likes.
+
+        It may say where a step ends, with :meth:`end_step`; if it does not, each call is a step.
+        """
+        self._batch, self._number, self._ended = Batch(), number, 0
         with calls_through(self._called, self._call), torch.no_grad():
             run()
         samples = [_to_host(sample) for sample in self._batch.samples]
-        return Batch(samples, self._batch.calls)
+        return Batch(samples, _without_gaps(self._batch.steps) if self._ended else list(range(self._calls)))
+
+    def end_step(self) -> None:
+        """Say that a step of a denoising run is over: phases are shares of steps, however many calls each has."""
+        self._ended += 1
+
+    @property
+    def _calls(self) -> int:
+        """How often the model was called in this batch before."""
+        return len(self._batch.steps)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         """One call of the model."""
-        measured = self._batch.calls % self._every == 0
+        measured = self._calls % self._every == 0
         self._turns.clear()
         try:
             return self._watched(*args, **kwargs) if measured else self._model(*args, **kwargs)
         finally:
-            self._batch.calls += 1
+            self._batch.steps.append(self._ended)
 
     def ran(self, graph: Watched, places: list[Place], args: Sequence[Any]) -> Any:
         """Run a graph, and measure those of its sites that may become sparse; see ``running.observe.Observer``."""
@@ -117,7 +137,7 @@ class Recorder(Observer):
         n_query = ceil_div(length, QUERY_BLOCK)
         turn = self._turns[name]
         self._turns[name] += 1
-        chosen = self._choose(f"{self._seed} {name} {self._number} {self._batch.calls} {turn}", (batch, heads), n_query)
+        chosen = self._choose(f"{self._seed} {name} {self._number} {self._calls} {turn}", (batch, heads), n_query)
         kind = query.device.type
         if torch.is_autocast_enabled(kind):  # what autocast does to the arguments of dense attention
             query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
@@ -126,7 +146,7 @@ class Recorder(Observer):
             scale = default_scale(head_size, attention.scale)
             where = chosen.to(query.device, non_blocking=True)
             sums = measure(query, key, value, mask, attention.is_causal, scale, where, self._memory)
-        self._batch.samples.append(Sample(name, self._batch.calls, head_size, n_query / max(1, chosen.shape[-1]), sums))
+        self._batch.samples.append(Sample(name, self._calls, head_size, n_query / max(1, chosen.shape[-1]), sums))
 
     def _choose(self, seed: str, lead: tuple[int, int], n_query: int) -> Tensor:
         """Query blocks int64 [B, H, n]: all where there are few, else one at random out of each of n equal parts."""
@@ -137,6 +157,12 @@ class Recorder(Observer):
         within = torch.rand(*lead, n, generator=generator, dtype=torch.float64)
         within = torch.zeros_like(within) if n == n_query else within
         return ((torch.arange(n) + within) * n_query / max(1, n)).long().clamp(max=max(0, n_query - 1))
+
+
+def _without_gaps(steps: Sequence[int]) -> list[int]:
+    """Ascending numbers of steps, renumbered from 0."""
+    numbers = {step: number for number, step in enumerate(dict.fromkeys(steps))}
+    return [numbers[step] for step in steps]
 
 
 def _to_host(sample: Sample) -> Sample:

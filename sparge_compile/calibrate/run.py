@@ -26,6 +26,7 @@ from .processes import Processes
 from .record import Batch, Recorder
 from .search import search, table
 from .state import Folder
+from .steps import with_step_ends
 
 DEFAULT_ERROR = 0.05  # of a head's attention output: below it, images of video models were seen not to change
 
@@ -61,13 +62,15 @@ def calibrate(
             They must be the same again if an interrupted run shall go on.
         forward_loop: instead of batches, a function that calls the model as often as it likes: one batch.
         call: runs a batch's arguments; default: the model. As in ``calibrate(pipe.transformer, prompts, call=pipe)``.
+            If it takes ``callback_on_step_end``, as diffusers pipelines do, it is asked so where its steps end.
         target_error: bound of each head's relative L1 error Σ|O_sparse − O_dense| ÷ Σ|O_dense|, with as few blocks as
             it allows; a head that cannot keep it stays dense. Default 0.05, unless target_sparsity is given.
         target_sparsity: share of the visible key blocks that the model skips in all, where it hurts least.
         by: a head's error is its ``"worst"`` sample, the default for a bound on it, or the ``"mean"`` of all, the
             default for a sparsity. A sample is one call of the site.
         mode: ``"hybrid"``, or for comparison ``"topk"`` or ``"topp"`` alone.
-        phases: where, in (0, 1) of a batch's model calls, other thresholds begin: for denoising.
+        phases: where other thresholds begin, for denoising: shares in (0, 1) of those steps of a batch in which the
+            model is called. Where nothing says how many calls a step has, each call is one.
         options: the backend's, as the model will be compiled with; ``min_seq_len`` and ``additive_masks`` matter.
         query_blocks: how many blocks of 128 queries are looked at, for each call, head and batch element.
         every: in a batch, every so many calls of the model one is measured, beginning with the first.
@@ -202,6 +205,7 @@ class _Run:
         self._progress = progress
 
     def __call__(self, batches: Iterable[Any], call: Callable[..., Any]) -> Calibration:
+        call = with_step_ends(call, self._recorder.end_step)
         whole = False
         try:
             count = self._measure(batches, call)
@@ -261,7 +265,7 @@ class _Run:
 
 
 def _nothing_measured(done: Mapping[int, Batch]) -> ValueError:
-    if not any(batch.calls for batch in done.values()):
+    if not any(batch.steps for batch in done.values()):
         return value_error(
             "calibrate: model",
             given="one that the inputs never reach",

@@ -89,7 +89,7 @@ Table = Mapping[str, Sequence[Measured]]  # for each site, phase by phase
 def table(batches: Mapping[int, Batch], starts: Sequence[float]) -> dict[str, list[Measured]]:
     """Return the samples by site and phase.
 
-    Progress is the share of the model's calls in a batch that came before. A site that a phase has no sample of takes
+    Progress is the share of the model's steps in a batch that came before. A site that a phase has no sample of takes
     the samples of all phases there.
     """
     bounds = [0.0, *starts, 2.0]
@@ -98,7 +98,7 @@ def table(batches: Mapping[int, Batch], starts: Sequence[float]) -> dict[str, li
         batch = batches[number]
         for sample in batch.samples:
             phases = by_site.setdefault(sample.site, [[] for _ in bounds[1:]])
-            progress = sample.call / max(1, batch.calls)
+            progress = batch.progress(sample.call)
             phases[max(i for i, start in enumerate(bounds) if start <= progress)].append(sample)
     return {
         site: [Measured.of(samples or [s for other in phases for s in other]) for samples in phases]

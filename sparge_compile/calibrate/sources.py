@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
@@ -93,9 +94,11 @@ def from_pipeline(
     if not isinstance(model, nn.Module):
         raise _wrong_argument("--pipeline", type(pipe).__name__, "a pipeline with a transformer or a unet")
 
-    def call(number: int, prompt: str) -> Any:
+    @functools.wraps(pipe.__call__)  # so that it is seen what it may be given: a callback at the end of a step
+    def call(number: int, prompt: str, **more: Any) -> Any:
         generator = torch.Generator("cpu").manual_seed(number)
-        return pipe(prompt, num_inference_steps=steps, generator=generator, **{"output_type": "latent", **keywords})
+        given = {"output_type": "latent", **keywords, **more}
+        return pipe(prompt, num_inference_steps=steps, generator=generator, **given)
 
     return Source(model, call, list(enumerate(lines)))
 

@@ -69,11 +69,11 @@ class Folder:
 def _encode(key: str, batch: Batch) -> bytes:
     buffer = io.BytesIO()
     samples = [{**vars(sample), "sums": tuple(sample.sums)} for sample in batch.samples]
-    torch.save({"key": key, "calls": batch.calls, "samples": samples}, buffer)
+    torch.save({"key": key, "steps": batch.steps, "samples": samples}, buffer)
     return buffer.getvalue()
 
 
 def _decode(content: bytes) -> tuple[str, Batch]:
     document = torch.load(io.BytesIO(content), weights_only=True)
     samples = [Sample(s["site"], s["call"], s["head_size"], s["blocks"], Sums(*s["sums"])) for s in document["samples"]]
-    return document["key"], Batch(samples, document["calls"])
+    return document["key"], Batch(samples, document["steps"])

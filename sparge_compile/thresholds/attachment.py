@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -56,21 +55,6 @@ def attach(model: nn.Module, calibration: Calibration | str | os.PathLike[str]) 
     )
 
 
-def diffusers_callback(handle: Attachment) -> Callable[..., dict[str, Any]]:
-    """Return a ``callback_on_step_end`` that switches phases between the steps of a diffusers pipeline.
-
-    After the last step the first phase holds again, for the next run. Where a run was broken off, call
-    ``handle.set_progress(0)``.
-    """
-
-    def on_step_end(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-        steps = getattr(pipe, "num_timesteps", None) or len(pipe.scheduler.timesteps)
-        handle.set_progress((step + 1) / steps if step + 1 < steps else 0.0)
-        return values
-
-    return on_step_end
-
-
 class Attachment:
     """Thresholds that :func:`attach` put on a model. A context manager: leaving it is ``remove``."""
 
@@ -86,6 +70,11 @@ class Attachment:
         self._phases = [(start, {key: torch.tensor(pairs) for key, pairs in phase.items()}) for start, phase in phases]
         self._phase = 0
         _compile_anew(model)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that the thresholds are on."""
+        return self._model
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -160,6 +149,7 @@ class Attachment:
     def set_progress(self, fraction: float) -> None:
         """Say how much of a denoising run is done, in [0, 1]: the buffers get the thresholds of that phase.
 
+        It is the share of the steps in which this model is called: of two experts that share a run, each has its own.
         Nothing is compiled anew. Without phases nothing changes.
 
         Raises:

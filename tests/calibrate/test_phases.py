@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from test_cli import tiny_wan
 from test_record import Fused, Model
 
 import sparge_compile
-from sparge_compile import Calibration, attach, diffusers_callback
+from sparge_compile import Calibration, Options, attach, diffusers_callback
+from sparge_compile.calibrate.record import Recorder
+from sparge_compile.calibrate.steps import with_step_ends
 
 DENSE, HALF, FEW = (1.0, 0.0), (0.5, 0.0), (0.1, 0.0)
 PHASES = Calibration({"blocks.0": [DENSE], "blocks.1": [DENSE]}, phases={
@@ -105,3 +109,111 @@ def test_calibrated_phases_are_those_of_the_calls():
         first = handle.get().sites["blocks.0"]
         handle.set_progress(0.25)
         assert handle.get().sites["blocks.0"] != first
+
+
+def two_experts(scheduler="FlowMatchEulerDiscreteScheduler", boundary=0.7):
+    """A pipeline like Wan 2.2's: the second expert takes over where the timesteps fall below the boundary."""
+    import diffusers
+    from models import wan
+
+    pipe = tiny_wan(transformer_2=wan()[0].eval(), boundary_ratio=boundary)
+    pipe.scheduler = getattr(diffusers, scheduler)(shift=3.0)
+    return pipe
+
+
+def run_pipe(pipe, callback_on_step_end=None, seed=0, **more):
+    embeds = torch.randn(1, 8, 16, generator=torch.Generator().manual_seed(seed))
+    size = {"height": 32, "width": 32, "num_frames": 5, "output_type": "latent"}
+    given = {"prompt_embeds": embeds, "negative_prompt_embeds": embeds, "guidance_scale": 1.0, **size, **more}
+    return pipe(**given, generator=torch.Generator().manual_seed(seed), callback_on_step_end=callback_on_step_end)
+
+
+HEUN = "FlowMatchHeunDiscreteScheduler"
+
+
+@pytest.mark.parametrize(
+    "build, more",
+    [
+        (tiny_wan, {"num_inference_steps": 5}),
+        (tiny_wan, {"num_inference_steps": 5, "guidance_scale": 3.0}),
+        (two_experts, {"num_inference_steps": 10}),
+        (two_experts, {"num_inference_steps": 9, "guidance_scale": 3.0}),
+        (lambda: two_experts(HEUN), {"num_inference_steps": 6}),
+        (lambda: two_experts(HEUN), {"num_inference_steps": 5, "guidance_scale": 3.0, "guidance_scale_2": 1.0}),
+        (lambda: two_experts(boundary=0.999), {"num_inference_steps": 4}),
+    ],
+    ids=["one", "one-guided", "two", "two-guided", "two-heun", "two-heun-guided", "one-step-for-the-first"],
+)
+def test_the_phase_in_force_is_the_phase_that_was_measured(build, more):
+    """Call by call, for one expert and for two that share the steps of a run."""
+    starts = (0.3, 0.5)
+    pipe = build()
+    models = [m for m in (pipe.transformer, pipe.transformer_2) if m is not None]
+    settings = {"query_blocks": 1, "every": 1000, "memory": 1 << 20, "seed": 0, "options": Options(min_seq_len=0)}
+    measured, handles, in_force = [], [], []
+    for model in models:
+        recorder = Recorder(model, **settings)
+        batch = recorder.record(0, partial(with_step_ends(partial(run_pipe, pipe), recorder.end_step), **more))
+        measured.append([sum(batch.progress(call) >= start for start in starts) for call in range(len(batch.steps))])
+    for model in models:
+        sites = {"blocks.*.attn1": [DENSE]}
+        later = {0.3: {"blocks.*.attn1": [HALF]}, 0.5: {"blocks.*.attn1": [FEW]}}
+        handles.append(attach(model, Calibration(sites, phases=later)))
+        in_force.append([])
+        model.register_forward_pre_hook(
+            lambda *_, handle=handles[-1], seen=in_force[-1]: seen.append(
+                [1.0, 0.5, 0.1].index(round(handle.get().sites["blocks.0.attn1"][0][0], 3))
+            )
+        )
+    run_pipe(pipe, diffusers_callback(*handles), **more)
+    assert in_force == measured and all(measured)
+    run_pipe(pipe, diffusers_callback(*handles), **more)
+    assert in_force == [[*phases, *phases] for phases in measured], "a second run is as the first"
+
+
+def test_a_run_that_begins_late_has_all_of_its_phases():
+    """A video to change skips the first steps; the scheduler keeps their timesteps."""
+    from diffusers import WanVideoToVideoPipeline
+
+    parts = tiny_wan().components
+    parts = {name: parts[name] for name in ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")}
+    pipe = WanVideoToVideoPipeline(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    handle = attach(pipe.transformer, Calibration({"blocks.*.attn1": [DENSE]}, phases={0.5: {"blocks.*.attn1": [FEW]}}))
+    seen = []
+    pipe.transformer.register_forward_pre_hook(lambda *_: seen.append(handle.get().sites["blocks.0.attn1"][0][0] == 1))
+    embeds = torch.randn(1, 8, 16)
+    pipe(
+        latents=torch.randn(1, 4, 2, 4, 4), prompt_embeds=embeds, guidance_scale=1.0, height=32, width=32,
+        num_inference_steps=8, strength=0.5, output_type="latent", callback_on_step_end=diffusers_callback(handle),
+    )  # fmt: skip
+    assert seen == [True] * 2 + [False] * 2
+
+
+def test_calibration_asks_a_pipeline_where_its_steps_end():
+    """With guidance in the first half alone: phases by calls would have given the first one a step too few."""
+    model, x = Model(Fused, 1).eval(), torch.randn(1, 300, 32)
+    ends, settings = [], {"phases": (0.5,), "target_sparsity": 0.4, "by": "mean", "options": {"min_seq_len": 0}}
+
+    def pipe(steps, callback_on_step_end=None):
+        for step in range(steps):
+            for _ in range(2 if step < steps / 2 else 1):
+                model(x)
+            if callback_on_step_end is not None:
+                callback_on_step_end(None, step, None, {})
+
+    def loop(steps):
+        pipe(steps)
+
+    told = sparge_compile.calibrate(model, [4], call=pipe, **settings).origin.curves["blocks.0"]
+    given = {"steps": 4, "callback_on_step_end": lambda *given: ends.append(given[1])}
+    assert sparge_compile.calibrate(model, [given], call=pipe, **settings).origin.curves["blocks.0"] == told
+    untold = sparge_compile.calibrate(model, [4], call=loop, **settings).origin.curves["blocks.0"]
+    assert [round(curves.phases[0].cost / curves.phases[1].cost, 2) for curves in (told, untold)] == [2.0, 1.0]
+    assert ends == [0, 1, 2, 3]
+
+
+def test_the_callback_takes_handles():
+    for bad in ((), (Model(Fused),)):
+        with pytest.raises(TypeError, match="attach"):
+            diffusers_callback(*bad)

@@ -170,7 +170,7 @@ def test_samples_depend_on_seed_site_and_batch_and_on_nothing_that_ran_before():
 def test_all_calls_count_and_every_nth_is_measured():
     model, x = Model(Fused, 1).eval(), torch.randn(1, LENGTH, WIDTH)
     batch = recorder(model, every=3).record(0, lambda: [model(x) for _ in range(7)])
-    assert batch.calls == 7 and [sample.call for sample in batch.samples] == [0, 3, 6]
+    assert batch.steps == list(range(7)) and [sample.call for sample in batch.samples] == [0, 3, 6]
 
 
 def test_a_module_that_runs_twice_gives_two_samples():

@@ -130,7 +130,7 @@ def hard(share):
 
 def test_heads_that_cannot_keep_the_bound_stay_dense():
     batches = [
-        Batch([sample("easy", 0, easy), sample("hard", 0, lambda share: hard(share) + 0.5 * (share < 1))], 1)
+        Batch([sample("easy", 0, easy), sample("hard", 0, lambda share: hard(share) + 0.5 * (share < 1))], [0])
     ] * 4
     calibration = found(batches, target_error=0.05)
     assert calibration.sites["hard"] == ((1.0, 0.0),) * 2
@@ -142,7 +142,7 @@ def test_heads_that_cannot_keep_the_bound_stay_dense():
 @pytest.mark.parametrize("by", ["worst", "mean"])
 def test_the_hybrid_is_never_worse_than_one_threshold_alone(by):
     torch.manual_seed(0)
-    batches = [Batch([sample(s, 0, e, noise=1.0) for s, e in (("a", easy), ("b", hard))], 1) for _ in range(5)]
+    batches = [Batch([sample(s, 0, e, noise=1.0) for s, e in (("a", easy), ("b", hard))], [0]) for _ in range(5)]
     for aim in ({"target_error": 0.08}, {"target_error": 0.4}):
         modes = found(batches, by=by, **aim).origin.modes
         assert modes["hybrid"] >= max(modes["topk"], modes["topp"])
@@ -152,12 +152,12 @@ def test_the_hybrid_is_never_worse_than_one_threshold_alone(by):
 
 def test_a_bound_is_tightened_until_samples_that_were_left_out_keep_it():
     torch.manual_seed(0)
-    noisy = [Batch([sample("a", 0, easy, heads=8, noise=1.0)], 1) for _ in range(12)]
+    noisy = [Batch([sample("a", 0, easy, heads=8, noise=1.0)], [0]) for _ in range(12)]
     calibration = found(noisy, target_error=0.05)
     assert calibration.origin.margin < 1 and calibration.origin.held_out["within"] >= 0.99
     assert calibration.origin.held_out["worst_error"] <= 0.05
     assert calibration.summary().worst_error <= 0.05 * calibration.origin.margin
-    quiet = [Batch([sample("a", 0, easy, heads=8)], 1)] * 12
+    quiet = [Batch([sample("a", 0, easy, heads=8)], [0])] * 12
     torch.manual_seed(0)
     assert found(quiet, target_error=0.05).origin.margin == 1.0
     assert found(noisy[:3], target_error=0.05).origin.held_out == {}
@@ -165,7 +165,7 @@ def test_a_bound_is_tightened_until_samples_that_were_left_out_keep_it():
 
 def test_aiming_anew_gives_the_same_thresholds_for_the_same_aim_and_keeps_others():
     torch.manual_seed(0)
-    batches = [Batch([sample(s, 0, e, noise=0.5) for s, e in (("a", easy), ("b", hard))], 1) for _ in range(5)]
+    batches = [Batch([sample(s, 0, e, noise=0.5) for s, e in (("a", easy), ("b", hard))], [0]) for _ in range(5)]
     calibration = found(batches, target_error=0.08)
     assert calibration.at(target_error=0.08).sites == calibration.sites
     assert calibration.at(target_error=0.02).summary().worst_error <= 0.02
@@ -178,11 +178,13 @@ def test_aiming_anew_gives_the_same_thresholds_for_the_same_aim_and_keeps_others
 
 def test_phases_have_their_own_thresholds_and_share_one_sparsity():
     calls = [sample("a", i, hard if i < 2 else easy) for i in range(10)]
-    calibration = found([Batch(calls, 10)], starts=(0.2,), target_sparsity=0.5)
+    calibration = found([Batch(calls, list(range(10)))], starts=(0.2,), target_sparsity=0.5)
     first, later = calibration.sites["a"], calibration.phases[0.2]["a"]
     assert all(max(a) > max(b) for a, b in zip(first, later, strict=True))
     assert calibration.summary().sparsity >= 0.5 - 1e-3
-    assert found([Batch(calls[:1], 10)], starts=(0.2,), target_error=0.9).phases[0.2]["a"], "a phase without samples"
+    assert found([Batch(calls[:1], list(range(10)))], starts=(0.2,), target_error=0.9).phases[0.2]["a"], (
+        "a phase without samples"
+    )
 
 
 @pytest.mark.parametrize(
@@ -197,7 +199,7 @@ def test_phases_have_their_own_thresholds_and_share_one_sparsity():
     ],
 )
 def test_an_aim_that_is_none_is_refused(aim):
-    calibration = found([Batch([sample("a", 0, easy)], 1)], target_error=0.05)
+    calibration = found([Batch([sample("a", 0, easy)], [0])], target_error=0.05)
     with pytest.raises(ValueError, match=r"aim|range"):
         calibration.at(**aim)
     with pytest.raises(ValueError, match="without measurements"):
