@@ -1,7 +1,7 @@
 """The models of the coverage table, at tiny random sizes: how to build each, and how its attention is counted.
 
-Builders that the tests use as well are in tests/whole/models.py. Where a library has several spellings of one model (SDPA and
-eager attention), each is a row.
+Builders that the tests use as well are in tests/whole/models.py. Where a library has several spellings of one model
+(SDPA and eager attention), each is a row.
 """
 
 from __future__ import annotations

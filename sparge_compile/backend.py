@@ -16,12 +16,13 @@ from .inner import compile_graph, faker
 from .notices import check_model, forget_warnings, warn_of_names, warn_of_unsupported
 from .options import Options
 from .passes.find import Match
-from .passes.pipeline import decide_sites, decided, rewriting_passes, run
-from .report import Report, SiteReport
-from .running.graph import open_graph
+from .passes.pipeline import Work, analyse, rewriting_passes, run, sheltered
+from .passes.pipeline import decide_sites as decide_with
+from .report import Report
+from .running.graph import decide_sites, open_graph
 from .running.listeners import Outlet, outputs_wanted, with_outlet
 from .running.observe import Observer, Watched, calls_through, watching
-from .running.places import Names, Place, find_root
+from .running.places import Place, find_names
 from .running.thresholds import RunTime
 from .user_model import user_model
 
@@ -49,15 +50,13 @@ def sparge(
             wrapped as ``torch._dynamo.exc.BackendCompilerFailed``.
     """
     settings = Options.parse(options)
-    root = find_root()
-    graph = open_graph(graph_module, None if root is None else Names(root))
-    attached = graph.attached
-    run(graph, partial(decide_sites, options=settings, attached=attached, alike=graph.alike))
+    graph = open_graph(graph_module, find_names)
+    analyse(graph, partial(decide_sites, options=settings))
     report = graph.add_to(Report())
     logger.info("%s", report)
     warn_of_unsupported(report, settings)
-    names = [match.site.name for match in graph.sparse if match.node not in attached]
-    check_model(settings, names, root)
+    names = [match.site.name for match in graph.sparse if match.node not in graph.attached]
+    check_model(settings, names, graph.names.root if graph.names else None)
     warn_of_names(settings, names)
     with_outputs = outputs_wanted()
     as_input = faker(example_inputs)
@@ -118,23 +117,26 @@ class _Seen(Observer):
 
     def __init__(self, model: Callable[..., Any]) -> None:
         super().__init__(model)
-        self.graphs: dict[tuple[Any, ...], tuple[list[Match], set[Node]]] = {}
+        self.graphs: dict[tuple[Any, ...], tuple[Watched, list[Match], set[Node]]] = {}
 
     def ran(self, graph: Watched, places: list[Place], args: Sequence[Any]) -> Any:
         key = (id(graph), *(place.prefix for place in places))
         if key not in self.graphs:
-            seen = list(zip(graph.slots, graph.matches, places, strict=True))
-            attached = {match.node for slot, match, place in seen if slot.attached(place) is not None}
-            self.graphs[key] = [slot.at(place, match) for slot, match, place in seen], graph.marked | attached
+            self.graphs[key] = graph, [], set()
+            with sheltered(graph.failures, "decide_sites"):
+                seen = list(zip(graph.slots, graph.matches, places, strict=True))
+                attached = {match.node for slot, match, place in seen if slot.attached(place) is not None}
+                matches = [slot.at(place, match) for slot, match, place in seen]
+                self.graphs[key] = graph, matches, graph.marked | attached
         return graph.run(args)
 
     def report(self, settings: Options) -> Report:
         report = Report()
-        for matches, attached in self.graphs.values():
-            report.sites += [
-                SiteReport(step.match.site, step.decision) for step in decided(matches, settings, attached)
-            ]
-        report.graphs = len({graph for graph, *_ in self.graphs})
+        for graph, matches, attached in self.graphs.values():
+            work = Work(graph.graph_module, matches)
+            analyse(work, partial(decide_with, options=settings, attached=attached))
+            work.add_to(report).failures += graph.failures
+        report.graphs = len({number for number, *_ in self.graphs})
         return report
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+E = TypeVar("E", bound=Exception)
+
 
 def explain_error(what: str, *, given: object, allowed: str, todo: str) -> str:
     """Return the text of a message, as four short parts in one order."""
@@ -10,9 +14,19 @@ def explain_error(what: str, *, given: object, allowed: str, todo: str) -> str:
 
 def value_error(what: str, *, given: object, allowed: str, todo: str) -> ValueError:
     """Return a ``ValueError`` of four parts, to be raised where a user's value is wrong."""
-    return ValueError(explain_error(what, given=given, allowed=allowed, todo=todo))
+    return _of_user(ValueError(explain_error(what, given=given, allowed=allowed, todo=todo)))
 
 
 def type_error(what: str, *, given: object, allowed: str, todo: str) -> TypeError:
     """Return a ``TypeError`` of four parts, to be raised where a user's value has the wrong type."""
-    return TypeError(explain_error(what, given=given, allowed=allowed, todo=todo))
+    return _of_user(TypeError(explain_error(what, given=given, allowed=allowed, todo=todo)))
+
+
+def is_of_user(error: BaseException) -> bool:
+    """Whether an error tells a user of a wrong value; any other one is a fault of ours, or of what we call."""
+    return getattr(error, "sparge_of_user", False)
+
+
+def _of_user(error: E) -> E:
+    error.sparge_of_user = True  # type: ignore[attr-defined]
+    return error

@@ -9,18 +9,40 @@ from torch.nn import Module
 
 from .errors import value_error
 from .options import Options
-from .report import Report
+from .report import Failure, Report
 from .running.places import Names
 
 _warned: set[str] = set()
 
 
+_PLEASE_REPORT = (
+    "Please open an issue in the repository of sparge_compile with this text, the versions of torch and "
+    'sparge_compile, and what TORCH_LOGS="+sparge_compile" prints.'
+)
+
+
+def warn_of_failures(failures: Iterable[Failure]) -> None:
+    """Warn once of each analysis that failed inside, and where to report it."""
+    for failure in dict.fromkeys(failures):
+        _warn(str(failure), f"sparge: a graph stays dense, because {failure}. This is a bug. {_PLEASE_REPORT}")
+
+
 def warn_of_unsupported(report: Report, settings: Options) -> None:
     """Warn once for each reason, or raise, where attention that a user may have meant to replace stays dense.
+
+    A graph that could not be looked into is such a reason, and warned of even if the others are not.
 
     Raises:
         ValueError: there is such attention, and the option ``on_unsupported`` is ``"error"``.
     """
+    if settings.on_unsupported == "error" and report.failures:
+        raise value_error(
+            "a graph that could not be looked into",
+            given=report.failures[0],
+            allowed="graphs of which every attention is known, because on_unsupported is 'error'",
+            todo=f"With 'warn' or 'dense' the graph is compiled as it is. {_PLEASE_REPORT}",
+        )
+    warn_of_failures(report.failures)
     unsupported = [row for row in report.dense if row.reason.unsupported]
     if settings.on_unsupported == "error" and unsupported:
         names = ", ".join(f"{row.name} ({row.reason.value})" for row in unsupported)

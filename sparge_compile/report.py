@@ -1,10 +1,12 @@
-"""The attention of a model and what became of it: Site, Reason, Decision, Report. Values only, no graphs."""
+"""The attention of a model and what became of it: Site, Reason, Decision, Failure, Report. Values only, no graphs."""
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
@@ -156,12 +158,35 @@ class SiteReport:
         }
 
 
+@dataclass(frozen=True)
+class Failure:
+    """An analysis of ours that failed inside, so that a whole graph stayed as it was: a bug to be reported."""
+
+    analysis: str  # the pass
+    error: str  # its type and text
+    where: str  # the innermost line of this package
+
+    @classmethod
+    def of(cls, analysis: str, error: BaseException) -> Failure:
+        """Note an exception as the failure of an analysis, without keeping what its frames hold."""
+        frames = traceback.extract_tb(error.__traceback__)
+        package = str(Path(__file__).parent)
+        ours = [frame for frame in frames if frame.filename.startswith(package)] or frames
+        where = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else "an unknown line"
+        text = " ".join(str(error).split())
+        return cls(analysis, f"{type(error).__name__}: {text}" if text else type(error).__name__, where)
+
+    def __str__(self) -> str:
+        return f"analysis {self.analysis!r} failed at {self.where} with {self.error}"
+
+
 @dataclass
 class Report:
     """Every site of a model, in graph order, and every softmax that is no attention. Printed, it is a table."""
 
     sites: list[SiteReport] = field(default_factory=list)
     graphs: int = 0  # graphs that were looked at, those without attention included
+    failures: list[Failure] = field(default_factory=list)  # graphs that could not be looked at
 
     def __iter__(self) -> Iterator[SiteReport]:
         return iter(self.sites)
@@ -181,16 +206,21 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain JSON types."""
-        return {"graphs": self.graphs, "sites": [row.to_dict() for row in self.sites]}
+        return {
+            "graphs": self.graphs,
+            "sites": [row.to_dict() for row in self.sites],
+            "failures": [asdict(failure) for failure in self.failures],
+        }
 
     def __str__(self) -> str:
         graphs = "1 graph" if self.graphs == 1 else f"{self.graphs} graphs"
+        failures = "".join(f"\nnot looked into: {each}" for each in dict.fromkeys(self.failures))
         if not self.sites:
-            return f"sparge: no attention found in {graphs}; nothing was replaced"
+            return f"sparge: no attention found in {graphs}; nothing was replaced{failures}"
         attention = [row for row in self.sites if row.reason is not Reason.NOT_ATTENTION]
         head = f"sparge: {len(self.sparse)} of {len(attention)} attention sites sparse, in {graphs}"
         columns = ("site", "kind", "status", "reason", "shape B H/Hk L×S D", "dtype", "mask", "predicted")
-        return f"{head}\n{tabulate([_row(row) for row in self.sites], headers=columns)}"
+        return f"{head}\n{tabulate([_row(row) for row in self.sites], headers=columns)}{failures}"
 
 
 def _row(row: SiteReport) -> list[str]:

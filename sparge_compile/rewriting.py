@@ -31,7 +31,7 @@ from torch.export.graph_signature import (
     OutputSpec,
     TensorArgument,
 )
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -40,10 +40,10 @@ from .notices import warn_of_unsupported
 from .options import Options
 from .passes.mha.leaves import LeafOpener
 from .passes.mha.open import EXAMPLE_SHAPES
-from .passes.pipeline import Work, decide_sites, find, logger, rewriting_passes, run
+from .passes.pipeline import Work, analyse, decide_sites, find, logger, rewriting_passes, run, sheltered
 from .passes.read.fx_utils import clone, submodule_of
 from .passes.write.threshold_inputs import ThresholdInput
-from .report import Report
+from .report import Failure, Report
 
 THRESHOLDS = "sparge_thresholds"  # the module that owns the buffers
 REPORT = "sparge_report"  # the key of the report in the result's meta
@@ -125,8 +125,13 @@ def _rewrite_module(given: GraphModule, settings: Options, example_inputs: Seque
 
     # Leaves are opened in a trial. Only those are opened in the result in which something becomes sparse.
     opener, trial = LeafOpener(), fresh()
-    opened = opener.open(trial)
+    opened: dict[Node, str] = {}
+    failures: list[Failure] = []
+    with sheltered(failures, "open_leaves"):
+        opened = opener.open(trial)
+    trial = fresh() if failures else trial
     work = _decided(trial, settings)
+    work.failures[:0] = failures
     report = _report(work, settings)
     new = trial
     if opened:
@@ -199,7 +204,7 @@ def _rewrite_program(given: ExportedProgram, settings: Options) -> ExportedProgr
 
 def _decided(new: GraphModule, settings: Options) -> Work:
     work = Work(new)
-    run(work, find, partial(decide_sites, options=settings))
+    analyse(work, find, partial(decide_sites, options=settings))
     return work
 
 

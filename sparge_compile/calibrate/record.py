@@ -20,9 +20,11 @@ from ..errors import value_error
 from ..kernels import capability
 from ..kernels.block_map import QUERY_BLOCK, ceil_div
 from ..kernels.rule import default_scale
+from ..notices import warn_of_failures
 from ..options import Options
 from ..passes.decide import least_keys, refusal
 from ..passes.match.attention import Attention
+from ..passes.pipeline import sheltered
 from ..passes.write.taps import listening
 from ..running.observe import Observer, Watched, calls_through, watching
 from ..running.places import Place
@@ -114,11 +116,14 @@ class Recorder(Observer):
 
     def ran(self, graph: Watched, places: list[Place], args: Sequence[Any]) -> Any:
         """Run a graph, and measure those of its sites that may become sparse; see ``running.observe.Observer``."""
-        wanted = tuple(
-            number
-            for number, match in enumerate(graph.matches)
-            if match.is_attention and refusal(match, self._options) is None
-        )
+        wanted: tuple[int, ...] = ()
+        with sheltered(graph.failures, "refusal"):
+            wanted = tuple(
+                number
+                for number, match in enumerate(graph.matches)
+                if match.is_attention and refusal(match, self._options) is None
+            )
+        warn_of_failures(graph.failures)
         if not wanted:
             return graph.run(args)
 

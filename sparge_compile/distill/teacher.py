@@ -20,6 +20,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from ..errors import value_error
 from ..inner import compile_graph
+from ..notices import warn_of_failures
 from ..options import Options
 from ..passes.pipeline import check, erase_markers, return_dense, run
 from ..running.graph import open_graph
@@ -124,6 +125,7 @@ class _Dense:
 
     def __call__(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         graph = open_graph(graph_module, self._names)
+        warn_of_failures(graph.failures)
         wanted = [match for match in graph.matches if match.attention is not None and match.site.name in self._sites]
         run(graph, partial(return_dense, matches=wanted), erase_markers, check)
         outlet = Outlet(self._options, [graph.slots[match.node] for match in wanted], bool(wanted), self._names)

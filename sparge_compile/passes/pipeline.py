@@ -1,8 +1,9 @@
 """The passes in the order in which they run: find, (place,) decide_sites, substitute, return_outputs,
 erase_markers, check.
 
-The first three only read the graph. A pass takes the :class:`Work` and notes in it what it found or made; its settings
-are bound when a list is put together. ``place`` belongs to graphs of Dynamo (:mod:`sparge_compile.running.graph`).
+The first three only read the graph and are run by :func:`analyse`. A pass takes the :class:`Work` and notes in it what
+it found or made; its settings are bound when a list is put together. ``place`` belongs to graphs of Dynamo
+(:mod:`sparge_compile.running.graph`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from ..errors import is_of_user
 from ..options import Options
-from ..report import Decision, Reason, Report, SiteReport
+from ..report import Decision, Failure, Reason, Report, SiteReport
 from . import find as finding
 from .decide import decide, thresholds_for
 from .find import Match
@@ -63,6 +66,7 @@ class Work:
     threshold_inputs: list[ThresholdInput] = field(default_factory=list)
     changed: bool = False
     passes: list[str] = field(default_factory=list)  # that have run
+    failures: list[Failure] = field(default_factory=list)  # of an analysis: the graph stays as it is
 
     @property
     def sparse(self) -> list[Match]:
@@ -73,6 +77,7 @@ class Work:
         """Note this graph and its sites in a report."""
         report.graphs += 1
         report.sites += [SiteReport(match.site, decision) for match, decision in self.steps]
+        report.failures += self.failures
         return report
 
 
@@ -82,7 +87,7 @@ Pass = Callable[[Any], None]
 def run(work: Work, *passes: Pass) -> None:
     """Run passes one after the other. ``TORCH_LOGS="+sparge_compile"`` shows each with its time and changes."""
     for each in passes:
-        name = getattr(each, "func", each).__name__
+        name = _name(each)
         work.passes.append(name)
         if not logger.isEnabledFor(logging.DEBUG):
             each(work)
@@ -93,6 +98,31 @@ def run(work: Work, *passes: Pass) -> None:
         seconds = time.perf_counter() - start
         changed = _changes(before, _fingerprint(work.graph_module))
         logger.debug("pass %d, %s: %.3f ms, %d nodes changed", len(work.passes), name, seconds * 1e3, changed)
+
+
+@contextmanager
+def sheltered(failures: list[Failure], analysis: str) -> Iterator[None]:
+    """Note a fault of ours inside an analysis, which must not take the user's model down, and go on behind it.
+
+    Errors that tell users of a wrong value are theirs, and raised.
+    """
+    try:
+        yield
+    except Exception as error:
+        if is_of_user(error):
+            raise
+        failures.append(Failure.of(analysis, error))
+        logger.info("sparge: %s", failures[-1], exc_info=True)
+
+
+def analyse(work: Work, *passes: Pass) -> None:
+    """Run passes that only read the graph. After a fault in one of them nothing counts as found: the graph stays."""
+    for each in () if work.failures else passes:
+        with sheltered(work.failures, _name(each)):
+            run(work, each)
+        if work.failures:
+            work.matches, work.markers, work.steps = [], {}, []
+            return
 
 
 def find(work: Work) -> None:
@@ -201,6 +231,10 @@ def rewriting_passes(options: Options, as_input: Callable[[Tensor], Any], with_o
 def graphs_of(graph_module: GraphModule) -> Iterator[GraphModule]:
     """A graph module and those below it."""
     return (module for module in graph_module.modules() if isinstance(module, GraphModule))
+
+
+def _name(each: Pass) -> str:
+    return str(getattr(each, "func", each).__name__)
 
 
 def _fingerprint(graph_module: GraphModule) -> dict[Node, tuple[Any, ...]]:

@@ -6,13 +6,14 @@ The backend, the observers and the teacher of a distillation begin here.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 
 from torch.fx import GraphModule, Node
 
 from ..naming import ROOT, join, module_base, numbered
+from ..options import Options
 from ..passes import pipeline
 from ..passes.find import Match
 from ..passes.read.fx_utils import clone
@@ -56,11 +57,12 @@ class Slot:
 
 @dataclass
 class OpenGraph(pipeline.Work):
-    """A graph of Dynamo in work: also the slot of each match, by its node."""
+    """A graph of Dynamo in work: also the slot of each match, by its node, and the names of the model."""
 
     slots: dict[Node, Slot] = field(default_factory=dict)
+    names: Names | None = None
 
-    @property
+    @cached_property
     def attached(self) -> set[Node]:
         """The nodes of the matches whose thresholds are on the model, in the place that is compiled."""
         return {
@@ -75,19 +77,32 @@ class OpenGraph(pipeline.Work):
         return ((slot.at(place, match), slot.attached(place) is not None) for place in slot.others())
 
 
-def open_graph(graph_module: GraphModule, names: Names | None) -> OpenGraph:
-    """A copy of Dynamo's graph with its matches, each named as its first place, in a model (None: nobody knows which).
+def decide_sites(work: OpenGraph, options: Options) -> None:
+    """Sparse or dense, for each match, under what is attached to the model and in the other places of the graph."""
+    pipeline.decide_sites(work, options, work.attached, work.alike)
 
-    Dynamo goes on reading the graph that it gave; the copy is ours to change.
+
+def open_graph(graph_module: GraphModule, names: Names | Callable[[], Names | None] | None) -> OpenGraph:
+    """A copy of Dynamo's graph with its matches, each named as its first place in a model.
+
+    Dynamo goes on reading the graph that it gave; the copy is ours to change. A fault of ours gives a graph without
+    matches and the failure.
+
+    Args:
+        graph_module: Dynamo's.
+        names: those of the model, or what finds them; None: nobody knows which model it is.
     """
-    frame = Frame(graph_module)
-    graph = OpenGraph(clone(graph_module))
-    pipeline.run(graph, pipeline.find, partial(place, frame=frame, names=names))
+    graph = OpenGraph(graph_module)
+    with pipeline.sheltered(graph.failures, "copy"):
+        graph.graph_module = clone(graph_module)
+    pipeline.analyse(graph, pipeline.find, partial(place, given=graph_module, names=names))
     return graph
 
 
-def place(work: OpenGraph, frame: Frame, names: Names | None) -> None:
+def place(work: OpenGraph, given: GraphModule, names: Names | Callable[[], Names | None] | None) -> None:
     """The slot of each match; the match has its full name in the first place from here on."""
+    frame = Frame(given)
+    names = work.names = names() if callable(names) else names
     locators: dict[str | None, Locator] = {}
     seen: Counter[str] = Counter()
     for i, match in enumerate(work.matches):

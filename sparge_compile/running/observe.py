@@ -16,32 +16,35 @@ from torch.fx import GraphModule
 from torch.nn import Module
 
 from ..passes.find import Match, find
+from ..passes.pipeline import sheltered
 from ..passes.read.fx_utils import clone
 from ..passes.write.taps import put_taps
 from ..user_model import is_compiled, user_model
 from .graph import Slot, open_graph
-from .places import Names, Place, find_root
+from .places import Names, Place, find_names
 
 
 class Watched:
-    """One graph of a model: its matches in order, the slot of each, and the nodes that have a marker of ``attach``."""
+    """One graph of a model: its matches in order, the slot of each, the nodes that have a marker of ``attach``, and the
+    analyses that failed."""
 
     def __init__(self, graph_module: GraphModule) -> None:
-        graph = open_graph(graph_module, _names_now())
-        self._graph_module = graph.graph_module
+        graph = open_graph(graph_module, _names_now)
+        self.graph_module = graph.graph_module
         self._tapped: dict[tuple[int, ...], GraphModule] = {}
         self.matches: list[Match] = graph.matches
         self.slots: list[Slot] = [graph.slots[match.node] for match in graph.matches]
         self.marked = set(graph.markers)
+        self.failures = graph.failures
 
     def run(self, args: Sequence[Any]) -> Any:
         """Run the graph as it is."""
-        return self._graph_module.forward(*args)
+        return self.graph_module.forward(*args)
 
     def run_tapped(self, args: Sequence[Any], numbers: tuple[int, ...]) -> Any:
         """Run the graph with a tap at the matches with these numbers."""
         if numbers not in self._tapped:
-            copy = clone(self._graph_module)
+            copy = clone(self.graph_module)
             matches = find(copy)
             put_taps(copy, [(number, matches[number]) for number in numbers])
             self._tapped[numbers] = copy
@@ -122,8 +125,11 @@ def _look(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[
         observer = _observer.get(None)
         if observer is None:
             return graph.run(args)
-        names = _names_now()
-        return observer.ran(graph, [slot.locator.where(args, names) for slot in graph.slots], args)
+        places = [Place() for _ in graph.slots]
+        with sheltered(graph.failures, "place"):
+            names = _names_now()
+            places = [slot.locator.where(args, names) for slot in graph.slots]
+        return observer.ran(graph, places, args)
 
     return run
 
@@ -133,8 +139,7 @@ def _names_now() -> Names | None:
     observer = _observer.get(None)
     if observer is not None and observer.names is not None:
         return observer.names
-    root = find_root()
-    return None if root is None else Names(root)
+    return find_names()
 
 
 @contextmanager

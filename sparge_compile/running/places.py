@@ -22,7 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..naming import ROOT, base_of, clean_path, join, user_path
 from ..user_model import is_compiled, remember_compiled, unwrapped
 
-_CALLS = {Module._wrapped_call_impl.__code__, Module._call_impl.__code__}
+_CALLS = (Module._wrapped_call_impl.__code__, Module._call_impl.__code__)
 
 
 class Place:
@@ -190,7 +190,8 @@ def modules_on_stack() -> Iterator[Module]:
     """The user's modules that are being called, innermost first."""
     frame: Any = sys._getframe(1)
     while frame is not None:
-        if frame.f_code in _CALLS:
+        # By identity: code that holds a slice has no hash before Python 3.12.
+        if any(frame.f_code is code for code in _CALLS):
             module = frame.f_locals.get("self")
             if isinstance(module, Module) and not isinstance(module, GraphModule):
                 yield module
@@ -207,6 +208,12 @@ def find_root() -> Module | None:
         if is_compiled(module) and not _is_block(module, called[-1]):
             return unwrapped(module)
     return unwrapped(called[-1]) if called else None
+
+
+def find_names() -> Names | None:
+    """The names of the model that is running; None where no module is."""
+    root = find_root()
+    return None if root is None else Names(root)
 
 
 def _is_block(module: Module, outermost: Module) -> bool:

@@ -1,18 +1,20 @@
 """Tensors that a graph changes in place: which version of a tensor a node reads.
 
 ``scores *= c`` and ``scores.masked_fill_(...)`` change what later readers of ``scores`` see, through whatever view.
-Tensors are told apart by the storage of their fake tensors.
+Tensors are told apart by the storages of their fake tensors. What has none of its own is held by others (a tensor
+inside ``vmap``, a tensor subclass) or taken to share memory with all that has none (a sparse tensor).
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .calls import Calls
 from .fx_utils import submodule_of
@@ -48,8 +50,9 @@ class Writes:
         for node in self.position:
             if may_write(node) or _runs_a_writer(node, calls.owner):
                 for written in calls.mutated(node):
-                    if (storage := self._storage(written)) is not None:
+                    for storage in (storages := self._storages(written)):
                         self._writers.setdefault(storage, []).append((node, written))
+                    if storages:
                         self._written.setdefault(node, []).append(written)
 
     def version(self, node: Node, user: Node) -> Node | None:
@@ -67,7 +70,7 @@ class Writes:
 
     def writers(self, node: Node) -> list[Node]:
         """The nodes that change a tensor, in graph order."""
-        return list(dict.fromkeys(writer for writer, _ in self._writers.get(self._storage(node), [])))
+        return list(dict.fromkeys(writer for writer, _ in self._writes_to(node)))
 
     def written(self, node: Node) -> list[Node]:
         """The tensors that a node changes."""
@@ -75,12 +78,34 @@ class Writes:
 
     def _between(self, node: Node, since: Node, until: Node | None) -> list[tuple[Node, Node]]:
         start, end = self.position[since], self.position[until] if until is not None else len(self.position)
-        found = self._writers.get(self._storage(node), []) if self._writers else []
-        return [w for w in found if start < self.position[w[0]] < end]
+        return [w for w in self._writes_to(node) if start < self.position[w[0]] < end]
 
-    def _storage(self, node: Node) -> Any:
+    def _writes_to(self, node: Node) -> list[tuple[Node, Node]]:
+        """Who writes to a tensor, and to which node's, in graph order."""
+        found = [self._writers.get(storage, []) for storage in self._storages(node)] if self._writers else []
+        if len(found) < 2:
+            return found[0] if found else []
+        writes = dict.fromkeys(write for each in found for write in each)
+        return sorted(writes, key=lambda write: self.position[write[0]])
+
+    def _storages(self, node: Node) -> tuple[Any, ...]:
         fake = self._calls.fake(node)
-        return fake.untyped_storage()._cdata if isinstance(fake, Tensor) else None
+        return tuple(_storages(fake)) if isinstance(fake, Tensor) else ()
+
+
+def _storages(x: Tensor) -> Iterator[Any]:
+    """A key of each storage that a tensor lies in; None for a tensor of which that cannot be told."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        yield from _storages(torch._C._functorch.get_unwrapped(x))
+    elif is_traceable_wrapper_subclass(x):
+        for name in x.__tensor_flatten__()[0]:
+            if isinstance(inner := getattr(x, name), Tensor):
+                yield from _storages(inner)
+    else:
+        try:
+            yield x.untyped_storage()._cdata
+        except (NotImplementedError, RuntimeError):  # a layout without storage
+            yield None
 
 
 def may_write(node: Node) -> bool:

@@ -197,3 +197,44 @@ def test_what_cannot_be_run_but_is_named_in_place_may_change_all_its_inputs():
     writer = b.opaque(_unknown_, x, y, value=x.meta["example_value"])
     writes = writes_of(b, writer, z)
     assert writes.writers(x) == writes.writers(y) == [writer] and writes.writers(z) == []
+
+
+def test_a_tensor_inside_vmap_lies_where_the_one_outside_lies():
+    from torch._C._functorch import _add_batch_dim, _remove_batch_dim, _vmap_decrement_nesting, _vmap_increment_nesting
+
+    b = Builder()
+    x = b.input("x", 3, 4)
+    level = _vmap_increment_nesting(3, "error")
+    try:
+        wrapped = b.call(_add_batch_dim, x, 0, level)
+        changed = b.method("add_", wrapped, 1)
+        back = b.call(_remove_batch_dim, wrapped, level, 3, 0)
+        late = b.call(torch.exp, x)
+        writes = writes_of(b, back, late)
+        assert writes.writers(x) == [changed] and writes.version(x, changed) is x
+        assert writes.version(x, late) is None  # changed through what wraps it
+    finally:
+        _vmap_decrement_nesting()
+
+
+def test_tensors_without_storage_are_taken_to_share_theirs():
+    b = Builder()
+    x, y = b.input("x", 3, 4), b.input("y", 3, 4)
+    sparse = b.method("to_sparse", x)
+    other = b.method("to_sparse", y)
+    changed = b.method("mul_", sparse, 2)
+    late = b.call(torch.exp, x)
+    writes = writes_of(b, changed, other, late)
+    assert writes.writers(other) == [changed] and writes.writers(x) == []
+
+
+def test_a_tensor_subclass_lies_where_its_parts_lie():
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    b = Builder()
+    x, y = b.input("x", 3, 4), b.input("y", 3, 4)
+    both = b.call(TwoTensor, x, y)
+    changed = b.method("mul_", both, 2)
+    late = b.call(torch.exp, y)
+    writes = writes_of(b, changed, late)
+    assert changed in writes.writers(y) and writes.version(y, late) is None
