@@ -36,6 +36,12 @@ LOADER_REGISTERS, CONSUMER_REGISTERS = 24, 240  # 128 threads each, of 65,536 re
 STAGES = {64: 3, 128: 2}  # pairs of K and V tiles in the ring, by padded head size: 227 KB hold no more
 _GLUON_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
+# Gluon is experimental: names of Triton 3.8 and 3.9, else those before them.
+_tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+_shared = gl.shared_memory_descriptor
+_reinterpret = getattr(_shared, "reinterpret", None) or _shared._reinterpret
+
 
 @gluon.jit
 def _tile(number, n_tiles, heads, IS_CAUSAL: gl.constexpr):
@@ -63,10 +69,10 @@ def _copy(desc, b, h, row, tile, full, ROWS: gl.constexpr, COLUMNS: gl.constexpr
     across: gl.constexpr = tile.shape[1] // COLUMNS
     down: gl.constexpr = tile.shape[0] // ROWS
     PIECE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], desc.dtype)
-    pieces = tile._reinterpret(desc.dtype, [across * down, ROWS, COLUMNS], PIECE)
+    pieces = _reinterpret(tile, desc.dtype, [across * down, ROWS, COLUMNS], PIECE)
     for c in gl.static_range(across):
-        to = pieces.index(down * c + PART)._reinterpret(desc.dtype, [1, 1, ROWS, COLUMNS], desc.layout)
-        tma.async_copy_global_to_shared(desc, [b, h, row, c * COLUMNS], full, to)
+        to = _reinterpret(pieces.index(down * c + PART), desc.dtype, [1, 1, ROWS, COLUMNS], desc.layout)
+        _tma_load(desc, [b, h, row, c * COLUMNS], full, to)
 
 
 @gluon.jit
@@ -283,8 +289,8 @@ def _consume(
         tile = out_smem.index(PART)
         tile.store(out)
         fence_async_shared()
-        tile = tile._reinterpret(out_desc.dtype, [1, 1, HALF, HEAD_PAD], out_desc.layout)
-        tma.async_copy_shared_to_global(out_desc, [b, h, (2 * i + PART) * HALF, 0], tile)
+        tile = _reinterpret(tile, out_desc.dtype, [1, 1, HALF, HEAD_PAD], out_desc.layout)
+        _tma_store(out_desc, [b, h, (2 * i + PART) * HALF, 0], tile)
         lse = (top + gl.log2(total_weight)) * 0.6931471805599453  # LN_2
         gl.store(lse_ptr + (b * heads + h).to(gl.int64) * length + row, lse, mask=row < length)
         turn += 1
