@@ -37,7 +37,7 @@ def refusal(device: torch.device, dtype: torch.dtype, head_size: int) -> tuple[R
         device.type == "cuda"
         and dtype == torch.float32
         and head_size > MAX_WIDE_HEAD_SIZE
-        and launch.architecture(device) not in launch.LARGE_SHARED_MEMORY
+        and launch.architecture(device) not in launch.MAJORS_WITH_227_KB
     ):
         return Reason.HEAD_SIZE, f"{head_size} in float32; this GPU's shared memory holds {MAX_WIDE_HEAD_SIZE}"
     if not 1 <= head_size <= MAX_HEAD_SIZE:

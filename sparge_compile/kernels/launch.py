@@ -1,7 +1,8 @@
 """The launch table: tile rows, warps and pipeline stages for each kernel, by architecture, head size and item size.
 
-No tuning at run time. Figures are for two limits of shared memory: 227 KB (H100, H200, B200) and 99 KB (RTX 30, 40, 50
-and anything unknown, which also fits the A100).
+No tuning at run time. There are two sets of entries: for GPUs that give a program 227 KB of shared memory (H100, H200,
+B200), and for 99 KB (RTX 30, 40, 50 and anything unknown, which also fits the A100). Those for 227 KB were chosen by
+measurement on Hopper; the others are what fits, and were measured nowhere.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-LARGE_SHARED_MEMORY = (9, 10)  # compute capability majors with 227 KB for one program
+MAJORS_WITH_227_KB = (9, 10)  # of compute capability: shared memory of one program
+MEASURED_CAPABILITIES = ((9, 0),)  # the GPUs on which the entries were chosen by measurement
 
 POOL_WARPS = 2
 SELECT_SCORES = 512  # scores that one warp of a selecting program holds
@@ -31,6 +33,11 @@ def architecture(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if nvidia else 0
 
 
+def measured(device: torch.device) -> bool:
+    """Whether the entries of a GPU were chosen by measurement."""
+    return architecture(device) > 0 and torch.cuda.get_device_capability(device) in MEASURED_CAPABILITIES
+
+
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU."""
@@ -39,7 +46,7 @@ def multiprocessors(device: torch.device) -> int:
 
 def use_descriptors(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether tiles come through tensor descriptors (TMA) where memory allows: they need no address registers."""
-    return architecture(device) in LARGE_SHARED_MEMORY and dtype.itemsize == 2
+    return architecture(device) in MAJORS_WITH_227_KB and dtype.itemsize == 2
 
 
 def pad_head(head_size: int) -> int:
@@ -69,7 +76,7 @@ _WIDE = {
 def attention_launch(direction: str, head_size: int, dtype: torch.dtype, device: torch.device) -> Launch:
     """The table's entry for ``direction`` "forward", "dq" or "dkv", a head size, an item size and an architecture."""
     row_bytes = max(64, pad_head(head_size) * dtype.itemsize)
-    narrow = _LARGE if architecture(device) in LARGE_SHARED_MEMORY else _SMALL
+    narrow = _LARGE if architecture(device) in MAJORS_WITH_227_KB else _SMALL
     table = _WIDE if dtype.itemsize > 2 else narrow
     return Launch(*table[direction][row_bytes])
 

@@ -1,7 +1,7 @@
 """The oracle of tests and benchmarks: the rule block by block in plain Python, and dense attention under a block map.
 
-Slow, readable, good in float64; attention is differentiable by autograd. No part of the package imports this file, and
-of the package it takes only the forms of a map, so that no code is compared with itself.
+Slow, readable, good in float64; attention is differentiable by autograd. Of the package only :mod:`check` imports this
+file, and of the package it takes only the forms of a map, so that no code is compared with itself.
 
 Letters: B batch, H query heads, Hk key/value heads, L queries, S keys, D head size, Nq = ceil(L / 128) query blocks,
 Nk = ceil(S / 64) key blocks, i a query block, j a key block.

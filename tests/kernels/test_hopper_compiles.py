@@ -16,11 +16,7 @@ SHARED_MEMORY = 227 * 1024  # of one program on an H100 or H200
 
 @pytest.mark.parametrize(("head_pad", "kind"), [(64, "dense"), (128, "dense"), (128, "causal")])
 def test_compiles_to_tensor_core_and_tma_instructions(head_pad, kind, tmp_path):
-    triton = pytest.importorskip("triton")
-    from sparge_compile.kernels.triton import tiles
-
-    if triton.__version__.split(".")[:2] not in tiles.GLUON_VERSIONS:
-        pytest.skip("a version of Triton for which the kernel is not used")
+    pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(HERE.parent.parent)}
     done = subprocess.run(

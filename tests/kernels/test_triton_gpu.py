@@ -110,10 +110,10 @@ HOPPER_CASES = [  # one to three pairs of key blocks, tails of queries and keys,
 
 
 def needs_hopper() -> None:
-    from sparge_compile.kernels.triton import tiles
+    from sparge_compile.kernels.triton.trial import hopper_refusal
 
-    if not tiles.use_hopper_kernels(torch.device("cuda")):
-        pytest.skip("needs a Hopper GPU and a version of Triton whose Gluon is known")
+    if refusal := hopper_refusal(torch.device("cuda", torch.cuda.current_device())):
+        pytest.skip(refusal)
 
 
 @pytest.mark.parametrize("density", [0.02, 0.3, 1.0])

@@ -19,9 +19,6 @@ from .. import launch
 LOG2_E = 1.4426950408889634
 MAX_HEAD_SIZE = 256
 
-# Versions of Triton whose Gluon, an experimental language, compiles the kernels written for one architecture.
-GLUON_VERSIONS = (["3", "6"], ["3", "7"])
-
 NO_MASK, KEY_MASK, FULL_MASK = 0, 1, 2  # MASK_KIND: none, one value per key, one value per (query, key)
 
 
@@ -43,11 +40,6 @@ def matrix_arguments(block_rows: int, **tensors: Tensor) -> dict:
         arguments[f"{name}_stride_d"] = strides[3]
     reach = max(block_rows * strides[2] + MAX_HEAD_SIZE * strides[3] for strides in used.values())
     return arguments | {"ALIGN": align, "OFFSET": tl.int32 if reach < 2**31 else tl.int64}
-
-
-def use_hopper_kernels(device: torch.device) -> bool:
-    """Whether kernels that are written for Hopper, in Gluon, run here."""
-    return launch.architecture(device) == 9 and triton.__version__.split(".")[:2] in GLUON_VERSIONS
 
 
 def has_descriptor(x: Tensor) -> bool:

@@ -1,0 +1,112 @@
+"""Whether the kernels in Gluon run here, and the trial of versions of Triton that nobody has tried.
+
+Gluon is experimental: another version may compile a kernel to something wrong, to nothing, or to what never ends. So a
+version that is not on record tries the Hopper kernel on small problems first, once per process and device, in a process
+of its own, where a crash or a hang takes nothing with it. That process has its own context, so the trial may come at
+any time: while a graph is compiled or captured, too. What comes out of it is said in one warning.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+
+from .. import allocate, check, launch
+
+# (major, minor) of Triton with which the kernels in Gluon ran on a GPU, against the reference.
+TRIED = ((3, 6), (3, 7))
+
+SECONDS = 300  # for the trial; a fresh machine takes some 20
+PLACE = Path(__file__).parents[3]  # where the package is imported from
+
+
+def version() -> tuple[int, int]:
+    """(major, minor) of the Triton that is installed."""
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+@functools.cache
+def hopper_refusal(device: torch.device) -> str:
+    """Why the kernels that are written for Hopper do not run on a device; empty where they do."""
+    if launch.architecture(device) != 9:
+        return "not a Hopper GPU"
+    if version() in TRIED:
+        return ""
+    fault = _try(device)
+    _warn(fault)
+    return f"Triton {triton.__version__} was tried: {fault}" if fault else ""
+
+
+def _warn(fault: str) -> None:
+    outcome = (
+        f"It failed ({fault}), so the portable kernel attends instead: right, and slower."
+        if fault
+        else "It passed, so the kernel is used."
+    )
+    warnings.warn(
+        f"sparge: the attention kernel for Hopper GPUs is new to Triton {triton.__version__}; it was checked against the "
+        f"rule on small problems. {outcome} `sparge doctor` shows more.",
+        stacklevel=2,
+    )
+
+
+def _try(device: torch.device) -> str:
+    """What is wrong with the Hopper kernel on a device, found out in another process; empty if nothing is."""
+    paths = [str(PLACE), *(os.path.abspath(path) for path in sys.path if path)]
+    command = [sys.executable, "-c", f"from {__name__} import main; main({device.index or 0})"]
+    try:
+        done = subprocess.run(
+            command,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            cwd=PLACE,
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return f"it did not end in {SECONDS} seconds"
+    except OSError as error:
+        return f"no process for the check: {error}"
+    if done.returncode == 0:
+        return ""
+    return done.stdout.strip() or f"the check ended with status {done.returncode}"
+
+
+def main(index: int) -> None:
+    """Try the Hopper kernel on a GPU; where something is wrong, print it and exit with status 1."""
+    device = torch.device("cuda", index)
+    try:
+        fault = _fault(device)
+    except Exception as error:
+        fault = f"{type(error).__name__}: {error}"
+    if fault:
+        print(" ".join(fault.split())[:300])
+        sys.exit(1)
+
+
+def _fault(device: torch.device) -> str:
+    from . import forward_hopper
+
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, counts: Tensor, indices: Tensor, mask: None, is_causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = allocate.dense_like(q), allocate.new_lse(q)
+        forward_hopper.forward(q, k, v, counts, indices, is_causal, scale, out, lse)
+        return out, lse
+
+    with torch.cuda.device(device):
+        for head_size in forward_hopper.STAGES:
+            for is_causal in (False, True):
+                fault = check.wrong_forward(forward, check.Problem(head_size, torch.bfloat16, is_causal), device)
+                if fault:
+                    return fault
+    return ""
