@@ -187,6 +187,7 @@ class Report:
     sites: list[SiteReport] = field(default_factory=list)
     graphs: int = 0  # graphs that were looked at, those without attention included
     failures: list[Failure] = field(default_factory=list)  # graphs that could not be looked at
+    kernels: dict[str, str] = field(default_factory=dict)  # of each GPU with sparse sites, as a line
 
     def __iter__(self) -> Iterator[SiteReport]:
         return iter(self.sites)
@@ -208,6 +209,7 @@ class Report:
         """Return it as plain JSON types."""
         return {
             "graphs": self.graphs,
+            "kernels": self.kernels,
             "sites": [row.to_dict() for row in self.sites],
             "failures": [asdict(failure) for failure in self.failures],
         }
@@ -219,6 +221,7 @@ class Report:
             return f"sparge: no attention found in {graphs}; nothing was replaced{failures}"
         attention = [row for row in self.sites if row.reason is not Reason.NOT_ATTENTION]
         head = f"sparge: {len(self.sparse)} of {len(attention)} attention sites sparse, in {graphs}"
+        head += "".join(f"\n{device}: {kernels}" for device, kernels in self.kernels.items())
         columns = ("site", "kind", "status", "reason", "shape B H/Hk L×S D", "dtype", "mask", "predicted")
         return f"{head}\n{tabulate([_row(row) for row in self.sites], headers=columns)}{failures}"
 

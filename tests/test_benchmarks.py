@@ -62,3 +62,26 @@ def test_a_picture_is_drawn(tmp_path):
     rows = [row | {"length": str(1024 * n), "x dense": str(n / 2)} for n in (1, 4)]
     plot_sweep.draw([*rows, row | {"length": "8192", "x dense": ""}], "s", tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 10_000
+
+
+def test_versions_of_triton_are_compared_by_a_process_each(monkeypatch, tmp_path):
+    """The installed one runs first and last; one that fails is a row, not the end."""
+    import hopper_triton_versions as versions
+
+    folder = tmp_path / "triton-x"
+    (folder / "triton").mkdir(parents=True)
+    (folder / "triton" / "__init__.py").write_text("raise SystemExit('cannot')")
+    seen = []
+
+    def one(command, env, **options):
+        seen.append(env["PYTHONPATH"].split(":")[0])
+        failed = seen[-1] == str(folder)
+        rows = '[{"Triton": "1.0", "ms": 2.0}]'
+        return SimpleNamespace(returncode=int(failed), stdout="" if failed else f"noise\n{rows}\n", stderr="")
+
+    monkeypatch.setattr(versions.subprocess, "run", one)
+    monkeypatch.setattr(versions.harness, "require", lambda device: CPU)
+    monkeypatch.setattr(versions.harness, "header", lambda device: "a GPU")
+    versions.main([str(folder), "--csv", str(tmp_path / "rows.csv")])
+    assert [path == str(folder) for path in seen] == [False, True, False]
+    assert (tmp_path / "rows.csv").read_text().count("1.0") == 2

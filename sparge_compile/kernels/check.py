@@ -101,11 +101,11 @@ def _truth(
     problem: Problem, q: Tensor, k: Tensor, v: Tensor, block_map: BlockMap, dout: Tensor | None = None
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Output, log-sum-exp, and the gradients that ``dout`` gives, if there is one: float64, on the CPU."""
-    inputs = [x.double().cpu().requires_grad_(dout is not None) for x in (q, k, v)]
+    q, k, v = (x.double().cpu().requires_grad_(dout is not None) for x in (q, k, v))
     lists = BlockMap(*(x.cpu() for x in block_map))
     with torch.enable_grad():
-        out, lse = reference.attention(*inputs, lists, None, problem.is_causal, problem.scale)
-    grads = () if dout is None else torch.autograd.grad(out, inputs, dout.double().cpu())
+        out, lse = reference.attention(q, k, v, lists, None, problem.is_causal, problem.scale)
+    grads = () if dout is None else torch.autograd.grad(out, (q, k, v), dout.double().cpu())
     return out.detach(), lse.detach(), grads
 
 

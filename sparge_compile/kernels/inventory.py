@@ -30,7 +30,8 @@ def kernels_on(device: torch.device) -> list[Kernel]:
     portable = Kernel("portable Triton", refusal)
     if device.type != "cuda" or refusal:
         return [portable]
-    hopper = import_module(f"{__package__}.triton.trial").hopper_refusal(device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    hopper = import_module(f"{__package__}.triton.trial").hopper_refusal(torch.device("cuda", index))
     return [portable, Kernel("Hopper forward in Gluon", hopper)]
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..errors import is_of_user
+from ..kernels import inventory
 from ..options import Options
 from ..report import Decision, Failure, Reason, Report, SiteReport
 from . import find as finding
@@ -76,7 +77,7 @@ class Work:
     def add_to(self, report: Report) -> Report:
         """Note this graph and its sites in a report."""
         report.graphs += 1
-        report.sites += [SiteReport(match.site, decision) for match, decision in self.steps]
+        _note(report, self.steps)
         report.failures += self.failures
         return report
 
@@ -167,6 +168,15 @@ def decided(
                     break
         steps.append(Step(match, decision))
     return steps
+
+
+def _note(report: Report, steps: Iterable[Step]) -> None:
+    """Note sites with their decisions in a report, and which kernels run on the GPUs of the sparse ones."""
+    for match, decision in steps:
+        report.sites.append(SiteReport(match.site, decision))
+        device = match.attention.device if match.attention and decision.status == "sparse" else None
+        if device is not None and device.type == "cuda" and str(device) not in report.kernels:
+            report.kernels[str(device)] = inventory.summary(device)
 
 
 def _decide(match: Match, options: Options, attached: bool) -> Decision:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -220,3 +222,17 @@ def test_without_debugging_nothing_is_logged(caplog):
     with caplog.at_level(logging.INFO, logger="sparge_compile"):
         run(work_of("sdpa"))
     assert not caplog.records
+
+
+def test_the_report_says_which_kernels_run_on_the_gpus_of_sparse_sites(monkeypatch):
+    """Once for each GPU; a site that stays dense asks nothing."""
+    asked = []
+    monkeypatch.setattr(pipeline.inventory, "summary", lambda device: asked.append(device) or "those that fit")
+    work = run(work_of("sdpa", "sdpa", "dropout"))
+    cuda = torch.device("cuda", 1)
+    attention = SimpleNamespace(device=cuda)
+    report = Report()
+    pipeline._note(report, [step._replace(match=replace(step.match, attention=attention)) for step in work.steps])
+    assert report.kernels == {"cuda:1": "those that fit"} == report.to_dict()["kernels"] and asked == [cuda]
+    assert str(report).splitlines()[1] == "cuda:1: those that fit"
+    assert not work.add_to(Report()).kernels, "a CPU needs no line"

@@ -53,8 +53,8 @@ def _warn(fault: str) -> None:
         else "It passed, so the kernel is used."
     )
     warnings.warn(
-        f"sparge: the attention kernel for Hopper GPUs is new to Triton {triton.__version__}; it was checked against the "
-        f"rule on small problems. {outcome} `sparge doctor` shows more.",
+        f"sparge: the attention kernel for Hopper GPUs is new to Triton {triton.__version__}; it was checked against "
+        f"the rule. {outcome} `sparge doctor` shows more.",
         stacklevel=2,
     )
 
