@@ -18,6 +18,7 @@ from .options import Options
 from .passes.find import Match
 from .passes.pipeline import Work, analyse, rewriting_passes, run, sheltered
 from .passes.pipeline import decide_sites as decide_with
+from .passes.read.fx_utils import value_of
 from .report import Report
 from .running.graph import decide_sites, open_graph
 from .running.listeners import Outlet, outputs_wanted, with_outlet
@@ -62,7 +63,7 @@ def sparge(
     as_input = faker(example_inputs)
     run(graph, *rewriting_passes(settings, as_input, with_outputs))
     logger.debug("rewritten graph:\n%s", graph.graph_module.graph)
-    inputs = [*example_inputs, *(x.placeholder.meta["val"] for x in graph.threshold_inputs)]
+    inputs = [*example_inputs, *(value_of(x.placeholder) for x in graph.threshold_inputs)]
     settings = replace(settings, inductor_mode=settings.inductor_mode or mode)
     outlet = Outlet(settings, [graph.slots[match.node] for match in graph.sparse], with_outputs)
     compiled = with_outlet(compile_graph(graph.graph_module, inputs, settings), outlet)

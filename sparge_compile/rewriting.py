@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import re
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, overload
@@ -36,13 +36,14 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .errors import type_error, value_error
+from .naming import user_path
 from .notices import warn_of_unsupported
 from .options import Options
 from .passes.mha.leaves import LeafOpener
 from .passes.mha.open import EXAMPLE_SHAPES
 from .passes.pipeline import Work, analyse, decide_sites, find, logger, rewriting_passes, run, sheltered
-from .passes.read.fx_utils import clone, submodule_of
-from .passes.write.threshold_inputs import ThresholdInput
+from .passes.read.fx_utils import clone, submodule_of, value_of
+from .passes.write.threshold_inputs import ThresholdInput, Thresholds, restore_markers
 from .report import Failure, Report
 
 THRESHOLDS = "sparge_thresholds"  # the module that owns the buffers
@@ -130,7 +131,7 @@ def _rewrite_module(given: GraphModule, settings: Options, example_inputs: Seque
     with sheltered(failures, "open_leaves"):
         opened = opener.open(trial)
     trial = fresh() if failures else trial
-    work = _decided(trial, settings)
+    work = _decided(trial, settings, partial(_attached_buffer, given, trial))
     work.failures[:0] = failures
     report = _report(work, settings)
     new = trial
@@ -139,14 +140,12 @@ def _rewrite_module(given: GraphModule, settings: Options, example_inputs: Seque
         wanted = {opened[node] for node in firsts if node in opened}
         new = fresh()
         opener.open(new, wanted)
-        work = _decided(new, settings)
-    for name, made in _substituted(work, settings):
-        if not hasattr(new, THRESHOLDS):
-            new.add_module(THRESHOLDS, nn.Module())
-        new.get_submodule(THRESHOLDS).register_buffer(name, made.values)
+        work = _decided(new, settings, partial(_attached_buffer, given, new))
+    for target, made in _substituted(work, settings, _attributes(given)):
+        _add_buffer(new, target, made.values)
         with new.graph.inserting_before(made.placeholder):
-            buffer = new.graph.get_attr(f"{THRESHOLDS}.{name}")
-        buffer.meta = {"val": made.placeholder.meta["val"]}
+            buffer = new.graph.get_attr(target)
+        buffer.meta = {"val": value_of(made.placeholder)}
         made.placeholder.replace_all_uses_with(buffer)
         new.graph.erase_node(made.placeholder)
         if hasattr(given, "_param_name_to_source"):  # AOTAutograd asks where each tensor of a Dynamo graph came from
@@ -161,24 +160,26 @@ def _rewrite_module(given: GraphModule, settings: Options, example_inputs: Seque
 
 def _rewrite_program(given: ExportedProgram, settings: Options) -> ExportedProgram:
     new = clone(given.graph_module)
-    work = _decided(new, settings)
+    names = {user_path(name): held for held, name in given.graph_signature.inputs_to_buffers.items()}
+    inputs = {node.name: node for node in new.graph.find_nodes(op="placeholder")}
+    work = _decided(new, settings, lambda name: inputs.get(names.get(name, "")))
     report = _report(work, settings)
     renamed: dict[str, str] = {}
     with new._set_replace_hook(lambda old, new, user: renamed.update({old.name: new})):
-        added = list(_substituted(work, settings))
-    inputs, state = list(given.graph_signature.input_specs), dict(given.state_dict)
+        added = list(_substituted(work, settings, {*given.state_dict, *given.constants}))
+    specs, state = list(given.graph_signature.input_specs), dict(given.state_dict)
     # Parameters and buffers come before constants and what the user passes.
     early = {InputKind.TOKEN, InputKind.PARAMETER, InputKind.BUFFER}
-    place = sum(spec.kind in early for spec in inputs)
-    following = [*new.graph.find_nodes(op="placeholder")[place : len(inputs)], None][0]
-    for offset, (name, made) in enumerate(added):
-        placeholder, target = made.placeholder, f"{THRESHOLDS}.{name}"
-        placeholder._rename(f"b_{THRESHOLDS}_{name}")
+    place = sum(spec.kind in early for spec in specs)
+    following = [*new.graph.find_nodes(op="placeholder")[place : len(specs)], None][0]
+    for offset, (target, made) in enumerate(added):
+        placeholder = made.placeholder
+        placeholder._rename(f"b_{target.replace('.', '_')}")
         placeholder.target = placeholder.name
         if following is not None:
             following.prepend(placeholder)
         spec = InputSpec(InputKind.BUFFER, TensorArgument(name=placeholder.name), target, persistent=True)
-        inputs.insert(place + offset, spec)
+        specs.insert(place + offset, spec)
         state[target] = made.values
     outputs = [_rename_output(spec, renamed) for spec in given.graph_signature.output_specs]
     calls = copy.deepcopy(given.module_call_graph)
@@ -192,7 +193,7 @@ def _rewrite_program(given: ExportedProgram, settings: Options) -> ExportedProgr
     return ExportedProgram(
         root=new,
         graph=new.graph,
-        graph_signature=ExportGraphSignature(inputs, outputs),
+        graph_signature=ExportGraphSignature(specs, outputs),
         state_dict=state,
         range_constraints=copy.deepcopy(given.range_constraints),
         module_call_graph=calls,
@@ -202,27 +203,72 @@ def _rewrite_program(given: ExportedProgram, settings: Options) -> ExportedProgr
     )
 
 
-def _decided(new: GraphModule, settings: Options) -> Work:
+def _decided(new: GraphModule, settings: Options, thresholds: Thresholds) -> Work:
+    """The graph with what was found and decided. ``thresholds`` finds the node of attached thresholds by their name."""
     work = Work(new)
-    analyse(work, find, partial(decide_sites, options=settings))
+    analyse(work, find, partial(_restore_markers, thresholds=thresholds), partial(_decide, options=settings))
     return work
 
 
-def _substituted(work: Work, settings: Options) -> Iterator[tuple[str, ThresholdInput]]:
-    """Substitute: for each sparse site the name of its buffer, and the graph input made for its thresholds."""
-    new = work.graph_module
-    values = (value for node in new.graph.nodes for value in tree_leaves(node.meta.get("val")))
-    mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
-    as_input = (lambda x: mode.from_tensor(x, static_shapes=True)) if mode is not None else lambda x: x
-    run(work, *rewriting_passes(settings, as_input))
-    owner = getattr(new, THRESHOLDS, None)
-    taken = set(owner._buffers) if isinstance(owner, nn.Module) else set()
+def _restore_markers(work: Work, thresholds: Thresholds) -> None:
+    restore_markers(work.markers, work.matches, thresholds)
+
+
+def _decide(work: Work, options: Options) -> None:
+    decide_sites(work, options, attached=work.markers)
+
+
+def _attached_buffer(given: GraphModule, new: GraphModule, name: str) -> Node | None:
+    """A node that reads a buffer of the given module in the new one, by the buffer's name there."""
+    target = next((full for full, _ in given.named_buffers() if user_path(full) == name), None)
+    if target is None:
+        return None
+    buffer = given.get_buffer(target)
+    _add_buffer(new, target, buffer)
+    with new.graph.inserting_before(next(iter(new.graph.nodes), None)):
+        node = new.graph.get_attr(target)
+    node.meta["val"] = _as_input(new)(buffer)
+    return node
+
+
+def _add_buffer(graph_module: GraphModule, target: str, values: Tensor) -> None:
+    """Put a buffer below a graph module, and the modules that its name needs."""
+    path, _, name = target.rpartition(".")
+    try:
+        graph_module.get_submodule(path)
+    except AttributeError:
+        graph_module.add_submodule(path, nn.Module())
+    graph_module.get_submodule(path).register_buffer(name, values)
+
+
+def _attributes(given: GraphModule) -> set[str]:
+    """The names of a graph module's tensors and of whatever else it holds, but for modules that only hold others."""
+    modules = (name for name, module in given.named_modules() if type(module) is not nn.Module)
+    return {*modules, *given.__dict__, *dict(given.named_parameters()), *dict(given.named_buffers())}
+
+
+def _substituted(work: Work, settings: Options, taken: set[str]) -> Iterator[tuple[str, ThresholdInput]]:
+    """Substitute: for each sparse site the full name of its buffer, and the graph input made for its thresholds.
+
+    ``taken`` are the names that the given graph has already.
+    """
+    run(work, *rewriting_passes(settings, _as_input(work.graph_module)))
+    owner = THRESHOLDS
+    while owner in taken:
+        owner += "_"
     for made in work.threshold_inputs:
-        name = re.sub(r"\W+", "_", made.match.site.name.strip("()"))
+        name = f"{owner}." + re.sub(r"\W+", "_", made.match.site.name.strip("()"))
         while name in taken:
             name += "_"
         taken.add(name)
         yield name, made
+
+
+def _as_input(graph_module: GraphModule) -> Callable[[Tensor], Any]:
+    """What makes a tensor an input of this graph like the others: fake where they are fake."""
+    values = (value for node in graph_module.graph.nodes for value in tree_leaves(node.meta.get("val")))
+    mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
+    return (lambda x: mode.from_tensor(x, static_shapes=True)) if mode is not None else lambda x: x
 
 
 def _rename(argument: Any, renamed: Mapping[str, str]) -> Any:

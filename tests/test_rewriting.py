@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map
 from toys import Stack
 
-from sparge_compile import Options, attention, explain, rewrite
+from sparge_compile import Calibration, Options, attach, attention, explain, rewrite
 from sparge_compile.report import Reason
 
 EXACT = {"min_seq_len": 0, "topk": 1.0, "topp": 0.0}
@@ -505,6 +505,89 @@ def test_on_unsupported_is_obeyed():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         rewrite(graph, {"on_unsupported": "dense"})
+
+
+class Builtins(Block):
+    """Inputs named as Python's own functions, or as what a rewrite adds."""
+
+    def forward(self, input, id, sparge_thresholds_0, filter=None):
+        return super().forward(input) + id + sparge_thresholds_0 + (0 if filter is None else filter)
+
+
+def test_inputs_may_have_any_name():
+    """torch.export calls an input as the model does; a copy of the graph once called it otherwise."""
+    args = tuple(torch.randn(2, LENGTH, 32) for _ in range(4))
+    model = Builtins()
+    for options in (EXACT, {**EXACT, "min_seq_len": LENGTH + 1}):
+        program = export(model, *args)
+        new = rewrite(program, options)
+        assert new.graph_signature.user_inputs == program.graph_signature.user_inputs
+        near(new.module()(*args), model(*args))
+        near(rewrite(program.module(), options)(*args), model(*args))
+    near(rewrite(traced(model), EXACT, example_inputs=args)(*args), model(*args))
+
+
+class Taken(Block):
+    """A model whose own tensor or module has the name of the module that holds our buffers."""
+
+    def __init__(self, held):
+        super().__init__()
+        self.sparge_thresholds = held
+
+    def forward(self, x):
+        bias = self.sparge_thresholds
+        return super().forward(bias(x) if isinstance(bias, nn.Module) else x + bias)
+
+
+@pytest.mark.parametrize("held", [nn.Parameter(torch.randn(32)), nn.Linear(32, 32)], ids=["parameter", "module"])
+@pytest.mark.parametrize("trace", [exported, traced, export])
+def test_names_of_the_model_stay_its_own(held, trace):
+    model, x = Taken(held), torch.randn(2, LENGTH, 32)
+    graph = trace(model, x)
+    new = rewrite(graph, EXACT, **({"example_inputs": (x,)} if trace is traced else {}))
+    given, made = (getattr(g, "module", lambda g=g: g)() for g in (graph, new))
+    assert len(made.state_dict()) == len(given.state_dict()) + 1 and set(given.state_dict()) < set(made.state_dict())
+    near(made(x), model(x))
+
+
+def sdpa_kept(program):
+    """Decomposed as for a compiler that has attention of its own."""
+    table = torch.export.default_decompositions()
+    return program.run_decompositions({op: how for op, how in table.items() if "scaled_dot_product" not in str(op)})
+
+
+ATTACHED = {
+    "program": export,
+    "strict": lambda *args: export(*args, strict=True),
+    "module": exported,
+    "decomposed": lambda *args: sdpa_kept(export(*args)),
+    "decomposed module": lambda *args: sdpa_kept(export(*args)).module(),
+}
+
+
+@pytest.mark.parametrize("how", ATTACHED)
+def test_attached_thresholds_travel_with_an_exported_model(how):
+    """They are the buffers that attach made, in a graph without markers too, and may be changed at run time."""
+    model, x = Model().requires_grad_(False), torch.randn(2, LENGTH, 32)
+    pairs = {"blocks.0": [(0.3, 0.0)], "blocks.1": [(0.1 * i, 0.0) for i in range(1, 5)]}
+    attach(model, Calibration(pairs))
+    new = rewrite(ATTACHED[how](model, x), SPARSE)
+    assert [(row.status, "attached" in row.decision.detail) for row in report_of(new)] == [("sparse", True)] * 2
+    module = getattr(new, "module", lambda: new)()
+    assert set(module.state_dict()) == set(model.state_dict())
+    assert not [node for node in module.graph.nodes if "mark" in str(node.target)]
+    near(module(x), torch.compile(model, backend="sparge", options={"min_seq_len": 0, "inner": "eager"})(x))
+    for i in (0, 1):
+        module.get_buffer(f"blocks.{i}.sparge.thresholds")[:, 0] = 1.0
+    near(module(x), model(x))
+
+
+def test_attached_thresholds_for_some_sites():
+    model, x = Model(), torch.randn(2, LENGTH, 32)
+    attach(model, Calibration({"blocks.1": [(1.0, 0.0)]}))
+    new = rewrite(export(model, x), EXACT)
+    assert set(new.state_dict) - set(model.state_dict()) == {"sparge_thresholds.blocks_0"}
+    near(new.module()(x), model(x))
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ class Attached(Module):
 
     def put(self, index: int, values: Tensor) -> None:
         """Hold thresholds for an index; values of the same shape are written in place, and nothing is compiled anew."""
-        buffer = self._buffers.get(_name(index))
+        buffer = self._buffers.get(buffer_name(index))
         if buffer is not None and buffer.shape == values.shape:
             with torch.no_grad():
                 buffer.copy_(values)
@@ -37,18 +37,18 @@ class Attached(Module):
         # Out of inference mode, so that the buffer can be written to there and elsewhere.
         with torch.inference_mode(False):
             fresh = values.to(buffer.device if buffer is not None else values.device, torch.float32, copy=True)
-            self.register_buffer(_name(index), fresh)
+            self.register_buffer(buffer_name(index), fresh)
         self.indices = tuple(sorted({*self.indices, index}))
 
     def get(self, index: int) -> Tensor | None:
         """Return the buffer for the attention of this index, or None where none is meant for it."""
-        buffer = self._buffers.get(_name(index))
-        return buffer if buffer is not None else self._buffers.get(_name(ops.REST))
+        buffer = self._buffers.get(buffer_name(index))
+        return buffer if buffer is not None else self._buffers.get(buffer_name(ops.REST))
 
     def drop(self, index: int) -> None:
         """Take off the thresholds for an index, if there are any."""
         if index in self.indices:
-            delattr(self, _name(index))
+            delattr(self, buffer_name(index))
             self.indices = tuple(i for i in self.indices if i != index)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Attached:
@@ -73,8 +73,9 @@ def mark(module: Module, args: Any) -> None:
     """
     attached: Any = module._modules[CHILD]
     for index in attached.indices:
-        torch.ops.sparge.mark(attached._buffers[_name(index)], index)
+        torch.ops.sparge.mark(attached._buffers[buffer_name(index)], index)
 
 
-def _name(index: int) -> str:
+def buffer_name(index: int) -> str:
+    """Return the name of the buffer for an index."""
     return "thresholds" if index == 0 else "thresholds_rest" if index == ops.REST else f"thresholds_{index}"

@@ -114,7 +114,7 @@ def test_thresholds_are_those_of_the_options():
     pipeline.run(work, *pipeline.rewriting_passes(options, lambda values: given.append(values) or "a fake tensor"))
     (made,) = work.threshold_inputs
     assert made.values.tolist() == [[0.25, 0.5]] * H and made.values.dtype == torch.float32
-    assert given == [made.values] and made.placeholder.meta["val"] == "a fake tensor"
+    assert given == [made.values] and made.placeholder.meta["example_value"] == "a fake tensor"
 
 
 @pytest.mark.parametrize("marked, inputs", [("", 2), ("first", 1), ("all", 0)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping
+from itertools import count
 from typing import Any
 
 import torch
@@ -70,6 +71,7 @@ def clone(graph_module: GraphModule) -> GraphModule:
         new.__dict__.setdefault(name, value)  # what Dynamo noted on the module
     new.meta = dict(graph_module.meta)
     for old, copied in copies.items():
+        copied.name = old.name  # a copy would not be named as a Python builtin (input, id), as export names inputs
         if old.op == "placeholder":
             copied.meta.pop("grapharg", None)  # it holds the user's tensors
             if hasattr(old, "_dynamo_source"):
@@ -84,9 +86,17 @@ def add_input(graph_module: GraphModule, name: str, value: Any) -> Node:
     graph = graph_module.graph
     placeholders = graph.find_nodes(op="placeholder")
     after = placeholders[-1] if placeholders else graph._root
+    taken = {str(node.target) for node in placeholders}
+    number = next(i for i in count(len(placeholders)) if f"{name}_{i}" not in taken)
     with graph.inserting_after(after):
-        node = graph.placeholder(f"{name}_{len(placeholders)}")  # the target too must be unique
-    node.meta["example_value"] = node.meta["val"] = value  # under Dynamo's key and under everybody else's
+        node = graph.placeholder(f"{name}_{number}")
+    if placeholders and placeholders[-1].args:  # after an input with a default, Python wants one
+        node.args = (None,)
+    # Under the keys of the other inputs: Inductor's cpp_wrapper takes a graph with "val" on one input for an exported
+    # one, and then looks for it on all.
+    node.meta["example_value"] = value
+    if not placeholders or "val" in placeholders[-1].meta:
+        node.meta["val"] = value
     # AOTAutograd asks every input of a Dynamo graph for the user variable it came from; this one came from none.
     node._dynamo_source = None
     return node

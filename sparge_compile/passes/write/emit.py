@@ -23,6 +23,15 @@ from ..read.fx_utils import value_of
 aten = torch.ops.aten
 
 
+def call(graph: Graph, op: Any, *args: Any, **kwargs: Any) -> Node:
+    """Insert a call of an ATen op, with the fake value that it gives where that can be told."""
+    node = graph.call_function(op, args, kwargs)
+    value = _fake_result(op, args, kwargs)
+    if value is not None:
+        node.meta["val"] = node.meta["example_value"] = value
+    return node
+
+
 class Emitter:
     """Inserts what one attention needs, before the node that holds its result."""
 
@@ -32,12 +41,8 @@ class Emitter:
         self.translate = translate
 
     def call(self, op: Any, *args: Any, **kwargs: Any) -> Node:
-        """Insert a call of an ATen op, with the fake value that it gives where that can be told."""
-        node = self.graph.call_function(op, args, kwargs)
-        value = _fake_result(op, args, kwargs)
-        if value is not None:
-            node.meta["val"] = node.meta["example_value"] = value
-        return node
+        """Insert a call of an ATen op; see :func:`call`."""
+        return call(self.graph, op, *args, **kwargs)
 
     def operands(self) -> tuple[Node, Node, Node]:
         """query [B, H, L, D], key and value [B, Hk, S, D], in the dtype that attention is computed in."""

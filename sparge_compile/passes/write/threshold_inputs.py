@@ -7,7 +7,7 @@ graphs get the node handed down by their callers.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,12 +17,16 @@ from torch.fx import GraphModule, Node
 
 from ... import ops
 from ...errors import value_error
-from ...naming import module_base, module_path
+from ...naming import join, module_base, module_path
+from ...thresholds.buffers import CHILD, buffer_name
 from ..find import Match
 from ..read.fx_utils import add_input, submodule_of, value_of
+from .emit import call
 
 MARK = torch.ops.sparge.mark
 _NAME = "sparge_thresholds"
+
+Thresholds = Callable[[str], "Node | None"]
 
 
 class Marker(NamedTuple):
@@ -76,6 +80,28 @@ def markers_of(graph_module: GraphModule, matches: Iterable[Match]) -> dict[Node
     return found
 
 
+def restore_markers(markers: dict[Node, Marker], matches: Iterable[Match], thresholds: Thresholds) -> None:
+    """Put in the markers that a tracer or a decomposition took off, although the thresholds are still there.
+
+    ``thresholds`` gives the node of the root graph that carries a buffer, by its full name; None where there is none.
+    """
+    seen: Counter[str] = Counter()
+    for match in matches:
+        if not match.is_attention:
+            continue
+        number = seen[match.path]
+        seen[match.path] += 1
+        if match.node in markers:
+            continue
+        names = (join(match.path, f"{CHILD}.{buffer_name(index)}") for index in (number, ops.REST))
+        given = next((node for node in map(thresholds, names) if node is not None), None)
+        if given is not None:
+            root = match.callers[0].graph_module if match.callers else match.graph_module
+            with root.graph.inserting_after(given):
+                node = root.graph.call_function(MARK.default, (given, number))
+            markers[match.node] = Marker(root, node, number)
+
+
 def attached_thresholds(match: Match, marker: Marker) -> Node:
     """The thresholds of a marker as a node [H, 2] of the match's graph.
 
@@ -99,9 +125,7 @@ def attached_thresholds(match: Match, marker: Marker) -> Node:
             todo="Attach a calibration that was made for this model.",
         )
     with match.graph_module.graph.inserting_before(match.node):
-        node = match.graph_module.graph.call_method("expand", (given, heads, 2))
-    node.meta["example_value"] = value.expand(heads, 2)
-    return node
+        return call(match.graph_module.graph, torch.ops.aten.expand.default, given, [heads, 2])
 
 
 def new_input(match: Match, root: GraphModule, values: Tensor, fake: Any) -> tuple[ThresholdInput, Node]:

@@ -83,8 +83,37 @@ def test_a_new_input_comes_last():
     made = [fx_utils.add_input(owner, "more", value) for value in (1, 2)]
     assert owner.graph.find_nodes(op="placeholder") == [x, y, *made]
     assert len({node.target for node in made}) == 2
-    assert [node.meta["example_value"] for node in made] == [node.meta["val"] for node in made] == [1, 2]
+    assert [fx_utils.value_of(node) for node in made] == [1, 2]
     owner.graph.lint()
+
+
+@pytest.mark.parametrize("keys", [{"val"}, {"example_value"}])
+def test_a_new_input_has_its_value_under_the_keys_of_the_others(keys):
+    """Inductor's cpp_wrapper took a Dynamo graph with "val" on our input alone for an exported program."""
+    b = Builder()
+    x = b.input("x", 3)
+    x.meta = {key: x.meta.get("val", x.meta.get("example_value")) for key in keys}
+    owner = b.module(b.call(torch.neg, x))
+    assert ("val" in fx_utils.add_input(owner, "more", 1).meta) == ("val" in keys)
+
+
+def test_a_new_input_after_one_with_a_default_has_one():
+    graph = torch.fx.Graph()
+    graph.output(graph.placeholder("x", default_value=1))
+    owner = torch.fx.GraphModule({}, graph)
+    fx_utils.add_input(owner, "x", 2)
+    owner.recompile()
+    assert owner(3) == 3
+
+
+def test_a_copy_has_the_names_of_the_original():
+    """torch.export names inputs as Python's builtins where the model does, and its signature names them."""
+    graph = torch.fx.Graph()
+    x = graph.placeholder("input")
+    x.name = "input"
+    graph.output(graph.call_function(torch.neg, (x,)))
+    given = torch.fx.GraphModule({}, graph)
+    assert [n.name for n in fx_utils.clone(given).graph.nodes] == [n.name for n in graph.nodes]
 
 
 def test_a_graph_without_inputs_gets_a_first_one():
