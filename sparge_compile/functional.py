@@ -93,7 +93,7 @@ def sparsity(block_map: BlockMap, query: Tensor, key: Tensor, attn_mask: Tensor 
     n_query, n_key = block_map.indices.shape[-2:]
     visible = visible_blocks(n_query, n_key, length, is_causal, query.device).expand(batch, heads, n_query, n_key)
     if attn_mask is not None:
-        bias, _ = pool_mask(capability.normal_mask(attn_mask, key.shape[2]), length)
+        bias, _ = pool_mask(capability.normal_mask(attn_mask, key.shape[2]), length, is_causal)
         visible = visible & (bias != float("-inf"))
     kept = block_map.counts.expand(batch, heads, n_query).sum()
     return 1 - kept / visible.sum().clamp(min=1)

@@ -246,6 +246,42 @@ def test_explain_leaves_room_for_compilation():
     assert (out - model(x)).abs().max() > 1e-3
 
 
+def decode(query, key, value, filled):
+    """A step with a static cache, of which the first entries are filled."""
+    visible = (torch.arange(key.shape[2]) < filled).view(1, 1, 1, -1)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
+
+
+@pytest.mark.parametrize("stale", [0.0, -100.0, float("inf")])
+def test_what_a_cache_holds_behind_its_mask_has_no_influence(stale):
+    """The answer is in the newest block, most of which is stale: it was dropped."""
+    query, value = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1024, 16)
+    key = torch.randn(1, 2, 1024, 16)
+    key[:, :, 580:590] = query * 3
+    key[:, :, 590:] = stale
+    got = torch.compile(decode, backend="sparge", options={**FAST, "topk": 0.1, "topp": 0.0})(
+        query, key, value, torch.tensor(590)
+    )
+    want = decode(query, key.where((torch.arange(1024) < 590).view(-1, 1), 0.0), value, 590)
+    torch.testing.assert_close(got, want, atol=0.02, rtol=0)
+
+
+def test_padding_of_a_batch_has_no_influence():
+    """A sequence gives the same alone as beside a longer one, padded with anything."""
+
+    def attend(q, k, v, mask):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    qkv = [torch.randn(1, 2, 300, 16) for _ in range(3)]
+    padded = [torch.cat([x, torch.full((1, 2, 212, 16), 40.0)], 2) for x in qkv]
+    batch = [torch.cat([x, torch.randn(1, 2, 512, 16)]) for x in padded]
+    mask = (torch.arange(512) < torch.tensor([[300], [512]])).view(2, 1, 1, 512)
+    compiled = torch.compile(attend, backend="sparge", options={**FAST, "topk": 0.4, "topp": 0.0})
+    alone = compiled(*qkv, torch.ones(1, 1, 1, 300, dtype=torch.bool))
+    pairs = mask & mask.mT  # padding sees nothing, either
+    torch.testing.assert_close(compiled(*batch, pairs)[:1, :, :300], alone)
+
+
 def test_lengths_on_both_sides_of_the_limit():
     """The first length once decided for all."""
     model = Stack(1)

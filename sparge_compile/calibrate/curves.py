@@ -102,14 +102,16 @@ class _Problem:
         self.heads, self.length, self.keys = q.shape[1], q.shape[2], k.shape[2]
         self.n_key = ceil_div(self.keys, KEY_BLOCK)
         self.group = self.heads // k.shape[1]
-        self.k_mean = rule.pool(k, KEY_BLOCK)  # [B, Hk, Nk, D]
+        counted = rule.counted_rows(attn_mask, self.length, self.keys, is_causal, q.device)
+        self.k_mean = rule.pool_keys(k, self.heads, counted.keys)  # [B, H, Nk, D]
+        self.queries = None if counted.queries is None else counted.queries.expand(*q.shape[:3])
         padding = (0, 0, 0, self.n_key * KEY_BLOCK - self.keys)
         self.k, self.v = (torch.nn.functional.pad(x, padding).unflatten(2, (-1, KEY_BLOCK)) for x in (k, v))
         n_query = ceil_div(self.length, QUERY_BLOCK)
         self.visible = visible_blocks(n_query, self.n_key, self.length, is_causal, q.device)
         self.forced = diagonal_blocks(n_query, self.n_key, q.device) if is_causal else None
         self.anchor = rule.needs_anchor(attn_mask, is_causal)
-        self.pooled = None if attn_mask is None else rule.pool_mask(attn_mask, self.length)
+        self.pooled = None if attn_mask is None else rule.pool_mask(attn_mask, self.length, is_causal)
 
     def place(self, lead: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """batch, query head and key head of flattened (batch, head) numbers."""
@@ -143,8 +145,10 @@ def _curves(problem: _Problem, lead: Tensor, block: Tensor, steps: list[int]) ->
     rows = block.unsqueeze(1) * QUERY_BLOCK + torch.arange(QUERY_BLOCK, device=block.device)  # [n, 128]
     exist = (rows < problem.length).unsqueeze(2)
     rows = rows.clamp(max=problem.length - 1)
-    query = problem.q[batch.unsqueeze(1), head.unsqueeze(1), rows].float() * exist  # [n, 128, D]
-    order, kept, visible = _order(problem, query, exist, (batch, head, key_head, block))
+    here = batch.unsqueeze(1), head.unsqueeze(1), rows
+    query = problem.q[here].float() * exist  # [n, 128, D]
+    counted = exist if problem.queries is None else exist & problem.queries[here].unsqueeze(2)
+    order, kept, visible = _order(problem, query, counted, (batch, head, block))
     query = query * problem.scale
 
     def segment(first: int, last: int) -> tuple[Tensor, Tensor]:
@@ -199,7 +203,7 @@ class _Running:
 
 
 def _order(
-    problem: _Problem, query: Tensor, exist: Tensor, place: tuple[Tensor, Tensor, Tensor, Tensor]
+    problem: _Problem, query: Tensor, counted: Tensor, place: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The order in which a query block takes key blocks, and how many it takes for each pair.
 
@@ -207,9 +211,9 @@ def _order(
         order [n, Nk]: what is kept whatever the thresholds, then by rank, then what is invisible;
         kept [n, K, P]: how many are kept for each pair; visible [n].
     """
-    batch, head, key_head, block = place
-    q_mean = query.sum(1) / exist.sum(1)
-    scores = torch.einsum("nd,nkd->nk", q_mean * problem.scale, problem.k_mean[batch, key_head])
+    batch, head, block = place
+    q_mean = torch.where(counted, query, 0.0).sum(1) / counted.sum(1).clamp(min=1)
+    scores = torch.einsum("nd,nkd->nk", q_mean * problem.scale, problem.k_mean[batch, head])
     visible = problem.visible[block]
     forced = torch.zeros_like(visible) if problem.forced is None else problem.forced[block]
     if problem.pooled is not None:

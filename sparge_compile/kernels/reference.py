@@ -34,9 +34,16 @@ def starts(length: int, block: int) -> range:
     return range(0, length, block)
 
 
-def pool(x: Tensor, block: int) -> Tensor:
-    """Means of the rows that exist in each block: [B, H, N, D] from [B, H, L, D], in float32 at least."""
-    means = [wide(x[..., first : first + block, :]).mean(-2) for first in starts(x.shape[-2], block)]
+def pool(x: Tensor, block: int, counted: Tensor | None = None) -> Tensor:
+    """Means of the rows that count in each block: [B, H, N, D] from [B, H, L, D], in float32 at least.
+
+    ``counted`` is bool [B or 1, H or 1, L]; every row counts if it is None. The mean of no row is 0.
+    """
+    counted = torch.ones(1, 1, x.shape[-2], dtype=torch.bool, device=x.device) if counted is None else counted
+    means = []
+    for first in starts(x.shape[-2], block):
+        rows, count = wide(x[..., first : first + block, :]), counted[..., first : first + block].unsqueeze(-1)
+        means.append(torch.where(count, rows, 0.0).sum(-2) / count.sum(-2).clamp(min=1))
     return torch.stack(means, -2) if means else wide(x)
 
 
@@ -44,7 +51,7 @@ class Scores(NamedTuple):
     """The blocks that the rule chooses from: tensors [B, H, Nq, Nk], and whether there is an anchor."""
 
     scores: Tensor  # the logits of P-bar
-    visible: Tensor  # bool: causality lets some pair through, and so does the mask, each taken alone
+    visible: Tensor  # bool: some pair is let through
     forced: Tensor  # bool: kept whatever it scores, if it is visible
     anchor: bool  # whether the best block that is not forced is kept as well
 
@@ -55,14 +62,22 @@ def block_scores(
     """Scores of q [B, H, L, D] over k [B, Hk, S, D] under a mask [B or 1, H or 1, L or 1, S], bool or float.
 
     Causality is aligned to the top left. It forces the blocks that its diagonal crosses; a mask forces the blocks of
-    which some rows see a key and others none. Where rows of a query block see different keys by a mask, the kept prefix
-    might hold no key of some row: then the best block that is not forced is an anchor.
+    which some rows see a key and others, that see keys elsewhere, none. Where rows of a query block see different keys
+    by a mask, the kept prefix might hold no key of some row: then the best block that is not forced is an anchor.
+
+    What is hidden has no part in it: keys that no query sees and queries that see no key do not count in the means, nor
+    do numbers of the mask where causality hides (of a mask of one row: from every query).
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     group = q.shape[1] // max(k.shape[1], 1)
-    scores = (pool(q, QUERY_BLOCK) * scale) @ pool(k, KEY_BLOCK).repeat_interleave(group, dim=1).mT
-    visible, forced = torch.ones_like(scores, dtype=torch.bool), torch.zeros_like(scores, dtype=torch.bool)
     length, keys = q.shape[2], k.shape[2]
+    pairs = open_pairs(length, keys, attn_mask, is_causal, q.device)  # [B or 1, H or 1, L, S]
+    seen_keys, seeing_queries = pairs.any(2), pairs.any(3)
+    key_means = pool(k.repeat_interleave(group, dim=1), KEY_BLOCK, seen_keys)
+    scores = (pool(q, QUERY_BLOCK, seeing_queries) * scale) @ key_means.mT
+    visible, forced = torch.ones_like(scores, dtype=torch.bool), torch.zeros_like(scores, dtype=torch.bool)
+    if attn_mask is not None and attn_mask.shape[2] == 1:
+        pairs = seen_keys.unsqueeze(2)
     for i, first_row in enumerate(starts(length, QUERY_BLOCK)):
         end_row = min(first_row + QUERY_BLOCK, length)
         if is_causal:
@@ -70,23 +85,34 @@ def block_scores(
             visible[:, :, i] &= first_keys < end_row
             forced[:, :, i] = (first_keys >= first_row) & (first_keys < first_row + QUERY_BLOCK)
         if attn_mask is not None:
-            rows = attn_mask if attn_mask.shape[2] == 1 else attn_mask[:, :, first_row:end_row]
+            rows = slice(None) if attn_mask.shape[2] == 1 else slice(first_row, end_row)
             for j, first_key in enumerate(starts(keys, KEY_BLOCK)):
-                mean, some, cut = mask_of_block(rows[..., first_key : first_key + KEY_BLOCK])
+                at = ..., rows, slice(first_key, first_key + KEY_BLOCK)
+                mean, some, cut = mask_of_block(attn_mask[at], pairs[at], pairs[..., rows, :].any(-1))
                 scores[:, :, i, j] += mean
                 visible[:, :, i, j] &= some
                 forced[:, :, i, j] |= cut
     return Scores(scores, visible, forced, attn_mask is not None and (is_causal or attn_mask.shape[2] > 1))
 
 
-def mask_of_block(tile: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a mask's tile [Bm, Hm, rows, keys]: the mean of what it lets through, whether it lets anything through, and
-    whether it does so for some rows alone. Each [Bm, Hm]."""
-    opened = tile if tile.dtype == torch.bool else tile != -math.inf
+def open_pairs(length: int, keys: int, attn_mask: Tensor | None, is_causal: bool, device: torch.device) -> Tensor:
+    """bool [B or 1, H or 1, L, S]: the (query, key) pairs that a mask and causality let through."""
+    pairs = torch.ones(1, 1, length, keys, dtype=torch.bool, device=device)
+    if is_causal:
+        pairs = pairs.tril()
+    if attn_mask is not None:
+        pairs = pairs & (attn_mask if attn_mask.dtype == torch.bool else attn_mask != -math.inf)
+    return pairs
+
+
+def mask_of_block(tile: Tensor, opened: Tensor, seeing: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a mask's tile [Bm, Hm, rows, keys] and the pairs in it that are let through: the mean of the mask over these,
+    whether there are any, and whether only some of the rows that see any key, [Bm, Hm, rows], have one here. Each
+    [Bm, Hm]."""
     added = torch.zeros((), device=tile.device) if tile.dtype == torch.bool else wide(tile)
     mean = torch.where(opened, added, 0.0).sum((-2, -1)) / opened.sum((-2, -1)).clamp(min=1)
     sees = opened.any(-1)
-    return mean, sees.any(-1), sees.any(-1) & ~sees.all(-1)
+    return mean, sees.any(-1), sees.any(-1) & (seeing & ~sees).any(-1)
 
 
 def kept_blocks(
@@ -147,12 +173,8 @@ def block_map(
 
 def allowed_pairs(kept: Tensor, length: int, keys: int, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
     """bool [B, H, L, S]: the (query, key) pairs that attention sees under a dense map, a mask and causality."""
-    allowed = kept.repeat_interleave(QUERY_BLOCK, 2)[:, :, :length].repeat_interleave(KEY_BLOCK, 3)[..., :keys]
-    if is_causal:
-        allowed = allowed & torch.ones(length, keys, dtype=torch.bool, device=kept.device).tril()
-    if attn_mask is not None:
-        allowed = allowed & (attn_mask if attn_mask.dtype == torch.bool else attn_mask != -math.inf)
-    return allowed
+    listed = kept.repeat_interleave(QUERY_BLOCK, 2)[:, :, :length].repeat_interleave(KEY_BLOCK, 3)[..., :keys]
+    return listed & open_pairs(length, keys, attn_mask, is_causal, kept.device)
 
 
 def attention(

@@ -11,6 +11,7 @@ Source: SpargeAttention2 (arXiv 2602.13515), Eq. 9 and Alg. 1; causal, masks and
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,44 +27,107 @@ def default_scale(head_size: int, scale: float | None) -> float:
     return 1.0 / math.sqrt(head_size) if scale is None else scale
 
 
-def pool(x: Tensor, block: int) -> Tensor:
-    """Means of the rows that exist in each block: [B, H, N, D] from [B, H, L, D], accumulated in float32 at least."""
+class Counted(NamedTuple):
+    """Which rows count in block means, because a pair with them is let through; None where all do."""
+
+    keys: Tensor | None  # bool [B or 1, H or 1, S]: some query sees the key
+    queries: Tensor | None  # bool [B or 1, H or 1, L]: the query sees some key
+
+
+def counted_rows(attn_mask: Tensor | None, length: int, keys: int, is_causal: bool, device: torch.device) -> Counted:
+    """The rows of L queries and S keys that count under a mask [B or 1, H or 1, L or 1, S] and causality."""
+    if attn_mask is None:
+        beyond = is_causal and keys > length  # no query reaches the last keys
+        return Counted((torch.arange(keys, device=device) < length).view(1, 1, -1) if beyond else None, None)
+    opened = open_pairs(attn_mask, length, is_causal)
+    seen = opened.any(-2)
+    if attn_mask.shape[2] > 1:
+        return Counted(seen, opened.any(-1))
+    return Counted(seen, queries_that_reach(seen, length) if is_causal else None)  # else all queries see the same
+
+
+def queries_that_reach(seen: Tensor, length: int) -> Tensor:
+    """bool [..., L]: the queries that see one of some keys, bool [..., S], under causality: from the first key on."""
+    return F.pad(seen, (0, length - seen.shape[-1])).cummax(-1).values
+
+
+def without_copies(attn_mask: Tensor) -> Tensor:
+    """A mask of which batch and heads are 1 where memory holds one entry for all of them."""
+    return attn_mask[tuple(slice(1 if attn_mask.stride(dim) == 0 else None) for dim in (0, 1))]
+
+
+def open_pairs(attn_mask: Tensor, length: int, is_causal: bool, first_row: int = 0) -> Tensor:
+    """bool [Bm, Hm, R, S]: the pairs that R rows of a mask, from ``first_row`` on, and causality let through.
+
+    A mask of one row speaks for all queries. Of causality it knows what no query sees: the keys after the last one.
+    """
+    opened = attn_mask if attn_mask.dtype == torch.bool else attn_mask != -math.inf
+    if not is_causal:
+        return opened
+    rows, keys = (torch.arange(n, device=attn_mask.device) for n in attn_mask.shape[-2:])
+    return opened & (keys <= (rows + (first_row if len(rows) > 1 else length - 1)).unsqueeze(-1))
+
+
+def pool(x: Tensor, block: int, counted: Tensor | None = None) -> Tensor:
+    """Means of the rows that count in each block: [B, H, N, D] from [B, H, L, D], accumulated in float32 at least.
+
+    ``counted`` is bool [B or 1, H or 1, L]: what is in other rows, NaN included, has no part. The mean of no row is 0.
+    """
     length = x.shape[-2]
     n_blocks = ceil_div(length, block)
+
+    def block_sum(x: Tensor) -> Tensor:
+        return F.pad(x, (0, 0, 0, n_blocks * block - length)).unflatten(-2, (n_blocks, block)).sum(-2)
+
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    total = F.pad(wide, (0, 0, 0, n_blocks * block - length)).unflatten(-2, (n_blocks, block)).sum(-2)
-    rows = torch.full((n_blocks, 1), block, dtype=total.dtype, device=x.device)
-    if n_blocks:
-        rows[-1] = length - (n_blocks - 1) * block
-    return total / rows
+    if counted is None:
+        counted = torch.ones(length, dtype=torch.bool, device=x.device)
+    else:
+        wide = torch.where(counted.unsqueeze(-1), wide, 0.0)
+    return block_sum(wide) / block_sum(counted.unsqueeze(-1).to(wide.dtype)).clamp(min=1)
 
 
-def pool_mask(attn_mask: Tensor, length: int) -> tuple[Tensor, Tensor]:
+def pool_keys(k: Tensor, heads: int, counted: Tensor | None) -> Tensor:
+    """Means of key blocks for each query head, [B, H, Nk, D] from [B, Hk, S, D].
+
+    Query heads that share a key head share its means, unless the mask of each shows it other keys.
+    """
+    group = heads // max(k.shape[1], 1)
+    if counted is None or counted.shape[1] == 1:
+        return pool(k, KEY_BLOCK, counted).repeat_interleave(group, dim=1)
+    return torch.stack([pool(k, KEY_BLOCK, counted[:, g::group]) for g in range(group)], 2).flatten(1, 2)
+
+
+def pool_mask(attn_mask: Tensor, length: int, is_causal: bool, blocks: slice | None = None) -> tuple[Tensor, Tensor]:
     """(bias, cut) of a mask [Bm, Hm, L or 1, S], bool or float: each [Bm, Hm, Nq or 1, Nk].
 
-    ``bias``, in float32 at least, is added to block scores: the mean of the mask over the pairs that it lets through (0
-    for a boolean mask), -inf where it lets none through. ``cut``, bool, marks the blocks of which some rows see a key
-    and others none.
+    ``bias``, in float32 at least, is added to block scores: the mean of the mask over the pairs that are let through (0
+    for a boolean mask), -inf where there are none. ``cut``, bool, marks the blocks of which some rows see a key and
+    others, that see keys elsewhere, none. ``blocks`` are the query blocks that are wanted, all by default.
     """
-    if attn_mask.dtype == torch.bool:
-        open_pairs, value = attn_mask, torch.zeros((), device=attn_mask.device)
-    else:
-        value = attn_mask.to(torch.promote_types(attn_mask.dtype, torch.float32))
-        open_pairs = value != -math.inf
-    rows, keys = attn_mask.shape[-2:]
-    row_block = QUERY_BLOCK if rows == length else 1  # a mask of one row stays one row
+    first_row = 0
+    if blocks is not None and attn_mask.shape[2] > 1:
+        first_row = blocks.start * QUERY_BLOCK
+        attn_mask = attn_mask[:, :, first_row : blocks.stop * QUERY_BLOCK]
+    opened = open_pairs(attn_mask, length, is_causal, first_row)
+    rows, keys = opened.shape[-2:]
+    row_block = QUERY_BLOCK if rows > 1 else 1  # a mask of one row stays one row
     n_query, n_key = ceil_div(rows, row_block), ceil_div(keys, KEY_BLOCK)
 
     def block_sum(x: Tensor) -> Tensor:
         x = F.pad(x, (0, n_key * KEY_BLOCK - keys, 0, n_query * row_block - rows))
         return x.unflatten(-1, (n_key, KEY_BLOCK)).sum(-1).unflatten(-2, (n_query, row_block)).sum(-2)
 
-    pairs = block_sum(open_pairs.to(value.dtype))
-    mean = block_sum(torch.where(open_pairs, value, 0.0)) / pairs.clamp(min=1)
-    bias = torch.where(pairs > 0, mean, -math.inf)
+    wide = torch.promote_types(attn_mask.dtype, torch.float32)
+    pairs = block_sum(opened.to(wide))
+    added = torch.zeros_like(pairs)
+    if attn_mask.dtype != torch.bool:
+        added = block_sum(torch.where(opened, attn_mask.to(wide), 0.0)) / pairs.clamp(min=1)
+    bias = added.masked_fill(pairs == 0, -math.inf)
 
-    sees = F.pad(open_pairs, (0, n_key * KEY_BLOCK - keys)).unflatten(-1, (n_key, KEY_BLOCK)).any(-1)
-    sees = F.pad(sees, (0, 0, 0, n_query * row_block - rows), value=True)  # rows that do not exist miss nothing
+    sees = F.pad(opened, (0, n_key * KEY_BLOCK - keys)).unflatten(-1, (n_key, KEY_BLOCK)).any(-1)
+    sees = sees | ~opened.any(-1, keepdim=True)  # rows that see no key at all miss nothing
+    sees = F.pad(sees, (0, 0, 0, n_query * row_block - rows), value=True)  # nor do rows that do not exist
     cut = (pairs > 0) & ~sees.unflatten(-2, (n_query, row_block)).all(-2)
     return bias, cut
 

@@ -60,21 +60,26 @@ def block_map(
     """
     out = allocate.new_block_map(query, key)
     n_query, n_key = out.indices.shape[-2:]
+    if out.indices.numel() == 0:
+        return BlockMap(out.counts.zero_(), out.indices)
     visible = visible_blocks(n_query, n_key, query.shape[2], is_causal, query.device)
     forced = diagonal_blocks(n_query, n_key, query.device) if is_causal else torch.zeros_like(visible)
     anchor = rule.needs_anchor(attn_mask, is_causal)
     thresholds = thresholds.expand(query.shape[1], 2)
+    attn_mask = None if attn_mask is None else rule.without_copies(attn_mask)
+    counted = rule.counted_rows(attn_mask, query.shape[2], key.shape[2], is_causal, query.device)
 
     for at_q, at_k in head_parts(query, key):
-        q_mean = rule.pool(query[at_q], QUERY_BLOCK) * scale
-        k_mean = rule.pool(key[at_k], KEY_BLOCK).repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        keys, queries = (None if x is None else for_heads(x, at_q) for x in counted)
+        q_mean = rule.pool(query[at_q], QUERY_BLOCK, queries) * scale
+        k_mean = rule.pool_keys(key[at_k], q_mean.shape[1], keys)
         step = max(1, SCORES_AT_ONCE // max(1, q_mean.shape[:2].numel() * n_key))
         for i in range(0, n_query, step):
             some = slice(i, min(i + step, n_query))
             scores = q_mean[:, :, some] @ k_mean.mT  # [b, h, some of Nq, Nk]
             seen, always = visible[some], forced[some]
             if attn_mask is not None:
-                pooled = pool_mask_rows(attn_mask, at_q, some, query.shape[2])
+                pooled = rule.pool_mask(for_heads(attn_mask, at_q), query.shape[2], is_causal, some)
                 scores, seen, always = rule.apply_pooled_mask(scores, seen, always, *pooled)
             kept = rule.select(scores, seen, thresholds[at_q[1]], always, anchor)
             counts, indices = BlockMap.from_dense(kept)
@@ -83,14 +88,9 @@ def block_map(
     return out
 
 
-def pool_mask_rows(attn_mask: Tensor, at: Heads, blocks: slice, length: int) -> tuple[Tensor, Tensor]:
-    """:func:`rule.pool_mask` for some heads and query blocks: each [b or 1, h or 1, some of Nq or 1, Nk]."""
-    for dim in (0, 1):
-        attn_mask = attn_mask if attn_mask.shape[dim] == 1 else attn_mask[(slice(None),) * dim + (at[dim],)]
-    if attn_mask.shape[2] == length:
-        attn_mask = attn_mask[:, :, blocks.start * QUERY_BLOCK : blocks.stop * QUERY_BLOCK]
-        length = attn_mask.shape[2]
-    return rule.pool_mask(attn_mask, length)
+def for_heads(x: Tensor, at: Heads) -> Tensor:
+    """The part of x [B or 1, H or 1, ...] for some heads: [b or 1, h or 1, ...]."""
+    return x[tuple(slice(None) if size == 1 else some for size, some in zip(x.shape, at, strict=False))]
 
 
 def forward(
@@ -149,6 +149,8 @@ def attend_piece(queries: Tensor, keys: Tensor, values: Tensor, piece: Part, sca
     lse = out.new_full((*queries.shape[:2], 1), -math.inf)
     for row, block, mask in batches(piece, queries):
         query, key, value = queries[row].unsqueeze(1), gather(keys, block), gather(values, block)
+        if mask is not None:  # a score of NaN stays NaN under -inf: a key that all rows are denied is not looked at
+            key.masked_fill_((mask == -math.inf).all(-2).unsqueeze(-1), 0.0)
         some_out, some_lse = _attention(query, key, value, attn_mask=for_rows(mask, query), scale=scale)
         some_lse = some_lse.unsqueeze(-1)
         if mask is not None:

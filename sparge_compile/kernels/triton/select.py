@@ -157,15 +157,17 @@ def block_map(
     n_query, n_key = result.indices.shape[-2:]
     if result.indices.numel() == 0:
         return BlockMap(result.counts.zero_(), result.indices)
-    q_mean, k_mean = pool(query, key)
-    bias, cut = (None, None) if attn_mask is None else pool_mask(attn_mask, length)
+    bias, cut, counted = None, None, rule.Counted(None, None)
+    if attn_mask is not None:
+        bias, cut, counted = pool_mask(rule.without_copies(attn_mask), length, is_causal)
+    q_mean, k_mean = pool(query, key, counted, is_causal)
     row_tiles, key_tiles = triton.cdiv(n_query, SCORE_ROWS), triton.cdiv(n_key, SCORE_KEYS)
     n_pad = triton.next_power_of_2(n_key)
     with torch.cuda.device_of(query):
         _score_kernel[(batch * heads * row_tiles * key_tiles,)](
             q_mean_ptr=q_mean, k_mean_ptr=k_mean,
             scores_ptr=result.indices.view(torch.float32),
-            heads=heads, group=heads // key.shape[1], n_query=n_query, n_key=n_key,
+            heads=heads, group=heads // k_mean.shape[1], n_query=n_query, n_key=n_key,
             row_tiles=row_tiles, key_tiles=key_tiles, scale=scale,
             HEAD_SIZE=head_size, HEAD_PAD=max(SCORE_DEPTH, launch.pad_head(head_size)), DEPTH=SCORE_DEPTH,
             ROWS=SCORE_ROWS, KEYS=SCORE_KEYS, PRECISION=launch.score_precision(query.device), num_warps=4, num_stages=2,
