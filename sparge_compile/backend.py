@@ -23,6 +23,7 @@ from .report import Report
 from .running.graph import decide_sites, open_graph
 from .running.listeners import Outlet, outputs_wanted, with_outlet
 from .running.observe import Observer, Watched, calls_through, watching
+from .running.outside import Outside
 from .running.places import Place, find_names
 from .running.thresholds import RunTime
 from .user_model import user_model
@@ -99,7 +100,8 @@ def explain(model: Callable[..., Any], options: Mapping[str, Any] | None = None)
 
     def run(*args: Any, **kwargs: Any) -> Report:
         seen = _Seen(target)
-        watching(target, seen)(*args, **kwargs)
+        with seen.outside.listening():
+            watching(target, seen)(*args, **kwargs)
         return seen.report(settings)
 
     return run
@@ -108,7 +110,7 @@ def explain(model: Callable[..., Any], options: Mapping[str, Any] | None = None)
 def explain_calls(model: Module, options: Mapping[str, Any] | None, run: Callable[[], Any]) -> Report:
     """:func:`explain` for a model that something else calls, as a pipeline does: ``run`` does so."""
     seen = _Seen(user_model(model))
-    with calls_through(model, watching(user_model(model), seen)):
+    with calls_through(model, watching(user_model(model), seen)), seen.outside.listening():
         run()
     return seen.report(Options.parse(options))
 
@@ -118,6 +120,7 @@ class _Seen(Observer):
 
     def __init__(self, model: Callable[..., Any]) -> None:
         super().__init__(model)
+        self.outside = Outside(self.names, (Watched.run.__code__,))
         self.graphs: dict[tuple[Any, ...], tuple[Watched, list[Match], set[Node]]] = {}
 
     def ran(self, graph: Watched, places: list[Place], args: Sequence[Any]) -> Any:
@@ -138,7 +141,7 @@ class _Seen(Observer):
             analyse(work, partial(decide_with, options=settings, attached=attached))
             work.add_to(report).failures += graph.failures
         report.graphs = len({number for number, *_ in self.graphs})
-        return report
+        return self.outside.add_to(report)
 
 
 def _reset() -> None:

@@ -6,9 +6,12 @@ What a graph knows is a base (a local of the compiled frame) and a path below it
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from typing import Any
+
+import torch
 
 from .user_model import WRAPPERS
 
@@ -22,6 +25,10 @@ _MODULES = re.compile(
     r"(?:\.__dict__)?(?:\['_(?:modules|parameters|buffers)'\]|\._(?:modules|parameters|buffers))\['([^']*)'\]"
 )  # diffusers' models reach children so
 _ITEM = re.compile(r"\['?([^'\]]*)'?\]")  # blocks[0], layers['a']
+
+_LINE = re.compile(r'File "([^"]+)", line (\d+)')
+# Files of torch itself begin so.
+TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
 def clean_path(path: str) -> str:
@@ -56,6 +63,16 @@ def module_base(node: Any) -> str | None:
     """Return the base of that path; None where the node stands in no module but the compiled frame itself."""
     stack = node.meta.get("nn_module_stack")
     return base_of(list(stack.values())[-1][0]) if stack else None
+
+
+def code_of(node: Any) -> str | None:
+    """Return where in the user's code a graph node was traced, as ``file:line``; None where tracing left no note.
+
+    What torch itself calls on the way (``torch/nn``) is passed over.
+    """
+    lines = _LINE.findall(node.meta.get("stack_trace") or "")
+    own = [line for line in lines if not line[0].startswith(TORCH)] or lines
+    return ":".join(own[-1]) if own else None
 
 
 def numbered(path: str, earlier: int) -> str:

@@ -55,14 +55,15 @@ def warn_of_unsupported(report: Report, settings: Options) -> None:
     if settings.on_unsupported == "warn":
         for reason in dict.fromkeys(row.reason for row in unsupported):
             first = next(row for row in unsupported if row.reason is reason)
-            _warn_once(reason.value, first.name, first.detail)
+            where = f"{first.name}, {first.site.code}" if first.site.code is not None else first.name
+            _warn_once(reason.value, where, first.detail)
 
 
-def _warn_once(reason: str, name: str, detail: str) -> None:
+def _warn_once(reason: str, where: str, detail: str) -> None:
     because = f"{reason}: {detail}" if detail else reason
     _warn(
         reason,
-        f"sparge: attention stays dense ({because}), first at {name}. sparge_compile.explain(model)(...) lists every "
+        f"sparge: attention stays dense ({because}), first at {where}. sparge_compile.explain(model)(...) lists every "
         "site; options={'on_unsupported': 'dense'} silences this.",
     )
 

@@ -17,11 +17,15 @@ class Site:
     """One attention computation of a graph.
 
     Sizes are ints, or the text of a symbolic expression where the graph is dynamic; None where the graph carries no
-    shapes. ``mask`` is ``"none"``, ``"bool"`` or ``"additive"``.
+    shapes. ``mask`` is ``"none"``, ``"bool"``, ``"additive"``, or ``"block"`` for a block mask of
+    flex_attention. ``code`` is where in the user's code it was met, as ``file:line``.
+
+    ``kind``: ``"sdpa"`` is a call of SDPA, ``"mha"`` a larger call that holds it, ``"decomposed"`` is written out,
+    ``"flex"`` a call of flex_attention, ``"op"`` a custom op that attends, ``"softmax"`` is no attention.
     """
 
     name: str
-    kind: str  # "sdpa": a call of SDPA; "mha": a larger call that holds it; "decomposed"; "softmax": no attention
+    kind: str
     batch: int | str | None = None
     heads: int | str | None = None
     kv_heads: int | str | None = None
@@ -32,6 +36,7 @@ class Site:
     device: str | None = None
     mask: str = "none"
     is_causal: bool = False
+    code: str | None = None
 
 
 class Reason(Enum):
@@ -66,6 +71,10 @@ class Reason(Enum):
     IN_PLACE = "a tensor is changed in place"
     CONTEXT = "autocast or gradient mode changes inside"
     OPAQUE = "fused kernel without a graph"
+    FLEX = "flex_attention is not replaced"
+    CUSTOM_OP = "a custom op is not replaced"
+    NESTED = "nested tensors"
+    OUTSIDE = "outside of graphs"
     # no attention
     NOT_ATTENTION = "softmax that is not attention"
 
@@ -229,6 +238,8 @@ class Report:
 def _row(row: SiteReport) -> list[str]:
     site, prediction = row.site, row.decision.prediction
     reason = f"{row.reason.value}: {row.detail}" if row.detail else row.reason.value
+    if row.reason.unsupported and site.code is not None:
+        reason += f", at {'/'.join(Path(site.code).parts[-2:])}"
     heads = site.heads if site.heads == site.kv_heads else f"{site.heads}/{site.kv_heads}"
     shape = "" if site.length is None else f"{site.batch} {heads} {site.length}×{site.keys} {site.head_size}"
     mask = "causal" if site.is_causal and site.mask == "none" else site.mask

@@ -2,7 +2,7 @@
 
 Understood are calls of SDPA (:mod:`.match.sdpa`) and attention written out around a softmax
 (:mod:`.match.decomposed`), in Dynamo graphs, ``torch.export`` programs and plain FX graphs; larger calls are opened
-(:mod:`.mha.open`) or named, so that the report is whole.
+(:mod:`.mha.open`), and what attends by other means (:mod:`.match.foreign`) is named, so that the report is whole.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from ..naming import SiteNames, join, module_path
+from ..naming import SiteNames, code_of, join, module_path
 from ..report import Reason, Site
 from .match.attention import Attention, Refusal
 from .match.decomposed import is_softmax, match_softmax
+from .match.foreign import match_foreign
 from .match.sdpa import is_sdpa, match_sdpa
 from .mha.open import OPENABLE, holds_attention, open_up, why_closed
 from .read.fx_utils import size_text, submodule_of
@@ -93,6 +94,8 @@ def _find(
             yield _match(names, "mha", _opened(inside) or _closed(node, reader), around, where)
         elif holds_attention(node):
             yield _match(names, "mha", _closed(node, reader), around, where)
+        elif (foreign := match_foreign(node)) is not None:
+            yield _match(names, foreign.kind, foreign.refusal, around, where, **foreign.known)
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
             caller = Caller(owner, node)
             for argument in node.all_input_nodes:
@@ -116,12 +119,12 @@ def _closed(node: Node, reader: Reader) -> Refusal:
 
 
 def _match(
-    names: SiteNames, kind: str, found: Attention | Refusal, around: Reason | None, where: dict[str, Any]
+    names: SiteNames, kind: str, found: Attention | Refusal, around: Reason | None, where: dict[str, Any], **known: Any
 ) -> Match:
     # What is no attention takes no number from the sites of its module.
     name = where["path"] if kind == "softmax" else names.name(where["path"])
     if isinstance(found, Refusal):
-        return Match(Site(name, kind), refusal=found, **where)
+        return Match(Site(name, kind, code=code_of(where["node"]), **known), refusal=found, **where)
     site = Site(
         name,
         kind,
@@ -135,5 +138,6 @@ def _match(
         device=found.device.type,
         mask=found.mask_kind,
         is_causal=found.is_causal,
+        code=code_of(where["node"]),
     )
     return Match(site, attention=found, refusal=Refusal(around) if around else None, **where)

@@ -62,6 +62,9 @@ class Observer:
         raise NotImplementedError
 
 
+# What is only looked at may be traced as often as it takes: hooks, for one, share their code among all modules.
+NO_LIMITS: Any = {"recompile_limit": 1 << 20, "accumulated_recompile_limit": 1 << 20}
+
 _observer: ContextVar[Observer] = ContextVar("sparge_observer")
 _calls = itertools.count()
 
@@ -80,7 +83,7 @@ def watching(target: Callable[..., Any], observer: Observer) -> Callable[..., An
     def run(*args: Any, **kwargs: Any) -> Any:
         token = _observer.set(observer)
         try:
-            with uncompiled(target):
+            with uncompiled(target), torch._dynamo.config.patch(NO_LIMITS):
                 return compiled(*args, **kwargs)
         finally:
             _observer.reset(token)

@@ -43,6 +43,8 @@ def is_softmax(node: Node, reader: Reader) -> bool:
 
 def match_softmax(node: Node, reader: Reader) -> Attention | Refusal:
     """The attention around a softmax, or why it is none or cannot be replaced."""
+    if getattr(reader.fake(node), "is_nested", False):
+        return Refusal(Reason.NESTED)
     value = reader.value(node)
     while value is not None and value.call is not None and value.call.name not in _SOFTMAX and is_layout(value.call):
         value = value.call.args[0]

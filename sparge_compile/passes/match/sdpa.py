@@ -57,6 +57,8 @@ def match_sdpa(node: Node, reader: Reader) -> Attention | Refusal:
     output = output[0] if isinstance(output, (tuple, list)) else output
     if not isinstance(output, Tensor) or not all(isinstance(x, Tensor) for x in tensors):
         return Refusal(Reason.NO_SHAPES)
+    if any(x.is_nested for x in tensors):  # type: ignore[union-attr]
+        return Refusal(Reason.NESTED)
     query, key, value = tensors
     assert query is not None and key is not None and value is not None
     if not query.dim() == key.dim() == value.dim() == 4:

@@ -93,7 +93,7 @@ def why_closed(node: Node, reader: Reader) -> Reason | None:
     values = [value_of(n) for n in tensor_inputs(node, reader)]
     if not values or not all(isinstance(value, FakeTensor) for value in values):
         return Reason.NO_SHAPES
-    return Reason.OPAQUE if any(value.is_nested for value in values) else None
+    return Reason.NESTED if any(value.is_nested for value in values) else None
 
 
 def tensor_inputs(node: Node, reader: Reader) -> list[Node]:

@@ -1,0 +1,103 @@
+"""Attention that a model runs outside of all graphs: in frames that Dynamo left to Python.
+
+A graph break in a loop, a disabled function, or a limit of recompilations leaves a whole frame uncompiled. What it
+calls is seen by a profile function, which Dynamo does not mind, and which is set aside while Dynamo itself works.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch._ops import OpOverload, OpOverloadPacket
+
+from ..naming import ROOT, TORCH, SiteNames
+from ..passes.match.foreign import attends_as
+from ..report import Decision, Reason, Report, Site, SiteReport
+from .places import Names
+
+_BUILT_IN = {
+    F.scaled_dot_product_attention: "sdpa",
+    torch._native_multi_head_attention: "mha",
+    torch._transformer_encoder_layer_fwd: "mha",
+}
+_TRACING = os.path.join("_dynamo", "convert_frame.py")  # to import it would import Triton
+_OPS = (OpOverload.__call__.__code__, OpOverloadPacket.__call__.__code__)
+
+
+@dataclass
+class Outside:
+    """Notes the calls of attention that nobody traced; ``graphs`` is the code that runs a traced graph."""
+
+    names: Names | None
+    graphs: tuple[CodeType, ...]
+    calls: Counter[tuple[str, str, str]] = field(default_factory=Counter)  # by module, kind and file:line; in order
+
+    def add_to(self, report: Report) -> Report:
+        """Report each place of such calls as a dense site."""
+        names = SiteNames()
+        for row in report.sites:
+            names.name(row.name.partition("#")[0])
+        for (module, kind, code), count in self.calls.items():
+            site = Site(names.name(module), kind, code=code)
+            calls = "1 call" if count == 1 else f"{count} calls"
+            detail = f"Dynamo left {calls} to Python, TORCH_LOGS=graph_breaks tells why"
+            report.sites.append(SiteReport(site, Decision(Reason.OUTSIDE, detail)))
+        return report
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Notice such calls in this thread. Where somebody else profiles it, nothing is noticed."""
+        if sys.getprofile() is not None:
+            yield
+            return
+        profile = torch._dynamo.disable(self._profile)
+        start, end = (lambda args: sys.setprofile(None)), (lambda args: sys.setprofile(profile))
+        handler = torch._dynamo.callback_handler
+        handler.register_start_callback(start)
+        handler.register_end_callback(end)
+        sys.setprofile(profile)
+        try:
+            yield
+        finally:
+            sys.setprofile(None)
+            handler.remove_start_callback(start)
+            handler.remove_end_callback(end)
+
+    def _profile(self, frame: FrameType, event: str, arg: Any) -> None:
+        if event == "c_call":
+            kind = _BUILT_IN.get(arg)
+        elif event == "call":
+            kind = _kind_of_call(frame)
+        else:
+            return
+        if kind is not None:
+            self._note(frame, kind)
+
+    def _note(self, frame: FrameType, kind: str) -> None:
+        code = None
+        at: FrameType | None = frame
+        while at is not None:
+            if at.f_code in self.graphs or at.f_code.co_filename.endswith(_TRACING):
+                return  # a graph runs, or Dynamo traces one
+            if code is None and not at.f_code.co_filename.startswith(TORCH):
+                code = f"{at.f_code.co_filename}:{at.f_lineno}"
+            at = at.f_back
+        called = self.names.called() if self.names is not None else None
+        self.calls[called or ROOT, kind, code or ""] += 1
+
+
+def _kind_of_call(frame: FrameType) -> str | None:
+    code = frame.f_code
+    if any(code is op for op in _OPS):
+        return "op" if attends_as(frame.f_locals["self"]) is not None else None
+    flex = sys.modules.get("torch.nn.attention.flex_attention")
+    return "flex" if flex is not None and code is flex.flex_attention.__code__ else None
