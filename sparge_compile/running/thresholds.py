@@ -80,10 +80,10 @@ class RunTime:
 def _attached(x: ThresholdInput, slot: Slot, place: Place) -> Callable[[], Tensor] | None:
     """A reader of attached thresholds, asked at each call, since moving a model replaces its buffers; else None."""
     held = slot.attached(place)
-    return None if held is None else partial(_read, held, slot.number, x.heads)
+    return None if held is None else partial(_read, held, slot.number, x)
 
 
-def _read(held: Attached, number: int, heads: int) -> Tensor:
-    values = held.get(number)
+def _read(held: Attached, number: int, x: ThresholdInput) -> Tensor:
+    values = held.get(number, x.values.device)
     assert values is not None
-    return values if values.shape[0] == heads else values.expand(heads, 2)
+    return values if values.shape[0] == x.heads else values.expand(x.heads, 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -114,11 +115,12 @@ class Attachment:
 
     def _set_numbers(self, topk: float | None, topp: float | None) -> None:
         check_pair(1.0 if topk is None else topk, 0.0 if topp is None else topp, "set")
-        with torch.no_grad():
-            for values in (*self._buffers().values(), *(v for _, phase in self._phases for v in phase.values())):
-                for column, number in enumerate((topk, topp)):
-                    if number is not None:
-                        values[:, column] = number
+        numbers = [(column, number) for column, number in enumerate((topk, topp)) if number is not None]
+        present = {target: values.clone() for target, values in self._buffers().items()}
+        for values in (*present.values(), *(v for _, phase in self._phases for v in phase.values())):
+            for column, number in numbers:
+                values[:, column] = number
+        self._write(present)
 
     def _set_calibration(self, calibration: Calibration) -> None:
         buffers = self._buffers()
@@ -144,7 +146,7 @@ class Attachment:
                     todo="Attach a calibration with as many pairs as there are heads; set only writes values.",
                 )
         self._phases = phases
-        self._write(0)
+        self._begin(0)
 
     def set_progress(self, fraction: float) -> None:
         """Say how much of a denoising run is done, in [0, 1]: the buffers get the thresholds of that phase.
@@ -158,14 +160,20 @@ class Attachment:
         check_progress(fraction)
         phase = max(i for i, (start, _) in enumerate(self._phases) if start <= fraction)
         if phase != self._phase:
-            self._write(phase)
+            self._begin(phase)
 
-    def _write(self, phase: int) -> None:
-        buffers = self._buffers()
-        with torch.no_grad():
-            for target, values in self._phases[phase][1].items():
-                buffers[target].copy_(values)
+    def _begin(self, phase: int) -> None:
+        self._write(self._phases[phase][1])
         self._phase = phase
+
+    def _write(self, thresholds: Mapping[Target, Tensor]) -> None:
+        for (name, index), values in thresholds.items():
+            self._held(name, index).write(index, values)
+
+    def _held(self, name: str, index: int) -> Attached:
+        held = attached_to(self._sites[name, index])
+        assert held is not None, f"{name} lost its thresholds"
+        return held
 
     def get(self) -> Calibration:
         """Return the present values of the buffers as a calibration."""
@@ -207,13 +215,8 @@ class Attachment:
         return f"Attachment({', '.join(self.names)})"
 
     def _buffers(self) -> dict[Target, Tensor]:
-        buffers = {}
-        for (name, index), module in self._sites.items():
-            child = attached_to(module)
-            values = child.get(index) if child is not None else None
-            assert values is not None, f"{name} lost its thresholds"
-            buffers[name, index] = values
-        return buffers
+        buffers = {target: self._held(*target).get(target[1]) for target in self._sites}
+        return {target: values for target, values in buffers.items() if values is not None}
 
 
 def _phases(calibration: Calibration) -> list[tuple[float, Calibration]]:
@@ -239,8 +242,11 @@ def _child(module: nn.Module, name: str) -> Attached:
 
 
 def _device(module: nn.Module, model: nn.Module) -> torch.device:
+    """Where a module computes, as far as it is known: where accelerate will run it, else where its weights are."""
+    if (device := getattr(getattr(module, "_hf_hook", None), "execution_device", None)) is not None:
+        return torch.device(device)
     tensors = (*module.parameters(), *module.buffers(), *model.parameters())
-    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+    return next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
 
 
 def _tensor(pairs: tuple[Pair, ...], device: torch.device) -> Tensor:

@@ -5,7 +5,8 @@ A child of its own, because a float buffer of the module itself would be cast by
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,43 +22,98 @@ class Attached(Module):
     """Thresholds of a module's attentions, float32 [H, 2], or [1, 2] for all heads, by index.
 
     Index 0 is the module's first attention, 1 its second; ``ops.REST`` is for all that have no index here.
+
+    What offloads a model moves buffers about as it moves weights, and brings them back only for the forward of the
+    module that they are in, which this one has not. So for torch they are not persistent, which leaves them on the
+    device that computes; the state dict has them nevertheless; and whoever puts them on the meta device does not lose
+    what they held.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.indices: tuple[int, ...] = ()
+        self._held: dict[str, Tensor] = {}  # the buffers, or where one is on the meta device what it was before
 
     def put(self, index: int, values: Tensor) -> None:
         """Hold thresholds for an index; values of the same shape are written in place, and nothing is compiled anew."""
-        buffer = self._buffers.get(buffer_name(index))
+        name, buffer = buffer_name(index), self._own(buffer_name(index))
         if buffer is not None and buffer.shape == values.shape:
-            with torch.no_grad():
-                buffer.copy_(values)
+            self.write(index, values)
             return
         # Out of inference mode, so that the buffer can be written to there and elsewhere.
         with torch.inference_mode(False):
             fresh = values.to(buffer.device if buffer is not None else values.device, torch.float32, copy=True)
-            self.register_buffer(buffer_name(index), fresh)
+            self.register_buffer(name, fresh, persistent=False)
+        self._held[name] = fresh
         self.indices = tuple(sorted({*self.indices, index}))
 
-    def get(self, index: int) -> Tensor | None:
-        """Return the buffer for the attention of this index, or None where none is meant for it."""
-        buffer = self._buffers.get(buffer_name(index))
-        return buffer if buffer is not None else self._buffers.get(buffer_name(ops.REST))
+    def write(self, index: int, values: Tensor) -> None:
+        """Write values into the buffer of an index, in place, and into what stands behind it."""
+        name = buffer_name(index)
+        with torch.no_grad():
+            for buffer in (self._own(name), self._held[name]):
+                if buffer is not None:
+                    buffer.copy_(values)
+
+    def get(self, index: int, device: torch.device | None = None) -> Tensor | None:
+        """Return the buffer for the attention of this index, or None where none is meant for it.
+
+        Args:
+            index: of the attention in its module.
+            device: where the buffer is to be; it is moved there for good if it is elsewhere.
+        """
+        name = buffer_name(index if index in self.indices else ops.REST)
+        buffer = self._own(name)
+        if buffer is not None and device is not None and buffer.device != device:
+            with torch.inference_mode(False):
+                buffer = buffer.to(device)
+            if not buffer.is_meta:
+                self._buffers[name] = self._held[name] = buffer
+        return buffer
 
     def drop(self, index: int) -> None:
         """Take off the thresholds for an index, if there are any."""
         if index in self.indices:
             delattr(self, buffer_name(index))
+            del self._held[buffer_name(index)]
             self.indices = tuple(i for i in self.indices if i != index)
 
+    def _own(self, name: str) -> Tensor | None:
+        """The buffer of this name with its values."""
+        buffer = self._buffers.get(name)
+        return self._held[name] if buffer is not None and buffer.is_meta else buffer
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Attached:
-        """Move with the model, and stay float32: a share of 0.05 in half precision would be another share."""
-        for name, buffer in self._buffers.items():
-            if buffer is not None:
-                moved = fn(buffer)
-                self._buffers[name] = moved if moved.dtype == torch.float32 else buffer.to(moved.device)
+        """Move with the model, but not to the meta device, and stay float32 with the same values.
+
+        A share of 0.05 in half precision would be another share, and ``to_empty`` would leave any.
+        """
+        for name in map(buffer_name, self.indices):
+            buffer = self._own(name)
+            assert buffer is not None
+            moved = fn(buffer)
+            self._buffers[name] = self._held[name] = buffer if moved.is_meta else buffer.to(moved.device)
         return self
+
+    @contextmanager
+    def _persistent(self) -> Iterator[None]:
+        """With buffers that belong to the state dict, and hold their values."""
+        for name in map(buffer_name, self.indices):
+            self._buffers[name] = self._own(name)
+        hidden, self._non_persistent_buffers_set = self._non_persistent_buffers_set, set()
+        try:
+            yield
+        finally:
+            self._non_persistent_buffers_set = hidden
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        with self._persistent():
+            super()._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        with self._persistent():
+            super()._load_from_state_dict(*args)
+        self._held = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
 
 
 def attached_to(module: Module | None) -> Attached | None:
@@ -73,7 +129,7 @@ def mark(module: Module, args: Any) -> None:
     """
     attached: Any = module._modules[CHILD]
     for index in attached.indices:
-        torch.ops.sparge.mark(attached._buffers[buffer_name(index)], index)
+        torch.ops.sparge.mark(attached.get(index), index)
 
 
 def buffer_name(index: int) -> str:

@@ -103,7 +103,7 @@ def restore_markers(markers: dict[Node, Marker], matches: Iterable[Match], thres
 
 
 def attached_thresholds(match: Match, marker: Marker) -> Node:
-    """The thresholds of a marker as a node [H, 2] of the match's graph.
+    """The thresholds of a marker as a node [H, 2] of the match's graph, on the site's device.
 
     Raises:
         ValueError: the marker holds another number of pairs than the site has heads.
@@ -115,17 +115,20 @@ def attached_thresholds(match: Match, marker: Marker) -> Node:
     value = value_of(given)
     assert match.attention is not None
     heads = int(match.attention.heads)
-    if value.shape[0] == heads:
-        return given
-    if value.shape[0] != 1:
+    if value.shape[0] not in (1, heads):
         raise value_error(
             f"thresholds that are attached at {match.site.name!r} do not fit the model",
             given=f"thresholds for {value.shape[0]} heads",
             allowed=f"{heads} pairs, one for each query head, or a single pair",
             todo="Attach a calibration that was made for this model.",
         )
-    with match.graph_module.graph.inserting_before(match.node):
-        return call(match.graph_module.graph, torch.ops.aten.expand.default, given, [heads, 2])
+    graph = match.graph_module.graph
+    with graph.inserting_before(match.node):
+        if value.device != match.attention.device:  # whoever offloads the model has not brought them here
+            given = call(graph, torch.ops.aten._to_copy.default, given, device=match.attention.device)
+        if value.shape[0] != heads:
+            given = call(graph, torch.ops.aten.expand.default, given, [heads, 2])
+    return given
 
 
 def new_input(match: Match, root: GraphModule, values: Tensor, fake: Any) -> tuple[ThresholdInput, Node]:

@@ -195,3 +195,18 @@ def test_markers_are_erased_wherever_they_stand():
         assert erase_markers(owner)
         assert MARK not in targets(owner) + targets(body)
         assert not erase_markers(owner)
+
+
+@pytest.mark.parametrize("rows", [H, 1])
+def test_thresholds_of_a_marker_come_to_the_device_of_the_site(rows):
+    """Whoever offloads a model may leave them elsewhere while a graph is compiled."""
+    b = Builder()
+    x = b.input("x", 1, H, 6, 4)
+    given = b.input("t", rows, 2, device="meta")
+    b.opaque(MARK, given, 0)
+    owner = b.module(attend(b, x))
+    (match,) = find(owner)
+    node = attached_thresholds(match, markers_of(owner, [match])[match.node])
+    value = node.meta["example_value"]
+    assert value.device == torch.device("cpu") and value.shape == (H, 2)
+    owner.graph.lint()
