@@ -288,7 +288,8 @@ def _check_gradients(student: Tensor, graphs: GraphCalls, weights: Mapping[str, 
             "DistillationHook: the student's output has no gradient",
             given="an output that does not require one",
             allowed="a student with parameters that do",
-            todo="Unfreeze its parameters (requires_grad), and run it without no_grad.",
+            todo="Unfreeze its parameters (requires_grad), and run it without no_grad; where use_reentrant=True "
+            "checkpoints code of which no input has a gradient, use use_reentrant=False.",
         )
     for name in weights:
         if not all(output.requires_grad for output in graphs.outputs.get(name, ())) or name not in graphs.outputs:

@@ -5,8 +5,7 @@ A child of its own, because a float buffer of the module itself would be cast by
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,10 +22,8 @@ class Attached(Module):
 
     Index 0 is the module's first attention, 1 its second; ``ops.REST`` is for all that have no index here.
 
-    What offloads a model moves buffers about as it moves weights, and brings them back only for the forward of the
-    module that they are in, which this one has not. So for torch they are not persistent, which leaves them on the
-    device that computes; the state dict has them nevertheless; and whoever puts them on the meta device does not lose
-    what they held.
+    What offloads a model puts buffers on the meta device, as it does weights, and brings them back for the forward of
+    the module that they are in, which this one has not. So it keeps what they held, and gives that.
     """
 
     def __init__(self) -> None:
@@ -43,7 +40,7 @@ class Attached(Module):
         # Out of inference mode, so that the buffer can be written to there and elsewhere.
         with torch.inference_mode(False):
             fresh = values.to(buffer.device if buffer is not None else values.device, torch.float32, copy=True)
-            self.register_buffer(name, fresh, persistent=False)
+            self.register_buffer(name, fresh)
         self._held[name] = fresh
         self.indices = tuple(sorted({*self.indices, index}))
 
@@ -95,24 +92,18 @@ class Attached(Module):
             self._buffers[name] = self._held[name] = buffer if moved.is_meta else buffer.to(moved.device)
         return self
 
-    @contextmanager
-    def _persistent(self) -> Iterator[None]:
-        """With buffers that belong to the state dict, and hold their values."""
+    def _restore(self) -> None:
+        """Have values in all buffers."""
         for name in map(buffer_name, self.indices):
             self._buffers[name] = self._own(name)
-        hidden, self._non_persistent_buffers_set = self._non_persistent_buffers_set, set()
-        try:
-            yield
-        finally:
-            self._non_persistent_buffers_set = hidden
 
     def _save_to_state_dict(self, *args: Any) -> None:
-        with self._persistent():
-            super()._save_to_state_dict(*args)
+        self._restore()
+        super()._save_to_state_dict(*args)
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        with self._persistent():
-            super()._load_from_state_dict(*args)
+        self._restore()
+        super()._load_from_state_dict(*args)
         self._held = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
 
 

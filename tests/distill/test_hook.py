@@ -16,6 +16,7 @@ from toys import Block
 
 import sparge_compile
 from sparge_compile import Calibration, DistillationHook, SparsitySchedule, attach
+from sparge_compile.distill.checksum import checksum
 from sparge_compile.kernels import reference
 from sparge_compile.kernels.cpu import attention as cpu
 
@@ -609,3 +610,98 @@ def test_a_schedule_refuses_phases_and_bad_steps():
         SparsitySchedule(phased, 5)
     with pytest.raises(ValueError, match="number of steps"):
         SparsitySchedule(attach(Plain(), Calibration({"*": [(0.1, 0.0)]})), -1)
+
+
+# ---- quantised base weights
+
+
+class Sealed(torch.Tensor):
+    """int8 weights with a scale, as a tensor without storage that refuses whatever it does not know."""
+
+    @staticmethod
+    def __new__(cls, values, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=scale.dtype, requires_grad=False)
+
+    def __init__(self, values, scale):
+        self.values, self.scale = values, scale
+
+    def __reduce_ex__(self, protocol):
+        return type(self), (self.values, self.scale)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        if func in (aten.detach.default, aten.alias.default, aten.clone.default):
+            return cls(args[0].values.clone(), args[0].scale.clone())
+        if func is aten.t.default:
+            return aten.t(args[0].values * args[0].scale)
+        raise NotImplementedError(f"{func} of quantised weights")
+
+
+class Quantised(Sealed):
+    """One that says what it consists of, as torch asks of tensors that it shall compile."""
+
+    def __tensor_flatten__(self):
+        return ["values", "scale"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner, context, size, stride):
+        return cls(inner["values"], inner["scale"])
+
+
+class OfItsOwnKind(torch.nn.Parameter):
+    """A tensor with storage whose results have its type and need what it carries (as GGUF's)."""
+
+    def __new__(cls, data, scale):
+        made = torch.Tensor._make_subclass(cls, data, False)
+        made.scale = scale
+        return made
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        return cls(result, args[0].scale) if isinstance(result, torch.Tensor) else result
+
+
+def quantised(kind, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(-127, 127, (8, 6), dtype=torch.int8, generator=generator)
+    return kind(values, torch.full((8, 1), 0.01))
+
+
+@pytest.mark.parametrize("kind", [Quantised, Sealed, OfItsOwnKind])
+def test_the_checksum_of_quantised_weights(kind):
+    weight = quantised(kind)
+    assert checksum([weight]) == checksum([quantised(kind)]) != checksum([quantised(kind, seed=1)])
+    changed = quantised(kind)
+    (changed.data if kind is OfItsOwnKind else changed.values)[3, 3] += 1
+    assert checksum([changed]) != checksum([weight])
+
+
+def test_a_checkpoint_of_adapters_on_quantised_weights():
+    model = with_adapters()
+    frozen = [m for m in model.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad]
+    for linear in frozen:
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        values = (linear.weight.detach() / scale).round().to(torch.int8)
+        linear.weight = nn.Parameter(Quantised(values, scale), requires_grad=False)
+    student = compiled(model.train())
+    hook = DistillationHook(student)
+    student(batch())
+    hook.loss().backward()
+    trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert trained and all(grad is not None for grad in trained.values())
+    state = hook.state_dict()
+    hook.load_state_dict(state)
+    frozen[0].weight.values[0, 0] ^= 1
+    with pytest.raises(ValueError, match="another teacher"):
+        hook.load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig"])
+def test_the_checksum_of_weights_that_torchao_quantised(name):
+    quantization = pytest.importorskip("torchao.quantization")
+    linear = nn.Linear(16, 64)
+    before = checksum(linear.parameters())
+    quantization.quantize_(linear, getattr(quantization, name)())
+    assert checksum(linear.parameters()) == checksum(linear.parameters()) != before

@@ -72,7 +72,7 @@ def test_modules_that_are_brought_as_a_whole(plain, whole):
             if step is attach:
                 handle = attach(other, WAN)
             else:
-                step(other, torch.device("cpu"), preload_module_classes=[whole])
+                step(other, torch.device("cpu"), offload_buffers=first, preload_module_classes=[whole])
         torch.testing.assert_close(wan_by_block(other, inputs), want, atol=1e-5, rtol=1e-5)
         handle.remove()
 
