@@ -124,11 +124,11 @@ class _Seen(Observer):
         self.graphs: dict[tuple[Any, ...], tuple[Watched, list[Match], set[Node]]] = {}
 
     def ran(self, graph: Watched, places: list[Place], args: Sequence[Any]) -> Any:
-        key = (id(graph), *(place.prefix for place in places))
+        seen = list(zip(graph.slots, graph.matches, places, strict=True))
+        key = (id(graph), *(slot.name(place) for slot, _, place in seen))
         if key not in self.graphs:
             self.graphs[key] = graph, [], set()
             with sheltered(graph.failures, "decide_sites"):
-                seen = list(zip(graph.slots, graph.matches, places, strict=True))
                 attached = {match.node for slot, match, place in seen if slot.attached(place) is not None}
                 matches = [slot.at(place, match) for slot, match, place in seen]
                 self.graphs[key] = graph, matches, graph.marked | attached

@@ -12,26 +12,39 @@ from functools import cached_property, partial
 
 from torch.fx import GraphModule, Node
 
-from ..naming import ROOT, join, module_base, numbered
+from ..naming import module_base, numbered
 from ..options import Options
 from ..passes import pipeline
 from ..passes.find import Match
 from ..passes.read.fx_utils import clone
 from ..thresholds.buffers import Attached, attached_to
+from .numbers import Part, part_of, sites_before, start_of
 from .places import Frame, Locator, Names, Place
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A site as part of a graph that several modules run: its module's path below the base, its number there."""
+    """A site as part of a graph that several modules run: its module's path below the base, its number there.
+
+    ``part`` is set where the number depends on who calls the graph's function: then ``number`` counts from the start of
+    this part of the module, which has ``size`` sites.
+    """
 
     locator: Locator
     path: str
     number: int
+    part: Part | None = None
+    size: int = 0
+
+    def number_at(self, place: Place) -> int:
+        """The site's number in its module, where and when a place runs the graph."""
+        if self.part is None:
+            return self.number
+        return self.number + start_of(place.module(self.path), self.part.now(), self.size)
 
     def name(self, place: Place) -> str:
         """The site's full name where a place runs the graph."""
-        return numbered(place.name(self.path), self.number)
+        return numbered(place.name(self.path), self.number_at(place))
 
     def at(self, place: Place, match: Match) -> Match:
         """The match under its full name there."""
@@ -39,16 +52,8 @@ class Slot:
 
     def attached(self, place: Place) -> Attached | None:
         """The child module that holds thresholds for this site there. A graph break may hide its marker."""
-        root = place.root
-        if root is None or place.prefix is None:
-            return None
-        full = join(place.prefix, self.path)
-        try:
-            module = root.get_submodule("" if full == ROOT else full)
-        except AttributeError:  # there are wrappers on the way
-            module = Names(root).by_name.get("" if full == ROOT else full)  # type: ignore[assignment]
-        held = attached_to(module)
-        return held if held is not None and held.get(self.number) is not None else None
+        held = attached_to(place.module(self.path))
+        return held if held is not None and held.get(self.number_at(place)) is not None else None
 
     def others(self) -> Iterator[Place]:
         """The other modules that may run the graph."""
@@ -104,14 +109,27 @@ def place(work: OpenGraph, given: GraphModule, names: Names | Callable[[], Names
     frame = Frame(given)
     names = work.names = names() if callable(names) else names
     locators: dict[str | None, Locator] = {}
-    seen: Counter[str] = Counter()
+    parts: dict[tuple[str | None, str], tuple[Part, int, int]] = {}  # with the part's first number and its size
+    seen = sites_before()
+    here = Counter((module_base(match.node), match.path) for match in work.matches if match.is_attention)
     for i, match in enumerate(work.matches):
         base, path = module_base(match.node), match.path
         if base not in locators:
             locators[base] = frame.locator(base, path, names)
-        first = locators[base].first
-        full = first.name(path)
-        slot = Slot(locators[base], path, seen[full] if match.is_attention else 0)
+        locator = locators[base]
+        full = locator.first.name(path)
+        if (base, path) not in parts:
+            part = part_of(match.node, locator.first.module(path), frame.tensors)
+            size = seen[full] + here[base, path]
+            starts = [start_of(each.module(path), part, size) for each in (locator.first, *locator.places())]
+            parts[base, path] = part, starts[0], size
+        part, start, size = parts[base, path]
+        if not match.is_attention:
+            slot = Slot(locator, path, 0)
+        elif part.calls:  # who else calls the function of this graph is known when they do
+            slot = Slot(locator, path, seen[full], part, size)
+        else:
+            slot = Slot(locator, path, start + seen[full])
         seen[full] += match.is_attention
         work.slots[match.node] = slot
-        work.matches[i] = slot.at(first, match)
+        work.matches[i] = slot.at(locator.first, match)

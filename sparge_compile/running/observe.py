@@ -22,6 +22,7 @@ from ..passes.write.taps import put_taps
 from ..user_model import is_compiled, user_model
 from .graph import Slot, open_graph
 from .places import Names, Place, find_names
+from .rehearsals import is_rehearsal
 
 
 class Watched:
@@ -126,7 +127,7 @@ def _look(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[
 
     def run(*args: Any) -> Any:
         observer = _observer.get(None)
-        if observer is None:
+        if observer is None or is_rehearsal(args):
             return graph.run(args)
         places = [Place() for _ in graph.slots]
         with sheltered(graph.failures, "place"):

@@ -7,22 +7,19 @@ model knows their full names. Frames without parameters are placed by the module
 
 from __future__ import annotations
 
-import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.nn import Module
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..naming import ROOT, base_of, clean_path, join, user_path
-from ..user_model import is_compiled, remember_compiled, unwrapped
-
-_CALLS = (Module._wrapped_call_impl.__code__, Module._call_impl.__code__)
+from ..user_model import remember_compiled
+from .stack import find_root, modules_on_stack
 
 
 class Place:
@@ -40,6 +37,18 @@ class Place:
     def name(self, path: str) -> str:
         """The full name of a path below this place; the path itself where the place is unknown."""
         return path if not self.prefix else join(self.prefix, path)
+
+    def module(self, path: str) -> Module | None:
+        """The user's module under a path below this place; None where the place is unknown."""
+        root = self.root
+        if root is None or self.prefix is None:
+            return None
+        full = join(self.prefix, path)
+        full = "" if full == ROOT else full
+        try:
+            return root.get_submodule(full)
+        except AttributeError:  # there are wrappers on the way
+            return Names(root).by_name.get(full)
 
 
 class Names:
@@ -103,6 +112,11 @@ class Frame:
                 self._anchors[base].append(Anchor(index, clean_path(source)))
                 self.inputs[index] = given.example
                 remember_compiled(given.example)
+
+    @property
+    def tensors(self) -> frozenset[str]:
+        """The paths of the parameters and buffers that the graph reads, each below its base."""
+        return frozenset(anchor.path for anchors in self._anchors.values() for anchor in anchors)
 
     def locator(self, base: str | None, path: str, names: Names | None) -> Locator:
         """Make what finds the place of a base at run time; ``path`` is that of a module below it.
@@ -186,43 +200,10 @@ class Locator:
         return [*self._known.values(), *self._called.values()]
 
 
-def modules_on_stack() -> Iterator[Module]:
-    """The user's modules that are being called, innermost first."""
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        # By identity: code that holds a slice has no hash before Python 3.12.
-        if any(frame.f_code is code for code in _CALLS):
-            module = frame.f_locals.get("self")
-            if isinstance(module, Module) and not isinstance(module, GraphModule):
-                yield module
-        frame = frame.f_back
-
-
-def find_root() -> Module | None:
-    """The model that is running: what torch.compile was called on, else the outermost module that is being called.
-
-    A module of a list that was given to torch.compile is a block, not the model.
-    """
-    called = list(modules_on_stack())
-    for module in called:
-        if is_compiled(module) and not _is_block(module, called[-1]):
-            return unwrapped(module)
-    return unwrapped(called[-1]) if called else None
-
-
 def find_names() -> Names | None:
     """The names of the model that is running; None where no module is."""
     root = find_root()
     return None if root is None else Names(root)
-
-
-def _is_block(module: Module, outermost: Module) -> bool:
-    return module is not outermost and any(
-        child is module
-        for container in outermost.modules()
-        if isinstance(container, (torch.nn.ModuleList, torch.nn.ModuleDict))
-        for child in container.children()
-    )
 
 
 def _without(name: str, path: str) -> str | None:

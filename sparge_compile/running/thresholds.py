@@ -21,6 +21,7 @@ from ..passes.write.threshold_inputs import ThresholdInput
 from ..thresholds.buffers import Attached
 from .graph import Slot
 from .places import Locator, Place
+from .rehearsals import is_rehearsal
 
 Row = list["Tensor | Callable[[], Tensor]"]  # thresholds of a place, or what reads them off the model
 
@@ -43,12 +44,16 @@ class RunTime:
         self._options = options
         self._report = report
         self._locators = list(dict.fromkeys(slot.locator for _, slot in self._inputs))
-        self._rows: WeakKeyDictionary[Place, Row] = WeakKeyDictionary()
+        # The rows of a place, by the numbers of its sites: those of a function depend on who calls it.
+        self._rows: WeakKeyDictionary[Place, dict[tuple[int, ...], Row]] = WeakKeyDictionary()
         for locator in self._locators:
             first = locator.first
-            self._rows[first] = [_attached(x, slot, first) or x.values for x, slot in self._of(locator)]
+            row: Row = [_attached(x, slot, first) or x.values for x, slot in self._of(locator)]
+            self._rows[first] = {self._numbers(locator, first): row}
 
     def __call__(self, args: Sequence[Any]) -> list[Tensor]:
+        if is_rehearsal(args):
+            return [x.values for x, _ in self._inputs]
         if len(self._locators) == 1:
             return self._row(self._locators[0], args)
         rows = {locator: iter(self._row(locator, args)) for locator in self._locators}
@@ -57,12 +62,17 @@ class RunTime:
     def _of(self, locator: Locator) -> list[tuple[ThresholdInput, Slot]]:
         return [(x, slot) for x, slot in self._inputs if slot.locator is locator]
 
+    def _numbers(self, locator: Locator, place: Place) -> tuple[int, ...]:
+        return tuple(slot.number_at(place) for _, slot in self._of(locator))
+
     def _row(self, locator: Locator, args: Sequence[Any]) -> list[Tensor]:
         place = locator.place(args)
-        row = self._rows.get(place)
+        rows = self._rows.setdefault(place, {})
+        numbers = self._numbers(locator, place)
+        row = rows.get(numbers)
         if row is None:
             mine = self._of(locator)
-            row = self._rows[place] = [_attached(x, slot, place) or self._made(x, slot, place) for x, slot in mine]
+            row = rows[numbers] = [_attached(x, slot, place) or self._made(x, slot, place) for x, slot in mine]
             fixed = zip(mine, row, strict=True)
             self._report([slot.name(place) for (_, slot), values in fixed if isinstance(values, Tensor)])
         return [x if isinstance(x, Tensor) else x() for x in row]
@@ -80,10 +90,11 @@ class RunTime:
 def _attached(x: ThresholdInput, slot: Slot, place: Place) -> Callable[[], Tensor] | None:
     """A reader of attached thresholds, asked at each call, since moving a model replaces its buffers; else None."""
     held = slot.attached(place)
-    return None if held is None else partial(_read, held, slot.number, x)
+    return None if held is None else partial(_read, held, slot.number_at(place), x)
 
 
 def _read(held: Attached, number: int, x: ThresholdInput) -> Tensor:
     values = held.get(number, x.values.device)
     assert values is not None
-    return values if values.shape[0] == x.heads else values.expand(x.heads, 2)
+    # Inductor's code asserts the strides that it was compiled for.
+    return values if values.shape[0] == x.heads else values.expand(x.heads, 2).contiguous()

@@ -1,0 +1,17 @@
+"""Calls of a compiled graph on fake tensors, made to learn what it gives: they are no calls of the model.
+
+The splitter of DDP makes one of each piece while it compiles the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch._guards import active_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+def is_rehearsal(args: Sequence[Any]) -> bool:
+    """Whether a call on these inputs computes nothing."""
+    return active_fake_mode() is not None or FakeTensor in map(type, args)

@@ -1,0 +1,113 @@
+"""The Python stack of a running model: the modules that are being called, and the calls inside the innermost one."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from types import CodeType, FrameType
+from typing import Any, NamedTuple
+
+import torch
+from torch.fx import GraphModule
+from torch.nn import Module
+
+from ..user_model import is_compiled, unwrapped
+
+_CALLS = (Module._wrapped_call_impl.__code__, Module._call_impl.__code__)
+# Dynamo's name of the rest of a function behind a graph break.
+_RESUMED = re.compile(r"^torch_dynamo_resume_in_(.*)_at_\d+$")
+_NO_USER_CODE = {"torch", "sparge_compile", *sys.stdlib_module_names}
+
+
+class Call(NamedTuple):
+    """A function that is being called, and the line where it is now."""
+
+    function: str
+    line: int
+
+
+def modules_on_stack() -> Iterator[Module]:
+    """The user's modules that are being called, innermost first."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        module = _called(frame)
+        if module is not None:
+            yield module
+        frame = frame.f_back
+
+
+def calls_in_module() -> list[Call]:
+    """The calls of user code inside the innermost module that is being called, outermost first, from its forward on.
+
+    A function that goes on behind a graph break is one call, at its present line.
+    """
+    calls: list[Call] = []
+    frame: Any = sys._getframe(1)
+    resumed = ""
+    while frame is not None and _called(frame) is None:
+        if _is_user_code(frame):
+            name = plain_name(frame.f_code.co_name)
+            if name != resumed:
+                calls.append(Call(name, frame.f_lineno))
+            resumed = name if name != frame.f_code.co_name else ""
+        frame = frame.f_back
+    module = None if frame is None else _called(frame)
+    names = [call.function for call in reversed(calls)]
+    forward = forward_code(module)
+    start = names.index(forward.co_name) if forward is not None and forward.co_name in names else 0
+    return calls[::-1][start:]
+
+
+def plain_name(function: str) -> str:
+    """The user's name of a function, of which Dynamo may have made one for what follows a break."""
+    while (match := _RESUMED.match(function)) is not None:
+        function = match.group(1)
+    return function
+
+
+def forward_code(module: Module | None) -> CodeType | None:
+    """The code of the forward of a module's class; None where there is none in Python."""
+    return getattr(getattr(type(module), "forward", None), "__code__", None)
+
+
+def find_root() -> Module | None:
+    """The model that is running: what torch.compile was called on, else the outermost module that is being called.
+
+    A module of a list that was given to torch.compile is a block, not the model.
+    """
+    called = list(modules_on_stack())
+    for module in called:
+        if is_compiled(module) and not _is_block(module, called[-1]):
+            return unwrapped(module)
+    return unwrapped(called[-1]) if called else None
+
+
+def _called(frame: FrameType) -> Module | None:
+    """The user's module whose call a frame is."""
+    # By identity: code that holds a slice has no hash before Python 3.12.
+    if not any(frame.f_code is code for code in _CALLS):
+        return None
+    module = frame.f_locals.get("self")
+    return module if isinstance(module, Module) and not _is_of_dynamo(module) else None
+
+
+def _is_of_dynamo(module: Module) -> bool:
+    """Whether a module is no user's, but made to run a graph, as DDP's splitter makes several."""
+    if is_compiled(module):
+        return type(getattr(module, "dynamo_ctx", None)).__name__ == "DisableContext"
+    return isinstance(module, GraphModule) or type(module).__module__.startswith("torch._dynamo.backends")
+
+
+def _is_user_code(frame: FrameType) -> bool:
+    package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+    return package not in _NO_USER_CODE and not frame.f_code.co_filename.startswith("<eval_with_key>")
+
+
+def _is_block(module: Module, outermost: Module) -> bool:
+    return module is not outermost and any(
+        child is module
+        for container in outermost.modules()
+        if isinstance(container, (torch.nn.ModuleList, torch.nn.ModuleDict))
+        for child in container.children()
+    )
