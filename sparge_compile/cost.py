@@ -15,6 +15,7 @@ import torch
 
 from .errors import value_error
 from .kernels.block_map import KEY_BLOCK, QUERY_BLOCK
+from .limit import Limit
 from .report import Prediction
 
 
@@ -93,6 +94,19 @@ class CostModel:
         scored = s.batch * s.heads * (s.length / QUERY_BLOCK) * (s.keys / KEY_BLOCK)
         kept = density * _pairs(s) * s.head_size
         return self.sparse_base + self.pool * pooled + self.select * scored + self.sparse_pair * kept
+
+    def limit(self, least_keys: int, density: float, margin: float, is_causal: bool) -> Limit:
+        """Return from which sizes on: ``least_keys`` keys, and ``dense`` at least ``margin`` times ``sparse``."""
+        pairs = 0.5 if is_causal else 1.0
+        return Limit(
+            least_keys,
+            (
+                self.dense_base - margin * self.sparse_base,
+                pairs * (self.dense_pair - margin * density * self.sparse_pair),
+                -margin * self.pool,
+                -margin * self.select / (QUERY_BLOCK * KEY_BLOCK),
+            ),
+        )
 
     def predict(self, s: Shape, density: float) -> Prediction:
         """Return both, in seconds, for sizes that are numbers."""

@@ -80,10 +80,18 @@ def attention(
         raise value_error(
             "two ways to select blocks", given="block_map and thresholds", allowed="one of them", todo="Drop one."
         )
-    out, lse, used = ops.attend(query, key, value, block_map, thresholds, attn_mask, is_causal, scale)
-    extra: tuple[Tensor, ...] = (lse,) if return_lse else ()
-    if return_sparsity:
-        extra += (sparsity(used, query, key, attn_mask, is_causal),)
+    how = (attn_mask, is_causal, scale)
+    if block_map is None and return_sparsity:
+        assert thresholds is not None
+        block_map = ops.build_map(query, key, value, thresholds, *how)
+    if block_map is None:
+        assert thresholds is not None
+        out, lse = ops.attend_by_rule(query, key, value, thresholds, *how, with_lse=return_lse)
+    else:
+        out, lse = ops.attend_listed(query, key, value, block_map, *how)
+    extra: tuple[Tensor, ...] = (lse,) if return_lse and lse is not None else ()
+    if return_sparsity and block_map is not None:
+        extra += (sparsity(block_map, query, key, attn_mask, is_causal),)
     return (out, *extra) if extra else out
 
 

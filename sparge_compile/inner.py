@@ -6,6 +6,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,9 @@ def source_digest() -> str:
 
 
 def faker(example_inputs: Sequence[Any]) -> Callable[[Tensor], Tensor]:
-    """Return a function that makes a real tensor an example input like the others: fake where they are fake."""
+    """Return a function that makes a real tensor an example input like the others: fake where they are fake.
+
+    Its sizes are fixed: where all are dynamic, a number of heads that equals the batch would be one symbol with it.
+    """
     mode = detect_fake_mode(example_inputs)
-    return mode.from_tensor if mode is not None else lambda tensor: tensor
+    return (lambda tensor: tensor) if mode is None else partial(mode.from_tensor, static_shapes=True)

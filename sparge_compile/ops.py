@@ -1,13 +1,16 @@
 """The ops: schemas, fake kernels, autograd, and dispatch to the CPU or the GPU.
 
-``sparge::attention`` is what the passes put into a graph. It falls apart into ``block_map`` (which blocks), ``forward``
-(attention over them) and, for training, ``pack`` (the map as bits) and ``backward``; these four are opaque to tracing.
-No op synchronises with the host, and no allocation depends on data.
+``sparge::attention`` is what the passes put into a graph. It checks its arguments and becomes one op that is opaque to
+tracing: ``attend``, or ``attend_for_backward`` where a gradient will be wanted, whose backward is ``backward``.
+``block_map``, ``forward`` and ``pack`` are their parts, for those who look at a map or bring their own.
+No op synchronises with the host, and no allocation depends on data. No fake kernel asks a symbolic size anything, so a
+graph with our ops is guarded as it would be without them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,18 +18,25 @@ from torch import Tensor
 
 from . import sharding
 from .errors import explain_error
-from .kernels import allocate, capability, cpu
+from .kernels import allocate, attend, capability, cpu
 from .kernels.block_map import BlockMap
 from .kernels.rule import default_scale
+from .limit import NO_LIMIT, Limit
 
 _QKV = "Tensor query, Tensor key, Tensor value"
 _HOW = "Tensor? attn_mask, bool is_causal, float scale"
+_LIMIT = "int least_keys=0, float[] gain=[]"  # the two fields of a Limit
 
 library = torch.library.Library("sparge", "DEF")
 library.define(
-    f"attention({_QKV}, Tensor thresholds, Tensor? attn_mask=None, bool is_causal=False, float? scale=None) -> Tensor"
+    f"attention({_QKV}, Tensor thresholds, Tensor? attn_mask=None, bool is_causal=False, float? scale=None, {_LIMIT}) "
+    "-> Tensor"
 )
 library.define("mark(Tensor thresholds, int index) -> ()")
+library.define(f"attend({_QKV}, Tensor thresholds, {_HOW}, {_LIMIT}) -> Tensor")
+library.define(
+    f"attend_for_backward({_QKV}, Tensor thresholds, {_HOW}, {_LIMIT}) -> (Tensor out, Tensor lse, Tensor bits)"
+)
 library.define(f"block_map(Tensor query, Tensor key, Tensor thresholds, {_HOW}) -> (Tensor counts, Tensor indices)")
 library.define(f"forward({_QKV}, Tensor counts, Tensor indices, {_HOW}) -> (Tensor out, Tensor lse)")
 library.define("pack(Tensor counts, Tensor indices) -> Tensor")
@@ -36,44 +46,81 @@ library.define(
 )
 
 
-def attend(
+def attend_by_rule(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    block_map: BlockMap | None,
-    thresholds: Tensor | None,
+    thresholds: Tensor,
     attn_mask: Tensor | None,
     is_causal: bool,
     scale: float | None,
-) -> tuple[Tensor, Tensor, BlockMap]:
-    """Check everything, build the map unless one is given, attend: (out [B, H, L, D], lse [B, H, L], the map)."""
+    limit: Limit = NO_LIMIT,
+    with_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Check everything and attend by the rule, as one op: (out [B, H, L, D], lse [B, H, L] where it is asked for)."""
     if sharding.is_sharded(query):
-        maps = sharding.on_the_mesh_of(query, *(block_map or (None, None)))
-        block_map = None if block_map is None else BlockMap(*maps)
         thresholds, attn_mask = sharding.on_the_mesh_of(query, thresholds, attn_mask)
-    capability.check_qkv(query, key, value)
+    attn_mask = _checked(query, key, value, attn_mask)
+    capability.check_thresholds(thresholds, query)
+    how = (attn_mask, is_causal, default_scale(query.shape[-1], scale), *limit)
+    # Selection is discrete: thresholds have no gradient.
+    operands = (query, key, value, thresholds.detach())
+    if with_lse or (torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))):
+        return torch.ops.sparge.attend_for_backward(*operands, *how)[:2]
+    return torch.ops.sparge.attend(*operands, *how), None
+
+
+def build_map(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    thresholds: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+) -> BlockMap:
+    """Check everything and build the block map by the rule."""
+    if sharding.is_sharded(query):
+        thresholds, attn_mask = sharding.on_the_mesh_of(query, thresholds, attn_mask)
+    attn_mask = _checked(query, key, value, attn_mask)
+    capability.check_thresholds(thresholds, query)
+    operands = (query.detach(), key.detach(), thresholds.detach())
     resolved = default_scale(query.shape[-1], scale)
-    if attn_mask is not None:
-        capability.check_mask(attn_mask, query, key)
-        attn_mask = capability.normal_mask(attn_mask, key.shape[2])
-    if block_map is None:
-        assert thresholds is not None
-        capability.check_thresholds(thresholds, query)
-        # Selection is discrete: it has no gradient, and its op none to give.
-        block_map = BlockMap(
-            *torch.ops.sparge.block_map(
-                query.detach(), key.detach(), thresholds.detach(), attn_mask, is_causal, resolved
-            )
-        )
-    else:
-        capability.check_block_map(block_map, query, key)
-    out, lse = torch.ops.sparge.forward(query, key, value, *block_map, attn_mask, is_causal, resolved)
-    return out, lse, block_map
+    return BlockMap(*torch.ops.sparge.block_map(*operands, attn_mask, is_causal, resolved))
 
 
-def _attention(query, key, value, thresholds, attn_mask=None, is_causal=False, scale=None):
+def attend_listed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_map: BlockMap,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Check everything and attend to the blocks of a map: (out [B, H, L, D], lse [B, H, L])."""
+    if sharding.is_sharded(query):
+        *lists, attn_mask = sharding.on_the_mesh_of(query, *block_map, attn_mask)
+        block_map = BlockMap(*lists)
+    attn_mask = _checked(query, key, value, attn_mask)
+    capability.check_block_map(block_map, query, key)
+    resolved = default_scale(query.shape[-1], scale)
+    return torch.ops.sparge.forward(query, key, value, *block_map, attn_mask, is_causal, resolved)
+
+
+def _checked(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor | None:
+    """The mask as the ops take it, once all operands are checked."""
+    capability.check_qkv(query, key, value)
+    if attn_mask is None:
+        return None
+    capability.check_mask(attn_mask, query, key)
+    return capability.normal_mask(attn_mask, key.shape[2])
+
+
+def _attention(query, key, value, thresholds, attn_mask=None, is_causal=False, scale=None, least_keys=0, gain=()):
     thresholds = thresholds.float()  # as buffers of a module they were cast with it
-    return attend(query, key, value, None, thresholds, attn_mask, is_causal, scale)[0]
+    limit = Limit(least_keys, tuple(gain))
+    return attend_by_rule(query, key, value, thresholds, attn_mask, is_causal, scale, limit)[0]
 
 
 library.impl("attention", _attention, "CompositeImplicitAutograd")
@@ -82,7 +129,7 @@ library.impl("attention", _attention, "CompositeImplicitAutograd")
 def _autocast(device: str):
     """Cast as autocast does for dense attention: query, key, value and a float mask, not the thresholds."""
 
-    def attention(query, key, value, thresholds, attn_mask=None, is_causal=False, scale=None):
+    def attention(query, key, value, thresholds, attn_mask=None, is_causal=False, scale=None, least_keys=0, gain=()):
         dtype = torch.get_autocast_dtype(device)
 
         def cast(x):
@@ -91,7 +138,7 @@ def _autocast(device: str):
 
         with torch.amp.autocast(device, enabled=False):
             return torch.ops.sparge.attention(
-                cast(query), cast(key), cast(value), thresholds, cast(attn_mask), is_causal, scale
+                cast(query), cast(key), cast(value), thresholds, cast(attn_mask), is_causal, scale, least_keys, gain
             )
 
     return attention
@@ -108,21 +155,43 @@ library.impl("attention", _autocast("cuda"), "AutocastCUDA")
 # Real kernels: each device has a face of the same four functions.
 
 
-def _on_gpu(name: str) -> Callable[..., Any]:
-    def run(*args: Any) -> Any:
-        from .kernels import triton  # when a kernel runs, so that importing the package needs no Triton
+class _TritonFace:
+    """The face of the GPU, imported when a kernel runs, so that importing the package needs no Triton."""
 
-        return getattr(triton, name)(*args)
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        from .kernels import triton
 
-    return run
+        return getattr(triton, name)
 
 
-for _name in ("block_map", "forward", "pack", "backward"):
-    library.impl(_name, getattr(cpu, _name), "CPU")
-    library.impl(_name, _on_gpu(_name), "CUDA")
+def _run(face: Any, name: str, *args: Any) -> Any:
+    return getattr(face, name)(*args)
+
+
+def _backward(face: Any, grad_out, query, key, value, out, lse, grad_lse, bits, *how):
+    bits = attend.used_bits(bits, query, key)
+    return face.backward(grad_out, query, key, value, out, lse, grad_lse, bits, *how)
+
+
+for _key, _face in (("CPU", cpu), ("CUDA", _TritonFace())):
+    for _name in ("block_map", "forward", "pack"):
+        library.impl(_name, partial(_run, _face, _name), _key)
+    library.impl("backward", partial(_backward, _face), _key)
+    library.impl("attend", partial(attend.attend, _face), _key)
+    library.impl("attend_for_backward", partial(attend.attend_for_backward, _face), _key)
 
 
 # Fake kernels, from the same allocation code as the real ones.
+
+
+@torch.library.register_fake("sparge::attend", lib=library)
+def _(query, key, value, thresholds, attn_mask, is_causal, scale, least_keys=0, gain=()):
+    return allocate.dense_like(query)
+
+
+@torch.library.register_fake("sparge::attend_for_backward", lib=library)
+def _(query, key, value, thresholds, attn_mask, is_causal, scale, least_keys=0, gain=()):
+    return allocate.dense_like(query), allocate.new_lse(query), allocate.new_bits(query, key)
 
 
 @torch.library.register_fake("sparge::block_map", lib=library)
@@ -137,7 +206,7 @@ def _(query, key, value, counts, indices, attn_mask, is_causal, scale):
 
 @torch.library.register_fake("sparge::pack", lib=library)
 def _(counts, indices):
-    return allocate.new_bits(counts, indices.shape[-1])
+    return allocate.new_words(counts, indices.shape[-1])
 
 
 @torch.library.register_fake("sparge::backward", lib=library)
@@ -148,28 +217,43 @@ def _(grad_out, query, key, value, out, lse, grad_lse, bits, attn_mask, is_causa
 # Autograd.
 
 
-def _save(ctx, inputs, output):
-    query, key, value, counts, indices, attn_mask, is_causal, scale = inputs
-    out, lse = output
-    bits = torch.ops.sparge.pack(counts, indices)  # one bit for each (query block, key block), instead of the lists
+def _keep(ctx, query, key, value, out, lse, bits, attn_mask, is_causal, scale):
     ctx.save_for_backward(query, key, value, out, lse, bits, attn_mask)
     ctx.is_causal, ctx.scale = is_causal, scale
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, grad_out, grad_lse):
+def _keep_of_forward(ctx, inputs, output):
+    query, key, value, counts, indices, attn_mask, is_causal, scale = inputs
+    bits = torch.ops.sparge.pack(counts, indices)  # one bit for each (query block, key block), instead of the lists
+    _keep(ctx, query, key, value, *output, bits, attn_mask, is_causal, scale)
+
+
+def _keep_of_attend(ctx, inputs, output):
+    query, key, value, _, attn_mask, is_causal, scale, *_ = inputs
+    # Without them it is ``attend``, lowered where no gradient was in sight (an exported program) and trained after all.
+    output = output if isinstance(output, tuple) else torch.ops.sparge.attend_for_backward(*inputs)
+    _keep(ctx, query, key, value, *output, attn_mask, is_causal, scale)
+
+
+def _differentiate(inputs: int, ctx, grad_out, grad_lse=None, grad_bits=None):
     query, key, value, out, lse, bits, attn_mask = ctx.saved_tensors
     if grad_out is None and grad_lse is None:
-        return (None,) * 8
+        return (None,) * inputs
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     grads = torch.ops.sparge.backward(
         grad_out, query, key, value, out, lse, grad_lse, bits, attn_mask, ctx.is_causal, ctx.scale
     )
-    return *grads, None, None, None, None, None
+    return *grads, *(None,) * (inputs - 3)
 
 
-torch.library.register_autograd("sparge::forward", _differentiate, setup_context=_save, lib=library)
+for _name in ("forward", "attend", "attend_for_backward"):
+    _save = _keep_of_forward if _name == "forward" else _keep_of_attend
+    _inputs = len(getattr(torch.ops.sparge, _name).default._schema.arguments)
+    torch.library.register_autograd(
+        f"sparge::{_name}", partial(_differentiate, _inputs), setup_context=_save, lib=library
+    )
 
 
 def _refuse_second_derivative(ctx, *grads):

@@ -11,6 +11,8 @@ from typing import Any
 
 from tabulate import tabulate
 
+from .limit import Limit
+
 
 @dataclass(frozen=True)
 class Site:
@@ -45,6 +47,7 @@ class Reason(Enum):
     # sparse
     PAYS = "predicted to be faster"
     LONG_ENOUGH = "min_seq_len is reached"
+    AT_EACH_CALL = "sizes are dynamic, so each call decides"
     SHARED = "all blocks kept, in a graph shared with sparse sites"
     # dense, because sparse would not be faster
     SLOWER = "predicted not to be faster"
@@ -81,7 +84,7 @@ class Reason(Enum):
     @property
     def sparse(self) -> bool:
         """Whether a site with this reason is replaced."""
-        return self in (Reason.PAYS, Reason.LONG_ENOUGH, Reason.SHARED)
+        return self in (Reason.PAYS, Reason.LONG_ENOUGH, Reason.AT_EACH_CALL, Reason.SHARED)
 
     @property
     def unsupported(self) -> bool:
@@ -105,11 +108,15 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Decision:
-    """Sparse or dense, why, and what the cost model said (None where it was not asked)."""
+    """Sparse or dense, why, and what the cost model said (None where it was not asked).
+
+    ``limit`` is what the op asks at each call, where sizes of the graph are symbols that leave the answer open.
+    """
 
     reason: Reason
     detail: str = ""
     prediction: Prediction | None = None
+    limit: Limit | None = None
 
     @property
     def status(self) -> str:

@@ -56,6 +56,12 @@ def _register() -> None:
             found.append((heads, Shard(0), of_mask(1)))
         return found
 
+    def attend(query, key, value, thresholds, attn_mask, *how):
+        return [([x], [x, x, x, t, m, *[None] * len(how)]) for x, t, m in forms(key, attn_mask)]
+
+    def attend_for_backward(query, key, value, thresholds, attn_mask, *how):
+        return [([x] * 3, [x, x, x, t, m, *[None] * len(how)]) for x, t, m in forms(key, attn_mask)]
+
     def block_map(query, key, thresholds, attn_mask, is_causal, scale):
         return [([x, x], [x, x, t, m, None, None]) for x, t, m in forms(key, attn_mask)]
 
@@ -72,6 +78,8 @@ def _register() -> None:
         ]
 
     placed: Sequence[tuple[Any, Any]] = (
+        (ops.attend.default, attend),
+        (ops.attend_for_backward.default, attend_for_backward),
         (ops.block_map.default, block_map),
         (ops.forward.default, forward),
         (ops.pack.default, pack),

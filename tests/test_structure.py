@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "sparge_compile"
 # A room imports only from rooms that stand before it, wherever in a file the import is written. docs/design.md has the
 # reasons. A folder is one room; a file of the package's root is one, too.
 ROOMS = [
-    ["version", "errors", "user_model"],
+    ["version", "errors", "user_model", "limit"],
     ["pair", "report", "naming", "sharding"],
     ["kernels"],
     ["ops", "cost"],
@@ -33,9 +33,9 @@ RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
 # Within kernels and passes.
 INNER_ROOMS = {
     "kernels": [
-        ["block_map", "launch"],
+        ["block_map", "launch", "sizes"],
         ["allocate", "capability", "rule", "reference"],
-        ["check"],
+        ["check", "attend"],
         ["cpu", "triton"],
         ["inventory"],
     ],

@@ -1,4 +1,7 @@
-"""Where outputs live: one allocation code for real and fake kernels, so that their strides cannot differ."""
+"""Where outputs live: one allocation code for real and fake kernels, so that their strides cannot differ.
+
+Sizes may be symbols. Nothing here asks them a question whose answer would be a guard.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .block_map import KEY_BLOCK, QUERY_BLOCK, WORD_BITS, BlockMap, ceil_div
+from .sizes import hint
 
 
 def dense_like(x: Tensor) -> Tensor:
@@ -14,10 +18,26 @@ def dense_like(x: Tensor) -> Tensor:
     As dense attention does, an expanded dimension (stride 0) keeps its place. ``empty_like`` answers differently for
     real and fake tensors that are not dense (a slice of a fused qkv), so the order is taken from the strides here.
     """
-    outer = range(x.dim() - 1)
-    stepped = iter(sorted((d for d in outer if x.stride(d) != 0), key=x.stride, reverse=True))  # stable
-    order = [d if x.stride(d) == 0 else next(stepped) for d in outer]
-    return torch.empty_permuted(x.shape, [*order, x.dim() - 1], dtype=x.dtype, device=x.device)
+    return torch.empty_permuted(x.shape, order_of(x), dtype=x.dtype, device=x.device)
+
+
+def dense_strides(x: Tensor) -> tuple[int, ...]:
+    """The strides of :func:`dense_like`."""
+    strides, size = [0] * x.dim(), 1
+    for d in reversed(order_of(x)):
+        strides[d], size = size, size * max(x.shape[d], 1)
+    return tuple(strides)
+
+
+def order_of(x: Tensor) -> list[int]:
+    """The dimensions of x from the slowest to the fastest in memory, but for the last; ties keep their order.
+
+    Strides that are symbols are compared as they were traced. A call has other strides, but in the same order, except
+    for a dimension of one entry, whose stride means nothing.
+    """
+    steps = [hint(stride) for stride in x.stride()[:-1]]
+    stepped = iter(sorted((d for d, step in enumerate(steps) if step != 0), key=steps.__getitem__, reverse=True))
+    return [*(d if step == 0 else next(stepped) for d, step in enumerate(steps)), x.dim() - 1]
 
 
 def new_lse(q: Tensor) -> Tensor:
@@ -33,6 +53,16 @@ def new_block_map(q: Tensor, k: Tensor) -> BlockMap:
     return BlockMap(counts, q.new_empty((batch, heads, n_query, n_key), dtype=torch.int32))
 
 
-def new_bits(counts: Tensor, n_key: int) -> Tensor:
-    """int32 [B, H, Nq, ceil(Nk / 32)]."""
+def new_bits(q: Tensor, k: Tensor) -> Tensor:
+    """int32 [B, H, more than Nq, more than ceil(Nk / 32)], for the bits of a map in its first rows and words.
+
+    Its sizes are 2 or more for all lengths: torch guards whether a symbolic size is 0 or 1.
+    """
+    batch, heads, length = q.shape[:3]
+    rows, words = length // QUERY_BLOCK + 2, k.shape[2] // (KEY_BLOCK * WORD_BITS) + 2
+    return q.new_empty((batch, heads, rows, words), dtype=torch.int32)
+
+
+def new_words(counts: Tensor, n_key: int) -> Tensor:
+    """int32 [B, H, Nq, ceil(Nk / 32)]: bits without room to spare."""
     return counts.new_empty((*counts.shape, ceil_div(n_key, WORD_BITS)))

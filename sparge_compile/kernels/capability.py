@@ -13,6 +13,7 @@ from ..pair import check_pair
 from ..report import Reason
 from . import launch
 from .block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap, ceil_div
+from .sizes import differ, surely
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_SIZE = 256
@@ -47,35 +48,7 @@ def refusal(device: torch.device, dtype: torch.dtype, head_size: int) -> tuple[R
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise a ``ValueError`` unless q [B, H, L, D], k and v [B, Hk, S, D] can be attended to."""
-    for name, x in (("query", q), ("key", k), ("value", v)):
-        if x.dim() != 4:
-            raise value_error(
-                f"{name} has the wrong rank",
-                given=tuple(x.shape),
-                allowed="[batch, heads, length, head size]",
-                todo="Add or fold dimensions.",
-            )
-    if k.shape != v.shape:
-        raise value_error(
-            "key and value differ in shape",
-            given=f"key {tuple(k.shape)}, value {tuple(v.shape)}",
-            allowed="equal shapes",
-            todo="Values of another head size are not supported; use dense attention for them.",
-        )
-    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise value_error(
-            "query and key do not fit",
-            given=f"query {tuple(q.shape)}, key {tuple(k.shape)}",
-            allowed="equal batch and head size",
-            todo="Expand the batch, or project to one head size.",
-        )
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
-        raise value_error(
-            "query heads are not a multiple of key heads",
-            given=f"{q.shape[1]} and {k.shape[1]}",
-            allowed="query heads = n × key heads",
-            todo="Each key head serves the same number of query heads.",
-        )
+    check_sizes(q, k, v)
     if not q.dtype == k.dtype == v.dtype:
         raise value_error(
             "dtypes differ",
@@ -101,18 +74,45 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
+def check_sizes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise a ``ValueError`` unless q is [B, H, L, D], k and v are [B, Hk, S, D], and Hk divides H.
+
+    Of symbolic sizes only what is known for certain is an error; the others are asked again at run time.
+    """
+    for name, x in (("query", q), ("key", k), ("value", v)):
+        if x.dim() != 4:
+            raise value_error(
+                f"{name} has the wrong rank",
+                given=tuple(x.shape),
+                allowed="[batch, heads, length, head size]",
+                todo="Add or fold dimensions.",
+            )
+    if differ(k.shape, v.shape):
+        raise value_error(
+            "key and value differ in shape",
+            given=f"key {tuple(k.shape)}, value {tuple(v.shape)}",
+            allowed="equal shapes",
+            todo="Values of another head size are not supported; use dense attention for them.",
+        )
+    if differ((q.shape[0], q.shape[3]), (k.shape[0], k.shape[3])):
+        raise value_error(
+            "query and key do not fit",
+            given=f"query {tuple(q.shape)}, key {tuple(k.shape)}",
+            allowed="equal batch and head size",
+            todo="Expand the batch, or project to one head size.",
+        )
+    if surely(k.shape[1] == 0) or surely(q.shape[1] % k.shape[1] != 0):
+        raise value_error(
+            "query heads are not a multiple of key heads",
+            given=f"{q.shape[1]} and {k.shape[1]}",
+            allowed="query heads = n × key heads",
+            todo="Each key head serves the same number of query heads.",
+        )
+
+
 def check_mask(attn_mask: Tensor, q: Tensor, k: Tensor) -> None:
     """Raise a ``ValueError`` unless the mask broadcasts to [B, H, L, S] and is boolean or floating."""
-    target = (*q.shape[:3], k.shape[2])
-    shape = tuple(attn_mask.shape)
-    padded = (1,) * (4 - len(shape)) + shape
-    if len(shape) > 4 or any(have not in (1, want) for have, want in zip(padded, target, strict=True)):
-        raise value_error(
-            "attn_mask has the wrong shape",
-            given=shape,
-            allowed=f"what broadcasts to {target}",
-            todo="Reshape or expand the mask.",
-        )
+    check_mask_size(attn_mask, q, k)
     if attn_mask.dtype not in (torch.bool, torch.float64, *DTYPES):
         raise value_error(
             "attn_mask has the wrong dtype",
@@ -133,6 +133,22 @@ def check_mask(attn_mask: Tensor, q: Tensor, k: Tensor) -> None:
         )
 
 
+def check_mask_size(attn_mask: Tensor, q: Tensor, k: Tensor) -> None:
+    """Raise a ``ValueError`` unless the mask broadcasts to [B, H, L, S]; of symbols, as :func:`check_sizes`."""
+    target = (*q.shape[:3], k.shape[2])
+    shape = tuple(attn_mask.shape)
+    padded = (1,) * (4 - len(shape)) + shape
+    if len(shape) > 4 or any(
+        surely(have != want) and surely(have != 1) for have, want in zip(padded, target, strict=True)
+    ):
+        raise value_error(
+            "attn_mask has the wrong shape",
+            given=shape,
+            allowed=f"what broadcasts to {target}",
+            todo="Reshape or expand the mask.",
+        )
+
+
 def normal_mask(attn_mask: Tensor, keys: int) -> Tensor:
     """A mask as the ops take it: [B or 1, H or 1, L or 1, S], with -inf for every number that is meant as -inf.
 
@@ -148,7 +164,7 @@ def normal_mask(attn_mask: Tensor, keys: int) -> Tensor:
 def check_thresholds(thresholds: Tensor, q: Tensor) -> None:
     """Raise a ``ValueError`` unless thresholds are float32 [H, 2] on the query's device. Values are not read."""
     want = (q.shape[1], 2)
-    if tuple(thresholds.shape) != want or thresholds.dtype != torch.float32 or thresholds.device != q.device:
+    if differ(thresholds.shape, want) or thresholds.dtype != torch.float32 or thresholds.device != q.device:
         raise value_error(
             "thresholds do not fit the query",
             given=f"{thresholds.dtype} {tuple(thresholds.shape)} on {thresholds.device}",

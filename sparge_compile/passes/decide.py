@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from typing import Any
 
 import torch
 
 from ..cost import Shape, cost_model
 from ..kernels import capability
+from ..kernels.sizes import surely
+from ..limit import Limit
 from ..options import Options
 from ..pair import Pair
 from ..report import Decision, Reason
 from .find import Match
 from .match.attention import Attention
-from .read.fx_utils import size_hint, value_of
+from .read.fx_utils import size_hint, size_text, value_of
 
 # Of fewer key blocks than 16 there is little to choose, and what is so short is mostly a text that a video attends to:
 # little time, much meaning. min_seq_len overrides it.
@@ -21,6 +24,9 @@ MIN_KEYS = 1024
 
 # The cost model is off by about a tenth; to be safe, a site must be predicted to gain so much.
 MARGIN = 1.1
+
+# The largest size that is looked at to tell from which one on a site is sparse.
+LARGEST = 1 << 24
 
 _HOW_TO_GET_SHAPES = "give example_inputs to sparge_compile.rewrite, or export the model"
 
@@ -30,41 +36,80 @@ def decide(match: Match, options: Options) -> Decision:
     refused = refusal(match, options)
     if refused is not None:
         return refused
-    attention = match.attention
-    assert attention is not None
-    pairs = thresholds_for(match, options)
-    shape = shape_of(attention)
-    if shape is None:
-        return Decision(Reason.NO_SHAPES, "a size depends on data")
-    least = least_keys(options)
-    # Where the length is dynamic, this comparison becomes a guard: lengths on its other side are compiled anew.
-    if attention.keys < least:
-        return Decision(Reason.TOO_SHORT, f"{shape.keys} of at least {least}")
+    assert match.attention is not None
+    return verdict(match.attention, thresholds_for(match, options), options)
+
+
+def verdict(attention: Attention, pairs: tuple[Pair, ...], options: Options) -> Decision:
+    """What the sizes of an attention say, with one (topk, topp) for each head.
+
+    Symbolic sizes are not guarded: where their range leaves the answer open, the decision has a limit for the op to
+    ask at each call.
+    """
+    limit = limit_of(attention, pairs, options)
+    sizes = sizes_of(attention)
+    long = _known(attention.keys >= limit.least_keys)
+    if long is False:
+        return Decision(Reason.TOO_SHORT, f"{size_text(attention.keys)} of at least {limit.least_keys}")
+    shape, prediction = shape_of(attention), None
+    if options.min_seq_len is None and shape is not None:
+        costs = options.costs or cost_model(attention.device)
+        prediction = costs.predict(shape, expected_density(pairs))
+    pays = _known(limit.gained(*sizes) >= 0)
+    least = None if long and pays else least_size(attention, limit)
+    if pays is False or (least is None and not (long and pays)):
+        return Decision(Reason.SLOWER, "", prediction)
+    if least is not None:
+        return Decision(Reason.AT_EACH_CALL, f"sparse from {least} on", prediction, limit)
     if options.min_seq_len is not None:
-        return Decision(Reason.LONG_ENOUGH, f"{shape.keys} keys")
+        return Decision(Reason.LONG_ENOUGH, f"{size_text(attention.keys)} keys")
+    return Decision(Reason.PAYS, "", prediction)
+
+
+def least_keys(options: Options) -> int:
+    """Sites with fewer keys stay dense."""
+    return MIN_KEYS if options.min_seq_len is None else options.min_seq_len
+
+
+def limit_of(attention: Attention, pairs: tuple[Pair, ...], options: Options) -> Limit:
+    """From which sizes on an attention is sparse."""
+    if options.min_seq_len is not None:
+        return Limit(least_keys(options))
     costs = options.costs or cost_model(attention.device)
-    # So does this one: the closed forms over symbolic sizes say on which side of the break-even a length lies.
-    reason = Reason.PAYS if pays(attention, pairs, options, guard=True) else Reason.SLOWER
-    return Decision(reason, "", costs.predict(shape, expected_density(pairs)))
+    return costs.limit(least_keys(options), expected_density(pairs), MARGIN, attention.is_causal)
+
+
+def least_size(attention: Attention, limit: Limit) -> str | None:
+    """The least length (or batch, if lengths are fixed) that a limit lets through, in words; None if it lets none.
+
+    Other sizes are taken as they were traced with; a batch that depends on data as 1.
+    """
+    names = ("batch", "heads", "kv_heads", "length", "keys", "head_size")
+    sizes = dict(zip(names, sizes_of(attention), strict=True))
+    open_sizes = [name for name in ("length", "keys") if isinstance(sizes[name], torch.SymInt)] or ["batch"]
+    fixed = {name: size_hint(size) or 1 for name, size in sizes.items()}
+
+    def lets_through(n: int) -> bool:
+        return limit.holds(**{**fixed, **dict.fromkeys(open_sizes, n)})
+
+    if not lets_through(LARGEST):
+        return None
+    least = 1 + bisect_left(range(1, LARGEST), True, key=lets_through)
+    what = {"keys": "keys", "length": "queries", "batch": "sequences"}[open_sizes[-1]]
+    return f"{least} {what}"
+
+
+def _known(condition: Any) -> bool | None:
+    """Whether a condition on sizes holds; None where that depends on what symbols stand for."""
+    if surely(condition):
+        return True
+    return False if surely(torch.sym_not(condition)) else None
 
 
 def thresholds_for(match: Match, options: Options) -> tuple[Pair, ...]:
     """One (topk, topp) for each query head of a site."""
     assert match.attention is not None
     return options.thresholds_of(match.site.name, int(match.attention.heads), int(match.attention.head_size))
-
-
-def pays(attention: Attention, pairs: tuple[Pair, ...], options: Options, *, guard: bool = False) -> bool:
-    """Whether the cost model predicts a gain; where a size depends on data, nothing is known against it.
-
-    ``guard``: asked of the symbolic sizes, so that a dynamic length is guarded to lie on this side of the break-even;
-    else of the sizes that were traced with.
-    """
-    shape = Shape(*sizes_of(attention), is_causal=attention.is_causal) if guard else shape_of(attention)
-    if shape is None:
-        return True
-    costs = options.costs or cost_model(attention.device)
-    return bool(costs.dense(shape) >= MARGIN * costs.sparse(shape, expected_density(pairs)))
 
 
 def expected_density(pairs: tuple[Pair, ...]) -> float:
@@ -99,11 +144,6 @@ def refusal(match: Match, options: Options) -> Decision | None:
     if attention.mask_kind == "additive" and not options.additive_masks:
         return Decision(Reason.ADDITIVE_MASK)
     return None
-
-
-def least_keys(options: Options) -> int:
-    """Sites with fewer keys stay dense."""
-    return MIN_KEYS if options.min_seq_len is None else options.min_seq_len
 
 
 def shape_of(attention: Attention) -> Shape | None:

@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from ..report import Decision, Failure, Reason, Report, SiteReport
 from . import find as finding
 from .decide import decide, thresholds_for
 from .find import Match
+from .read.fx_utils import without_guards
 from .substitute import substitute_match
 from .write.outputs import dense_outputs, return_also
 from .write.threshold_inputs import Marker, ThresholdInput, attached_thresholds, markers_of, new_input
@@ -86,7 +87,15 @@ Pass = Callable[[Any], None]
 
 
 def run(work: Work, *passes: Pass) -> None:
-    """Run passes one after the other. ``TORCH_LOGS="+sparge_compile"`` shows each with its time and changes."""
+    """Run passes one after the other, without a guard on a dynamic size.
+
+    ``TORCH_LOGS="+sparge_compile"`` shows each with its time and changes.
+    """
+    with without_guards(work.graph_module):
+        _run(work, *passes)
+
+
+def _run(work: Work, *passes: Pass) -> None:
     for each in passes:
         name = _name(each)
         work.passes.append(name)
@@ -163,8 +172,9 @@ def decided(
         decision = _decide(match, options, match.node in attached)
         if decision.reason is Reason.SLOWER:
             for other, other_attached in alike(match):
-                if _decide(other, options, other_attached).status == "sparse":
-                    decision = Decision(Reason.SHARED, f"as {other.site.name}", decision.prediction)
+                there = _decide(other, options, other_attached)
+                if there.status == "sparse":
+                    decision = Decision(Reason.SHARED, f"as {other.site.name}", decision.prediction, there.limit)
                     break
         steps.append(Step(match, decision))
     return steps
@@ -184,7 +194,7 @@ def _decide(match: Match, options: Options, attached: bool) -> Decision:
         return decide(match, options)
     decision = decide(match, options.with_thresholds(_ATTACHED_TOPK, 0.0))
     detail = "; ".join(filter(None, (decision.detail, "thresholds attached")))
-    return Decision(decision.reason, detail, decision.prediction)
+    return replace(decision, detail=detail)
 
 
 def substitute(work: Work, options: Options, as_input: Callable[[Tensor], Any]) -> None:
@@ -204,7 +214,7 @@ def substitute(work: Work, options: Options, as_input: Callable[[Tensor], Any]) 
             values = torch.tensor(pairs, dtype=torch.float32, device=match.attention.device)
             made, thresholds = new_input(match, work.graph_module, values, as_input(values))
             work.threshold_inputs.append(made)
-        work.substituted.append((match, substitute_match(match, thresholds, replaced)))
+        work.substituted.append((match, substitute_match(match, thresholds, replaced, decision.limit)))
     work.changed |= bool(work.substituted)
 
 

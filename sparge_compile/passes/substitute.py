@@ -8,6 +8,7 @@ import torch
 from torch.fx import Node
 
 from .. import ops  # noqa: F401  importing it registers the op
+from ..limit import Limit
 from .find import Match
 from .match.sdpa_kernels import SDPA_KERNELS, replace_kernel
 from .mha.open import put_inside
@@ -16,11 +17,11 @@ from .write.emit import Emitter
 OP = torch.ops.sparge.attention.default
 
 
-def substitute_match(match: Match, thresholds: Node, replaced: dict[Node, Node]) -> Node:
+def substitute_match(match: Match, thresholds: Node, replaced: dict[Node, Node], limit: Limit | None = None) -> Node:
     """Rewrite one match; ``thresholds`` is the node of its graph that carries them, float32 [H, 2].
 
-    ``replaced`` says what became of the results of earlier sites, and is added to. Returns the op's node. The caller
-    lints and recompiles.
+    ``limit`` is what the op asks at each call. ``replaced`` says what became of the results of earlier sites, and is
+    added to. Returns the op's node. The caller lints and recompiles.
     """
     attention = match.attention
     assert attention is not None
@@ -42,6 +43,8 @@ def substitute_match(match: Match, thresholds: Node, replaced: dict[Node, Node])
             "is_causal": attention.is_causal,
             "scale": attention.scale,
         }
+        if limit is not None:
+            options |= {"least_keys": limit.least_keys, "gain": list(limit.gain)}
         new = graph.call_function(OP, (query, key, value, thresholds), options)
         result = emitter.result(new)
     new.meta = dict(output.meta)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..options import Options
-from ..passes.decide import pays
+from ..passes.decide import verdict
 from ..passes.write.threshold_inputs import ThresholdInput
 from ..thresholds.buffers import Attached
 from .graph import Slot
@@ -82,7 +82,7 @@ class RunTime:
         assert attention is not None
         pairs = self._options.thresholds_of(slot.name(place), x.heads, int(attention.head_size))
         # A block that would be dense alone is so in the graph of the others: all of its key blocks are kept.
-        if self._options.min_seq_len is None and not pays(attention, pairs, self._options):
+        if verdict(attention, pairs, self._options).status == "dense":
             pairs = ((1.0, 0.0),) * x.heads
         return torch.tensor(pairs, dtype=torch.float32, device=x.values.device)
 

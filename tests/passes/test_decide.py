@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from graphs import Builder
 
 from sparge_compile import Calibration
+from sparge_compile.limit import Limit
 from sparge_compile.options import Options
-from sparge_compile.passes.decide import MARGIN, MIN_KEYS, decide, expected_density, pays, shape_of, thresholds_for
+from sparge_compile.passes.decide import MARGIN, MIN_KEYS, decide, expected_density, shape_of, thresholds_for, verdict
 from sparge_compile.passes.find import find
 from sparge_compile.report import Reason
 
@@ -114,7 +115,7 @@ def test_a_site_must_be_predicted_to_gain_a_margin(gain, pays_off):
     decision = decide(match, options)
     assert decision.reason is (Reason.PAYS if pays_off else Reason.SLOWER)
     assert decision.prediction.speedup == pytest.approx(gain) and decision.prediction.density == 1.0
-    assert pays(match.attention, ((1.0, 0.0),), options) == pays_off
+    assert (verdict(match.attention, ((1.0, 0.0),), options).status == "sparse") == pays_off
 
 
 def test_fewer_blocks_pay_sooner():
@@ -143,29 +144,63 @@ def test_the_expected_density(pairs, density):
     assert expected_density(pairs) == density
 
 
-def test_a_dynamic_length_is_guarded_to_its_side():
-    """Lengths on the other side of the comparison are compiled anew."""
+def dynamic(length=64, dims=(2,)):
     b = Builder()
-    x = b.input("x", 1, 2, 64, 4, dynamic=(2,))
-    match = matched(b, b.call(SDPA, x, x, x))
-    assert shape_of(match.attention).length == 64 and not b.mode.shape_env.guards
-    assert decide(match, Options(min_seq_len=32)).status == "sparse"
-    assert len(b.mode.shape_env.guards) == 1
-    assert pays(match.attention, ((0.5, 0.0),), Options(costs=FREE))
-    assert len(b.mode.shape_env.guards) == 1  # what was traced with is asked without a guard
+    x = b.input("x", 3, 2, length, 4, dynamic=dims)
+    return matched(b, b.call(SDPA, x, x, x)), b.mode.shape_env
 
 
-def test_a_size_that_depends_on_data_has_no_shape():
+@pytest.mark.parametrize("length", [64, 6000])
+@pytest.mark.parametrize(
+    "options, detail, limit",
+    [
+        (Options(min_seq_len=32), "from 32 keys on", Limit(32)),
+        (Options(topk=0.5, topp=0.0, costs=FREE), f"from {MIN_KEYS} keys on", Limit(MIN_KEYS, (0.0, 1e-9, 0.0, 0.0))),
+        # 3 sequences of 2 heads of 4: n² of 24e-9 s against 1e-3 s · 1.1
+        (Options(costs={**FREE, "sparse_base": 1e-3, "dense_pair": 1e-11}), "from 2141 keys on", None),
+    ],
+    ids=["least length", "free", "break-even"],
+)
+def test_a_dynamic_length_is_decided_at_each_call(length, options, detail, limit):
+    """The length that was traced with decides nothing, and nothing becomes a guard."""
+    match, environment = dynamic(length)
+    decision = decide(match, options)
+    assert decision.status == "sparse" and decision.reason is Reason.AT_EACH_CALL and detail in decision.detail
+    assert limit is None or decision.limit == limit
+    assert not environment.guards and shape_of(match.attention).length == length
+
+
+def test_a_dynamic_batch_is_decided_at_each_call():
+    match, environment = dynamic(2048, dims=(0,))
+    decision = decide(match, Options(costs={**FREE, "sparse_base": 1e-3, "dense_pair": 1e-11}))
+    assert decision.reason is Reason.AT_EACH_CALL and "from 4 sequences on" in decision.detail
+    assert not environment.guards
+
+
+def test_what_is_known_of_every_length_is_decided_once():
+    match, environment = dynamic()
+    assert decide(match, ALWAYS).reason is Reason.LONG_ENOUGH
+    loses = Options(costs={**FREE, "sparse_pair": 2e-9}, topk=0.6, topp=0.0)
+    assert decide(match, loses).reason is Reason.SLOWER and decide(match, loses).limit is None
+    match, environment = dynamic()
+    torch._check(match.attention.keys <= 1000)
+    environment.guards.clear()
+    assert decide(match, Options(costs=FREE)).reason is Reason.TOO_SHORT
+    assert not environment.guards
+
+
+def test_a_size_that_depends_on_data_is_decided_at_each_call():
     b = Builder()
     size = b.mode.shape_env.create_unbacked_symint()
     torch._check(size >= 2)
     with b.mode:
         fake = torch.empty(1, 2, size, 4)
     x = b._note(b.graph.placeholder("x"), fake)
-    out = b.opaque(SDPA, x, x, x, value=fake)
-    match = matched(b, out)
-    assert shape_of(match.attention) is None and pays(match.attention, ((0.5, 0.0),), Options())
-    assert decide(match, ALWAYS).reason is Reason.NO_SHAPES
+    match = matched(b, b.opaque(SDPA, x, x, x, value=fake))
+    assert shape_of(match.attention) is None
+    decision = decide(match, Options(costs=FREE))
+    assert decision.reason is Reason.AT_EACH_CALL and decision.prediction is None
+    assert decide(match, ALWAYS).reason is Reason.LONG_ENOUGH
 
 
 def test_a_dynamic_number_of_heads_stays_dense():

@@ -47,7 +47,7 @@ def _pack_kernel(
 def pack(counts: Tensor, indices: Tensor) -> Tensor:
     """int32 [B, H, Nq, ceil(Nk / 32)] from the lists of a map, int32 [B, H, Nq] and [B, H, Nq, Nk]."""
     batch, heads, n_query = counts.shape
-    bits = allocate.new_bits(counts, indices.shape[-1])
+    bits = allocate.new_words(counts, indices.shape[-1])
     words = bits.shape[-1]
     if bits.numel() == 0:
         return bits

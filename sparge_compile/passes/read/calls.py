@@ -110,6 +110,8 @@ class Calls:
         if node.op == "call_module":
             module = self.owner.get_submodule(str(node.target))
             return not isinstance(module, GraphModule) and not any(True for _ in module.parameters())
+        if reads_number(self.fake(node)):
+            return False  # to run .item() again is to ask the shape environment for another symbol
         if node.op == "call_method":
             return True
         # What changes modes of PyTorch (autocast, grad mode, functorch levels) returns no tensor and must not be run.
@@ -168,6 +170,11 @@ class Calls:
         blank = torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=x.device)
         recorder.add(blank, Value(tuple(x.shape), x.dtype, x.device, node=node))
         return blank
+
+
+def reads_number(x: Any) -> bool:
+    """Whether what stands on a node is a number: it tells something of a tensor or of other numbers."""
+    return isinstance(x, (int, float, torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
 def _holds_tensor(x: Any) -> bool:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from itertools import count
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
 
@@ -29,6 +31,34 @@ def bind(signature: inspect.Signature, node: Node) -> Mapping[str, Any]:
 def signature_of(function: Callable[..., Any]) -> inspect.Signature:
     """The signature of a Python function, to be given to :func:`bind`."""
     return inspect.signature(function)
+
+
+@contextmanager
+def without_guards(graph_module: GraphModule) -> Iterator[None]:
+    """Leave the shape environment of a graph as it is: nothing that is asked of sizes meanwhile becomes a guard.
+
+    What tracing has guarded already is known anyway; what it has not is no condition of the model, and must become none
+    because somebody looked. Whoever compiles the graph afterwards guards what the nodes that are in it then need.
+    """
+    with ExitStack() as stack:
+        for environment in _shape_environments(graph_module):
+            stack.enter_context(environment.suppress_guards())
+            stack.enter_context(environment.ignore_fresh_unbacked_symbols())
+        yield
+
+
+def _shape_environments(graph_module: GraphModule) -> list[Any]:
+    found: dict[int, Any] = {}
+    for module in graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, GraphModule) else ():
+            value = value_of(node)
+            if isinstance(value, FakeTensor):
+                environment = value.fake_mode.shape_env
+            else:
+                environment = value.node.shape_env if isinstance(value, torch.SymInt) else None
+            if environment is not None:
+                found[id(environment)] = environment
+    return list(found.values())
 
 
 def size_hint(size: Any) -> int | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from .axes import COPIES, Layout, before, is_layout
-from .calls import Calls, Value
+from .calls import Calls, Value, reads_number
 from .writes import Writes, may_write
 
 
@@ -70,7 +70,7 @@ class Reader:
         """Whether nothing but a node's result tells that it ran."""
         if isinstance(node.target, torch._ops.OpOverload):
             return not node.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in node.target.tags
-        return not may_write(node) and self._calls.runs_quietly(node)
+        return not may_write(node) and (reads_number(self._calls.fake(node)) or self._calls.runs_quietly(node))
 
     def holder(self, value: Value, user: Node) -> Node | None:
         """The graph node that holds what ``user`` reads as ``value``; None for an intermediate result."""

@@ -1,0 +1,162 @@
+"""Dynamic shapes: a model is compiled as often as it would be without us, and each call is decided by its own sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+SPARSE = {"topk": 0.3, "topp": 0.0, "inner": "aot_eager"}
+ALWAYS = {**SPARSE, "min_seq_len": 0}
+BY_COST = {
+    **SPARSE,
+    "costs": dict.fromkeys(("dense_base", "sparse_base", "pool", "select"), 0.0)
+    | {"dense_pair": 1e-9, "sparse_pair": 2e-9},
+}
+
+
+class Block(nn.Module):
+    """Self-attention, and cross-attention to a text, each with projections."""
+
+    def __init__(self, heads: int = 2, kv_heads: int | None = None, size: int = 8, **how: Any) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.how = heads, kv_heads or heads, how
+        channels = heads * size
+        self.q, self.kv = nn.Linear(channels, channels), nn.Linear(channels, 2 * self.kv_heads * size)
+        self.cross_q, self.cross_kv = nn.Linear(channels, channels), nn.Linear(channels, 2 * channels)
+
+    def forward(self, x: Tensor, text: Tensor | None = None, **how: Any) -> Tensor:
+        batch, length, _ = x.shape
+        q = self.q(x).view(batch, length, self.heads, -1).transpose(1, 2)
+        k, v = self.kv(x).view(batch, length, 2, self.kv_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        out = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.kv_heads != self.heads, **self.how, **how)
+        x = x + out.transpose(1, 2).flatten(2)
+        if text is None:
+            return x
+        q = self.cross_q(x).view(batch, length, self.heads, -1).transpose(1, 2)
+        k, v = self.cross_kv(text).view(batch, text.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        return x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class Causal(nn.Module):
+    """Prefill of a language model: a causal mask from positions, and padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind(0)
+        at = torch.arange(x.shape[1])
+        mask = (at[None, :] <= at[:, None])[None, None] & padding[:, None, None, :]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+class WrittenOut(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind(0)
+        return (torch.softmax(q @ k.mT / 8**0.5, -1) @ v).transpose(1, 2).flatten(2)
+
+
+class Patches(nn.Module):
+    """Tokens from pixels: lengths are expressions of the image's sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.block = nn.Conv2d(3, 16, 2, 2), Block()
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        x = self.patch(image).flatten(2).transpose(1, 2)
+        return self.block(torch.cat([text, x], 1), text)
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x, x, x, need_weights=False)[0]
+
+
+def tokens(batch: int, length: int, channels: int = 16) -> Tensor:
+    return torch.randn(batch, length, channels)
+
+
+LENGTHS = [(2, 300), (3, 700), (1, 130), (4, 64), (2, 1500), (5, 40), (1, 2100), (3, 129), (2, 4096), (6, 8)]
+
+
+def texts() -> Iterable[tuple[Any, ...]]:
+    text = [77, 8, 300, 40, 140, 2, 512, 64, 65, 128]
+    return [(tokens(*at), tokens(at[0], n)) for at, n in zip(LENGTHS, text, strict=True)]
+
+
+@dataclass
+class Case:
+    model: Callable[[], nn.Module]
+    inputs: Callable[[], Iterable[tuple[Any, ...]]] = lambda: [(tokens(*at),) for at in LENGTHS]
+    train: bool = False
+    options: dict[str, Any] = field(default_factory=lambda: ALWAYS)
+    how: dict[str, Any] = field(default_factory=lambda: {"dynamic": True})
+    keywords: dict[str, Any] = field(default_factory=dict)
+
+
+CASES = {
+    "inference": Case(Block, texts),
+    "training": Case(Block, texts, train=True),
+    "by cost": Case(Block, texts, options=BY_COST),
+    "training by cost": Case(Block, texts, train=True, options=BY_COST),
+    "after two shapes": Case(Block, texts, train=True, how={"dynamic": None}),
+    "batch of as many as heads": Case(lambda: Block(4), lambda: [(tokens(b, 300, 32),) for b in (4, 2, 3, 8)]),
+    "grouped queries": Case(lambda: Block(4, 2), lambda: [(tokens(*at, 32),) for at in LENGTHS], train=True),
+    "causal": Case(lambda: Block(is_causal=True), train=True),
+    "prefill": Case(Causal, lambda: [(tokens(*at), torch.rand(at) > 0.1) for at in LENGTHS], train=True),
+    "written out": Case(WrittenOut, train=True),
+    "patches": Case(
+        Patches,
+        lambda: [
+            (torch.randn(b, 3, h, w), tokens(b, n)) for b, h, w, n in ((2, 32, 40, 7), (1, 64, 32, 30), (3, 8, 16, 70))
+        ],
+        train=True,
+    ),
+    "opened call": Case(Encoder, train=True),
+    "a number for the scale": Case(Block, keywords={"scale": 0.3}, how={"dynamic": True, "fullgraph": True}),
+    "a number for the dropout": Case(Block, keywords={"dropout_p": 0.0}, how={"dynamic": True, "fullgraph": True}),
+    "a flag for causality": Case(Block, keywords={"is_causal": True}, how={"dynamic": True, "fullgraph": True}),
+}
+
+
+def graphs_of(case: Case, backend: str) -> tuple[int, list[Tensor]]:
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(0)
+    options = {"options": case.options} if backend == "sparge" else {}
+    model = case.model()
+    compiled = torch.compile(model, backend=backend, **case.how, **options)
+    results = []
+    for given in case.inputs():
+        with torch.set_grad_enabled(case.train):
+            out = compiled(*given, **case.keywords)
+            if case.train:
+                out.sum().backward()
+        results.append(out.detach())
+    assert not counters["unimplemented"] and not counters["graph_break"]
+    return counters["stats"]["unique_graphs"], results
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_as_many_graphs_as_without_us(name):
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        want, _ = graphs_of(CASES[name], "aot_eager")
+        got, _ = graphs_of(CASES[name], "sparge")
+    assert got == want
