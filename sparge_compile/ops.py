@@ -225,15 +225,17 @@ def _keep(ctx, query, key, value, out, lse, bits, attn_mask, is_causal, scale):
 
 def _keep_of_forward(ctx, inputs, output):
     query, key, value, counts, indices, attn_mask, is_causal, scale = inputs
+    out, lse = output
     bits = torch.ops.sparge.pack(counts, indices)  # one bit for each (query block, key block), instead of the lists
-    _keep(ctx, query, key, value, *output, bits, attn_mask, is_causal, scale)
+    _keep(ctx, query, key, value, out, lse, bits, attn_mask, is_causal, scale)
 
 
 def _keep_of_attend(ctx, inputs, output):
     query, key, value, _, attn_mask, is_causal, scale, *_ = inputs
     # Without them it is ``attend``, lowered where no gradient was in sight (an exported program) and trained after all.
-    output = output if isinstance(output, tuple) else torch.ops.sparge.attend_for_backward(*inputs)
-    _keep(ctx, query, key, value, *output, attn_mask, is_causal, scale)
+    kept = output if isinstance(output, tuple) else torch.ops.sparge.attend_for_backward(*inputs)
+    out, lse, bits = kept
+    _keep(ctx, query, key, value, out, lse, bits, attn_mask, is_causal, scale)
 
 
 def _differentiate(inputs: int, ctx, grad_out, grad_lse=None, grad_bits=None):

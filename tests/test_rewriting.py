@@ -343,7 +343,9 @@ def test_leaves_of_symbolic_trace_are_opened(training):
 def test_leaves_stay_whole_where_nothing_in_them_becomes_sparse():
     model, x = Leaves(), torch.randn(2, LENGTH, 32)
     graph = traced(model)
-    none = rewrite(graph, {**EXACT, "min_seq_len": LENGTH + 1}, example_inputs=(x,))
+    names = ("dense_base", "dense_pair", "sparse_base", "pool", "select", "sparse_pair")
+    never = {**EXACT, "min_seq_len": None, "costs": {**dict.fromkeys(names, 0.0), "sparse_base": 1.0}}
+    none = rewrite(graph, never, example_inputs=(x,))
     assert none.code == graph.code and {row.status for row in report_of(none)} == {"dense"}
     unknown = rewrite(graph, {**EXACT, "on_unsupported": "dense"})
     assert [(row.name, row.reason) for row in report_of(unknown)] == [

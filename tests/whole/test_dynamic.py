@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+
+from sparge_compile import rewrite
+from sparge_compile.report import Reason
 
 SPARSE = {"topk": 0.3, "topp": 0.0, "inner": "aot_eager"}
 ALWAYS = {**SPARSE, "min_seq_len": 0}
@@ -155,8 +160,65 @@ def graphs_of(case: Case, backend: str) -> tuple[int, list[Tensor]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_as_many_graphs_as_without_us(name):
+def test_as_many_graphs_as_without_us(name, caplog):
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         want, _ = graphs_of(CASES[name], "aot_eager")
-        got, _ = graphs_of(CASES[name], "sparge")
+        with caplog.at_level(logging.INFO, "sparge_compile"):
+            got, _ = graphs_of(CASES[name], "sparge")
     assert got == want
+    reports = [record.getMessage() for record in caplog.records if "attention sites sparse" in record.getMessage()]
+    assert len(reports) == got
+    assert all(re.search(r"sparge: ([1-9]\d*) of \1 ", report) for report in reports)
+
+
+def test_lengths_on_both_sides_of_the_limit_have_their_own_answer():
+    """Below it a call is dense, to rounding; above, it is sparse; whichever was traced."""
+    model = Block()
+    compiled = torch.compile(model, backend="sparge", dynamic=True, options={**ALWAYS, "min_seq_len": 500})
+    for length in (300, 900, 64, 499, 500):
+        x = tokens(2, length)
+        apart = (compiled(x) - model(x)).abs().max().item()
+        assert apart > 1e-4 if length >= 500 else apart < 1e-5
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("low, high", [(256, 2048), (3000, 65536)])
+@pytest.mark.parametrize("options", [ALWAYS, BY_COST], ids=["always", "by cost"])
+def test_a_promised_range_stays_whole(low, high, options, train):
+    compiled = torch.compile(Block(), backend="sparge", options=options, fullgraph=True)
+    x = tokens(2, max(low, 1500))
+    torch._dynamo.mark_dynamic(x, 1, min=low, max=high)
+    with torch.set_grad_enabled(train):
+        compiled(x)  # a guard that cuts the range is an error of torch's
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_sizes_that_depend_on_data(train):
+    class Chosen(Block):
+        def forward(self, x, keep):
+            return super().forward(x[keep.nonzero().squeeze(1)][None])
+
+    model = Chosen()
+    compiled = torch.compile(model, backend="sparge", fullgraph=True, dynamic=True, options={**ALWAYS, "topk": 1.0})
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True), torch.set_grad_enabled(train):
+        for length in (300, 900, 40):
+            given = torch.randn(length, 16), torch.rand(length) > 0.3
+            torch.testing.assert_close(compiled(*given), model(*given), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("example", [300, 1500])
+def test_a_rewritten_program_takes_what_the_given_one_takes(example):
+    model = Block()
+    length = torch.export.Dim("length", min=2, max=4096)
+    given = torch.export.export(model, (tokens(2, example),), dynamic_shapes={"x": {1: length}})
+    options = {name: value for name, value in BY_COST.items() if name != "inner"}
+    result = rewrite(given, options)
+    (row,) = result.graph_module.meta["sparge_report"]
+    assert row.reason is Reason.AT_EACH_CALL and "from 1024 keys on" in row.detail
+    assert result.range_constraints == given.range_constraints
+    programs = [result, result.run_decompositions(), given.run_decompositions()]
+    for program in programs:
+        for n, is_sparse in ((100, False), (1200, True)):
+            x = tokens(2, n)
+            apart = (program.module()(x) - model(x)).abs().max().item()
+            assert apart > 1e-4 if is_sparse and program is not programs[-1] else apart < 1e-5
