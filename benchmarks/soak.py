@@ -59,7 +59,7 @@ def state(calls: int) -> State:
 
 def soak(calls: int, shapes: int, every: int, inner: str) -> list[State]:
     draw = random.Random(0)
-    sizes = [(draw.randint(1, 3), draw.randint(1, 1400)) for _ in range(shapes)]
+    sizes = [(draw.randint(1, 3), draw.randint(1, 700)) for _ in range(shapes)]
     options: dict[str, Any] = {"min_seq_len": 256, "inner": inner, "topk": 0.3, "topp": 0.0}
     compiled: Any = torch.compile(Stack(), backend="sparge", dynamic=True, options=options)
     states = []
