@@ -12,16 +12,17 @@ from torch.fx import GraphModule, Node
 from torch.nn import Module
 
 from . import ops  # noqa: F401  importing it registers the ops
-from .inner import compile_graph, faker
+from .inner import compile_graph, faker, is_stored
 from .notices import check_model, forget_warnings, warn_of_names, warn_of_unsupported
 from .options import Options
 from .passes.find import Match
 from .passes.pipeline import Work, analyse, rewriting_passes, run, sheltered
 from .passes.pipeline import decide_sites as decide_with
 from .passes.read.fx_utils import value_of
+from .passes.write.threshold_inputs import make_constants
 from .report import Report
 from .running.graph import decide_sites, open_graph
-from .running.listeners import Outlet, outputs_wanted, with_outlet
+from .running.listeners import Outlet, outputs_wanted, refuse_outputs, with_outlet
 from .running.observe import Observer, Watched, calls_through, watching
 from .running.outside import Outside
 from .running.places import Place, find_names
@@ -64,15 +65,16 @@ def sparge(
     as_input = faker(example_inputs)
     run(graph, *rewriting_passes(settings, as_input, with_outputs))
     logger.debug("rewritten graph:\n%s", graph.graph_module.graph)
-    inputs = [*example_inputs, *(value_of(x.placeholder) for x in graph.threshold_inputs)]
     settings = replace(settings, inductor_mode=settings.inductor_mode or mode)
+    thresholds = RunTime(graph.threshold_inputs, graph.slots, settings, partial(_new_place, settings))
+    if is_stored(graph_module):  # without what is around it here, so it must be whole
+        refuse_outputs(with_outputs)
+        make_constants(graph.graph_module, thresholds.constants())
+        graph.threshold_inputs.clear()
+    inputs = [*example_inputs, *(value_of(x.placeholder) for x in graph.threshold_inputs)]
     outlet = Outlet(settings, [graph.slots[match.node] for match in graph.sparse], with_outputs)
     compiled = with_outlet(compile_graph(graph.graph_module, inputs, settings), outlet)
-    if not graph.threshold_inputs:
-        return compiled
-    return _with_thresholds(
-        compiled, RunTime(graph.threshold_inputs, graph.slots, settings, partial(_new_place, settings))
-    )
+    return _with_thresholds(compiled, thresholds) if graph.threshold_inputs else compiled
 
 
 def _with_thresholds(compiled: Callable[..., Any], thresholds: RunTime) -> Callable[..., Any]:

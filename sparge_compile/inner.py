@@ -15,15 +15,39 @@ from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch.fx import GraphModule
 
+from .errors import value_error
 from .options import Options
 from .version import __version__
 
 
 def compile_graph(graph_module: GraphModule, inputs: Sequence[Any], settings: Options) -> Callable[..., Any]:
     """Compile a graph with whoever the options name as ``inner``."""
+    compiled = _compile(graph_module, inputs, settings)
+    # aot_compile takes what can be serialised; torch.compile's own cache leaves out what cannot.
+    if (
+        is_stored(graph_module)
+        and not getattr(torch._dynamo.config, "caching_precompile", False)
+        and getattr(compiled, "serialize", None) is None
+    ):
+        raise value_error(
+            "sparge: aot_compile cannot store what was compiled here",
+            given=f"inner={settings.inner!r}, whose result has nothing to be serialised",
+            allowed="inner='inductor' or inner='aot_eager'",
+            todo="Take one of them, or call the compiled model without aot_compile.",
+        )
+    return compiled
+
+
+def is_stored(graph_module: GraphModule) -> bool:
+    """Whether torch stores what is compiled of this graph (``aot_compile``, ``caching_precompile``)."""
+    return getattr(graph_module, "_backend_id", None) is not None
+
+
+def _compile(graph_module: GraphModule, inputs: Sequence[Any], settings: Options) -> Callable[..., Any]:
     if settings.inner != "inductor":
         backend: Any = torch._dynamo.lookup_backend(settings.inner)
-        return backend(graph_module, inputs)
+        compiled: Any = backend(graph_module, inputs)
+        return compiled
     # Not torch.compile again: nested, it would silently run eager.
     from torch._inductor import config, list_mode_options
     from torch._inductor.compile_fx import compile_fx
@@ -36,7 +60,7 @@ def compile_graph(graph_module: GraphModule, inputs: Sequence[Any], settings: Op
         **patches.get("unsafe_marked_cacheable_functions", config.unsafe_marked_cacheable_functions),
         "sparge_compile": f"{source_digest()}-{fixed.digest()}",
     }
-    compiled: Any = compile_fx(graph_module, inputs, config_patches=patches)
+    compiled = compile_fx(graph_module, inputs, config_patches=patches)
     return compiled
 
 

@@ -10,7 +10,7 @@ graph with our ops is guarded as it would be without them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ library.define(
     "-> Tensor"
 )
 library.define("mark(Tensor thresholds, int index) -> ()")
+library.define("constant(float[] pairs, Device device) -> Tensor")
 library.define(f"attend({_QKV}, Tensor thresholds, {_HOW}, {_LIMIT}) -> Tensor")
 library.define(
     f"attend_for_backward({_QKV}, Tensor thresholds, {_HOW}, {_LIMIT}) -> (Tensor out, Tensor lse, Tensor bits)"
@@ -148,6 +149,16 @@ def _autocast(device: str):
 library.impl("mark", lambda thresholds, index: None, "CompositeImplicitAutograd")
 REST = -1  # the index of a marker for every attention of its module that has none of its own
 
+
+@cache
+def _held(pairs: tuple[float, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(pairs, dtype=torch.float32, device=device).view(-1, 2)
+
+
+# Thresholds [H, 2] of a graph that torch stores: it must be whole. A copy on the device, so that no call waits for it.
+library.impl("constant", lambda pairs, device: _held(tuple(pairs), device).clone(), "CompositeExplicitAutograd")
+
 library.impl("attention", _autocast("cpu"), "AutocastCPU")
 library.impl("attention", _autocast("cuda"), "AutocastCUDA")
 
@@ -192,6 +203,11 @@ def _(query, key, value, thresholds, attn_mask, is_causal, scale, least_keys=0, 
 @torch.library.register_fake("sparge::attend_for_backward", lib=library)
 def _(query, key, value, thresholds, attn_mask, is_causal, scale, least_keys=0, gain=()):
     return allocate.dense_like(query), allocate.new_lse(query), allocate.new_bits(query, key)
+
+
+@torch.library.register_fake("sparge::constant", lib=library)
+def _(pairs, device):
+    return torch.empty(len(pairs) // 2, 2, dtype=torch.float32, device=device)
 
 
 @torch.library.register_fake("sparge::block_map", lib=library)

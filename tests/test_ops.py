@@ -63,6 +63,15 @@ def test_opcheck(mask, causal, fused):
     opcheck(sparge.backward.default, (*detached, grad_lse, bits, *how))
 
 
+def test_thresholds_of_a_stored_graph():
+    pairs = [0.05, 0.2, 1.0, 0.0]
+    opcheck(sparge.constant.default, (pairs, torch.device("cpu")), test_utils=("test_schema", "test_faketensor"))
+    first = sparge.constant(pairs, "cpu")
+    assert torch.equal(first, torch.tensor(pairs).view(2, 2)) and first.dtype == torch.float32
+    first.zero_()  # nobody else's
+    assert torch.equal(sparge.constant(pairs, "cpu"), torch.tensor(pairs).view(2, 2))
+
+
 def test_opcheck_attention():
     q, k, v = qkv(grad=True)
     opcheck(sparge.attention.default, (q, k, v, thresholds()), {"is_causal": True})

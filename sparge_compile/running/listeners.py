@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..errors import value_error
 from ..options import Options
 from .graph import Slot
 from .places import Names, Place
@@ -63,6 +64,21 @@ def outputs_wanted() -> bool:
     return torch.is_grad_enabled() and _wanted > 0
 
 
+def refuse_outputs(wanted: bool) -> None:
+    """Refuse to store a graph that returns what its sites give: nobody would take that off what runs elsewhere.
+
+    Raises:
+        ValueError: it is wanted.
+    """
+    if wanted:
+        raise value_error(
+            "sparge: a graph for a distillation by layers cannot be stored",
+            given="a DistillationHook with layers, and aot_compile or torch._dynamo.config.caching_precompile",
+            allowed="one of the two",
+            todo="Fine-tune without storing, and compile anew without the hook to store.",
+        )
+
+
 class Outlet:
     """Tells listeners of each call of a graph, and takes the additional outputs off its results.
 
@@ -92,4 +108,6 @@ def with_outlet(compiled: Callable[..., Any], outlet: Outlet) -> Callable[..., A
     def run(*args: Any) -> Any:
         return outlet(args, compiled(*args))
 
+    if hasattr(compiled, "serialize"):  # what torch stores in the place of this function (aot_compile)
+        run.serialize = compiled.serialize  # type: ignore[attr-defined]
     return run

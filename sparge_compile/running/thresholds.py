@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ..errors import value_error
 from ..options import Options
 from ..passes.decide import verdict
 from ..passes.write.threshold_inputs import ThresholdInput
@@ -58,6 +59,27 @@ class RunTime:
             return self._row(self._locators[0], args)
         rows = {locator: iter(self._row(locator, args)) for locator in self._locators}
         return [next(rows[slot.locator]) for _, slot in self._inputs]
+
+    def constants(self) -> list[tuple[ThresholdInput, Tensor]]:
+        """The thresholds of each input, for a graph that is to be stored and takes none at run time.
+
+        Raises:
+            ValueError: they are attached where the graph cannot read them, or several modules with thresholds of their
+                own may run the graph.
+        """
+        for x, slot in self._inputs:
+            for place in (slot.locator.first, *slot.others()):
+                own = x.values if place is slot.locator.first else self._made(x, slot, place)
+                if _attached(x, slot, place) is not None or not torch.equal(own, x.values):
+                    raise value_error(
+                        f"sparge: the thresholds of {slot.name(place)!r} cannot be stored with the graph",
+                        given="a graph that equal modules share, each with thresholds of its own, or a graph break "
+                        "between a module and its attached thresholds",
+                        allowed="one pair of thresholds for the graph, or attached ones that it reads itself",
+                        todo="Attach the calibration (sparge_compile.attach) and compile with fullgraph=True, or leave "
+                        "out aot_compile and torch._dynamo.config.caching_precompile.",
+                    )
+        return [(x, x.values) for x, _ in self._inputs]
 
     def _of(self, locator: Locator) -> list[tuple[ThresholdInput, Slot]]:
         return [(x, slot) for x, slot in self._inputs if slot.locator is locator]

@@ -24,6 +24,7 @@ from ..read.fx_utils import add_input, submodule_of, value_of
 from .emit import call
 
 MARK = torch.ops.sparge.mark
+CONSTANT = torch.ops.sparge.constant.default
 _NAME = "sparge_thresholds"
 
 Thresholds = Callable[[str], "Node | None"]
@@ -138,6 +139,19 @@ def new_input(match: Match, root: GraphModule, values: Tensor, fake: Any) -> tup
     """
     placeholder = add_input(root, _NAME, fake)
     return ThresholdInput(match, placeholder, values), _hand_down(match, placeholder, 0)
+
+
+def make_constants(graph_module: GraphModule, thresholds: Iterable[tuple[ThresholdInput, Tensor]]) -> None:
+    """Put constants in the place of threshold inputs: of a graph that shall run without whoever gives them."""
+    graph = graph_module.graph
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    for made, values in thresholds:
+        with graph.inserting_before(first):
+            node = graph.call_function(CONSTANT, (values.flatten().tolist(), values.device))
+        node.meta["example_value"] = value_of(made.placeholder)
+        made.placeholder.replace_all_uses_with(node)
+        graph.erase_node(made.placeholder)
+    graph_module.recompile()
 
 
 def erase_markers(graph_module: GraphModule) -> bool:
