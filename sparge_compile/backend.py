@@ -13,7 +13,14 @@ from torch.nn import Module
 
 from . import ops  # noqa: F401  importing it registers the ops
 from .inner import compile_graph, faker, is_stored
-from .notices import check_model, forget_warnings, warn_of_names, warn_of_unsupported
+from .notices import (
+    check_model,
+    forget_warnings,
+    warn_of_misfits,
+    warn_of_names,
+    warn_of_stale_file,
+    warn_of_unsupported,
+)
 from .options import Options
 from .passes.find import Match
 from .passes.pipeline import Work, analyse, rewriting_passes, run, sheltered
@@ -27,6 +34,7 @@ from .running.observe import Observer, Watched, calls_through, watching
 from .running.outside import Outside
 from .running.places import Place, find_names
 from .running.thresholds import RunTime
+from .thresholds.calibration import Calibration
 from .user_model import user_model
 
 logger = logging.getLogger("sparge_compile")
@@ -61,6 +69,8 @@ def sparge(
     names = [match.site.name for match in graph.sparse if match.node not in graph.attached]
     check_model(settings, names, graph.names.root if graph.names else None)
     warn_of_names(settings, names)
+    free = [match.site.name for match in graph.matches if match.is_attention and match.node not in graph.attached]
+    warn_of_misfits(settings, free, graph.names.root if graph.names else None)
     with_outputs = outputs_wanted()
     as_input = faker(example_inputs)
     run(graph, *rewriting_passes(settings, as_input, with_outputs))
@@ -74,7 +84,20 @@ def sparge(
     inputs = [*example_inputs, *(value_of(x.placeholder) for x in graph.threshold_inputs)]
     outlet = Outlet(settings, [graph.slots[match.node] for match in graph.sparse], with_outputs)
     compiled = with_outlet(compile_graph(graph.graph_module, inputs, settings), outlet)
-    return _with_thresholds(compiled, thresholds) if graph.threshold_inputs else compiled
+    compiled = _with_thresholds(compiled, thresholds) if graph.threshold_inputs else compiled
+    if settings.calibration is None or settings.calibration.source is None or is_stored(graph_module):
+        return compiled
+    return _watching_file(compiled, settings.calibration)
+
+
+def _watching_file(compiled: Callable[..., Any], calibration: Calibration) -> Callable[..., Any]:
+    """A compiled graph that warns where the file that its thresholds come from has changed."""
+
+    def call(*args: Any) -> Any:
+        warn_of_stale_file(calibration)
+        return compiled(*args)
+
+    return call
 
 
 def _with_thresholds(compiled: Callable[..., Any], thresholds: RunTime) -> Callable[..., Any]:

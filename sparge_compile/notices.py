@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 
 from torch.nn import Module
 
 from .errors import value_error
+from .naming import ROOT
 from .options import Options
 from .report import Failure, Report
-from .running.places import Names
+from .running.places import Names, modules_on_stack
+from .thresholds.calibration import Calibration
+from .thresholds.targets import near_names
+from .user_model import unwrapped
 
 _warned: set[str] = set()
 
@@ -113,7 +118,7 @@ def warn_of_names(settings: Options, names: Iterable[str]) -> None:
         )
     for name in names:
         if settings.calibration.key_of(name) is None:
-            near = [k for k in settings.calibration.sites if k.endswith(f".{name}") or name.endswith(f".{k}")]
+            near = [entry for entry in settings.calibration.sites if _is_longer_or_shorter(entry, name)]
             if near:
                 _warn(
                     "calibration",
@@ -127,6 +132,60 @@ def warn_of_names(settings: Options, names: Iterable[str]) -> None:
                     f"sparge: the calibration of {origin.model} has no thresholds for site {name!r}, which gets topk = "
                     f"{settings.topk}, topp = {settings.topp} from the options.",
                 )
+
+
+def warn_of_misfits(settings: Options, names: Sequence[str], root: Module | None) -> None:
+    """Warn, once for a calibration, of entries written by hand that fit no module of the model that runs.
+
+    Args:
+        settings: the options.
+        names: the attention sites of a graph, sparse or not, without those whose thresholds are attached.
+        root: the model.
+    """
+    calibration = settings.calibration
+    if calibration is None or calibration.origin is not None or root is None or not names:
+        return
+    whole = unwrapped([root, *modules_on_stack()][-1])
+    modules = {name or ROOT for name in Names(root).by_name}
+    missed = [entry for entry in calibration.sites if not _fits(entry, {*modules, *names})]
+    missed = [entry for entry in missed if not any(_is_longer_or_shorter(entry, name) for name in names)]
+    # A part that is compiled alone may share its options with other parts.
+    if not missed or (whole is not root and any(map(calibration.key_of, names))):
+        return
+    text = (
+        f"sparge: the calibration has entries that fit no module of {type(root).__name__}: "
+        f"{', '.join(map(repr, missed[:4]))}. What they mean has topk = {settings.topk}, topp = {settings.topp} from "
+        f"the options. Sites here are {', '.join(map(repr, names[:4]))}"
+    )
+    near = [name for name in near_names(missed, modules - set(names)) if name != ROOT]
+    text += f"; names that are near: {', '.join(map(repr, near[:4]))}." if near else "."
+    if whole is not root and any(_fits(entry, Names(whole).by_name) for entry in missed):
+        text += (
+            f" {type(whole).__name__} has such modules, but names begin at the module that torch.compile was called "
+            "on: compile the model itself, or call attach(model, calibration)."
+        )
+    _warn(f"calibration fits nothing {missed}", text)
+
+
+def _is_longer_or_shorter(entry: str, name: str) -> bool:
+    return entry.endswith(f".{name}") or name.endswith(f".{entry}")
+
+
+def _fits(entry: str, names: Iterable[str]) -> bool:
+    module = entry.partition("#")[0]
+    return any(name in (entry, module) or fnmatchcase(name, module) or fnmatchcase(name, entry) for name in names)
+
+
+def warn_of_stale_file(calibration: Calibration | None) -> None:
+    """Warn once where the file of a calibration is another one than when it was read."""
+    if calibration is not None and calibration.source is not None and calibration.source.has_changed():
+        _warn(
+            f"calibration changed {calibration.source.path}",
+            f"sparge: the calibration file {calibration.source.path!r} was changed after it was read, and is not read "
+            "again: compiled code keeps its thresholds, and for torch.compile equal options mean the same code. Call "
+            "torch.compiler.reset() before torch.compile, give options=sparge_compile.Options(calibration=path), or "
+            "use attach(model, path), which reads the file each time.",
+        )
 
 
 def forget_warnings() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import type_error, value_error
 from ..pair import Pair, Sites, check_progress
-from . import calibration_file
+from . import calibration_file, json_file
 from .checks import check_aim, check_influence, check_phases, check_sites
 from .choice import Key, choose, thresholds_of
 from .fronts import DENSE, Point
@@ -29,7 +29,8 @@ class Calibration:
     hold: ``Calibration({"*": [(1, 0)]}, phases={0.2: {"*": [(0.1, 0.3)]}})`` is dense for the first fifth. They name
     the same sites. ``attach`` is what switches between phases.
 
-    ``origin`` is what ``sparge_compile.calibrate`` measured; with it, :meth:`at` chooses thresholds anew.
+    ``origin`` is what ``sparge_compile.calibrate`` measured; with it, :meth:`at` chooses thresholds anew. ``source`` is
+    the file that they were read from, if they were.
 
     Raises:
         TypeError, ValueError: thresholds out of range or of the wrong type, phases of other sites or heads than at the
@@ -39,6 +40,7 @@ class Calibration:
     sites: Sites = field(default_factory=dict)
     phases: Mapping[float, Sites] = field(default_factory=dict)
     origin: Origin | None = None
+    source: json_file.Source | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sites", check_sites("sites", self.sites))
@@ -175,9 +177,10 @@ class Calibration:
             OSError: there is no such file.
             ValueError: another file, a damaged one, or one of another version.
         """
+        source = json_file.Source(path)
         contents = calibration_file.read(path)
         with calibration_file.refusing(path):
-            return Calibration(*contents)
+            return Calibration(*contents, source)
 
     @staticmethod
     def parse(value: Calibration | str | os.PathLike[str]) -> Calibration:

@@ -19,6 +19,35 @@ from ..errors import value_error
 CHECKSUM = "checksum"
 
 
+class Source:
+    """A file that was read: where it is, and whether it says something else by now."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.path.abspath(path)
+        self._seen = self._look()
+        self._content = _hash_of(self.path)
+        self._changed = False
+
+    def has_changed(self) -> bool:
+        """Whether there is a file with other contents; a look at its date, unless that is a new one."""
+        stamp = self._look()
+        if stamp != self._seen:
+            self._seen = stamp
+            self._changed = stamp is not None and _hash_of(self.path) != self._content
+        return self._changed
+
+    def _look(self) -> tuple[int, ...] | None:
+        try:
+            found = os.stat(self.path)
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def _hash_of(path: str) -> bytes:
+    return hashlib.sha256(Path(path).read_bytes()).digest()
+
+
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     """Write a file; a reader sees the old one or the new one, never a part, even if this process is killed."""
     target = Path(path)

@@ -63,7 +63,7 @@ def find_targets(model: nn.Module, calibration: Calibration) -> dict[Target, tup
         raise value_error(
             "attach: thresholds for modules that the model does not have",
             given=", ".join(map(repr, missed)) or "an empty calibration",
-            allowed=f"modules that may compute attention, as {', '.join(_near(missed, modules)) or 'none here'}",
+            allowed=f"modules that may compute attention, as {', '.join(near_names(missed, modules)) or 'none here'}",
             todo="sparge_compile.explain(model)(...) lists the sites.",
         )
     return targets
@@ -81,7 +81,8 @@ def _is_shadowed(entry: str, names: Iterable[str]) -> bool:
     return not is_exact(entry) and any(fnmatchcase(name, entry.partition("#")[0]) for name in names)
 
 
-def _near(missed: Iterable[str], names: Iterable[str]) -> list[str]:
+def near_names(missed: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Return the names that are like those of some entries; if there are none, a few of all."""
     names = list(names)
     close = [
         near for entry in missed for near in difflib.get_close_matches(entry.partition("#")[0], names, n=3, cutoff=0.4)
