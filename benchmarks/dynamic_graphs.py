@@ -40,7 +40,6 @@ BREAK_EVEN = {
 }
 WAYS: dict[str, dict[str, Any]] = {
     "always": {"min_seq_len": 0},
-    "by size": {"topk": 0.3, "topp": 0.0, "min_seq_len": 600},
     "by cost": {"topk": 0.3, "topp": 0.0, "costs": BREAK_EVEN},
 }
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from sparge_compile import rewrite
+from sparge_compile import attention, rewrite
 from sparge_compile.report import Reason
 
 SPARSE = {"topk": 0.3, "topp": 0.0, "inner": "aot_eager"}
@@ -169,6 +169,19 @@ def test_as_many_graphs_as_without_us(name, caplog):
     reports = [record.getMessage() for record in caplog.records if "attention sites sparse" in record.getMessage()]
     assert reports
     assert all(re.search(r"sparge: ([1-9]\d*) of \1 ", report) for report in reports)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_attention_called_in_compiled_code_takes_one_graph(train):
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(lambda *x: attention(*x, topk=0.3).flatten(2), backend="aot_eager", fullgraph=True)
+    for length, keys in ((300, 70), (700, 300), (64, 8), (1500, 2100)):
+        qkv = [torch.randn(2, 4, n, 8, requires_grad=train) for n in (length, keys, keys)]
+        for x in qkv:
+            torch._dynamo.mark_dynamic(x, 2)
+        compiled(*qkv)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_lengths_on_both_sides_of_the_limit_have_their_own_answer():
