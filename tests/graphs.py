@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
@@ -128,7 +129,7 @@ class Builder:
 
     def _run(self, function: Any, args: Any, kwargs: Any) -> Any:
         values = map_arg((args, kwargs), value_of)
-        with self.mode:
+        with self.mode, enable_python_dispatcher():  # as Dynamo runs a call
             return function(*values[0], **values[1])
 
     def _note(self, node: Node, value: Any) -> Node:
