@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,8 +17,11 @@ from .inner import compile_graph, faker, is_stored
 from .notices import (
     check_model,
     forget_warnings,
+    raise_left,
+    tell_of_left,
     warn_of_misfits,
     warn_of_names,
+    warn_of_nothing,
     warn_of_stale_file,
     warn_of_unsupported,
 )
@@ -28,6 +32,7 @@ from .passes.pipeline import decide_sites as decide_with
 from .passes.read.fx_utils import value_of
 from .passes.write.threshold_inputs import make_constants
 from .report import Report
+from .running.frames import hear_of_left_frames, is_whole_call
 from .running.graph import decide_sites, open_graph
 from .running.listeners import Outlet, outputs_wanted, refuse_outputs, with_outlet
 from .running.observe import Observer, Watched, calls_through, watching
@@ -61,11 +66,15 @@ def sparge(
             wrapped as ``torch._dynamo.exc.BackendCompilerFailed``.
     """
     settings = Options.parse(options)
+    hear_of_left_frames(sparge, tell_of_left)
+    raise_left(settings)
     graph = open_graph(graph_module, find_names)
     analyse(graph, partial(decide_sites, options=settings))
     report = graph.add_to(Report())
     logger.info("%s", report)
     warn_of_unsupported(report, settings)
+    if is_whole_call(graph_module):
+        warn_of_nothing(report, settings, type(graph.names.root).__name__ if graph.names else "the compiled function")
     names = [match.site.name for match in graph.sparse if match.node not in graph.attached]
     check_model(settings, names, graph.names.root if graph.names else None)
     warn_of_names(settings, names)
@@ -127,7 +136,9 @@ def explain(model: Callable[..., Any], options: Mapping[str, Any] | None = None)
         seen = _Seen(target)
         with seen.outside.listening():
             watching(target, seen)(*args, **kwargs)
-        return seen.report(settings)
+        report = seen.report(settings)
+        warn_of_nothing(report, settings, type(target).__name__)
+        return report
 
     return run
 
@@ -175,3 +186,5 @@ def _reset() -> None:
 
 
 sparge.reset = _reset  # type: ignore[attr-defined]
+if "torch._dynamo" in sys.modules:  # torch.compile looks the backend up before Dynamo meets the first frame
+    hear_of_left_frames(sparge, tell_of_left)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
 
 from torch.nn import Module
@@ -11,7 +12,8 @@ from torch.nn import Module
 from .errors import value_error
 from .naming import ROOT
 from .options import Options
-from .report import Failure, Report
+from .report import Failure, Reason, Report
+from .running.frames import Left
 from .running.places import Names, modules_on_stack
 from .thresholds.calibration import Calibration
 from .thresholds.targets import near_names
@@ -62,6 +64,55 @@ def warn_of_unsupported(report: Report, settings: Options) -> None:
             first = next(row for row in unsupported if row.reason is reason)
             where = f"{first.name}, {first.site.code}" if first.site.code is not None else first.name
             _warn_once(reason.value, where, first.detail)
+
+
+def warn_of_nothing(report: Report, settings: Options, model: str) -> None:
+    """Warn once that a model has no attention, so that nothing will be replaced."""
+    nothing = not report.failures and all(row.reason is Reason.NOT_ATTENTION for row in report)
+    if nothing and settings.on_unsupported != "dense":
+        _warn(
+            "no attention",
+            f"sparge: no attention was found in {model}, so nothing is replaced. sparge_compile.explain(model)(...) "
+            "shows what was looked at; options={'on_unsupported': 'dense'} silences this.",
+        )
+
+
+_left: list[Left] = []  # frames of models that asked for an error
+
+
+def tell_of_left(left: Left) -> None:
+    """Warn that Dynamo leaves a function with attention to Python; where an error is asked for, note it as well.
+
+    Dynamo is at work on the function, so the error is raised by :func:`raise_left` when the next graph is compiled.
+    """
+    given = left.options
+    wanted = given.on_unsupported if isinstance(given, Options) else given.get("on_unsupported", "warn")
+    if wanted == "error":
+        _left.append(left)
+    if wanted != "dense":
+        with suppress(UserWarning):  # of a filter that makes errors of warnings: Dynamo could not bear one here
+            _warn(
+                f"outside {left}",
+                f"sparge: attention stays dense, because Dynamo leaves {left} to Python: "
+                f'{left.why}. TORCH_LOGS="graph_breaks" tells more; sparge_compile.explain(model)(...) lists what runs '
+                "outside of graphs.",
+            )
+
+
+def raise_left(settings: Options) -> None:
+    """Raise for frames that Dynamo left to Python since the last graph.
+
+    Raises:
+        ValueError: attention runs outside of graphs, and the option ``on_unsupported`` is ``"error"``.
+    """
+    left, _left[:] = _left[:], []
+    if left and settings.on_unsupported == "error":
+        raise value_error(
+            "attention that cannot be replaced",
+            given=", ".join(f"{each} outside of graphs: {each.why}" for each in left),
+            allowed="attention in graphs, because on_unsupported is 'error'",
+            todo="Mend the graph break that TORCH_LOGS=\"graph_breaks\" names; 'warn' or 'dense' lets it be.",
+        )
 
 
 def _warn_once(reason: str, where: str, detail: str) -> None:
@@ -191,3 +242,4 @@ def warn_of_stale_file(calibration: Calibration | None) -> None:
 def forget_warnings() -> None:
     """Warn again of what was warned of before."""
     _warned.clear()
+    _left.clear()

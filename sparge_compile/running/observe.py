@@ -20,6 +20,7 @@ from ..passes.pipeline import sheltered
 from ..passes.read.fx_utils import clone
 from ..passes.write.taps import put_taps
 from ..user_model import is_compiled, user_model
+from .frames import Left, hear_of_left_frames, stop_hearing
 from .graph import Slot, open_graph
 from .places import Names, Place, find_names
 from .rehearsals import is_rehearsal
@@ -83,11 +84,16 @@ def watching(target: Callable[..., Any], observer: Observer) -> Callable[..., An
 
     def run(*args: Any, **kwargs: Any) -> Any:
         token = _observer.set(observer)
+        left: list[Left] = []
+        hear_of_left_frames(_look, left.append)
         try:
             with uncompiled(target), torch._dynamo.config.patch(NO_LIMITS):
                 return compiled(*args, **kwargs)
         finally:
             _observer.reset(token)
+            stop_hearing(_look)
+            for each in left:
+                each.forget()
 
     return run
 

@@ -69,8 +69,9 @@ class Outside:
             yield
         finally:
             sys.setprofile(None)
-            handler.remove_start_callback(start)
-            handler.remove_end_callback(end)
+            for callbacks, callback in ((handler.start_callbacks, start), (handler.end_callbacks, end)):
+                if callback in callbacks:  # torch.compiler.reset empties them
+                    callbacks.remove(callback)
 
     def _profile(self, frame: FrameType, event: str, arg: Any) -> None:
         if event == "c_call":
