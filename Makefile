@@ -2,12 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test test-slow test-gpu lint format bench coverage clean
+.PHONY: help demo test test-slow test-gpu test-matrix lint format bench coverage clean
 help:
 	@echo "make demo      a trained video model, dense, sparse and distilled (about 3 minutes on 2 cores)"
 	@echo "make test      the test suite (CPU and Triton's interpreter)"
 	@echo "make test-slow the tests that take longer"
 	@echo "make test-gpu  the GPU tests, with the python on the PATH (PYTHON=...)"
+	@echo "make test-matrix  the test suite on the oldest and the newest versions that are supported, into docs/compatibility.md"
 	@echo "make lint      ruff, format check, mypy"
 	@echo "make bench     attention benchmark on this machine's device"
 	@echo "make coverage  what is found in real models, into docs/coverage.md (about 10 minutes)"
@@ -31,6 +32,21 @@ test-slow: .venv/ready
 test-gpu:
 	$(PYTHON) -m pytest -m gpu
 
+# The versions of constraints-oldest.txt and constraints-newest.txt, and of constraints.txt for what those do not name.
+.venv-%/ready: pyproject.toml constraints.txt constraints-%.txt
+	$(PYTHON) -m venv .venv-$*
+	sed -n 's/^\([a-z0-9-]*\)[=<].*/^\1[=<]/p' constraints-$*.txt > .venv-$*/named
+	grep -v -f .venv-$*/named constraints.txt | cat constraints-$*.txt - > .venv-$*/constraints.txt
+	.venv-$*/bin/python -m pip install --quiet --constraint .venv-$*/constraints.txt --editable ".[demo,test]"
+	touch $@
+
+.PRECIOUS: .venv-%/ready
+test-on-%: .venv-%/ready
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n auto --maxprocesses 8 -m "not gpu and not slow" --junitxml=.venv-$*/suite.xml; \
+	status=$$?; .venv-$*/bin/python benchmarks/compatibility.py .venv-$*/suite.xml; exit $$status
+
+test-matrix: test-on-oldest test-on-newest
+
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,4 +63,4 @@ coverage: .venv/ready
 	$(BIN)/python benchmarks/coverage.py --markdown docs/coverage.md
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf .venv .venv-* build *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

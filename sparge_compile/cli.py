@@ -1,4 +1,4 @@
-"""The command ``sparge``: calibrate, show, plot, explain."""
+"""The command ``sparge``: calibrate, show, plot, explain, doctor."""
 
 from __future__ import annotations
 
@@ -54,6 +54,11 @@ def _parser() -> argparse.ArgumentParser:
     _explain_arguments(
         commands.add_parser(
             "explain", **_described("which attention of a model would be replaced, and why not the rest")
+        )
+    )
+    _doctor_arguments(
+        commands.add_parser(
+            "doctor", **_described("what is installed, which kernels run here, right or wrong, how fast")
         )
     )
     return parser
@@ -117,6 +122,25 @@ def _explain_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--topk", type=float, help="threshold of sites without one in the file")
     parser.add_argument("--topp", type=float, help="threshold of sites without one in the file")
     parser.set_defaults(run=_explain)
+
+
+def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="where to look (cuda if there is one)")
+    parser.add_argument("--shape", type=_shape, metavar="B,H,L,D", help="attention to time (a moderate one)")
+    parser.add_argument("--sparsity", type=float, default=0.95, help="of what is timed (0.95)")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="of what is timed (bfloat16; float32 on a CPU)"
+    )
+    parser.add_argument("--causal", action="store_true", help="time causal attention")
+    parser.add_argument("--json", action="store_true", help="print a JSON document")
+    parser.set_defaults(run=_doctor)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    sizes = tuple(int(size) for size in text.split(","))
+    if len(sizes) != 4 or min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not B,H,L,D, as 1,12,32760,128")
+    return sizes
 
 
 def _source_arguments(parser: argparse.ArgumentParser) -> None:
@@ -241,6 +265,18 @@ def _explain(args: argparse.Namespace) -> int:
         options = {**_options(args), **thresholds, "calibration": calibration}
         print(explain_calls(model, options, lambda: (call or model)(*positional, **named)))
     return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    import torch
+
+    from .doctor import as_json, examine
+
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    found = examine(device, args.shape, args.sparsity, dtype, args.causal)
+    print(as_json(found) if args.json else found)
+    return 0 if found.healthy else 1
 
 
 if __name__ == "__main__":

@@ -85,3 +85,20 @@ def test_versions_of_triton_are_compared_by_a_process_each(monkeypatch, tmp_path
     versions.main([str(folder), "--csv", str(tmp_path / "rows.csv")])
     assert [path == str(folder) for path in seen] == [False, True, False]
     assert (tmp_path / "rows.csv").read_text().count("1.0") == 2
+
+
+def test_runs_of_the_suite_become_one_table(tmp_path):
+    import compatibility
+
+    junit = tmp_path / "suite.xml"
+    for failures in (2, 1):
+        junit.write_text(
+            f'<testsuites><testsuite tests="10" failures="{failures}" errors="1" skipped="3" '
+            'timestamp="2030-01-02T03:04"/></testsuites>'
+        )
+        compatibility.main([str(junit), "--docs", str(tmp_path)])
+    (run,) = compatibility.json.loads((tmp_path / "compatibility.json").read_text())
+    assert (run["passed"], run["failed"], run["skipped"], run["date"]) == (5, 2, 3, "2030-01-02")
+    assert run["torch"] in (tmp_path / "compatibility.md").read_text(), "a later run took the place of the earlier"
+    runs = compatibility.merged([run | {"torch": "2.9.1"}, run | {"torch": "2.15.0"}], run | {"torch": "2.11.0"})
+    assert [each["torch"] for each in runs] == ["2.9.1", "2.11.0", "2.15.0"]

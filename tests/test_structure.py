@@ -24,7 +24,7 @@ ROOMS = [
     ["passes"],
     ["running", "inner"],
     ["notices"],
-    ["distill", "backend", "rewriting"],
+    ["distill", "backend", "rewriting", "doctor"],
     ["calibrate"],
     ["cli"],
 ]
