@@ -23,7 +23,7 @@ SHARED_MEMORY = {
     "cuda:120": 99 * 1024,
     "hip:gfx942": 64 * 1024,
 }
-# Bytes that a thread may spill. Most of it is seen where launches were not measured; with a mask there are more pointers.
+# Bytes that a thread may spill: most where launches were not measured; a mask needs more pointers.
 STACK = {"none": 400, "causal": 400, "mask": 640}
 KERNELS = {"pool", "score", "select", "forward", "pack", "delta", "unpack", "dq", "invert", "dkv"}
 
