@@ -17,9 +17,11 @@ from .user_model import WRAPPERS
 
 ROOT = "(root)"  # attention written directly in the forward of the compiled module
 
-# Dynamo's name of the local or global that holds the model, or the function or method that does.
+# Dynamo's name of the local or global that holds the model, or a function, a method or a hook that does: whatever leads
+# to the owner of a method (diffusers' hooks keep the forward that they replace).
 _BASE = re.compile(
-    r"^[LG]\['[^']*'\](?:\._torchdynamo_inline|\.__closure__\[\d+\]\.cell_contents|\.__func__|(?:\.forward)?\.__self__)*"
+    r"^[LG]\['[^']*'\](?:.*\.__self__(?=[.\[]|$))?"
+    r"(?:\._torchdynamo_inline|\.__closure__\[\d+\]\.cell_contents|\.__func__|(?:\.forward)?\.__self__)*"
 )
 _MODULES = re.compile(
     r"(?:\.__dict__)?(?:\['_(?:modules|parameters|buffers)'\]|\._(?:modules|parameters|buffers))\['([^']*)'\]"

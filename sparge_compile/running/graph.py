@@ -111,9 +111,13 @@ def place(work: OpenGraph, given: GraphModule, names: Names | Callable[[], Names
     locators: dict[str | None, Locator] = {}
     parts: dict[tuple[str | None, str], tuple[Part, int, int]] = {}  # with the part's first number and its size
     seen = sites_before()
-    here = Counter((module_base(match.node), match.path) for match in work.matches if match.is_attention)
+    here = Counter(
+        (module_base(match.node), match.path if names is None else names.below(match.path))
+        for match in work.matches
+        if match.is_attention
+    )
     for i, match in enumerate(work.matches):
-        base, path = module_base(match.node), match.path
+        base, path = module_base(match.node), match.path if names is None else names.below(match.path)
         if base not in locators:
             locators[base] = frame.locator(base, path, names)
         locator = locators[base]

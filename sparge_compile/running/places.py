@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
@@ -18,7 +19,7 @@ from torch.nn import Module
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..naming import ROOT, base_of, clean_path, join, user_path
-from ..user_model import remember_compiled
+from ..user_model import HELD_AS, bare, remember_compiled, user_names
 from .stack import find_root, modules_on_stack
 
 
@@ -46,7 +47,7 @@ class Place:
         full = join(self.prefix, path)
         full = "" if full == ROOT else full
         try:
-            return root.get_submodule(full)
+            return bare(root.get_submodule(full))
         except AttributeError:  # there are wrappers on the way
             return Names(root).by_name.get(full)
 
@@ -55,20 +56,42 @@ class Names:
     """The full names of a model's tensors and modules, by identity; valid while the model is held."""
 
     def __init__(self, root: Module) -> None:
-        self.root = root
+        self.root = bare(root)
         self.tensors: defaultdict[int, list[str]] = defaultdict(list)
         self.modules: dict[int, str] = {}
         self.by_name: dict[str, Module] = {}
-        for name, module in root.named_modules(remove_duplicate=False):
-            self.modules.setdefault(id(module), user_path(name))
-            self.by_name[user_path(name)] = module  # the last one is what a wrapper wraps
+        self._short: dict[str, str] = {}  # by the name that says what wraps as well
+        for name, short, module in user_names(self.root):
+            self._short[user_path(name)] = short
+            self.modules.setdefault(id(module), short)
+            self.by_name[short] = module  # the last one is what a wrapper wraps
         for name, tensor in self._tensors():
             self.tensors[id(tensor)].append(name)
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         for named in (self.root.named_parameters, self.root.named_buffers):
             for name, tensor in named(remove_duplicate=False):
-                yield user_path(name), tensor
+                yield self._shortened(user_path(name)), tensor
+
+    def _shortened(self, name: str) -> str:
+        above, _, last = name.rpartition(".")
+        return self._short[name] if name in self._short else f"{self._short.get(above, above)}.{last}".lstrip(".")
+
+    @cached_property
+    def _ends(self) -> set[str]:
+        """Every end of a name of a module or a tensor."""
+        names = {*self.by_name, *(name for names in self.tensors.values() for name in names)}
+        parts = (name.split(".") for name in names)
+        return {".".join(split[i:]) for split in parts for i in range(len(split) + 1)}
+
+    def below(self, path: str) -> str:
+        """A path of Dynamo below some module, without what it leads through that wraps others."""
+        rest = path
+        while (short := self._shortened(rest)) not in self._ends:
+            first, _, rest = rest.partition(".")
+            if first not in HELD_AS:
+                return path
+        return short or ROOT
 
     def prefixes(self, tensor: object, path: str) -> list[str]:
         """Where a module can be that has this tensor under ``path``: full names, in the model's order."""
@@ -85,7 +108,8 @@ class Names:
 
     def called(self) -> str | None:
         """The name of the innermost module of this model that is being called."""
-        return next((self.modules[id(m)] for m in modules_on_stack() if id(m) in self.modules), None)
+        called = (m if id(m) in self.modules else bare(m) for m in modules_on_stack())
+        return next((self.modules[id(m)] for m in called if id(m) in self.modules), None)
 
 
 class Anchor(NamedTuple):
@@ -123,6 +147,9 @@ class Frame:
 
         A site that stands in no module stands in the module that is being called, mostly the base of all the others.
         """
+        if names is not None:
+            for found in self._anchors.values():
+                found[:] = [anchor._replace(path=names.below(anchor.path)) for anchor in found]
         anchors = self._anchors.get(base, []) if base is not None else []
         if base is None and names is not None and (called := names.called()) is not None:
             every = (anchor for anchors in self._anchors.values() for anchor in anchors)

@@ -12,7 +12,7 @@ import torch
 from torch.fx import GraphModule
 from torch.nn import Module
 
-from ..user_model import is_compiled, unwrapped
+from ..user_model import bare, is_compiled
 
 _CALLS = (Module._wrapped_call_impl.__code__, Module._call_impl.__code__)
 # Dynamo's name of the rest of a function behind a graph break.
@@ -79,8 +79,8 @@ def find_root() -> Module | None:
     called = list(modules_on_stack())
     for module in called:
         if is_compiled(module) and not _is_block(module, called[-1]):
-            return unwrapped(module)
-    return unwrapped(called[-1]) if called else None
+            return bare(module)
+    return bare(called[-1]) if called else None
 
 
 def _called(frame: FrameType) -> Module | None:

@@ -13,8 +13,9 @@ from torch import nn
 
 from .. import ops
 from ..errors import value_error
-from ..naming import ROOT, numbered, user_path
+from ..naming import ROOT, numbered
 from ..pair import Pair
+from ..user_model import bare, user_names
 from .buffers import Attached
 from .calibration import Calibration
 
@@ -26,7 +27,7 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules of a model by the names that sites have."""
-    return {user_path(name) or ROOT: module for name, module in model.named_modules()}
+    return {name or ROOT: module for _, name, module in user_names(bare(model))}
 
 
 def site_name(target: Target) -> str:

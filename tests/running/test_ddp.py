@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from toys import Stack
 
-from sparge_compile import Calibration, DistillationHook, attach
+from sparge_compile import Calibration, DistillationHook, attach, calibrate, explain
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
 
@@ -72,6 +72,12 @@ def test_every_piece_has_the_thresholds_of_its_site(give, opened_graphs):
     if give == "attach":
         attached.set(topk=1.0, topp=1.0)
         torch.testing.assert_close(compiled(x), dense, atol=1e-5, rtol=1e-5)
+
+
+def test_explain_and_calibrate_give_the_names_of_the_model_inside():
+    model, x = parallel(Stack(3, SelfAndSelf)).eval(), torch.randn(X)
+    assert [row.name for row in explain(model, FAST)(x)] == NAMES
+    assert list(calibrate(model, [x], target_error=0.2, options={"min_seq_len": 0}).sites) == NAMES
 
 
 def test_runs_on_fake_tensors_are_no_training_forwards():
