@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from torch.nn import Module
 
 from . import ops  # noqa: F401  importing it registers the ops
+from .errors import type_error
 from .inner import compile_graph, faker, is_stored
 from .notices import (
     check_model,
@@ -123,32 +124,50 @@ def _new_place(settings: Options, names: list[str]) -> None:
     warn_of_names(settings, names)
 
 
-def explain(model: Callable[..., Any], options: Mapping[str, Any] | None = None) -> Callable[..., Report]:
+def explain(
+    model: Callable[..., Any],
+    options: Mapping[str, Any] | Options | None = None,
+    *,
+    call: Callable[..., Any] | None = None,
+) -> Callable[..., Report]:
     """Dry run, in the manner of ``torch._dynamo.explain``: ``explain(model, options)(*args, **kwargs)`` is a Report.
 
     The model runs once on the arguments, dense and uncompiled; what ``torch.compile(model, backend="sparge")`` would
     replace, and why the rest stays, is in the report. All graphs of the model are in one report.
+
+    Args:
+        model: a module or a function, compiled or not.
+        options: those of the backend.
+        call: what calls the model, a module, as a pipeline does: ``explain(pipe.transformer, call=pipe)(prompt)``. It
+            gets the arguments, and every call of the model that it makes is in the report.
+
+    Raises:
+        TypeError: ``call`` is given for a model that is no module.
     """
     settings = Options.parse(options)
-    target = user_model(model)
+    target: Any = user_model(model)
+    if call is not None and not isinstance(target, Module):
+        raise type_error(
+            "explain: bad model",
+            given=type(target).__name__,
+            allowed="an nn.Module where call is given",
+            todo="Pass the module that call runs, as pipe.transformer.",
+        )
 
     def run(*args: Any, **kwargs: Any) -> Report:
         seen = _Seen(target)
+        watched = watching(target, seen)
         with seen.outside.listening():
-            watching(target, seen)(*args, **kwargs)
+            if call is None:
+                watched(*args, **kwargs)
+            else:
+                with calls_through(model, watched):  # type: ignore[arg-type]
+                    call(*args, **kwargs)
         report = seen.report(settings)
         warn_of_nothing(report, settings, type(target).__name__)
         return report
 
     return run
-
-
-def explain_calls(model: Module, options: Mapping[str, Any] | None, run: Callable[[], Any]) -> Report:
-    """:func:`explain` for a model that something else calls, as a pipeline does: ``run`` does so."""
-    seen = _Seen(user_model(model))
-    with calls_through(model, watching(user_model(model), seen)), seen.outside.listening():
-        run()
-    return seen.report(Options.parse(options))
 
 
 class _Seen(Observer):

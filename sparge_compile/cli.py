@@ -53,7 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     _plot_arguments(commands.add_parser("plot", **_described("draw a calibration file as two PNGs (needs matplotlib)")))
     _explain_arguments(
         commands.add_parser(
-            "explain", **_described("which attention of a model would be replaced, and why not the rest")
+            "explain",
+            **_described("which attention of a model would be replaced on the first batch, and why not the rest"),
         )
     )
     _doctor_arguments(
@@ -253,7 +254,7 @@ def _plot(args: argparse.Namespace) -> int:
 def _explain(args: argparse.Namespace) -> int:
     import torch
 
-    from .backend import explain_calls
+    from .backend import explain
     from .calibrate.run import arguments
     from .thresholds.calibration import Calibration
 
@@ -263,7 +264,7 @@ def _explain(args: argparse.Namespace) -> int:
     positional, named = arguments(next(iter(batches)))
     with torch.no_grad():
         options = {**_options(args), **thresholds, "calibration": calibration}
-        print(explain_calls(model, options, lambda: (call or model)(*positional, **named)))
+        print(explain(model, options, call=call)(*positional, **named))
     return 0
 
 

@@ -1,13 +1,35 @@
-"""A head's two thresholds, (topk, topp), and the checks of what a user gives for them and for a progress."""
+"""A head's two thresholds, (topk, topp), tables of them, and the checks of what a user gives for them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, NoReturn, TypeVar
 
 from .errors import type_error, value_error
 
 Pair = tuple[float, float]  # (topk, topp)
 Sites = Mapping[str, tuple[Pair, ...]]  # a pair for each head, or one for all, by the name of a site or a pattern
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+
+class Table(dict[Key, Value]):
+    """A dict that nobody changes: what was compiled with its entries would not notice. ``copy`` gives a plain dict."""
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise type_error(
+            "a Calibration cannot be changed",
+            given="an assignment to one of its tables",
+            allowed="new ones: compiled code keeps the thresholds that it was compiled with",
+            todo="Make one, as Calibration({**calibration.sites, name: pairs}), or use attach(…).set(…).",
+        )
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self),)  # pickle and copy fill a dict item by item otherwise
 
 
 def check_pair(topk: float, topp: float, where: str = "thresholds") -> Pair:

@@ -106,6 +106,28 @@ def test_names_are_the_same_in_explain_and_in_compilation(caplog):
     assert [row.name for row in explain(torch.compile(model), FAST)(x)] == names
 
 
+class Pipe:
+    """Calls its model twice, with what it makes of its own arguments."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, length, *, times=2):
+        return [self.model(torch.randn(1, length, 32)) for _ in range(times)]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_calls_the_model_may_be_given(compiled):
+    model = Stack()
+    pipe = Pipe(torch.compile(model, backend="sparge", options=FAST) if compiled else model)
+    report = explain(pipe.model, FAST, call=pipe)(300, times=3)
+    assert [row.name for row in report.sparse] == ["blocks.0", "blocks.1"]
+    assert model.__dict__.get("_compiled_call_impl") is None, "calls go through nothing of ours any more"
+    assert len(explain(pipe.model, Options(**FAST), call=lambda: None)()) == 0
+    with pytest.raises(TypeError, match=r"explain: bad model.*nn\.Module where call is given"):
+        explain(pipe, call=pipe)
+
+
 def test_graph_breaks_give_one_report():
     report = explain(Broken(), FAST)(torch.randn(1, 300, 32))
     assert [row.name for row in report] == ["blocks.0", "blocks.1"]

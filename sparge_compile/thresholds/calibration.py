@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from ..errors import type_error, value_error
-from ..pair import Pair, Sites, check_progress
+from ..pair import Pair, Sites, Table, check_progress
 from . import calibration_file, json_file
 from .checks import check_aim, check_influence, check_phases, check_sites
 from .choice import Key, choose, thresholds_of
@@ -20,7 +20,7 @@ from .table import measured_table, thresholds_table
 
 @dataclass(frozen=True)
 class Calibration:
-    """Thresholds by site, and how they were found.
+    """Thresholds by site, and how they were found. It does not change: what was compiled with it would not notice.
 
     ``sites`` maps a site's name, or a pattern with ``*`` and ``?``, to one (topk, topp) pair for each head. An exact
     name wins over a pattern, an earlier pattern over a later one. A single pair holds for any number of heads.
@@ -34,7 +34,7 @@ class Calibration:
 
     Raises:
         TypeError, ValueError: thresholds out of range or of the wrong type, phases of other sites or heads than at the
-            start, measurements of others.
+            start, measurements of others; an assignment to an entry.
     """
 
     sites: Sites = field(default_factory=dict)
@@ -43,8 +43,9 @@ class Calibration:
     source: json_file.Source | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sites", check_sites("sites", self.sites))
-        object.__setattr__(self, "phases", check_phases(self.phases, self.sites))
+        object.__setattr__(self, "sites", Table(check_sites("sites", self.sites)))
+        later = check_phases(self.phases, self.sites)
+        object.__setattr__(self, "phases", Table({start: Table(sites) for start, sites in later.items()}))
         if self.origin is not None:
             self.origin.check(list(self._all_phases().values()))
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 from ..errors import value_error
+from ..pair import Table
 from .fronts import BY, DENSE, MODES, Point, error_of
 
 # What the check on other samples says (calibrate/search.py), and for a bound also what share keeps it.
@@ -138,6 +139,8 @@ class Origin:
                 raise _wrong_entry(name, table, "a table of numbers")
         if not set(self.modes) <= set(MODES):
             raise _wrong_entry("modes", sorted(self.modes), f"of {MODES}")
+        for name in ("modes", "held_out", "curves"):
+            object.__setattr__(self, name, Table(getattr(self, name)))
         if self.held_out and set(self.held_out) - {WITHIN} != set(CHECKED):
             raise _wrong_entry("held_out", sorted(self.held_out), f"nothing, or {CHECKED} and perhaps {WITHIN!r}")
 

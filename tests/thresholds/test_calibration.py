@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+import pickle
 import random
 import stat
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from test_record import Fused, Model
 
-from sparge_compile import Calibration, attach
+from sparge_compile import Calibration, Options, attach
 from sparge_compile.thresholds import json_file
 from sparge_compile.thresholds.calibration import from_points
 from sparge_compile.thresholds.choice import choose
@@ -326,3 +327,31 @@ def test_a_calibration_is_shown_in_a_line_and_as_a_table():
         "keep the bound" not in measured_calibration(1, target_error=None, target_sparsity=0.3, held_out=held).table()
     )
     assert "0.1–0.3" in Calibration({"a": [(0.1, 0.0), (0.3, 0.0)]}).table()
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_tables_are_not_changed(measured):
+    """Compiled code would not notice; a plain dict of the same entries is a step away."""
+    pairs = [(0.5, 0.0)]
+    calibration = measured_calibration() if measured else Calibration({"a": pairs}, {0.5: {"a": pairs}})
+    digest, before = Options(calibration=calibration).digest(), calibration.to_dict()
+    tables = [calibration.sites, calibration.phases, *calibration.phases.values()]
+    for table in [*tables, *([calibration.origin.curves, calibration.origin.modes] if measured else [])]:
+        key = next(iter(table))
+        for change in (
+            lambda t=table, k=key: t.__setitem__(k, t[k]),
+            lambda t=table, k=key: t.__delitem__(k),
+            lambda t=table, k=key: t.update({k: t[k]}),
+            lambda t=table, k=key: t.pop(k),
+            lambda t=table: t.clear(),
+            lambda t=table: t.__ior__({}),
+        ):
+            with pytest.raises(TypeError, match=r"a Calibration cannot be changed.*attach"):
+                change()
+        plain = {**table}
+        plain.clear()
+    assert calibration.to_dict() == before and Options(calibration=calibration).digest() == digest
+    for same in (pickle.loads(pickle.dumps(calibration)), copy.deepcopy(calibration), copy.copy(calibration)):
+        assert same == calibration and Options(calibration=same).digest() == digest
+        with pytest.raises(TypeError, match="cannot be changed"):
+            same.sites["a"] = pairs
