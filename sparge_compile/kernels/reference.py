@@ -37,9 +37,9 @@ def starts(length: int, block: int) -> range:
 def pool(x: Tensor, block: int, counted: Tensor | None = None) -> Tensor:
     """Means of the rows that count in each block: [B, H, N, D] from [B, H, L, D], in float32 at least.
 
-    ``counted`` is bool [B or 1, H or 1, L]; every row counts if it is None. The mean of no row is 0.
+    ``counted`` is bool, broadcastable to [B, H, L]; every row counts if it is None. The mean of no row is 0.
     """
-    counted = torch.ones(1, 1, x.shape[-2], dtype=torch.bool, device=x.device) if counted is None else counted
+    counted = torch.ones(x.shape[-2], dtype=torch.bool, device=x.device) if counted is None else counted
     means = []
     for first in starts(x.shape[-2], block):
         rows, count = wide(x[..., first : first + block, :]), counted[..., first : first + block].unsqueeze(-1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import cProfile
 import sys
 
 import pytest
@@ -87,9 +86,16 @@ def test_the_profiler_that_was_there_stays(x):
     assert sys.getprofile() is None
     explain(Stack(1, Disabled), FAST)(x)
     assert sys.getprofile() is None
-    with cProfile.Profile() as profiler:
+
+    def profile(frame, event, arg):
+        pass
+
+    sys.setprofile(profile)
+    try:
         explain(Stack(1, Disabled), FAST)(x)
-        assert sys.getprofile() is profiler
+        assert sys.getprofile() is profile
+    finally:
+        sys.setprofile(None)
 
 
 def test_the_result_of_a_second_look_is_the_same(x):

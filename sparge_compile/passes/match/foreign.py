@@ -73,6 +73,8 @@ def _signature(target: Any) -> tuple[str, list[str]]:
     if isinstance(target, torch._ops.OpOverloadPacket):
         target = getattr(target, target.overloads()[0])
     if isinstance(target, torch._ops.OpOverload):
+        if target.namespace == "sparge":  # ours: what was rewritten before
+            return "", []
         return target._schema.name, [x.name for x in target._schema.arguments if "Tensor" in str(x.type)]
     module = str(getattr(target, "__module__", ""))
     if not inspect.isfunction(target) or module.split(".")[0] == "torch":

@@ -67,7 +67,9 @@ class Reader:
         return self._writes.written(node)
 
     def is_pure(self, node: Node) -> bool:
-        """Whether nothing but a node's result tells that it ran."""
+        """Whether nothing but a node's result tells that it ran; never of an input, which callers pass by position."""
+        if node.op == "placeholder":
+            return False
         if isinstance(node.target, torch._ops.OpOverload):
             return not node.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in node.target.tags
         return not may_write(node) and (reads_number(self._calls.fake(node)) or self._calls.runs_quietly(node))
