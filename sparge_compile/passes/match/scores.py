@@ -80,8 +80,11 @@ class _ScoresWalk:
             return self._filled(call.args[0], call.args[1], call.args[2], node, layout, "drop")
         if call.name == "where":
             condition, yes, no = call.args
-            kept = self._filled(yes, condition, no, node, layout, "keep")
-            return kept if isinstance(kept, Scores) else self._filled(no, condition, yes, node, layout, "drop")
+            ways = [(yes, no, "keep"), (no, yes, "drop")]
+            if not getattr(yes, "shape", ()):  # a number is what the scores are filled with
+                ways.reverse()
+            first, second = (self._filled(x, condition, fill, node, layout, kind) for x, fill, kind in ways)
+            return second if isinstance(second, Scores) and isinstance(first, Refusal) else first
         return Refusal(Reason.SCORES_CHANGED, f"by {call.name}")
 
     def _score_product(self, a: Value, b: Value, node: Node, layout: Layout) -> Scores | Refusal:
@@ -177,7 +180,8 @@ class _ScoresWalk:
             return inner
         hidden = number(self.reader, fill, node)
         if hidden is None or not hidden <= HIDDEN:
-            return Refusal(Reason.SCORES_CHANGED, f"filled with {hidden}, which does not hide")
+            what = "a tensor" if hidden is None else f"{hidden}, which does not hide"
+            return Refusal(Reason.SCORES_CHANGED, f"filled with {what}")
         inner.terms.append(Term(mask, node, broadcast(layout, mask.shape), kind, fill=hidden))
         inner.fixed = True
         return inner

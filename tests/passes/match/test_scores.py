@@ -123,6 +123,21 @@ def test_what_changes_scores_otherwise_is_refused(case):
     assert isinstance(found, Refusal) and found.reason is Reason.SCORES_CHANGED
 
 
+@pytest.mark.parametrize("scores_first", [True, False], ids=["scores, fill", "fill, scores"])
+def test_the_reason_is_what_changed_the_scores_not_what_fills_them(scores_first):
+    def capped(b, s):
+        fill = b.call(torch.ops.aten.scalar_tensor.default, INF)
+        chosen = (b.call(torch.tanh, s), fill)
+        return b.call(torch.where, mask(b, L, S), *(chosen if scores_first else chosen[::-1]))
+
+    assert traced(capped) == Refusal(Reason.SCORES_CHANGED, "by tanh")
+
+
+def test_a_fill_that_is_not_known_is_named():
+    found = traced(REFUSED["fill of an unknown number"])
+    assert isinstance(found, Refusal) and found.detail == "filled with a tensor"
+
+
 def no_product(make):
     b = Builder()
     scores = make(b, b.input("scores", 2, L, S))
