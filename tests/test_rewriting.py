@@ -173,6 +173,62 @@ def test_thresholds_are_run_time_tensors():
     near(new(x), model(x))
 
 
+class Masked(Model):
+    """Under a mask, a causal one, or none."""
+
+    def forward(self, x, mask=None, is_causal=False):
+        for block in self.blocks:
+            q, k, v = block.qkv(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4).unbind(0)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+            x = x + out.transpose(1, 2).flatten(2)
+        return x
+
+
+def empty_rows(mask):
+    """A mask in which the first queries see no key."""
+    return torch.cat([torch.full_like(mask[:3], 0 if mask.dtype == torch.bool else -torch.inf), mask[3:]])
+
+
+PAIRS = torch.arange(LENGTH)[:, None] * 7 % 11 < torch.arange(LENGTH) % 13
+MASKS = {
+    "no mask": {},
+    "boolean": {"mask": PAIRS},
+    "boolean, empty rows": {"mask": empty_rows(PAIRS)},
+    "padding": {"mask": torch.arange(LENGTH).expand(2, 1, 1, -1) < 200},
+    "no key at all": {"mask": torch.arange(2).view(2, 1, 1, 1).expand(2, 1, 1, LENGTH) > 0},
+    "additive": {"mask": torch.zeros(LENGTH, LENGTH).masked_fill(PAIRS, -0.5)},
+    "additive, empty rows": {"mask": empty_rows(torch.zeros(LENGTH, LENGTH).masked_fill(PAIRS, -torch.inf))},
+    "causal": {"is_causal": True},
+}
+
+
+@pytest.mark.parametrize("case", MASKS)
+def test_decomposed_programs_are_rewritten_too(case):
+    """torch decomposes SDPA into a softmax that gives 0 to queries that see no key: the sparse op gives the same."""
+    model, x, how = Masked(), torch.randn(2, LENGTH, 32), MASKS[case]
+    program = torch.export.export(model, (x,), how).run_decompositions()
+    assert "scaled_dot_product" not in str(program.graph)
+    options = {**EXACT, "additive_masks": True, "on_unsupported": "error"}
+    new = rewrite(program, options)
+    assert [row.status for row in report_of(new)] == ["sparse"] * 2 and "softmax" not in str(new.graph)
+    outputs, grads = [], []
+    for module in (new.module(), model):
+        outputs.append(module(x, **how))
+        weight = dict(module.named_parameters())["blocks.0.qkv.weight"]
+        grads += torch.autograd.grad(outputs[-1].square().sum(), weight)
+    near(*outputs)
+    torch.testing.assert_close(*grads, atol=1e-4, rtol=1e-4)
+
+
+def test_a_decomposed_program_of_any_length():
+    model, x = Model(), torch.randn(2, LENGTH, 32)
+    length = torch.export.Dim("length", min=200, max=4000)
+    program = export(model, x, dynamic_shapes={"x": {1: length}}).run_decompositions()
+    module = rewrite(program, SPARSE).module()
+    for size in (200, 777):
+        near(module(y := torch.randn(2, size, 32)), sparse_model(model, y))
+
+
 def test_names_of_an_exported_program_are_those_of_torch_compile():
     model, x = (
         nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, 0.0, batch_first=True), 2),

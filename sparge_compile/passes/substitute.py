@@ -12,7 +12,7 @@ from ..limit import Limit
 from .find import Match
 from .match.sdpa_kernels import SDPA_KERNELS, replace_kernel
 from .mha.open import put_inside
-from .write.emit import Emitter
+from .write.emit import Emitter, values_like
 
 OP = torch.ops.sparge.attention.default
 
@@ -46,8 +46,8 @@ def substitute_match(match: Match, thresholds: Node, replaced: dict[Node, Node],
         if limit is not None:
             options |= {"least_keys": limit.least_keys, "gain": list(limit.gain)}
         new = graph.call_function(OP, (query, key, value, thresholds), options)
+        new.meta = {**output.meta, **values_like(query)}
         result = emitter.result(new)
-    new.meta = dict(output.meta)
     result.meta = dict(output.meta)
     if output.target in SDPA_KERNELS:
         replaced.update(dict.fromkeys(output.users, result))

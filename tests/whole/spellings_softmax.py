@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from spelling import ACTIVE_DROPOUT, OTHER_AXIS, RETURNED, SCALE, qkv, spelling
+from spelling import ACTIVE_DROPOUT, OTHER_AXIS, RETURNED, SCALE, WEIGHTS_CHANGED, B, L, S, qkv, spelling
 from torch import nn
 
 # ---- the softmax
@@ -79,3 +82,42 @@ def dropout_module_in_inference(q, k, v, dropout=_off):
 @spelling(twin={"inplace": True, "p": 0.1}, why=ACTIVE_DROPOUT)
 def dropout_in_place(q, k, v, p=0.0, inplace=False):
     return F.dropout((q @ k.mT * SCALE).softmax(-1), p, True, inplace) @ v
+
+
+# ---- queries that see no key: torch.softmax has NaN for them, attention 0
+
+
+def pairs():
+    """q, k, v and who sees what, bool [B, 1, L, S]; the first two queries see nothing."""
+    m = torch.rand(B, 1, L, S) < 0.5
+    m[:, :, :2] = False
+    return *qkv()(), m
+
+
+def same_pairs(attend, q, k, v, m):
+    return attend(q, k, v, attn_mask=m, scale=SCALE)
+
+
+PAIRS: dict[str, Any] = {"inputs": pairs, "same": same_pairs, "mask": "bool"}
+
+
+@spelling(twin={"fill": 0.1}, why=WEIGHTS_CHANGED, **PAIRS)
+def weights_of_empty_rows_filled(q, k, v, m, fill=0.0):
+    """torch's own safe softmax."""
+    scores = (q @ k.mT * SCALE).masked_fill(~m, -math.inf)
+    w = torch.softmax(scores, -1)
+    seen = torch.any(torch.logical_not(scores == -math.inf), -1, keepdim=True)
+    return torch.where(torch.logical_not(seen), torch.full_like(w, fill), w) @ v
+
+
+@spelling(twin={"columns": True}, why=WEIGHTS_CHANGED, **PAIRS)
+def weights_of_hidden_keys_filled(q, k, v, m, columns=False):
+    w = (q @ k.mT * SCALE).masked_fill(~m, -1e9).softmax(-1)
+    hidden = ~m[..., :1].expand_as(m) if columns else ~m
+    return w.masked_fill(hidden, 0.0) @ v
+
+
+@spelling(twin={"fill": 0.1}, why=WEIGHTS_CHANGED, **PAIRS)
+def weights_without_nan(q, k, v, m, fill=0.0):
+    w = torch.where(m, q @ k.mT * SCALE, -math.inf).softmax(-1)
+    return w.nan_to_num(fill) @ v

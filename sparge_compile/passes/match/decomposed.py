@@ -21,6 +21,7 @@ from ..read.fx_utils import value_of
 from ..read.reader import Reader
 from .attention import Attention, Refusal
 from .compose import Part, compose
+from .filled import fills_what_is_hidden
 from .scores import ADDED_PRODUCTS, Scores, scores_of
 from .weights import OTHER_AXIS, PRODUCTS, Product, may_hold_tensor, product_of
 
@@ -62,6 +63,9 @@ def match_softmax(node: Node, reader: Reader) -> Attention | Refusal:
     traced = scores_of(reader, scores, node, layout, keys)
     if isinstance(traced, Refusal) or isinstance(product, Refusal):
         return _why(reader, node, traced, product)
+    held = reader.holders(scores, node, layout)
+    if not fills_what_is_hidden(reader, product.filled, traced.terms, held, product.weights):
+        return Refusal(Reason.SCORES_CHANGED, "weights are filled where a key may be seen")
     return _assemble(reader, node, layout, keys, traced, product)
 
 
@@ -74,7 +78,7 @@ def _assemble(
     factors = [
         (Part(f, node, layout) if isinstance(f, Value) else f, inverse) for f, node, layout, inverse in scores.factors
     ]
-    return compose(
+    found = compose(
         reader,
         query=scores.query,
         key=scores.key,
@@ -89,6 +93,11 @@ def _assemble(
         region=region,
         scores_dtype=value_of(scores.node).dtype,
     )
+    if isinstance(found, Attention):
+        made = [x.node for x in (found.query, found.key, found.value, *(m.operand for m in found.masks))]
+        if any(node in region for node in made):
+            return Refusal(Reason.SCORES_USED, "an operand is made of them")
+    return found
 
 
 def _region(reader: Reader, softmax: Node, scores: Scores, product: Product) -> tuple[Node, ...] | Refusal:

@@ -61,13 +61,13 @@ def _understand(reader: Reader, term: Term, axes: Axes) -> Meaning | Refusal:
     if term.kind != "number" and not term.fill * term.factor <= HIDDEN:
         return Refusal(Reason.SCORES_CHANGED, "what hides is scaled until it does not")
     symbols: dict[Axis, Any] = {}
-    index = [_coordinate(dim, symbols) for dim in settle(term.layout)]
+    index = [coordinate(dim, symbols) for dim in settle(term.layout)]
     said = formula(reader, term.value, term.user, index)
     kind = term.kind
     if kind == "number":
         if any(v.is_number and v.is_extended_real and v * term.factor >= -HIDDEN / 2 for _, v in as_cases(said)):
             return Refusal(Reason.SCORES_CHANGED, "scores are raised as far as hidden ones are lowered")
-        visible = _hidden_or_not(said, term.factor)
+        visible = visible_of(said, term.factor)
         kind = "add" if visible is None else "hide"
     else:
         visible = as_condition(said)
@@ -100,7 +100,7 @@ def _classify(visible: Any, symbols: dict[Axis, Any], axes: Axes, mask: Mask) ->
     return Meaning((mask,), False)
 
 
-def _coordinate(dim: Dim, symbols: dict[Axis, Any]) -> Any:
+def coordinate(dim: Dim, symbols: dict[Axis, Any]) -> Any:
     """The index of a dimension in terms of one symbol for each of its axes."""
     index: Any = sympy.S.Zero
     for axis in dim:
@@ -109,7 +109,7 @@ def _coordinate(dim: Dim, symbols: dict[Axis, Any]) -> Any:
     return index
 
 
-def _hidden_or_not(said: Any, factor: float) -> Any:
+def visible_of(said: Any, factor: float) -> Any:
     """Where numbers added to scores are 0, if elsewhere they all hide; None where they change scores."""
     visible = []
     for condition, value in as_cases(said):

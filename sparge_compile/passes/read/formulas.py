@@ -51,7 +51,7 @@ _LOGIC: dict[str, Callable[..., Any]] = {
 _SAME = {"clone", "_to_copy", "alias", "lift_fresh", "lift_fresh_copy", "detach", "contiguous"}
 
 
-class _Unknown(Exception):
+class Unknown(Exception):
     """This value is not understood."""
 
 
@@ -69,19 +69,21 @@ def formula(reader: Reader, value: Value, at: Node, index: Sequence[Any]) -> Any
     reader.depth += 1
     try:
         return _fitting(_of_call(reader, made, node, tuple(index)), value.dtype)
-    except _Unknown:
+    except Unknown:
         return _unknown(reader, value, at, index)
     finally:
         reader.depth -= 1
 
 
 def number(reader: Reader, value: Any, at: Node) -> float | None:
-    """The one number that a value is known to hold at compile time, or None."""
+    """The one number that a value is known to hold, everywhere, at compile time; or None."""
     if isinstance(value, (int, float)):
         return float(value)
-    if not isinstance(value, Value) or not all(same(size, 1) for size in value.shape):
+    if not isinstance(value, Value):
         return None
-    cases = as_cases(formula(reader, value, at, (sympy.S.Zero,) * len(value.shape)))
+    anywhere = sympy.symbols(f"anywhere:{len(value.shape)}", integer=True, nonnegative=True)
+    index = [sympy.S.Zero if same(size, 1) else i for size, i in zip(value.shape, anywhere, strict=True)]
+    cases = as_cases(formula(reader, value, at, index))
     if len(cases) != 1 or not cases[0][1].is_number or cases[0][1].has(sympy.nan):
         return None
     return float(cases[0][1])
@@ -116,7 +118,7 @@ def _fitting(said: Any, dtype: torch.dtype) -> Any:
     for _, value in said:
         hides = dtype.is_floating_point and value.is_number and value.is_extended_real and value <= -1e4
         if not hides and not (value.is_Integer and low <= value <= high):
-            raise _Unknown
+            raise Unknown
     return said
 
 
@@ -124,13 +126,13 @@ def _whole(a: Cases, b: Cases) -> None:
     """Refuse what is not computed exactly: numbers with a fraction beside indices."""
     values = [value for _, value in (*a, *b)]
     if any(v.free_symbols for v in values) and not all(v.free_symbols or v.is_Integer for v in values):
-        raise _Unknown
+        raise Unknown
 
 
 def _constants(*operands: Cases) -> None:
     """Refuse indices in what is rounded."""
     if any(value.free_symbols for cases in operands for _, value in cases):
-        raise _Unknown
+        raise Unknown
 
 
 def _number(x: Any) -> Any:
@@ -140,7 +142,7 @@ def _number(x: Any) -> Any:
         return [(sympy.true, sympy.oo if x > 0 else -sympy.oo)]
     if isinstance(x, (int, float, torch.SymInt, torch.SymFloat)):
         return [(sympy.true, symbol_of(x))]
-    raise _Unknown
+    raise Unknown
 
 
 def _unknown(reader: Reader, value: Value, at: Node, index: Sequence[Any]) -> Any:
@@ -180,10 +182,10 @@ def _of_call(reader: Reader, made: Value, node: Node, index: Index) -> Any:
         position = _FILLED[name]
         fill = args[position] if len(args) > position else call.kwargs["fill_value"]
         if not boolean and not made.dtype.is_floating_point and fill != int(fill):
-            raise _Unknown  # it is cut off
+            raise Unknown  # it is cut off
         return typed(_number(fill))
     if name in ("expand", *PERMUTES, "unsqueeze", "squeeze", "view", "_unsafe_view", "slice", "select"):
-        return formula(reader, args[0], node, _index_before(call, shape, index))
+        return formula(reader, args[0], node, index_before(call, shape, index))
     if name == "cat":
         return typed(_concatenated(reader, args[0], int(call.argument(1, "dim", 0)) % len(index), node, index))
     if name == "cumsum":
@@ -217,7 +219,7 @@ def _of_elements(call: Call, made: Value, read: Callable[[Any], Any], typed: Cal
         return _LOGIC[name](as_condition(read(args[0])), as_condition(read(args[1])))
     if name in _ARITHMETIC and not boolean:
         if call.kwargs.get("rounding_mode") or call.argument(2, "alpha", 1) != 1:
-            raise _Unknown
+            raise Unknown
         a, b = as_cases(read(args[0])), as_cases(read(args[1]))
         _whole(a, b)
         if name not in ("add", "sub", "rsub", "mul"):
@@ -228,7 +230,7 @@ def _of_elements(call: Call, made: Value, read: Callable[[Any], Any], typed: Cal
         if name != "neg":
             _constants(operand)
         return _map(_FUNCTIONS[name], operand)
-    raise _Unknown
+    raise Unknown
 
 
 def _concatenated(reader: Reader, parts: Sequence[Value], dim: int, node: Node, index: Index) -> Cases:
@@ -244,7 +246,7 @@ def _concatenated(reader: Reader, parts: Sequence[Value], dim: int, node: Node, 
 
 
 def _fail() -> Any:
-    raise _Unknown
+    raise Unknown
 
 
 def _exact(made: Value, given: Value) -> bool:
@@ -252,7 +254,7 @@ def _exact(made: Value, given: Value) -> bool:
     return not given.dtype.is_floating_point and not made.dtype.is_complex
 
 
-def _index_before(call: Call, shape: Sequence[Any], index: Index) -> list[Any]:
+def index_before(call: Call, shape: Sequence[Any], index: Index) -> list[Any]:
     """The index into the argument of a layout call, from that into its result."""
     given = call.args[0].shape
     if call.name == "expand":
@@ -272,10 +274,10 @@ def _index_before(call: Call, shape: Sequence[Any], index: Index) -> list[Any]:
         return [*index[:dim], symbol_of(chosen), *index[dim:]]
     kept = [i for i, n in zip(index, shape, strict=True) if not same(n, 1)]
     if len(kept) != sum(not same(n, 1) for n in given):
-        raise _Unknown  # dimensions are merged or split
+        raise Unknown  # dimensions are merged or split
     sizes = [n for n in shape if not same(n, 1)]
     if not all(map(same, sizes, (n for n in given if not same(n, 1)))):
-        raise _Unknown
+        raise Unknown
     rest = iter(kept)
     return [sympy.S.Zero if same(n, 1) else next(rest) for n in given]
 
@@ -284,12 +286,12 @@ def _indexed(reader: Reader, call: Call, node: Node, read: Callable[..., Any]) -
     """``x[i, j, ...]`` with an index tensor for each leading dimension."""
     x, tensors = call.args[0], call.args[1]
     if len(tensors) != len(x.shape) or any(not isinstance(t, Value) or t.dtype == torch.bool for t in tensors):
-        raise _Unknown
+        raise Unknown
     where = []
     for t in tensors:
         cases = as_cases(read(t))
         if len(cases) != 1 or not cases[0][1].is_nonnegative:
-            raise _Unknown
+            raise Unknown
         where.append(cases[0][1])
     return formula(reader, x, node, where)
 
@@ -305,7 +307,7 @@ def _compare(relation: Any, a: Any, b: Any) -> Any:
 def _relate(relation: Any, a: Any, b: Any) -> Any:
     """A comparison with 0 on the right, so that equal ones look alike."""
     if any(x.is_number and not x.is_extended_real for x in (a, b)):
-        raise _Unknown  # NaN
+        raise Unknown  # NaN
     if a.is_infinite or b.is_infinite:
         return relation(a, b)
     return relation(sympy.expand(a - b), 0)
@@ -332,5 +334,5 @@ def _merge(cases: Cases) -> Cases:
                 value = sympy.S.Zero  # x.masked_fill(x != 0, ...)
             merged[value] = sympy.Or(merged.get(value, sympy.false), condition)
     if len(merged) > MAX_CASES:
-        raise _Unknown
+        raise Unknown
     return [(condition, value) for value, condition in merged.items()]

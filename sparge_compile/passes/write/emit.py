@@ -26,10 +26,17 @@ aten = torch.ops.aten
 def call(graph: Graph, op: Any, *args: Any, **kwargs: Any) -> Node:
     """Insert a call of an ATen op, with the fake value that it gives where that can be told."""
     node = graph.call_function(op, args, kwargs)
-    value = _fake_result(op, args, kwargs)
-    if value is not None:
-        node.meta["val"] = node.meta["example_value"] = value
+    node.meta |= _noted(_fake_result(op, args, kwargs))
     return node
+
+
+def values_like(node: Node) -> dict[str, Any]:
+    """What the meta of a node says that holds a new tensor like that of another."""
+    return _noted(_fake_result(aten.empty_like.default, (node,), {}))
+
+
+def _noted(value: Any) -> dict[str, Any]:
+    return {} if value is None else {"val": value, "example_value": value}
 
 
 class Emitter:

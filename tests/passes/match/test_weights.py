@@ -63,10 +63,6 @@ def other_axis(b, w, v):
 
 REFUSED = {
     "scaled": (Reason.SCORES_CHANGED, lambda b, w, v: b.call(torch.matmul, b.call(torch.mul, w, 2), v)),
-    "masked": (
-        Reason.SCORES_CHANGED,
-        lambda b, w, v: b.call(torch.matmul, b.method("masked_fill", w, b.input("m", S, dtype=torch.bool), 0.0), v),
-    ),
     "squared": (Reason.SCORES_CHANGED, lambda b, w, v: b.call(torch.matmul, b.call(torch.mul, w, w), v)),
     "dropout": (Reason.DROPOUT, lambda b, w, v: b.call(torch.matmul, b.call(F.dropout, w, 0.5), v)),
     "over another axis": (Reason.NOT_ATTENTION, other_axis),
@@ -83,6 +79,33 @@ def test_other_uses_are_refused(case):
     reason, make = REFUSED[case]
     found, _, _ = read(make)
     assert isinstance(found, Refusal) and found.reason is reason
+
+
+FILLED = {
+    "masked_fill": (0.0, lambda b, w, m: b.method("masked_fill", w, m, 0.0)),
+    "where": (0.0, lambda b, w, m: b.call(torch.where, m, b.call(torch.zeros_like, w), w)),
+    "where, kept": (0.5, lambda b, w, m: b.call(torch.where, m, w, 0.5)),
+}
+
+
+@pytest.mark.parametrize("case", FILLED)
+def test_where_weights_are_set_to_a_number_is_noted(case):
+    """Whether it may be done is asked when the masks of the scores are known."""
+    number, fill = FILLED[case]
+    found, made, layout = read(lambda b, w, v: b.call(torch.matmul, fill(b, w, b.input("m", S, dtype=torch.bool)), v))
+    assert isinstance(found, Product) and found.node is made and len(found.weights) == 2
+    (term,) = found.filled
+    assert (term.fill, term.kind, term.value.node.name) == (number, "keep" if "kept" in case else "drop", "m")
+    assert term.layout == (layout[-1],)
+
+
+def test_weights_changed_in_place_are_read_behind_the_change():
+    def filled(b, w, v):
+        b.method("masked_fill_", w, b.input("m", S, dtype=torch.bool), 0.0)
+        return b.call(torch.matmul, w, v)
+
+    found, made, _ = read(filled)
+    assert isinstance(found, Product) and found.node is made and len(found.filled) == 1
 
 
 def test_weights_that_are_returned_too_are_refused():

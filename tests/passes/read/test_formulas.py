@@ -180,7 +180,9 @@ NUMBERS = {
     "product": (lambda b: b.call(torch.mul, b.call(torch.full, (), 2.0), 3), 6.0),
     "minus infinity": (lambda b: b.call(torch.full, (), float("-inf")), float("-inf")),
     "an input": (lambda b: b.input("x"), None),
-    "two numbers": (lambda b: b.call(torch.full, (2,), 0.25), None),
+    "the same number twice": (lambda b: b.call(torch.full, (2,), 0.25), 0.25),
+    "two numbers": (lambda b: b.call(torch.arange, 2), None),
+    "a triangle": (lambda b: b.call(torch.tril, b.call(torch.ones, 2, 2)), None),
     "a power of an input": (lambda b: b.call(torch.pow, b.input("x"), 2), None),
     "not a number": (lambda b: b.call(torch.full, (), float("nan")), None),
 }
