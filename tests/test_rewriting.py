@@ -640,6 +640,38 @@ def test_attached_thresholds_travel_with_an_exported_model(how):
     near(module(x), model(x))
 
 
+class ByName(Model):
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x=x)
+        return x
+
+
+def test_attached_thresholds_travel_through_symbolic_trace():
+    model, x = Model().requires_grad_(False), torch.randn(2, LENGTH, 32)
+    attach(model, Calibration({"blocks.0": [(0.3, 0.0)], "blocks.1": [(0.1 * i, 0.0) for i in range(1, 5)]}))
+    graph = traced(model)
+    assert set(model.state_dict()) <= set(graph.state_dict())
+    near(graph(x), model(x))
+    new = rewrite(graph, SPARSE, example_inputs=(x,))
+    assert ["attached" in row.decision.detail for row in report_of(new)] == [True] * 2
+    near(new(x), torch.compile(model, backend="sparge", options={"min_seq_len": 0, "inner": "eager"})(x))
+    new.get_buffer("blocks.0.sparge.thresholds")[:, 0] = 1.0
+    new.get_buffer("blocks.1.sparge.thresholds")[:, 0] = 1.0
+    near(new(x), model(x))
+
+
+def test_attached_thresholds_that_symbolic_trace_cannot_see_are_warned_of():
+    model, x = ByName(), torch.randn(2, LENGTH, 32)
+    attach(model, Calibration({"blocks.1": [(0.3, 0.0)]}))
+    with pytest.warns(UserWarning, match="symbolic_trace does not see the attached thresholds"):
+        traced(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_fx(model, pre_dispatch=True)(x)
+        model(x)
+
+
 def test_attached_thresholds_for_some_sites():
     model, x = Model(), torch.randn(2, LENGTH, 32)
     attach(model, Calibration({"blocks.1": [(1.0, 0.0)]}))

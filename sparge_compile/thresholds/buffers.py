@@ -5,12 +5,17 @@ A child of its own, because a float buffer of the module itself would be cast by
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn import Module
+from torch.utils._pytree import tree_leaves
 
 from .. import ops
 
@@ -119,8 +124,24 @@ def mark(module: Module, args: Any) -> None:
     One function for all modules, so that Dynamo's guards let equal blocks share a graph.
     """
     attached: Any = module._modules[CHILD]
+    put: Any = torch.ops.sparge.mark
+    if not torch.compiler.is_compiling() and is_fx_symbolic_tracing() and get_proxy_mode() is None:
+        put = _traced(args)
     for index in attached.indices:
-        torch.ops.sparge.mark(attached.get(index), index)
+        put(attached.get(index), index)
+
+
+def _traced(args: Any) -> Callable[..., Any]:
+    """What puts markers into a graph of ``symbolic_trace``, which records nothing but calls on its own proxies."""
+    proxy = next((x for x in tree_leaves(args) if isinstance(x, Proxy)), None)
+    if proxy is None:
+        warnings.warn(
+            "sparge: symbolic_trace does not see the attached thresholds of a module that is called without positional "
+            "arguments; its sites have those of the options. Pass its input by position, or use torch.export.",
+            stacklevel=2,
+        )
+        return torch.ops.sparge.mark
+    return lambda *what: proxy.tracer.create_proxy("call_function", torch.ops.sparge.mark.default, what, {})
 
 
 def buffer_name(index: int) -> str:
