@@ -15,17 +15,8 @@ from torch.nn import Module
 from . import ops  # noqa: F401  importing it registers the ops
 from .errors import type_error
 from .inner import compile_graph, faker, is_stored
-from .notices import (
-    check_model,
-    forget_warnings,
-    raise_left,
-    tell_of_left,
-    warn_of_misfits,
-    warn_of_names,
-    warn_of_nothing,
-    warn_of_stale_file,
-    warn_of_unsupported,
-)
+from .misfits import check_model, warn_of_misfits, warn_of_names, warn_of_stale_file, warn_of_unused
+from .notices import forget_warnings, raise_left, tell_of_left, warn_of_nothing, warn_of_unsupported
 from .options import Options
 from .passes.find import Match
 from .passes.pipeline import Work, analyse, rewriting_passes, run, sheltered
@@ -33,6 +24,7 @@ from .passes.pipeline import decide_sites as decide_with
 from .passes.read.fx_utils import value_of
 from .passes.write.threshold_inputs import make_constants
 from .report import Report
+from .running.first_forward import expect_first_forward, forget_first_forwards, note_first_forward
 from .running.frames import hear_of_left_frames, is_whole_call
 from .running.graph import decide_sites, open_graph
 from .running.listeners import Outlet, outputs_wanted, refuse_outputs, with_outlet
@@ -40,6 +32,7 @@ from .running.observe import Observer, Watched, calls_through, watching
 from .running.outside import Outside
 from .running.places import Place, find_names
 from .running.thresholds import RunTime
+from .thresholds.buffers import has_attached
 from .thresholds.calibration import Calibration
 from .user_model import user_model
 
@@ -67,6 +60,7 @@ def sparge(
             wrapped as ``torch._dynamo.exc.BackendCompilerFailed``.
     """
     settings = Options.parse(options)
+    settings = replace(settings, inductor_mode=settings.inductor_mode or mode)
     hear_of_left_frames(sparge, tell_of_left)
     raise_left(settings)
     graph = open_graph(graph_module, find_names)
@@ -81,11 +75,13 @@ def sparge(
     warn_of_names(settings, names)
     free = [match.site.name for match in graph.matches if match.is_attention and match.node not in graph.attached]
     warn_of_misfits(settings, free, graph.names.root if graph.names else None)
+    if graph.names is not None and (settings.calibration is not None or has_attached(graph.names.root)):
+        expect_first_forward(settings, graph.names.root, warn_of_unused)
+    sites = [(graph.slots[match.node], match.node in graph.markers) for match in graph.matches if match.is_attention]
     with_outputs = outputs_wanted()
     as_input = faker(example_inputs)
     run(graph, *rewriting_passes(settings, as_input, with_outputs))
     logger.debug("rewritten graph:\n%s", graph.graph_module.graph)
-    settings = replace(settings, inductor_mode=settings.inductor_mode or mode)
     thresholds = RunTime(graph.threshold_inputs, graph.slots, settings, partial(_new_place, settings))
     if is_stored(graph_module):  # without what is around it here, so it must be whole
         refuse_outputs(with_outputs)
@@ -94,8 +90,11 @@ def sparge(
     inputs = [*example_inputs, *(value_of(x.placeholder) for x in graph.threshold_inputs)]
     outlet = Outlet(settings, [graph.slots[match.node] for match in graph.sparse], with_outputs)
     compiled = with_outlet(compile_graph(graph.graph_module, inputs, settings), outlet)
+    if is_stored(graph_module):
+        return compiled
+    compiled = note_first_forward(compiled, settings, sites)
     compiled = _with_thresholds(compiled, thresholds) if graph.threshold_inputs else compiled
-    if settings.calibration is None or settings.calibration.source is None or is_stored(graph_module):
+    if settings.calibration is None or settings.calibration.source is None:
         return compiled
     return _watching_file(compiled, settings.calibration)
 
@@ -200,8 +199,9 @@ class _Seen(Observer):
 
 
 def _reset() -> None:
-    """Forget which reasons were warned of: torch calls this as ``backend.reset`` when a compiled model is reset."""
+    """Forget warnings and first forwards: torch calls this as ``backend.reset`` when a compiled model is reset."""
     forget_warnings()
+    forget_first_forwards()
 
 
 sparge.reset = _reset  # type: ignore[attr-defined]

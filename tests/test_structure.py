@@ -24,6 +24,7 @@ ROOMS = [
     ["passes"],
     ["running", "inner"],
     ["notices"],
+    ["misfits"],
     ["distill", "backend", "rewriting", "doctor"],
     ["calibrate"],
     ["cli"],

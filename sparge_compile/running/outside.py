@@ -23,6 +23,7 @@ from ..naming import ROOT, TORCH, SiteNames
 from ..passes.match.foreign import attends_as
 from ..report import Decision, Reason, Report, Site, SiteReport
 from .places import Names
+from .profile import Profiler
 
 _BUILT_IN = {
     F.scaled_dot_product_attention: "sdpa",
@@ -56,22 +57,13 @@ class Outside:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Notice such calls in this thread. Where somebody else profiles it, nothing is noticed."""
-        if sys.getprofile() is not None:
-            yield
-            return
-        profile = torch._dynamo.disable(self._profile)
-        start, end = (lambda args: sys.setprofile(None)), (lambda args: sys.setprofile(profile))
-        handler = torch._dynamo.callback_handler
-        handler.register_start_callback(start)
-        handler.register_end_callback(end)
-        sys.setprofile(profile)
+        profiler = Profiler(self._profile)
+        is_set = profiler.start()
         try:
             yield
         finally:
-            sys.setprofile(None)
-            for callbacks, callback in ((handler.start_callbacks, start), (handler.end_callbacks, end)):
-                if callback in callbacks:  # torch.compiler.reset empties them
-                    callbacks.remove(callback)
+            if is_set:
+                profiler.stop()
 
     def _profile(self, frame: FrameType, event: str, arg: Any) -> None:
         if event == "c_call":

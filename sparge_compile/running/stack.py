@@ -29,11 +29,20 @@ class Call(NamedTuple):
 
 def modules_on_stack() -> Iterator[Module]:
     """The user's modules that are being called, innermost first."""
-    frame: Any = sys._getframe(1)
+    return (module for module, _ in _module_calls(sys._getframe(1)))
+
+
+def outermost_call() -> tuple[Module, FrameType] | tuple[None, None]:
+    """The outermost module that is being called, without what wraps it, and the frame of its call."""
+    calls = list(_module_calls(sys._getframe(1)))
+    return (bare(calls[-1][0]), calls[-1][1]) if calls else (None, None)
+
+
+def _module_calls(frame: FrameType | None) -> Iterator[tuple[Module, FrameType]]:
     while frame is not None:
         module = _called(frame)
         if module is not None:
-            yield module
+            yield module, frame
         frame = frame.f_back
 
 

@@ -51,24 +51,26 @@ def attach(model: nn.Module, calibration: Calibration | str | os.PathLike[str]) 
             todo="Pass the model, or what torch.compile(model) returned.",
         )
     root: Any = user_model(model)
-    return Attachment(
-        root, [(start, find_targets(root, phase)) for start, phase in _phases(Calibration.parse(calibration))]
-    )
+    return Attachment(root, Calibration.parse(calibration))
 
 
 class Attachment:
     """Thresholds that :func:`attach` put on a model. A context manager: leaving it is ``remove``."""
 
-    def __init__(self, model: nn.Module, phases: list[tuple[float, dict[Target, tuple[Pair, ...]]]]) -> None:
+    def __init__(self, model: nn.Module, calibration: Calibration) -> None:
         self._model = model
         modules = modules_of(model)
-        first = phases[0][1]
-        self._sites = {(name, index): modules[name] for name, index in first}
-        for (name, index), pairs in first.items():
-            most = max(len(phase[name, index]) for _, phase in phases)
-            values = _tensor(pairs, _device(modules[name], model)).expand(most, 2)
-            _child(modules[name], name).put(index, values)
-        self._phases = [(start, {key: torch.tensor(pairs) for key, pairs in phase.items()}) for start, phase in phases]
+        entries = find_targets(model, calibration)
+        self._sites = {(name, index): modules[name] for name, index in entries}
+        self._phases = [
+            (start, {target: _tensor(phase.sites[entry]) for target, entry in find_targets(model, phase).items()})
+            for start, phase in _phases(calibration)
+        ]
+        for (name, index), values in self._phases[0][1].items():
+            most = max(len(phase[name, index]) for _, phase in self._phases)
+            child = _child(modules[name], name)
+            child.put(index, values.to(_device(modules[name], model)).expand(most, 2))
+            child.entries[index] = entries[name, index]
         self._phase = 0
         _compile_anew(model)
 
@@ -134,7 +136,7 @@ class Attachment:
                 todo="Attach a calibration that names these sites; set only writes values.",
             )
         phases = [
-            (start, {key: torch.tensor(phase.sites[entry]) for key, entry in entries.items() if entry is not None})
+            (start, {key: _tensor(phase.sites[entry]) for key, entry in entries.items() if entry is not None})
             for start, phase in _phases(calibration)
         ]
         for target, values in ((target, values) for _, phase in phases for target, values in phase.items()):
@@ -249,8 +251,8 @@ def _device(module: nn.Module, model: nn.Module) -> torch.device:
     return next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
 
 
-def _tensor(pairs: tuple[Pair, ...], device: torch.device) -> Tensor:
-    return torch.tensor(pairs, dtype=torch.float32, device=device)
+def _tensor(pairs: tuple[Pair, ...]) -> Tensor:
+    return torch.tensor(pairs, dtype=torch.float32, device="cpu")  # whatever the default device: meta has no values
 
 
 def _compile_anew(model: nn.Module) -> None:

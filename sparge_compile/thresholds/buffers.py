@@ -34,6 +34,7 @@ class Attached(Module):
     def __init__(self) -> None:
         super().__init__()
         self.indices: tuple[int, ...] = ()
+        self.entries: dict[int, str] = {}  # the entry of the calibration that each index has its thresholds from
         self._held: dict[str, Tensor] = {}  # the buffers, or where one is on the meta device what it was before
 
     def put(self, index: int, values: Tensor) -> None:
@@ -73,11 +74,17 @@ class Attached(Module):
                 self._buffers[name] = self._held[name] = buffer
         return buffer
 
+    def entries_of(self, index: int) -> set[str]:
+        """The entry that the attention of this index has its thresholds from, if it is known."""
+        index = index if index in self.indices else ops.REST
+        return {self.entries[index]} if index in self.entries else set()
+
     def drop(self, index: int) -> None:
         """Take off the thresholds for an index, if there are any."""
         if index in self.indices:
             delattr(self, buffer_name(index))
             del self._held[buffer_name(index)]
+            self.entries.pop(index, None)
             self.indices = tuple(i for i in self.indices if i != index)
 
     def _own(self, name: str) -> Tensor | None:
@@ -116,6 +123,11 @@ def attached_to(module: Module | None) -> Attached | None:
     """Return the thresholds that are attached to a module, or None."""
     child = None if module is None else module._modules.get(CHILD)
     return child if isinstance(child, Attached) else None
+
+
+def has_attached(model: Module) -> bool:
+    """Whether thresholds are attached to a module of this model."""
+    return any(isinstance(module, Attached) for module in model.modules())
 
 
 def mark(module: Module, args: Any) -> None:

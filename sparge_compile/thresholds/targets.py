@@ -1,4 +1,4 @@
-"""The modules of a model that a calibration's entries mean. In: a model, a calibration. Out: pairs by module name.
+"""The modules of a model that a calibration's entries mean. In: a model, a calibration. Out: entries by module name.
 
 An entry is a site's name or a pattern; a site is a module and the number of the attention in it.
 """
@@ -14,7 +14,6 @@ from torch import nn
 from .. import ops
 from ..errors import value_error
 from ..naming import ROOT, numbered
-from ..pair import Pair
 from ..user_model import bare, user_names
 from .buffers import Attached
 from .calibration import Calibration
@@ -41,8 +40,8 @@ def is_exact(entry: str) -> bool:
     return not any(letter in entry for letter in "*?[")
 
 
-def find_targets(model: nn.Module, calibration: Calibration) -> dict[Target, tuple[Pair, ...]]:
-    """Return the thresholds for each attention that a calibration of one phase names.
+def find_targets(model: nn.Module, calibration: Calibration) -> dict[Target, str]:
+    """Return each attention that a calibration names, with the entry that holds for it.
 
     Raises:
         ValueError: an entry fits no module; the message lists names that are near.
@@ -50,15 +49,15 @@ def find_targets(model: nn.Module, calibration: Calibration) -> dict[Target, tup
     modules = {name: module for name, module in modules_of(model).items() if _may_hold_attention(module)}
     # A second and third attention are known by the entries that name them; for all others there may be a pattern.
     numbers = {int(end) for _, _, end in (entry.rpartition("#") for entry in calibration.sites) if end.isdigit()}
-    targets, used = {}, set()
+    targets: dict[Target, str] = {}
     for name in modules:
         for index in (0, *sorted(numbers - {0}), ops.REST):
             site = site_name((name, index)) if index != ops.REST else numbered(name, _ANY_NUMBER)
             entry = calibration.key_of(site)
             # What a pattern says of all further attentions needs no buffer for each.
             if entry is not None and (index < 1 or entry == site or entry.endswith(f"#{index}")):
-                targets[name, index] = calibration.sites[entry]
-                used.add(entry)
+                targets[name, index] = entry
+    used = set(targets.values())
     missed = [entry for entry in calibration.sites if entry not in used and not _is_shadowed(entry, modules)]
     if missed or not targets:
         raise value_error(

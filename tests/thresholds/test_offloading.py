@@ -150,6 +150,13 @@ def test_models_without_weights_yet():
     assert handle.get().sites[NAMES[0]][1] == pytest.approx((0.9, 0.0))
 
 
+def test_phases_of_models_without_weights_have_values():
+    with torch.device("meta"):
+        handle = attach(Model(1), Calibration({"*": [(1.0, 0.0)]}, phases={0.5: {"*": [(0.25, 0.5)]}}))
+    handle.set_progress(0.6)
+    assert set(handle.get().sites.values()) == {((0.25, 0.5),)}
+
+
 def test_the_look_up_brings_thresholds_to_where_the_site_is():
     model = Model(1)
     attach(model, calibration(NAMES[:1]))
