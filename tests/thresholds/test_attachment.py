@@ -329,3 +329,14 @@ def test_whole_model_and_block_by_block_agree_on_wan(given, opened_graphs):
     ]
     names = [row.name for row in explain(model, options)(**inputs)]
     assert names == [f"blocks.{i}.attn{j}" for i in range(2) for j in (1, 2)]
+
+
+def test_a_saved_model_with_thresholds_is_built_and_attached_before_it_is_loaded():
+    saved = Model(2)
+    attach(saved, Calibration({"*.inner": [(0.25, 0.5)] * 4}))
+    fresh = Model(2)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*blocks\.0\.attn\.inner\.sparge\.thresholds"):
+        fresh.load_state_dict(saved.state_dict())
+    handle = attach(fresh, Calibration({"*.inner": [(1, 0)] * 4}))
+    fresh.load_state_dict(saved.state_dict())
+    assert handle.get().sites[NAMES[1]] == ((0.25, 0.5),) * 4
