@@ -156,6 +156,25 @@ def test_inductor_compiles_a_rewritten_module():
     near(torch.compile(new)(x), new(x))
 
 
+@pytest.mark.skipif(
+    not hasattr(getattr(torch.compiler, "precompile", None), "capture"), reason="torch captures nothing ahead of time"
+)
+def test_a_rewritten_module_is_precompiled(tmp_path):
+    """torch takes no backend but its own there; the op goes through them."""
+
+    def run(model, x):
+        return model(x)
+
+    model, x = Model().requires_grad_(False), torch.randn(2, LENGTH, 32)
+    new = rewrite(exported(model, x), SPARSE)
+    paths = {"artifact_path": tmp_path / "model.py", "cache_path": tmp_path / "model.cache"}
+    with torch.compiler.precompile.capture(run, backend="eager", **paths) as captured:
+        near(captured(new, x), new(x))
+    near(torch.compiler.precompile.load(*paths.values())(new, x), new(x))
+    with pytest.raises(ValueError, match="sparge"), torch.compiler.precompile.capture(run, backend="sparge", **paths):
+        pass
+
+
 def test_a_rewritten_module_in_lower_precision():
     """The thresholds are buffers, and are cast with the module."""
     model, x = Model(), torch.randn(2, LENGTH, 32)
