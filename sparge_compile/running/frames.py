@@ -5,6 +5,7 @@ Nothing here is promised by torch: where a version has other names, nothing is k
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.fx import GraphModule
+from torch.nn import Module
 
 from ..naming import TORCH
 
@@ -57,19 +59,32 @@ def stop_hearing(backend: Callable[..., Any]) -> None:
 
 
 def is_whole_call(graph_module: GraphModule) -> bool:
-    """Whether the graph that is being compiled is all of what torch.compile was called on: no other will follow."""
+    """Whether the graph that is being compiled is all of what torch.compile was called on: no other will follow.
+
+    The hooks of a module that is compiled are frames of their own, before and after that of its forward.
+    """
     reason = getattr(graph_module, "compile_subgraph_reason", None)
     if reason is None or getattr(reason, "graph_break", True):
         return False
-    traced = False
+    traced, code = False, None
     for frame in _stack():
         name = frame.f_code.co_filename
-        traced |= name.endswith(_CONVERT)
-        if traced and not name.startswith(TORCH):
+        if name.endswith(_CONVERT):
+            traced, code = True, frame.f_locals.get("code", code)
+        if traced and (not name.startswith(TORCH) or _calls_hooks(frame, code)):
             return False
         if traced and name.endswith(_ENTRY):
             return True
     return False
+
+
+def _calls_hooks(frame: FrameType, code: CodeType | None) -> bool:
+    """Whether this frame calls a module that has hooks, and the code that it came to may be that of a hook."""
+    if frame.f_code.co_name != "_call_impl" or not isinstance(module := frame.f_locals.get("self"), Module):
+        return False
+    forward = inspect.unwrap(getattr(module.forward, "__func__", module.forward))
+    hooked = module._forward_pre_hooks or module._forward_hooks
+    return bool(hooked) and getattr(forward, "__code__", None) is not code
 
 
 def _left(backend: Callable[..., Any]) -> Left | None:

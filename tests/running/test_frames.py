@@ -113,3 +113,14 @@ def test_a_graph_without_attention_beside_others_is_no_reason_to_warn(x):
 
     assert not said(compiled(Broken(), x), "no attention")
     assert not said(compiled(Stack(), x), "no attention")
+
+
+def test_hooks_of_the_compiled_model_are_no_model_without_attention(x):
+    model = Stack()
+    model.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    model.register_forward_hook(lambda module, args, out: 2 * out)
+    assert not said(compiled(model, x), "no attention")
+    torch.compiler.reset()
+    model = torch.nn.Sequential(torch.nn.Linear(32, 32))
+    model.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    assert len(said(compiled(model, x), "no attention was found in Sequential")) == 1
