@@ -26,6 +26,7 @@ _BASE = re.compile(
 _MODULES = re.compile(
     r"(?:\.__dict__)?(?:\['_(?:modules|parameters|buffers)'\]|\._(?:modules|parameters|buffers))\['([^']*)'\]"
 )  # diffusers' models reach children so
+_GETATTR = re.compile(r"getattr\(([^()]*), '([^']*)'\)")  # below functional_call: getattr(L['self'].blocks, '0')
 _ITEM = re.compile(r"\['?([^'\]]*)'?\]")  # blocks[0], layers['a']
 
 _LINE = re.compile(r'File "([^"]+)", line (\d+)')
@@ -35,8 +36,16 @@ TORCH = os.path.dirname(torch.__file__) + os.sep
 
 def clean_path(path: str) -> str:
     """Return a module path as the user would write it, from Dynamo's or export's spelling of it."""
-    path = _MODULES.sub(r".\1", _BASE.sub("", path))
+    path = _MODULES.sub(r".\1", _BASE.sub("", _dotted(path)))
     return user_path(_ITEM.sub(r".\1", path)) or ROOT
+
+
+def _dotted(path: str) -> str:
+    """Return a path of Dynamo with ``a.b`` for ``getattr(a, 'b')``."""
+    changed = 1
+    while changed:
+        path, changed = _GETATTR.subn(r"\1.\2", path)
+    return path
 
 
 def user_path(name: str) -> str:
@@ -51,7 +60,7 @@ def join(prefix: str, path: str) -> str:
 
 def base_of(path: str) -> str | None:
     """Return the local or global of the compiled frame that a path of Dynamo starts from, as ``L['self']``."""
-    match = _BASE.match(path)
+    match = _BASE.match(_dotted(path))
     return match.group() if match else None
 
 

@@ -65,8 +65,18 @@ class Names:
             self._short[user_path(name)] = short
             self.modules.setdefault(id(module), short)
             self.by_name[short] = module  # the last one is what a wrapper wraps
+        for path, short in [*self._short.items()]:
+            self._add_paths_below(path, short)
         for name, tensor in self._tensors():
             self.tensors[id(tensor)].append(name)
+
+    def _add_paths_below(self, path: str, short: str) -> None:
+        """Know a name that says what wraps also as a path below each module on the way, as graphs of blocks have it."""
+        parts = path.split(".") if path != short else []
+        for i in range(1, len(parts)):
+            above = self._short.get(".".join(parts[:i]))
+            if above is not None and f"{short}.".startswith(f"{above}."):
+                self._short.setdefault(".".join(parts[i:]), short[len(above) + 1 :])
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         for named in (self.root.named_parameters, self.root.named_buffers):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.optim.swa_utils import AveragedModel
-from toys import Stack
+from toys import Block, Stack
 
 from sparge_compile import Calibration, attach, explain
 from sparge_compile.user_model import bare
@@ -119,3 +119,47 @@ def test_sites_below_hooks_keep_their_names():
         options = {**FAST, "calibration": PAIRS}
         want = torch.compile(base, backend="sparge", options=options)(x)
         torch.testing.assert_close(torch.compile(model, backend="sparge", options=options)(x), want)
+
+
+class Part(nn.Module):
+    """A block without attention of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn, self.side = Block(), nn.Linear(32, 32)
+
+    def forward(self, x):
+        return self.side(self.attn(x))
+
+
+def test_modules_that_are_saved_in_blocks_that_are_compiled_alone():
+    peft = pytest.importorskip("peft")
+    names = [f"{name}.attn" for name in NAMES]
+    pairs = Calibration({f"{name}.attn": pair for name, pair in PAIRS.sites.items()})
+    base, x = Stack(2, Part).eval(), torch.randn(X)
+    model = peft.get_peft_model(
+        copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["side"], modules_to_save=["attn"])
+    )
+    options = {**FAST, "calibration": pairs}
+    with torch.no_grad():
+        want = torch.compile(base, backend="sparge", options=options)(x)
+        for block in bare(model).blocks:
+            block.compile(backend="sparge", options=options)
+        torch.testing.assert_close(model(x), want)
+        assert [row.name for row in explain(model, FAST)(x)] == names
+
+
+class Called(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stack = Stack()
+
+    def forward(self, x):
+        weights = {name: 1.5 * value for name, value in self.stack.named_parameters()}
+        return torch.func.functional_call(self.stack, weights, (x,))
+
+
+def test_sites_below_functional_call_keep_their_names():
+    model, x = Called().eval(), torch.randn(X)
+    with torch.no_grad():
+        assert [row.name for row in explain(model, FAST)(x)] == [f"stack.{name}" for name in NAMES]
