@@ -33,7 +33,7 @@ from .running.outside import Outside
 from .running.places import Place, find_names
 from .running.thresholds import RunTime
 from .thresholds.buffers import has_attached
-from .thresholds.calibration import Calibration
+from .thresholds.json_file import Source
 from .user_model import user_model
 
 logger = logging.getLogger("sparge_compile")
@@ -71,10 +71,10 @@ def sparge(
     if is_whole_call(graph_module):
         warn_of_nothing(report, settings, type(graph.names.root).__name__ if graph.names else "the compiled function")
     names = [match.site.name for match in graph.sparse if match.node not in graph.attached]
-    check_model(settings, names, graph.names.root if graph.names else None)
+    check_model(settings, names, graph.names)
     warn_of_names(settings, names)
     free = [match.site.name for match in graph.matches if match.is_attention and match.node not in graph.attached]
-    warn_of_misfits(settings, free, graph.names.root if graph.names else None)
+    warn_of_misfits(settings, free, graph.names)
     if graph.names is not None and (settings.calibration is not None or has_attached(graph.names.root)):
         expect_first_forward(settings, graph.names.root, warn_of_unused)
     sites = [(graph.slots[match.node], match.node in graph.markers) for match in graph.matches if match.is_attention]
@@ -96,14 +96,14 @@ def sparge(
     compiled = _with_thresholds(compiled, thresholds) if graph.threshold_inputs else compiled
     if settings.calibration is None or settings.calibration.source is None:
         return compiled
-    return _watching_file(compiled, settings.calibration)
+    return _watching_file(compiled, settings.calibration.source)
 
 
-def _watching_file(compiled: Callable[..., Any], calibration: Calibration) -> Callable[..., Any]:
+def _watching_file(compiled: Callable[..., Any], source: Source) -> Callable[..., Any]:
     """A compiled graph that warns where the file that its thresholds come from has changed."""
 
     def call(*args: Any) -> Any:
-        warn_of_stale_file(calibration)
+        warn_of_stale_file(source)
         return compiled(*args)
 
     return call

@@ -13,30 +13,29 @@ from .notices import warn
 from .options import Options
 from .running.first_forward import FirstForward
 from .running.places import Names, modules_on_stack
-from .thresholds.calibration import Calibration
+from .thresholds.json_file import Source
 from .thresholds.targets import near_names
 from .user_model import unwrapped
 
 
-def check_model(settings: Options, names: Sequence[str], root: Module | None) -> None:
+def check_model(settings: Options, names: Sequence[str], model: Names | None) -> None:
     """Check that a calibration was measured on the model that runs.
 
     Raises:
         ValueError: no site of this graph is in the calibration, and none of its sites is in the model.
     """
     calibration = settings.calibration
-    if calibration is None or calibration.origin is None or not names or root is None:
+    if calibration is None or calibration.origin is None or not names or model is None:
         return
     if any(map(calibration.key_of, names)):
         return
-    modules = Names(root).by_name
-    if not any(site.partition("#")[0] in modules for site in calibration.sites) and not any(
+    if not any(site.partition("#")[0] in model.by_name for site in calibration.sites) and not any(
         site.endswith(f".{name}") for site in calibration.sites for name in names
     ):
         raise value_error(
             "the calibration was made for another model",
             given=f"one of {calibration.origin.model} with sites as {next(iter(calibration.sites), 'none')!r}",
-            allowed=f"one of {type(root).__name__} with sites as {names[0]!r}",
+            allowed=f"one of {type(model.root).__name__} with sites as {names[0]!r}",
             todo="Calibrate this model (`sparge calibrate`), or give it topk and topp.",
         )
 
@@ -73,19 +72,20 @@ def warn_of_names(settings: Options, names: Iterable[str]) -> None:
                 )
 
 
-def warn_of_misfits(settings: Options, names: Sequence[str], root: Module | None) -> None:
+def warn_of_misfits(settings: Options, names: Sequence[str], model: Names | None) -> None:
     """Warn, once for a calibration, of entries written by hand that fit no module of the model that runs.
 
     Args:
         settings: the options.
         names: the attention sites of a graph, sparse or not, without those whose thresholds are attached.
-        root: the model.
+        model: the names of the model.
     """
     calibration = settings.calibration
-    if calibration is None or calibration.origin is not None or root is None or not names:
+    if calibration is None or calibration.origin is not None or model is None or not names:
         return
+    root = model.root
     whole = unwrapped([root, *modules_on_stack()][-1])
-    modules = {name or ROOT for name in Names(root).by_name}
+    modules = {name or ROOT for name in model.by_name}
     missed = [entry for entry in calibration.sites if not _fits(entry, {*modules, *names})]
     missed = [entry for entry in missed if not any(_is_longer_or_shorter(entry, name) for name in names)]
     # A part that is compiled alone may share its options with other parts.
@@ -153,12 +153,12 @@ def _fits(entry: str, names: Iterable[str]) -> bool:
     return any(name in (entry, module) or fnmatchcase(name, module) or fnmatchcase(name, entry) for name in names)
 
 
-def warn_of_stale_file(calibration: Calibration | None) -> None:
+def warn_of_stale_file(source: Source) -> None:
     """Warn once where the file of a calibration is another one than when it was read."""
-    if calibration is not None and calibration.source is not None and calibration.source.has_changed():
+    if source.has_changed():
         warn(
-            f"calibration changed {calibration.source.path}",
-            f"sparge: the calibration file {calibration.source.path!r} was changed after it was read, and is not read "
+            f"calibration changed {source.path}",
+            f"sparge: the calibration file {source.path!r} was changed after it was read, and is not read "
             "again: compiled code keeps its thresholds, and for torch.compile equal options mean the same code. Call "
             "torch.compiler.reset() before torch.compile, give options=sparge_compile.Options(calibration=path), or "
             "use attach(model, path), which reads the file each time.",

@@ -59,10 +59,7 @@ def attend_by_rule(
     with_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Check everything and attend by the rule, as one op: (out [B, H, L, D], lse [B, H, L] where it is asked for)."""
-    if sharding.is_sharded(query):
-        thresholds, attn_mask = sharding.on_the_mesh_of(query, thresholds, attn_mask)
-    attn_mask = _checked(query, key, value, attn_mask)
-    capability.check_thresholds(thresholds, query)
+    thresholds, attn_mask = _checked_by_rule(query, key, value, thresholds, attn_mask)
     how = (attn_mask, is_causal, default_scale(query.shape[-1], scale), *limit)
     # Selection is discrete: thresholds have no gradient.
     operands = (query, key, value, thresholds.detach())
@@ -81,10 +78,7 @@ def build_map(
     scale: float | None,
 ) -> BlockMap:
     """Check everything and build the block map by the rule."""
-    if sharding.is_sharded(query):
-        thresholds, attn_mask = sharding.on_the_mesh_of(query, thresholds, attn_mask)
-    attn_mask = _checked(query, key, value, attn_mask)
-    capability.check_thresholds(thresholds, query)
+    thresholds, attn_mask = _checked_by_rule(query, key, value, thresholds, attn_mask)
     operands = (query.detach(), key.detach(), thresholds.detach())
     resolved = default_scale(query.shape[-1], scale)
     return BlockMap(*torch.ops.sparge.block_map(*operands, attn_mask, is_causal, resolved))
@@ -107,6 +101,17 @@ def attend_listed(
     capability.check_block_map(block_map, query, key)
     resolved = default_scale(query.shape[-1], scale)
     return torch.ops.sparge.forward(query, key, value, *block_map, attn_mask, is_causal, resolved)
+
+
+def _checked_by_rule(
+    query: Tensor, key: Tensor, value: Tensor, thresholds: Tensor, attn_mask: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The thresholds and the mask as the ops take them, on the mesh of the query, once all operands are checked."""
+    if sharding.is_sharded(query):
+        thresholds, attn_mask = sharding.on_the_mesh_of(query, thresholds, attn_mask)
+    attn_mask = _checked(query, key, value, attn_mask)
+    capability.check_thresholds(thresholds, query)
+    return thresholds, attn_mask
 
 
 def _checked(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor | None:

@@ -18,7 +18,7 @@ from ..thresholds.buffers import Attached
 from .graph import Slot
 from .profile import Profiler
 from .rehearsals import is_rehearsal
-from .stack import outermost_call
+from .stack import outermost_call, outward
 
 # How many forwards may end by an exception before nobody asks any more.
 _TRIES = 3
@@ -78,11 +78,7 @@ class FirstForward:
 
     def _wait_for(self, frame: FrameType) -> None:
         """Hear of the end of a call, and of what is around it should that end first."""
-        around, at = set(), frame.f_back
-        while at is not None:
-            around.add(at)
-            at = at.f_back
-        self._frame, self._around = frame, frozenset(around)
+        self._frame, self._around = frame, frozenset(outward(frame.f_back))
         if not self._profiler.start():  # somebody else's is not disturbed
             self._frame = None
             self.forget()

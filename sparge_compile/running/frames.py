@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 from torch.nn import Module
 
 from ..naming import TORCH
+from .stack import outward
 
 _CONVERT = os.path.join("_dynamo", "convert_frame.py")
 _ENTRY = os.path.join("_dynamo", "eval_frame.py")
@@ -67,7 +68,7 @@ def is_whole_call(graph_module: GraphModule) -> bool:
     if reason is None or getattr(reason, "graph_break", True):
         return False
     traced, code = False, None
-    for frame in _stack():
+    for frame in outward(sys._getframe()):
         name = frame.f_code.co_filename
         if name.endswith(_CONVERT):
             traced, code = True, frame.f_locals.get("code", code)
@@ -92,7 +93,8 @@ def _left(backend: Callable[..., Any]) -> Left | None:
     error = sys.exc_info()[1]
     if error is None or type(error).__name__ != "Unsupported":
         return None
-    at = next((f for f in _stack() if f.f_code.co_name == "_compile" and f.f_code.co_filename.endswith(_CONVERT)), None)
+    stack = outward(sys._getframe())
+    at = next((f for f in stack if f.f_code.co_name == "_compile" and f.f_code.co_filename.endswith(_CONVERT)), None)
     known = at.f_locals if at is not None else {}
     code, compiler = known.get("code"), known.get("compiler_fn")
     while hasattr(compiler, "_torchdynamo_orig_backend"):
@@ -103,10 +105,3 @@ def _left(backend: Callable[..., Any]) -> Left | None:
         return None
     options = getattr(compiler, "kwargs", {}).get("options") or {}
     return Left(code, str(error).strip().split("\n")[0], options)
-
-
-def _stack() -> Iterator[FrameType]:
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back

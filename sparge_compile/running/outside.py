@@ -24,6 +24,7 @@ from ..passes.match.foreign import attends_as
 from ..report import Decision, Reason, Report, Site, SiteReport
 from .places import Names
 from .profile import Profiler
+from .stack import outward
 
 _BUILT_IN = {
     F.scaled_dot_product_attention: "sdpa",
@@ -77,13 +78,11 @@ class Outside:
 
     def _note(self, frame: FrameType, kind: str) -> None:
         code = None
-        at: FrameType | None = frame
-        while at is not None:
+        for at in outward(frame):
             if at.f_code in self.graphs or at.f_code.co_filename.endswith(_TRACING):
                 return  # a graph runs, or Dynamo traces one
             if code is None and not at.f_code.co_filename.startswith(TORCH):
                 code = f"{at.f_code.co_filename}:{at.f_lineno}"
-            at = at.f_back
         called = self.names.called() if self.names is not None else None
         self.calls[called or ROOT, kind, code or ""] += 1
 

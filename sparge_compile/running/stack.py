@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Iterator
 from types import CodeType, FrameType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.fx import GraphModule
@@ -27,6 +27,13 @@ class Call(NamedTuple):
     line: int
 
 
+def outward(frame: FrameType | None) -> Iterator[FrameType]:
+    """A frame and those that called it, innermost first."""
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
 def modules_on_stack() -> Iterator[Module]:
     """The user's modules that are being called, innermost first."""
     return (module for module, _ in _module_calls(sys._getframe(1)))
@@ -39,11 +46,10 @@ def outermost_call() -> tuple[Module, FrameType] | tuple[None, None]:
 
 
 def _module_calls(frame: FrameType | None) -> Iterator[tuple[Module, FrameType]]:
-    while frame is not None:
-        module = _called(frame)
+    for each in outward(frame):
+        module = _called(each)
         if module is not None:
-            yield module, frame
-        frame = frame.f_back
+            yield module, each
 
 
 def calls_in_module() -> list[Call]:
@@ -52,16 +58,17 @@ def calls_in_module() -> list[Call]:
     A function that goes on behind a graph break is one call, at its present line.
     """
     calls: list[Call] = []
-    frame: Any = sys._getframe(1)
+    module: Module | None = None
     resumed = ""
-    while frame is not None and _called(frame) is None:
+    for frame in outward(sys._getframe(1)):
+        module = _called(frame)
+        if module is not None:
+            break
         if _is_user_code(frame):
             name = plain_name(frame.f_code.co_name)
             if name != resumed:
                 calls.append(Call(name, frame.f_lineno))
             resumed = name if name != frame.f_code.co_name else ""
-        frame = frame.f_back
-    module = None if frame is None else _called(frame)
     names = [call.function for call in reversed(calls)]
     forward = forward_code(module)
     start = names.index(forward.co_name) if forward is not None and forward.co_name in names else 0
