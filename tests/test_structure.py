@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parent.parent / "sparge_compile"
 ROOMS = [
     ["version", "errors", "user_model", "limit"],
     ["pair", "report", "naming", "sharding"],
-    ["kernels"],
+    ["kernels", "dialects"],
     ["ops", "cost"],
     ["functional", "thresholds"],
     ["options"],
