@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import re
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, overload
@@ -49,6 +49,7 @@ from .report import Failure, Report
 THRESHOLDS = "sparge_thresholds"  # the module that owns the buffers
 REPORT = "sparge_report"  # the key of the report in the result's meta
 _COMPILERS = ("inner", "inductor", "inductor_mode")  # options that say who compiles; nothing is compiled here
+_STORED = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -162,7 +163,9 @@ def _rewrite_program(given: ExportedProgram, settings: Options) -> ExportedProgr
     new = clone(given.graph_module)
     names = {user_path(name): held for held, name in given.graph_signature.inputs_to_buffers.items()}
     inputs = {node.name: node for node in new.graph.find_nodes(op="placeholder")}
-    work = _decided(new, settings, lambda name: inputs.get(names.get(name, "")))
+    kept = [spec.arg.name for spec in given.graph_signature.input_specs if spec.kind in _STORED]
+    stored = [inputs[name] for name in kept if name in inputs]
+    work = _decided(new, settings, lambda name: inputs.get(names.get(name, "")), stored)
     report = _report(work, settings)
     renamed: dict[str, str] = {}
     with new._set_replace_hook(lambda old, new, user: renamed.update({old.name: new})):
@@ -203,9 +206,9 @@ def _rewrite_program(given: ExportedProgram, settings: Options) -> ExportedProgr
     )
 
 
-def _decided(new: GraphModule, settings: Options, thresholds: Thresholds) -> Work:
+def _decided(new: GraphModule, settings: Options, thresholds: Thresholds, stored: Collection[Node] = ()) -> Work:
     """The graph with what was found and decided. ``thresholds`` finds the node of attached thresholds by their name."""
-    work = Work(new)
+    work = Work(new, stored=stored)
     analyse(work, find, partial(_restore_markers, thresholds=thresholds), partial(_decide, options=settings))
     return work
 

@@ -7,7 +7,7 @@ Understood are calls of SDPA (:mod:`.match.sdpa`) and attention written out arou
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,15 +64,22 @@ class Match:
         return self.site.kind != "softmax"
 
 
-def find(graph_module: GraphModule) -> list[Match]:
-    """Every attention computation of a graph and of the graphs nested in it, in order; and every other softmax."""
-    return list(_find(graph_module, SiteNames(), (), None))
+def find(graph_module: GraphModule, stored: Collection[Node] = ()) -> list[Match]:
+    """Every attention computation of a graph and of the graphs nested in it, in order; and every other softmax.
+
+    ``stored`` are the inputs that are parameters, buffers or constants; graphs of Dynamo tell themselves.
+    """
+    return list(_find(graph_module, SiteNames(), (), None, stored))
 
 
 def _find(
-    owner: GraphModule, names: SiteNames, callers: tuple[Caller, ...], obstacle: Reason | None
+    owner: GraphModule,
+    names: SiteNames,
+    callers: tuple[Caller, ...],
+    obstacle: Reason | None,
+    stored: Collection[Node],
 ) -> Iterator[Match]:
-    reader = Reader(owner)
+    reader = Reader(owner, stored)
     transforms = 0  # of torch.func, entered and not yet left
     for node in owner.graph.nodes:
         target = getattr(node.target, "__name__", "")
@@ -102,7 +109,15 @@ def _find(
                 nested = submodule_of(argument, owner)
                 if nested is not None:
                     once = node.target.name() in _TRANSPARENT and len(argument.users) == 1
-                    yield from _find(nested, names, (*callers, caller), around if once else Reason.CONTROL_FLOW)
+                    inner = around if once else Reason.CONTROL_FLOW
+                    yield from _find(nested, names, (*callers, caller), inner, _stored_inside(nested, caller, reader))
+
+
+def _stored_inside(nested: GraphModule, caller: Caller, reader: Reader) -> list[Node]:
+    """The inputs of a nested graph that are what the module stores: its operands are those behind it."""
+    inputs = nested.graph.find_nodes(op="placeholder")
+    operands = caller.node.args[-len(inputs) :] if inputs else ()
+    return [each for each, x in zip(inputs, operands, strict=False) if isinstance(x, Node) and reader.is_stored(x)]
 
 
 def _opened(inside: GraphModule | None) -> Attention | Refusal | None:

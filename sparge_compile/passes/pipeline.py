@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Collection, Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -56,7 +56,8 @@ class Step(NamedTuple):
 class Work:
     """A graph on its way through the passes, and what they have found, decided and made so far.
 
-    ``graph_module`` is ours to change. ``substituted`` are the replaced matches with the node of the op,
+    ``graph_module`` is ours to change. ``stored`` are its inputs that are parameters, buffers or constants, where nodes
+    do not tell. ``substituted`` are the replaced matches with the node of the op,
     ``threshold_inputs`` the new last inputs of the graph, in order.
     """
 
@@ -69,6 +70,7 @@ class Work:
     changed: bool = False
     passes: list[str] = field(default_factory=list)  # that have run
     failures: list[Failure] = field(default_factory=list)  # of an analysis: the graph stays as it is
+    stored: Collection[Node] = ()
 
     @property
     def sparse(self) -> list[Match]:
@@ -137,7 +139,7 @@ def analyse(work: Work, *passes: Pass) -> None:
 
 def find(work: Work) -> None:
     """Every attention of the graph, and the markers that ``attach`` left for them."""
-    work.matches = finding.find(work.graph_module)
+    work.matches = finding.find(work.graph_module, work.stored)
     work.markers = markers_of(work.graph_module, work.matches)
 
 

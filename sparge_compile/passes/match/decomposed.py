@@ -63,6 +63,8 @@ def match_softmax(node: Node, reader: Reader) -> Attention | Refusal:
     traced = scores_of(reader, scores, node, layout, keys)
     if isinstance(traced, Refusal) or isinstance(product, Refusal):
         return _why(reader, node, traced, product)
+    if _looks_up(reader, traced, product):
+        return Refusal(Reason.NOT_ATTENTION, "no input reaches its keys and values")
     held = reader.holders(scores, node, layout)
     if not fills_what_is_hidden(reader, product.filled, traced.terms, held, product.weights):
         return Refusal(Reason.SCORES_CHANGED, "weights are filled where a key may be seen")
@@ -140,6 +142,15 @@ def _why(reader: Reader, softmax: Node, scores: Scores | Refusal, product: Produ
     if not makes:
         return Refusal(Reason.NOT_ATTENTION, "no product of queries and keys")
     return Refusal(Reason.NOT_ATTENTION, "no product with values")
+
+
+def _looks_up(reader: Reader, scores: Scores, product: Product) -> bool:
+    """Whether inputs meet rows that the module stores: a codebook, a vocabulary, and no attention between tokens.
+
+    Of learned tokens alone it is attention, as in the first layer of a decoder of learned queries.
+    """
+    query, key, value = (reader.is_stored(part.value) for part in (scores.query, scores.key, product.other))
+    return key and value and not query
 
 
 def _near_product(start: Node, onwards: Callable[[Node], Iterable[Node]], reader: Reader) -> bool:

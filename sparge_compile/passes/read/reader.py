@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.fx import GraphModule, Node
 
 from .axes import COPIES, Layout, before, is_layout
 from .calls import Calls, Value, reads_number
+from .stored import reached_by_inputs
 from .writes import Writes, may_write
 
 
@@ -28,11 +30,13 @@ class Held:
 class Reader:
     """One graph, to be read: what its nodes compute and hold, and what is written to in between.
 
-    All of it speaks of the graph as it was found; a rewrite does not change what a reader says.
+    All of it speaks of the graph as it was found; a rewrite does not change what a reader says. ``stored`` are inputs
+    that hold what the module stores, where the graph does not tell.
     """
 
-    def __init__(self, owner: GraphModule) -> None:
+    def __init__(self, owner: GraphModule, stored: Collection[Node] = ()) -> None:
         self.owner = owner
+        self._stored = stored
         self._calls = Calls(owner)
         self._writes = Writes(self._calls)
         self.depth = 0  # of the formula that is being read
@@ -73,6 +77,18 @@ class Reader:
         if isinstance(node.target, torch._ops.OpOverload):
             return not node.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in node.target.tags
         return not may_write(node) and (reads_number(self._calls.fake(node)) or self._calls.runs_quietly(node))
+
+    def is_stored(self, value: Value | Node) -> bool:
+        """Whether no input of the model reaches a value: parameters, buffers, constants, and what is made of them."""
+        if isinstance(value, Node):
+            return value not in self._reached
+        if value.node is not None:
+            return value.node not in self._reached
+        return all(map(self.is_stored, value.call.inputs)) if value.call is not None else True
+
+    @cached_property
+    def _reached(self) -> set[Node]:
+        return reached_by_inputs(list(self.owner.graph.nodes), self._stored, self.writers)
 
     def holder(self, value: Value, user: Node) -> Node | None:
         """The graph node that holds what ``user`` reads as ``value``; None for an intermediate result."""
