@@ -9,7 +9,8 @@ from . import ops
 from .errors import value_error
 from .kernels import capability
 from .kernels.block_map import BlockMap, visible_blocks
-from .kernels.rule import pool_mask
+from .kernels.how import How
+from .kernels.rule import default_scale, pool_mask
 
 
 def attention(
@@ -80,15 +81,15 @@ def attention(
         raise value_error(
             "two ways to select blocks", given="block_map and thresholds", allowed="one of them", todo="Drop one."
         )
-    how = (attn_mask, is_causal, scale)
+    how = How(attn_mask, is_causal, default_scale(query.shape[-1], scale))
     if block_map is None and return_sparsity:
         assert thresholds is not None
-        block_map = ops.build_map(query, key, value, thresholds, *how)
+        block_map = ops.build_map(query, key, value, thresholds, how)
     if block_map is None:
         assert thresholds is not None
-        out, lse = ops.attend_by_rule(query, key, value, thresholds, *how, with_lse=return_lse)
+        out, lse = ops.attend_by_rule(query, key, value, thresholds, how, with_lse=return_lse)
     else:
-        out, lse = ops.attend_listed(query, key, value, block_map, *how)
+        out, lse = ops.attend_listed(query, key, value, block_map, how)
     extra: tuple[Tensor, ...] = (lse,) if return_lse and lse is not None else ()
     if return_sparsity and block_map is not None:
         extra += (sparsity(block_map, query, key, attn_mask, is_causal),)

@@ -20,29 +20,38 @@ from . import sharding
 from .errors import explain_error
 from .kernels import allocate, attend, capability, cpu
 from .kernels.block_map import BlockMap
+from .kernels.how import How
 from .kernels.rule import default_scale
 from .limit import NO_LIMIT, Limit
 
 _QKV = "Tensor query, Tensor key, Tensor value"
 _HOW = "Tensor? attn_mask, bool is_causal, float scale"
 _LIMIT = "int least_keys=0, float[] gain=[]"  # the two fields of a Limit
+_PACKED = (  # the fields of a How after the first three
+    "bool bottom_right=False, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
+    "SymInt max_seqlen_q=0, SymInt max_seqlen_k=0"
+)
 
 library = torch.library.Library("sparge", "DEF")
 library.define(
-    f"attention({_QKV}, Tensor thresholds, Tensor? attn_mask=None, bool is_causal=False, float? scale=None, {_LIMIT}) "
-    "-> Tensor"
+    f"attention({_QKV}, Tensor thresholds, Tensor? attn_mask=None, bool is_causal=False, float? scale=None, {_LIMIT}, "
+    f"{_PACKED}) -> Tensor"
 )
 library.define("mark(Tensor thresholds, int index) -> ()")
 library.define("constant(float[] pairs, Device device) -> Tensor")
-library.define(f"attend({_QKV}, Tensor thresholds, {_HOW}, {_LIMIT}) -> Tensor")
+library.define(f"attend({_QKV}, Tensor thresholds, {_HOW}, {_LIMIT}, {_PACKED}) -> Tensor")
 library.define(
-    f"attend_for_backward({_QKV}, Tensor thresholds, {_HOW}, {_LIMIT}) -> (Tensor out, Tensor lse, Tensor bits)"
+    f"attend_for_backward({_QKV}, Tensor thresholds, {_HOW}, {_LIMIT}, {_PACKED}) "
+    "-> (Tensor out, Tensor lse, Tensor bits)"
 )
-library.define(f"block_map(Tensor query, Tensor key, Tensor thresholds, {_HOW}) -> (Tensor counts, Tensor indices)")
-library.define(f"forward({_QKV}, Tensor counts, Tensor indices, {_HOW}) -> (Tensor out, Tensor lse)")
+library.define(
+    f"block_map(Tensor query, Tensor key, Tensor thresholds, {_HOW}, {_PACKED}) -> (Tensor counts, Tensor indices)"
+)
+library.define(f"forward({_QKV}, Tensor counts, Tensor indices, {_HOW}, {_PACKED}) -> (Tensor out, Tensor lse)")
 library.define("pack(Tensor counts, Tensor indices) -> Tensor")
 library.define(
-    f"backward(Tensor grad_out, {_QKV}, Tensor out, Tensor lse, Tensor? grad_lse, Tensor bits, {_HOW}) "
+    f"backward(Tensor grad_out, {_QKV}, Tensor out, Tensor lse, Tensor? grad_lse, Tensor bits, {_HOW}, "
+    f"{_PACKED}) "
     "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)"
 )
 
@@ -52,81 +61,62 @@ def attend_by_rule(
     key: Tensor,
     value: Tensor,
     thresholds: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
+    how: How,
     limit: Limit = NO_LIMIT,
     with_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Check everything and attend by the rule, as one op: (out [B, H, L, D], lse [B, H, L] where it is asked for)."""
-    thresholds, attn_mask = _checked_by_rule(query, key, value, thresholds, attn_mask)
-    how = (attn_mask, is_causal, default_scale(query.shape[-1], scale), *limit)
+    thresholds, how = _checked_by_rule(query, key, value, thresholds, how)
     # Selection is discrete: thresholds have no gradient.
-    operands = (query, key, value, thresholds.detach())
+    arguments = (query, key, value, thresholds.detach(), *how[:3], *limit, *how[3:])
     if with_lse or (torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))):
-        return torch.ops.sparge.attend_for_backward(*operands, *how)[:2]
-    return torch.ops.sparge.attend(*operands, *how), None
+        return torch.ops.sparge.attend_for_backward(*arguments)[:2]
+    return torch.ops.sparge.attend(*arguments), None
 
 
-def build_map(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    thresholds: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-) -> BlockMap:
+def build_map(query: Tensor, key: Tensor, value: Tensor, thresholds: Tensor, how: How) -> BlockMap:
     """Check everything and build the block map by the rule."""
-    thresholds, attn_mask = _checked_by_rule(query, key, value, thresholds, attn_mask)
-    operands = (query.detach(), key.detach(), thresholds.detach())
-    resolved = default_scale(query.shape[-1], scale)
-    return BlockMap(*torch.ops.sparge.block_map(*operands, attn_mask, is_causal, resolved))
+    thresholds, how = _checked_by_rule(query, key, value, thresholds, how)
+    return BlockMap(*torch.ops.sparge.block_map(query.detach(), key.detach(), thresholds.detach(), *how))
 
 
-def attend_listed(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    block_map: BlockMap,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-) -> tuple[Tensor, Tensor]:
+def attend_listed(query: Tensor, key: Tensor, value: Tensor, block_map: BlockMap, how: How) -> tuple[Tensor, Tensor]:
     """Check everything and attend to the blocks of a map: (out [B, H, L, D], lse [B, H, L])."""
     if sharding.is_sharded(query):
-        *lists, attn_mask = sharding.on_the_mesh_of(query, *block_map, attn_mask)
-        block_map = BlockMap(*lists)
-    attn_mask = _checked(query, key, value, attn_mask)
-    capability.check_block_map(block_map, query, key)
-    resolved = default_scale(query.shape[-1], scale)
-    return torch.ops.sparge.forward(query, key, value, *block_map, attn_mask, is_causal, resolved)
+        block_map = BlockMap(*sharding.on_the_mesh_of(query, *block_map))
+    how = _checked(query, key, value, how)
+    capability.check_block_map(block_map, query, key, how)
+    return torch.ops.sparge.forward(query, key, value, *block_map, *how)
 
 
-def _checked_by_rule(
-    query: Tensor, key: Tensor, value: Tensor, thresholds: Tensor, attn_mask: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """The thresholds and the mask as the ops take them, on the mesh of the query, once all operands are checked."""
+def _checked_by_rule(query: Tensor, key: Tensor, value: Tensor, thresholds: Tensor, how: How) -> tuple[Tensor, How]:
+    """The thresholds and what follows the operands as the ops take them, once all operands are checked."""
     if sharding.is_sharded(query):
-        thresholds, attn_mask = sharding.on_the_mesh_of(query, thresholds, attn_mask)
-    attn_mask = _checked(query, key, value, attn_mask)
+        (thresholds,) = sharding.on_the_mesh_of(query, thresholds)
+    how = _checked(query, key, value, how)
     capability.check_thresholds(thresholds, query)
-    return thresholds, attn_mask
+    return thresholds, how
 
 
-def _checked(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor | None:
-    """The mask as the ops take it, once all operands are checked."""
+def _checked(query: Tensor, key: Tensor, value: Tensor, how: How) -> How:
+    """What follows the operands as the ops take it, on the mesh of the query, once all operands are checked."""
+    if sharding.is_sharded(query):
+        how = How(*sharding.on_the_mesh_of(query, *how))
     capability.check_qkv(query, key, value)
-    if attn_mask is None:
-        return None
-    capability.check_mask(attn_mask, query, key)
-    return capability.normal_mask(attn_mask, key.shape[2])
+    capability.check_packing(how, query, key)
+    mask = how.attn_mask
+    if mask is not None:
+        capability.check_mask(mask, query, key)
+        mask = capability.normal_mask(mask, key.shape[2])
+    return how._replace(attn_mask=mask)
 
 
-def _attention(query, key, value, thresholds, attn_mask=None, is_causal=False, scale=None, least_keys=0, gain=()):
+def _attention(
+    query, key, value, thresholds, attn_mask=None, is_causal=False, scale=None, least_keys=0, gain=(), *packed
+):
     thresholds = thresholds.float()  # as buffers of a module they were cast with it
-    limit = Limit(least_keys, tuple(gain))
-    return attend_by_rule(query, key, value, thresholds, attn_mask, is_causal, scale, limit)[0]
+    how = How(attn_mask, is_causal, default_scale(query.shape[-1], scale), *packed)
+    return attend_by_rule(query, key, value, thresholds, how, Limit(least_keys, tuple(gain)))[0]
 
 
 library.impl("attention", _attention, "CompositeImplicitAutograd")
@@ -135,7 +125,7 @@ library.impl("attention", _attention, "CompositeImplicitAutograd")
 def _autocast(device: str):
     """Cast as autocast does for dense attention: query, key, value and a float mask, not the thresholds."""
 
-    def attention(query, key, value, thresholds, attn_mask=None, is_causal=False, scale=None, least_keys=0, gain=()):
+    def attention(query, key, value, thresholds, attn_mask=None, *others):
         dtype = torch.get_autocast_dtype(device)
 
         def cast(x):
@@ -143,9 +133,7 @@ def _autocast(device: str):
             return x.to(dtype) if eligible else x
 
         with torch.amp.autocast(device, enabled=False):
-            return torch.ops.sparge.attention(
-                cast(query), cast(key), cast(value), thresholds, cast(attn_mask), is_causal, scale, least_keys, gain
-            )
+            return torch.ops.sparge.attention(cast(query), cast(key), cast(value), thresholds, cast(attn_mask), *others)
 
     return attention
 
@@ -185,7 +173,7 @@ def _run(face: Any, name: str, *args: Any) -> Any:
 
 
 def _backward(face: Any, grad_out, query, key, value, out, lse, grad_lse, bits, *how):
-    bits = attend.used_bits(bits, query, key)
+    bits = attend.used_bits(bits, query, key, How(*how))
     return face.backward(grad_out, query, key, value, out, lse, grad_lse, bits, *how)
 
 
@@ -201,13 +189,14 @@ for _key, _face in (("CPU", cpu), ("CUDA", _TritonFace())):
 
 
 @torch.library.register_fake("sparge::attend", lib=library)
-def _(query, key, value, thresholds, attn_mask, is_causal, scale, least_keys=0, gain=()):
+def _(query, key, value, thresholds, *others):
     return allocate.dense_like(query)
 
 
 @torch.library.register_fake("sparge::attend_for_backward", lib=library)
-def _(query, key, value, thresholds, attn_mask, is_causal, scale, least_keys=0, gain=()):
-    return allocate.dense_like(query), allocate.new_lse(query), allocate.new_bits(query, key)
+def _(query, key, value, thresholds, attn_mask, is_causal, scale, least_keys=0, gain=(), *packed):
+    bits = allocate.new_bits(query, key, How(attn_mask, is_causal, scale, *packed))
+    return allocate.dense_like(query), allocate.new_lse(query), bits
 
 
 @torch.library.register_fake("sparge::constant", lib=library)
@@ -216,12 +205,12 @@ def _(pairs, device):
 
 
 @torch.library.register_fake("sparge::block_map", lib=library)
-def _(query, key, thresholds, attn_mask, is_causal, scale):
-    return allocate.new_block_map(query, key)
+def _(query, key, thresholds, *how):
+    return allocate.new_block_map(query, key, How(*how))
 
 
 @torch.library.register_fake("sparge::forward", lib=library)
-def _(query, key, value, counts, indices, attn_mask, is_causal, scale):
+def _(query, key, value, counts, indices, *how):
     return allocate.dense_like(query), allocate.new_lse(query)
 
 
@@ -231,43 +220,43 @@ def _(counts, indices):
 
 
 @torch.library.register_fake("sparge::backward", lib=library)
-def _(grad_out, query, key, value, out, lse, grad_lse, bits, attn_mask, is_causal, scale):
+def _(grad_out, query, key, value, out, lse, grad_lse, bits, *how):
     return allocate.dense_like(query), allocate.dense_like(key), allocate.dense_like(value)
 
 
 # Autograd.
 
 
-def _keep(ctx, query, key, value, out, lse, bits, attn_mask, is_causal, scale):
-    ctx.save_for_backward(query, key, value, out, lse, bits, attn_mask)
-    ctx.is_causal, ctx.scale = is_causal, scale
+def _keep(ctx, query, key, value, out, lse, bits, *how):
+    how = How(*how)
+    ctx.save_for_backward(query, key, value, out, lse, bits, how.attn_mask, how.cu_seqlens_q, how.cu_seqlens_k)
+    ctx.how = how._replace(attn_mask=None, cu_seqlens_q=None, cu_seqlens_k=None)
     ctx.set_materialize_grads(False)
 
 
 def _keep_of_forward(ctx, inputs, output):
-    query, key, value, counts, indices, attn_mask, is_causal, scale = inputs
+    query, key, value, counts, indices, *how = inputs
     out, lse = output
     bits = torch.ops.sparge.pack(counts, indices)  # one bit for each (query block, key block), instead of the lists
-    _keep(ctx, query, key, value, out, lse, bits, attn_mask, is_causal, scale)
+    _keep(ctx, query, key, value, out, lse, bits, *how)
 
 
 def _keep_of_attend(ctx, inputs, output):
-    query, key, value, _, attn_mask, is_causal, scale, *_ = inputs
+    query, key, value, _, attn_mask, is_causal, scale, _, _, *packed = inputs
     # Without them it is ``attend``, lowered where no gradient was in sight (an exported program) and trained after all.
     kept = output if isinstance(output, tuple) else torch.ops.sparge.attend_for_backward(*inputs)
     out, lse, bits = kept
-    _keep(ctx, query, key, value, out, lse, bits, attn_mask, is_causal, scale)
+    _keep(ctx, query, key, value, out, lse, bits, attn_mask, is_causal, scale, *packed)
 
 
 def _differentiate(inputs: int, ctx, grad_out, grad_lse=None, grad_bits=None):
-    query, key, value, out, lse, bits, attn_mask = ctx.saved_tensors
+    query, key, value, out, lse, bits, attn_mask, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
     if grad_out is None and grad_lse is None:
         return (None,) * inputs
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    grads = torch.ops.sparge.backward(
-        grad_out, query, key, value, out, lse, grad_lse, bits, attn_mask, ctx.is_causal, ctx.scale
-    )
+    how = ctx.how._replace(attn_mask=attn_mask, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    grads = torch.ops.sparge.backward(grad_out, query, key, value, out, lse, grad_lse, bits, *how)
     return *grads, *(None,) * (inputs - 3)
 
 

@@ -19,15 +19,20 @@ def is_sharded(x: Tensor) -> bool:
     return type(x).__name__ == "DTensor"
 
 
-def on_the_mesh_of(query: Any, *tensors: Tensor | None) -> list[Any]:
-    """Plain tensors as DTensors on the query's mesh, whole on every device; registers the rules below."""
+def on_the_mesh_of(query: Any, *values: Any) -> list[Any]:
+    """Plain tensors as DTensors on the query's mesh, whole on every device; registers the rules below.
+
+    What is no tensor stays as it is.
+    """
     from torch.distributed.tensor import DTensor, Replicate
 
     _register()
     whole = [Replicate()] * query.device_mesh.ndim
     return [
-        x if x is None or is_sharded(x) else DTensor.from_local(x, query.device_mesh, whole, run_check=False)
-        for x in tensors
+        DTensor.from_local(x, query.device_mesh, whole, run_check=False)
+        if isinstance(x, Tensor) and not is_sharded(x)
+        else x
+        for x in values
     ]
 
 
@@ -38,9 +43,11 @@ def _register() -> None:
 
     ops = torch.ops.sparge
 
-    def forms(key: Any, attn_mask: Any) -> list[tuple[Any, Any, Any]]:
-        """The placements of what has batch and heads, of thresholds [H, 2], and of a mask: one for each form."""
+    def forms(key: Any, attn_mask: Any, others: Sequence[Any]) -> list[tuple[Any, Any, Any, list[Any]]]:
+        """Placements of what has batch and heads, of thresholds [H, 2], of a mask, and of the other arguments: one for
+        each form."""
         whole, batch, heads = Replicate(), Shard(0), Shard(1)
+        rest = [whole if hasattr(x, "placements") else None for x in others]
 
         def of_mask(dim: int) -> Any:
             if attn_mask is None:
@@ -48,33 +55,32 @@ def _register() -> None:
             at = attn_mask.ndim - 4 + dim
             return Shard(at) if at >= 0 and attn_mask.shape[at] > 1 else whole
 
-        found: list[tuple[Any, Any, Any]] = [
-            (whole, whole, None if attn_mask is None else whole),
-            (batch, whole, of_mask(0)),
-        ]
+        found: list[tuple[Any, Any, Any, list[Any]]] = [(whole, whole, None if attn_mask is None else whole, rest)]
+        if whole not in rest:  # a packed call has the sequences where its map has a batch
+            found.append((batch, whole, of_mask(0), rest))
         if all(key.shape[1] % size == 0 for size in key.mesh.shape):  # the query heads of a key head stay together
-            found.append((heads, Shard(0), of_mask(1)))
+            found.append((heads, Shard(0), of_mask(1), rest))
         return found
 
-    def attend(query, key, value, thresholds, attn_mask, *how):
-        return [([x], [x, x, x, t, m, *[None] * len(how)]) for x, t, m in forms(key, attn_mask)]
+    def attend(query, key, value, thresholds, attn_mask, *others):
+        return [([x], [x, x, x, t, m, *rest]) for x, t, m, rest in forms(key, attn_mask, others)]
 
-    def attend_for_backward(query, key, value, thresholds, attn_mask, *how):
-        return [([x] * 3, [x, x, x, t, m, *[None] * len(how)]) for x, t, m in forms(key, attn_mask)]
+    def attend_for_backward(query, key, value, thresholds, attn_mask, *others):
+        return [([x] * 3, [x, x, x, t, m, *rest]) for x, t, m, rest in forms(key, attn_mask, others)]
 
-    def block_map(query, key, thresholds, attn_mask, is_causal, scale):
-        return [([x, x], [x, x, t, m, None, None]) for x, t, m in forms(key, attn_mask)]
+    def block_map(query, key, thresholds, attn_mask, *others):
+        return [([x, x], [x, x, t, m, *rest]) for x, t, m, rest in forms(key, attn_mask, others)]
 
-    def forward(query, key, value, counts, indices, attn_mask, is_causal, scale):
-        return [([x, x], [x] * 5 + [m, None, None]) for x, _, m in forms(key, attn_mask)]
+    def forward(query, key, value, counts, indices, attn_mask, *others):
+        return [([x, x], [x] * 5 + [m, *rest]) for x, _, m, rest in forms(key, attn_mask, others)]
 
     def pack(counts, indices):
         return [([x], [x, x]) for x in (Replicate(), Shard(0), Shard(1))]
 
-    def backward(grad_out, query, key, value, out, lse, grad_lse, bits, attn_mask, is_causal, scale):
+    def backward(grad_out, query, key, value, out, lse, grad_lse, bits, attn_mask, *others):
         return [
-            ([x] * 3, [x] * 6 + [None if grad_lse is None else x, x, m, None, None])
-            for x, _, m in forms(key, attn_mask)
+            ([x] * 3, [x] * 6 + [None if grad_lse is None else x, x, m, *rest])
+            for x, _, m, rest in forms(key, attn_mask, others)
         ]
 
     placed: Sequence[tuple[Any, Any]] = (

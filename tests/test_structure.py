@@ -34,7 +34,7 @@ RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
 # Within kernels and passes.
 INNER_ROOMS = {
     "kernels": [
-        ["block_map", "launch", "sizes"],
+        ["block_map", "how", "launch", "sizes"],
         ["allocate", "capability", "rule", "reference"],
         ["check", "attend"],
         ["cpu", "triton"],

@@ -5,10 +5,13 @@ Sizes may be symbols. Nothing here asks them a question whose answer would be a 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .block_map import KEY_BLOCK, QUERY_BLOCK, WORD_BITS, BlockMap, ceil_div
+from .how import How
 from .sizes import hint
 
 
@@ -45,22 +48,26 @@ def new_lse(q: Tensor) -> Tensor:
     return q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-def new_block_map(q: Tensor, k: Tensor) -> BlockMap:
+def map_shape(q: Tensor, k: Tensor, how: How) -> tuple[Any, Any, Any, Any]:
+    """(B, H, Nq, Nk) of q [B, H, L, D] over k [B, Hk, S, D]: of a packed call, by sequences and the longest of them."""
+    n_query, n_key = ceil_div(how.length(q), QUERY_BLOCK), ceil_div(how.keys(k), KEY_BLOCK)
+    return how.sequences(q), q.shape[1], n_query, n_key
+
+
+def new_block_map(q: Tensor, k: Tensor, how: How) -> BlockMap:
     """Lists for q [B, H, L, D] over k [B, Hk, S, D], with room for every key block."""
-    batch, heads, length = q.shape[:3]
-    n_query, n_key = ceil_div(length, QUERY_BLOCK), ceil_div(k.shape[2], KEY_BLOCK)
+    batch, heads, n_query, n_key = map_shape(q, k, how)
     counts = q.new_empty((batch, heads, n_query), dtype=torch.int32)
     return BlockMap(counts, q.new_empty((batch, heads, n_query, n_key), dtype=torch.int32))
 
 
-def new_bits(q: Tensor, k: Tensor) -> Tensor:
+def new_bits(q: Tensor, k: Tensor, how: How) -> Tensor:
     """int32 [B, H, more than Nq, more than ceil(Nk / 32)], for the bits of a map in its first rows and words.
 
     Its sizes are 2 or more for all lengths: torch guards whether a symbolic size is 0 or 1.
     """
-    batch, heads, length = q.shape[:3]
-    rows, words = length // QUERY_BLOCK + 2, k.shape[2] // (KEY_BLOCK * WORD_BITS) + 2
-    return q.new_empty((batch, heads, rows, words), dtype=torch.int32)
+    rows, words = how.length(q) // QUERY_BLOCK + 2, how.keys(k) // (KEY_BLOCK * WORD_BITS) + 2
+    return q.new_empty((how.sequences(q), q.shape[1], rows, words), dtype=torch.int32)
 
 
 def new_words(counts: Tensor, n_key: int) -> Tensor:

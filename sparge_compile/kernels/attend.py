@@ -17,6 +17,7 @@ from torch import Tensor
 from ..limit import Limit
 from . import allocate, capability
 from .block_map import KEY_BLOCK, QUERY_BLOCK, WORD_BITS, BlockMap, ceil_div, visible_blocks
+from .how import How
 
 
 def attend(
@@ -30,16 +31,18 @@ def attend(
     scale: float,
     least_keys: int = 0,
     gain: Sequence[float] = (),
+    *packed: Any,
 ) -> Tensor:
     """Attention [B, H, L, D] for inference, in the query's dtype and order of dimensions."""
-    _check(query, key, value, attn_mask)
-    if _is_sparse(query, key, least_keys, gain):
-        block_map = face.block_map(query, key, thresholds, attn_mask, is_causal, scale)
-    elif attn_mask is None:
-        return _dense(query, key, value, is_causal, scale)
+    how = How(attn_mask, is_causal, scale, *packed)
+    _check(query, key, value, how)
+    if _is_sparse(query, key, how, least_keys, gain):
+        block_map = face.block_map(query, key, thresholds, *how)
+    elif _sdpa_computes(query, key, how):
+        return _dense(query, key, value, how)
     else:
-        block_map = full_map(query, key, is_causal)
-    return face.forward(query, key, value, *block_map, attn_mask, is_causal, scale)[0]
+        block_map = full_map(query, key, how)
+    return face.forward(query, key, value, *block_map, *how)[0]
 
 
 def attend_for_backward(
@@ -53,47 +56,75 @@ def attend_for_backward(
     scale: float,
     least_keys: int = 0,
     gain: Sequence[float] = (),
+    *packed: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out [B, H, L, D], log-sum-exp [B, H, L], the map as bits): all that the backward needs beside the operands."""
-    _check(query, key, value, attn_mask)
-    if _is_sparse(query, key, least_keys, gain):
-        block_map = face.block_map(query, key, thresholds, attn_mask, is_causal, scale)
+    how = How(attn_mask, is_causal, scale, *packed)
+    _check(query, key, value, how)
+    if _is_sparse(query, key, how, least_keys, gain):
+        block_map = face.block_map(query, key, thresholds, *how)
     else:
-        block_map = full_map(query, key, is_causal)
-    out, lse = face.forward(query, key, value, *block_map, attn_mask, is_causal, scale)
-    bits = allocate.new_bits(query, key).zero_()
-    used_bits(bits, query, key).copy_(face.pack(*block_map))
+        block_map = full_map(query, key, how)
+    out, lse = face.forward(query, key, value, *block_map, *how)
+    bits = allocate.new_bits(query, key, how).zero_()
+    used_bits(bits, query, key, how).copy_(face.pack(*block_map))
     return out, lse, bits
 
 
-def used_bits(bits: Tensor, query: Tensor, key: Tensor) -> Tensor:
+def used_bits(bits: Tensor, query: Tensor, key: Tensor, how: How) -> Tensor:
     """The part of a map's bits that is used: a view [B or 1, H or 1, Nq, ceil(Nk / 32)]."""
-    n_query, n_key = ceil_div(query.shape[2], QUERY_BLOCK), ceil_div(key.shape[2], KEY_BLOCK)
+    _, _, n_query, n_key = allocate.map_shape(query, key, how)
     return bits[:, :, :n_query, : ceil_div(n_key, WORD_BITS)]
 
 
-def full_map(query: Tensor, key: Tensor, is_causal: bool) -> BlockMap:
-    """The map that keeps every visible block: one for all batches and heads."""
-    n_query, n_key = ceil_div(query.shape[2], QUERY_BLOCK), ceil_div(key.shape[2], KEY_BLOCK)
-    counts = visible_blocks(n_query, n_key, query.shape[2], is_causal, query.device).sum(-1, dtype=torch.int32)
-    indices = torch.arange(n_key, dtype=torch.int32, device=query.device).expand(1, 1, n_query, n_key)
-    return BlockMap(counts.view(1, 1, n_query), indices)
+def full_map(query: Tensor, key: Tensor, how: How) -> BlockMap:
+    """The map that keeps every visible block: one for all heads, and for all batches but packed sequences."""
+    _, _, n_query, n_key = allocate.map_shape(query, key, how)
+    if how.packed:
+        visible = _visible_in_sequences(n_query, n_key, how)
+    else:
+        length, keys = query.shape[2], key.shape[2]
+        visible = visible_blocks(
+            n_query, n_key, length, how.is_causal, query.device, how.diagonal(length, keys)
+        ).unsqueeze(0)
+    counts = visible.sum(-1, dtype=torch.int32).unsqueeze(1)
+    indices = torch.arange(n_key, dtype=torch.int32, device=query.device)
+    return BlockMap(counts, indices.expand(*counts.shape, n_key))
 
 
-def _is_sparse(query: Tensor, key: Tensor, least_keys: int, gain: Sequence[float]) -> bool:
-    (batch, heads, length, head_size), (kv_heads, keys) = query.shape, key.shape[1:3]
-    return Limit(least_keys, tuple(gain)).holds(batch, heads, kv_heads, length, keys, head_size)
+def _visible_in_sequences(n_query: int, n_key: int, how: How) -> Tensor:
+    """bool [N, Nq, Nk]: the key blocks that each query block of each sequence may see."""
+    assert how.cu_seqlens_q is not None and how.cu_seqlens_k is not None
+    lengths, keys = (x.diff().unsqueeze(-1) for x in (how.cu_seqlens_q, how.cu_seqlens_k))  # [N, 1]
+    device = lengths.device
+    visible = visible_blocks(n_query, n_key, lengths, how.is_causal, device, how.diagonal(lengths, keys))
+    rows = torch.arange(n_query, device=device) * QUERY_BLOCK < lengths
+    return visible & rows.unsqueeze(-1) & (torch.arange(n_key, device=device) * KEY_BLOCK < keys).unsqueeze(1)
 
 
-def _dense(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> Tensor:
+def _is_sparse(query: Tensor, key: Tensor, how: How, least_keys: int, gain: Sequence[float]) -> bool:
+    """What a limit says of the sizes that are known here: of packed sequences, all queries over the longest keys."""
+    batch, heads, length, head_size = query.shape
+    sizes = (batch, heads, key.shape[1], length, how.keys(key), head_size)
+    return Limit(least_keys, tuple(gain)).holds(*sizes)
+
+
+def _sdpa_computes(query: Tensor, key: Tensor, how: How) -> bool:
+    """Whether dense attention is a call of SDPA, which aligns causality to the top left."""
+    aligned = not how.is_causal or how.diagonal(query.shape[2], key.shape[2]) == 0
+    return aligned and how.attn_mask is None and not how.packed
+
+
+def _dense(query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
     """What torch takes for the fastest dense attention, where the op promises it."""
-    shared = query.shape[1] != key.shape[1]
+    shared, (_, is_causal, scale, *_) = query.shape[1] != key.shape[1], how
     found = F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=shared)
     return found if found.stride() == allocate.dense_strides(query) else allocate.dense_like(query).copy_(found)
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> None:
+def _check(query: Tensor, key: Tensor, value: Tensor, how: How) -> None:
     """Raise a ``ValueError`` for sizes that do not fit, of which a trace with symbols may have known nothing."""
     capability.check_sizes(query, key, value)
-    if attn_mask is not None:
-        capability.check_mask_size(attn_mask, query, key)
+    capability.check_packing(how, query, key)
+    if how.attn_mask is not None:
+        capability.check_mask_size(how.attn_mask, query, key)

@@ -71,15 +71,26 @@ def unpack(bits: Tensor, n_key: int) -> Tensor:
     return ((bits.unsqueeze(-1) >> lane) & 1).flatten(-2)[..., :n_key].bool()
 
 
-def visible_blocks(n_query: int, n_key: int, length: int, is_causal: bool, device: torch.device) -> Tensor:
-    """bool [Nq, Nk]: key blocks of which a causal mask, aligned to the top left, lets some row see some key."""
+def visible_blocks(
+    n_query: int, n_key: int, length: int | Tensor, is_causal: bool, device: torch.device, diagonal: int | Tensor = 0
+) -> Tensor:
+    """bool [Nq, Nk]: key blocks of which a causal mask lets some row see some key.
+
+    Row r of ``length`` rows sees the keys up to r + ``diagonal``: 0 is alignment to the top left. Both may be [N, 1],
+    for N sequences; then the result is [N, Nq, Nk].
+    """
     if not is_causal:
         return torch.ones(n_query, n_key, dtype=torch.bool, device=device)
     last_row = (torch.arange(1, n_query + 1, device=device) * QUERY_BLOCK).clamp(max=length) - 1
-    return torch.arange(n_key, device=device) * KEY_BLOCK <= last_row.unsqueeze(-1)
+    return torch.arange(n_key, device=device) * KEY_BLOCK <= (last_row + diagonal).unsqueeze(-1)
 
 
-def diagonal_blocks(n_query: int, n_key: int, device: torch.device) -> Tensor:
-    """bool [Nq, Nk]: key blocks that the causal diagonal crosses inside a query block; they are always kept."""
-    per_query = QUERY_BLOCK // KEY_BLOCK
-    return torch.arange(n_query, device=device).unsqueeze(-1) == torch.arange(n_key, device=device) // per_query
+def diagonal_blocks(n_query: int, n_key: int, device: torch.device, diagonal: int = 0) -> Tensor:
+    """bool [Nq, Nk]: key blocks that the causal diagonal crosses inside a query block; they are always kept.
+
+    They hold the last key that each row sees, so that no row loses all its keys.
+    """
+    first_row = torch.arange(n_query, device=device).unsqueeze(-1) * QUERY_BLOCK
+    first_key = torch.arange(n_key, device=device) * KEY_BLOCK
+    reached = first_key <= first_row + QUERY_BLOCK - 1 + diagonal
+    return reached & (first_key + KEY_BLOCK - 1 >= first_row + diagonal)

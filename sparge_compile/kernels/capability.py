@@ -13,6 +13,7 @@ from ..pair import check_pair
 from ..report import Reason
 from . import launch
 from .block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap, ceil_div
+from .how import How
 from .sizes import differ, surely
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -173,12 +174,48 @@ def check_thresholds(thresholds: Tensor, q: Tensor) -> None:
         )
 
 
-def check_block_map(block_map: BlockMap, q: Tensor, k: Tensor) -> None:
+def check_packing(how: How, q: Tensor, k: Tensor) -> None:
+    """Raise a ``ValueError`` unless the sequences of a packed call fit q over k. Where they begin is not read."""
+    given = (how.cu_seqlens_q, how.cu_seqlens_k)
+    if given == (None, None):
+        return
+    fit = all(
+        x is not None
+        and x.dim() == 1
+        and x.dtype == torch.int32
+        and x.device == q.device
+        and not surely(x.shape[0] < 2)
+        for x in given
+    )
+    if not fit or differ(given[0].shape, given[1].shape):  # type: ignore[union-attr]
+        raise value_error(
+            "cu_seqlens do not fit",
+            given=" and ".join("None" if x is None else f"{x.dtype} {tuple(x.shape)} on {x.device}" for x in given),
+            allowed=f"two int32 [N + 1] on {q.device}",
+            todo="Give where each sequence begins, and where the last one ends, for queries and for keys.",
+        )
+    if surely(q.shape[0] != 1) or how.attn_mask is not None:
+        raise value_error(
+            "packed sequences do not go with a batch or a mask",
+            given=f"query {tuple(q.shape)}, {'no mask' if how.attn_mask is None else 'a mask'}",
+            allowed="query [1, H, T, D], no mask",
+            todo="What a key-padding mask hides is left out of a packed batch.",
+        )
+    if surely(how.max_seqlen_q < 1) or surely(how.max_seqlen_k < 1):
+        raise value_error(
+            "the longest sequence has no row",
+            given=f"max_seqlen_q={how.max_seqlen_q}, max_seqlen_k={how.max_seqlen_k}",
+            allowed="1 or more",
+            todo="Give the longest length of the sequences, or more.",
+        )
+
+
+def check_block_map(block_map: BlockMap, q: Tensor, k: Tensor, how: How) -> None:
     """Raise a ``ValueError`` unless the map's lists fit q over k. Contents are not read."""
-    n_query, n_key = ceil_div(q.shape[2], QUERY_BLOCK), ceil_div(k.shape[2], KEY_BLOCK)
+    n_query, n_key = ceil_div(how.length(q), QUERY_BLOCK), ceil_div(how.keys(k), KEY_BLOCK)
     counts, indices = block_map
     lead = tuple(counts.shape[:2])
-    fits = all(have in (1, want) for have, want in zip(lead, q.shape[:2], strict=False))
+    fits = all(have in (1, want) for have, want in zip(lead, (how.sequences(q), q.shape[1]), strict=False))
     if (
         counts.dim() != 3
         or not fits

@@ -34,21 +34,30 @@ class Counted(NamedTuple):
     queries: Tensor | None  # bool [B or 1, H or 1, L]: the query sees some key
 
 
-def counted_rows(attn_mask: Tensor | None, length: int, keys: int, is_causal: bool, device: torch.device) -> Counted:
+def counted_rows(
+    attn_mask: Tensor | None, length: int, keys: int, is_causal: bool, device: torch.device, diagonal: int = 0
+) -> Counted:
     """The rows of L queries and S keys that count under a mask [B or 1, H or 1, L or 1, S] and causality."""
     if attn_mask is None:
-        beyond = is_causal and keys > length  # no query reaches the last keys
-        return Counted((torch.arange(keys, device=device) < length).view(1, 1, -1) if beyond else None, None)
-    opened = open_pairs(attn_mask, length, is_causal)
+        beyond = is_causal and keys > length + diagonal  # no query reaches the last keys
+        blind = is_causal and diagonal < 0  # the first queries see no key
+        return Counted(
+            (torch.arange(keys, device=device) < length + diagonal).view(1, 1, -1) if beyond else None,
+            (torch.arange(length, device=device) >= -diagonal).view(1, 1, -1) if blind else None,
+        )
+    opened = open_pairs(attn_mask, length, is_causal, diagonal=diagonal)
     seen = opened.any(-2)
     if attn_mask.shape[2] > 1:
         return Counted(seen, opened.any(-1))
-    return Counted(seen, queries_that_reach(seen, length) if is_causal else None)  # else all queries see the same
+    reach = queries_that_reach(seen, length, diagonal) if is_causal else None  # else all queries see the same
+    return Counted(seen, reach)
 
 
-def queries_that_reach(seen: Tensor, length: int) -> Tensor:
+def queries_that_reach(seen: Tensor, length: int, diagonal: int = 0) -> Tensor:
     """bool [..., L]: the queries that see one of some keys, bool [..., S], under causality: from the first key on."""
-    return F.pad(seen, (0, length - seen.shape[-1])).cummax(-1).values
+    before, after = max(-diagonal, 0), max(diagonal, 0)
+    missing = max(0, length + after - before - seen.shape[-1])
+    return F.pad(seen, (before, missing)).cummax(-1).values[..., after : after + length]
 
 
 def without_copies(attn_mask: Tensor) -> Tensor:
@@ -56,7 +65,7 @@ def without_copies(attn_mask: Tensor) -> Tensor:
     return attn_mask[tuple(slice(1 if attn_mask.stride(dim) == 0 else None) for dim in (0, 1))]
 
 
-def open_pairs(attn_mask: Tensor, length: int, is_causal: bool, first_row: int = 0) -> Tensor:
+def open_pairs(attn_mask: Tensor, length: int, is_causal: bool, first_row: int = 0, diagonal: int = 0) -> Tensor:
     """bool [Bm, Hm, R, S]: the pairs that R rows of a mask, from ``first_row`` on, and causality let through.
 
     A mask of one row speaks for all queries. Of causality it knows what no query sees: the keys after the last one.
@@ -65,7 +74,7 @@ def open_pairs(attn_mask: Tensor, length: int, is_causal: bool, first_row: int =
     if not is_causal:
         return opened
     rows, keys = (torch.arange(n, device=attn_mask.device) for n in attn_mask.shape[-2:])
-    return opened & (keys <= (rows + (first_row if len(rows) > 1 else length - 1)).unsqueeze(-1))
+    return opened & (keys <= (rows + diagonal + (first_row if len(rows) > 1 else length - 1)).unsqueeze(-1))
 
 
 def pool(x: Tensor, block: int, counted: Tensor | None = None) -> Tensor:
@@ -98,7 +107,9 @@ def pool_keys(k: Tensor, heads: int, counted: Tensor | None) -> Tensor:
     return torch.stack([pool(k, KEY_BLOCK, counted[:, g::group]) for g in range(group)], 2).flatten(1, 2)
 
 
-def pool_mask(attn_mask: Tensor, length: int, is_causal: bool, blocks: slice | None = None) -> tuple[Tensor, Tensor]:
+def pool_mask(
+    attn_mask: Tensor, length: int, is_causal: bool, blocks: slice | None = None, diagonal: int = 0
+) -> tuple[Tensor, Tensor]:
     """(bias, cut) of a mask [Bm, Hm, L or 1, S], bool or float: each [Bm, Hm, Nq or 1, Nk].
 
     ``bias``, in float32 at least, is added to block scores: the mean of the mask over the pairs that are let through (0
@@ -109,7 +120,7 @@ def pool_mask(attn_mask: Tensor, length: int, is_causal: bool, blocks: slice | N
     if blocks is not None and attn_mask.shape[2] > 1:
         first_row = blocks.start * QUERY_BLOCK
         attn_mask = attn_mask[:, :, first_row : blocks.stop * QUERY_BLOCK]
-    opened = open_pairs(attn_mask, length, is_causal, first_row)
+    opened = open_pairs(attn_mask, length, is_causal, first_row, diagonal)
     rows, keys = opened.shape[-2:]
     row_block = QUERY_BLOCK if rows > 1 else 1  # a mask of one row stays one row
     n_query, n_key = ceil_div(rows, row_block), ceil_div(keys, KEY_BLOCK)

@@ -9,6 +9,7 @@ from torch.library import opcheck
 
 import sparge_compile.ops  # noqa: F401
 from sparge_compile.kernels import allocate, attend, cpu
+from sparge_compile.kernels.how import How
 from sparge_compile.limit import Limit
 
 SPARSE, DENSE = (), (10_000,)  # limits that hold, and that do not, for the sizes here
@@ -83,7 +84,7 @@ def test_sizes_that_tracing_could_not_know_are_checked_when_the_op_runs():
 
 def test_the_map_of_everything_is_one_for_all_heads():
     q, k, _, _ = operands()
-    lists = attend.full_map(q, k, True)
+    lists = attend.full_map(q, k, How(None, True, 0.25))
     assert lists.counts.tolist() == [[[2, 4, 4]]]
     assert lists.indices.shape == (1, 1, 3, 4) and lists.indices[0, 0, 0].tolist() == [0, 1, 2, 3]
 
@@ -91,8 +92,8 @@ def test_the_map_of_everything_is_one_for_all_heads():
 def test_bits_have_room_for_every_length():
     for length, keys in ((1, 1), (128, 2048), (129, 2049), (5000, 9000)):
         q, k = torch.empty(1, 2, length, 8, device="meta"), torch.empty(1, 2, keys, 8, device="meta")
-        room = allocate.new_bits(q, k)
-        used = attend.used_bits(room, q, k)
+        room = allocate.new_bits(q, k, How(None, False, 0.25))
+        used = attend.used_bits(room, q, k, How(None, False, 0.25))
         assert used.shape[2:] == (-(-length // 128), -(-keys // 2048))
         assert min(room.shape[2:]) >= 2
 

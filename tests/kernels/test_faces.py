@@ -31,6 +31,7 @@ from sparge_compile import ops  # noqa: F401  importing it defines the ops
 from sparge_compile.kernels import block_map as forms
 from sparge_compile.kernels import reference
 from sparge_compile.kernels.block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap, ceil_div
+from sparge_compile.kernels.how import How
 
 THRESHOLDS = [[0.34, 0.55], [0.12, 0.81]]
 OPS = ("block_map", "forward", "pack", "backward")
@@ -66,8 +67,9 @@ def test_a_face_has_the_arguments_of_the_op(device: str, op: str) -> None:
         pytest.importorskip("triton")
     schema = getattr(torch.ops.sparge, op).default._schema
     arguments = inspect.signature(getattr(face_of(device), op)).parameters.values()
-    assert [x.name for x in arguments] == [x.name for x in schema.arguments]
     assert all(x.default is inspect.Parameter.empty for x in arguments)
+    names = [name for x in arguments for name in (How._fields if x.name == "how" else (x.name,))]
+    assert names == [x.name for x in schema.arguments]
     assert set(OPS) == set(face_of(device).__all__)
 
 

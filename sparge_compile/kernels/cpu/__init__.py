@@ -1,15 +1,53 @@
-"""The face of the CPU: the four functions of the op schemas (ops.py), with the same arguments as those of the GPU."""
+"""The face of the CPU: the four functions of the op schemas (ops.py), with the same arguments as those of the GPU.
+
+The last arguments of each are the fields of a :class:`How`.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor
 
 from .. import block_map as forms
-from .attention import backward, block_map, forward
+from ..how import How
+from . import attention, packed
 
 __all__ = ["backward", "block_map", "forward", "pack"]
+
+
+def block_map(query: Tensor, key: Tensor, thresholds: Tensor, *how: Any) -> forms.BlockMap:
+    """The block map of query [B, H, L, D] over key [B, Hk, S, D], by the rule (rule.py)."""
+    return _place(how).block_map(query, key, thresholds, How(*how))
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, counts: Tensor, indices: Tensor, *how: Any
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention over the kept keys: out [B, H, L, D] and lse [B, H, L]."""
+    return _place(how).forward(query, key, value, counts, indices, How(*how))
 
 
 def pack(counts: Tensor, indices: Tensor) -> Tensor:
     """int32 [B, H, Nq, ceil(Nk / 32)] from the lists of a map, int32 [B, H, Nq] and [B, H, Nq, Nk]."""
     return forms.pack(forms.BlockMap(counts, indices).to_dense())
+
+
+def backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_lse: Tensor | None,
+    bits: Tensor,
+    *how: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, each in its tensor's shape, dtype and order of strides."""
+    return _place(how).backward(grad_out, query, key, value, out, lse, grad_lse, bits, How(*how))
+
+
+def _place(how: tuple[Any, ...]) -> Any:
+    """The module that computes a call: packed sequences one after the other, or whole tensors."""
+    return packed if How(*how).packed else attention

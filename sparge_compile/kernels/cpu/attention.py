@@ -25,6 +25,7 @@ from ..block_map import (
     unpack,
     visible_blocks,
 )
+from ..how import How
 from .batches import (
     Heads,
     Part,
@@ -45,29 +46,23 @@ _attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 SCORES_AT_ONCE = 1 << 18  # block scores that are ranked together; ranking takes near 100 bytes for each
 
 
-def block_map(
-    query: Tensor,
-    key: Tensor,
-    thresholds: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-) -> BlockMap:
+def block_map(query: Tensor, key: Tensor, thresholds: Tensor, how: How) -> BlockMap:
     """The block map of query [B, H, L, D] over key [B, Hk, S, D], by the rule (rule.py).
 
-    ``thresholds`` is float32 [H, 2]; ``attn_mask`` is bool or float [B or 1, H or 1, L or 1, S]. Scratch memory does
-    not grow with the number of heads and query blocks.
+    ``thresholds`` is float32 [H, 2]. Scratch memory does not grow with the number of heads and query blocks.
     """
-    out = allocate.new_block_map(query, key)
+    attn_mask, is_causal, scale, *_ = how
+    length, diagonal = query.shape[2], how.diagonal(query.shape[2], key.shape[2])
+    out = allocate.new_block_map(query, key, how)
     n_query, n_key = out.indices.shape[-2:]
     if out.indices.numel() == 0:
         return BlockMap(out.counts.zero_(), out.indices)
-    visible = visible_blocks(n_query, n_key, query.shape[2], is_causal, query.device)
-    forced = diagonal_blocks(n_query, n_key, query.device) if is_causal else torch.zeros_like(visible)
+    visible = visible_blocks(n_query, n_key, length, is_causal, query.device, diagonal)
+    forced = diagonal_blocks(n_query, n_key, query.device, diagonal) if is_causal else torch.zeros_like(visible)
     anchor = rule.needs_anchor(attn_mask, is_causal)
     thresholds = thresholds.expand(query.shape[1], 2)
     attn_mask = None if attn_mask is None else rule.without_copies(attn_mask)
-    counted = rule.counted_rows(attn_mask, query.shape[2], key.shape[2], is_causal, query.device)
+    counted = rule.counted_rows(attn_mask, length, key.shape[2], is_causal, query.device, diagonal)
 
     for at_q, at_k in head_parts(query, key):
         keys, queries = (None if x is None else for_heads(x, at_q) for x in counted)
@@ -79,7 +74,7 @@ def block_map(
             scores = q_mean[:, :, some] @ k_mean.mT  # [b, h, some of Nq, Nk]
             seen, always = visible[some], forced[some]
             if attn_mask is not None:
-                pooled = rule.pool_mask(for_heads(attn_mask, at_q), query.shape[2], is_causal, some)
+                pooled = rule.pool_mask(for_heads(attn_mask, at_q), length, is_causal, some, diagonal)
                 scores, seen, always = rule.apply_pooled_mask(scores, seen, always, *pooled)
             kept = rule.select(scores, seen, thresholds[at_q[1]], always, anchor)
             counts, indices = BlockMap.from_dense(kept)
@@ -94,14 +89,7 @@ def for_heads(x: Tensor, at: Heads) -> Tensor:
 
 
 def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    counts: Tensor,
-    indices: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
+    query: Tensor, key: Tensor, value: Tensor, counts: Tensor, indices: Tensor, how: How
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over the kept keys: out [B, H, L, D] in the query's dtype and order of strides, lse [B, H, L].
 
@@ -112,14 +100,14 @@ def forward(
     if 0 in query.shape or 0 in key.shape:
         return out.zero_(), lse.fill_(-math.inf)
     counts, indices = (over_heads(x, query) for x in (counts, indices))
-    attn_mask = None if attn_mask is None else over_heads(attn_mask, query)
+    attn_mask = None if how.attn_mask is None else over_heads(how.attn_mask, query)
 
     for at_q, at_k in head_parts(query, key):
         some_q, some_k, some_v = (widen(x) for x in (query[at_q], key[at_k], value[at_k]))
         lists = BlockMap(counts[at_q], indices[at_q])
-        part = Part.of(lists, None if attn_mask is None else attn_mask[at_q], is_causal, some_q, some_k)
+        part = Part.of(lists, None if attn_mask is None else attn_mask[at_q], how, some_q, some_k)
         attend = attend_all if part.keeps_all() else attend_listed
-        out[at_q], lse[at_q] = attend(some_q, some_k, some_v, part, scale)
+        out[at_q], lse[at_q] = attend(some_q, some_k, some_v, part, how.scale)
     return out, lse
 
 
@@ -185,9 +173,7 @@ def backward(
     lse: Tensor,
     grad_lse: Tensor | None,
     bits: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
+    how: How,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, each in its tensor's shape, dtype and order of strides.
 
@@ -198,7 +184,7 @@ def backward(
         return dq.zero_(), dk.zero_(), dv.zero_()
     head_size = query.shape[-1]
     bits = over_heads(bits, query)
-    attn_mask = None if attn_mask is None else over_heads(attn_mask, query)
+    attn_mask = None if how.attn_mask is None else over_heads(how.attn_mask, query)
 
     for at_q, at_k in head_parts(query, key):
         q_like = [widen(x[at_q]) for x in (grad_out, query, out)]
@@ -210,9 +196,9 @@ def backward(
         some_lse = some_lse.masked_fill(sees_none, 0.0).to(q_like[0].dtype)  # exp(-inf - 0): its weights are zeros
 
         lists = BlockMap.from_dense(unpack(bits[at_q], ceil_div(key.shape[2], KEY_BLOCK)))
-        part = Part.of(lists, None if attn_mask is None else attn_mask[at_q], is_causal, query[at_q], key[at_k])
+        part = Part.of(lists, None if attn_mask is None else attn_mask[at_q], how, query[at_q], key[at_k])
         grads_of: Callable[..., tuple[Tensor, ...]] = grads_of_all if part.keeps_all() else grads_of_listed
-        some_grads = grads_of(*q_like, *k_like, some_lse, part, scale)
+        some_grads = grads_of(*q_like, *k_like, some_lse, part, how.scale)
         for grad, at, some in zip(grads, (at_q, at_k, at_k), some_grads, strict=True):
             grad[at] = some[..., :head_size]
     return dq, dk, dv

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap, ceil_div, visible_blocks
+from ..how import How
 
 PART_BYTES = 32 << 20  # queries, keys, values and outputs of the heads that are worked on together
 GATHER_BYTES = 8 << 20  # keys, values and mask gathered for one kernel call; much more of it leaves the cache
@@ -57,14 +58,17 @@ class Part(NamedTuple):
     length: int
     keys: int
     n_key: int  # Nk
+    diagonal: int  # of causality: how many keys after its own number a query sees
 
     @staticmethod
-    def of(lists: BlockMap, attn_mask: Tensor | None, is_causal: bool, q: Tensor, k: Tensor) -> Part:
-        """The lists of some heads [b, h, ...] of q [b, h, L, D] over k [b, Hk, S, D]."""
+    def of(lists: BlockMap, attn_mask: Tensor | None, how: How, q: Tensor, k: Tensor) -> Part:
+        """The lists of some heads [b, h, ...] of q [b, h, L, D] over k [b, Hk, S, D], under their part of the mask."""
         n_key = lists.indices.shape[-1]
         flat = lists.counts.reshape(-1), lists.indices.reshape(-1, n_key)
         heads = (q.shape[0], q.shape[1])
-        return Part(*flat, attn_mask, is_causal, heads, q.shape[1] // k.shape[1], q.shape[2], k.shape[2], n_key)
+        length, keys = q.shape[2], k.shape[2]
+        sizes = (q.shape[1] // k.shape[1], length, keys, n_key)
+        return Part(*flat, attn_mask, how.is_causal, heads, *sizes, how.diagonal(length, keys))
 
     @property
     def n_query(self) -> int:
@@ -88,8 +92,9 @@ class Part(NamedTuple):
         """
         if not self.is_causal or self.attn_mask is not None:
             return [self]
-        width = QUERY_BLOCK // KEY_BLOCK
-        first = torch.arange(len(self.counts)).unsqueeze(-1) % self.n_query * width  # [N, 1], on the diagonal
+        width = QUERY_BLOCK // KEY_BLOCK + (self.diagonal % KEY_BLOCK > 0)
+        row = torch.arange(len(self.counts)).unsqueeze(-1) % self.n_query * QUERY_BLOCK  # [N, 1], the first one
+        first = (row + self.diagonal).clamp(min=0) // KEY_BLOCK  # on the diagonal
         live = torch.arange(self.n_key) < self.counts.unsqueeze(-1)
         below = (live & (self.indices < first)).sum(-1, dtype=torch.int32)  # lists ascend, so these come first
         place = (below.unsqueeze(-1) + torch.arange(width)).clamp(max=self.n_key - 1)
@@ -99,7 +104,7 @@ class Part(NamedTuple):
 
     def keeps_all(self) -> bool:
         """Whether this is plain dense attention. Under a mask never: which blocks are visible is not known here."""
-        if self.attn_mask is not None:
+        if self.attn_mask is not None or (self.is_causal and self.diagonal):  # dense attention knows the top left
             return False
         visible = visible_blocks(self.n_query, self.n_key, self.length, self.is_causal, self.counts.device).sum(-1)
         counts = self.counts.view(-1, self.n_query)
@@ -160,7 +165,7 @@ def additive_mask(part: Part, row: Tensor, listed: Tensor, live: Tensor, dtype: 
     first_query = (row % part.n_query * QUERY_BLOCK).view(-1, 1, 1)
     query = first_query + torch.arange(part.query_rows).unsqueeze(-1)  # [c, rows, 1]
     if part.is_causal:
-        hidden = hidden | (key > query)
+        hidden = hidden | (key > query + part.diagonal)
     if part.attn_mask is not None:
         head = (row // part.n_query).view(-1, 1, 1)
         query = query.clamp(max=part.length - 1) if part.attn_mask.shape[2] == part.length else torch.zeros_like(head)

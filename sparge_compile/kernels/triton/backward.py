@@ -6,12 +6,15 @@ First delta = rowsum(dout * out) - dlse for each query row, here; then dq in :mo
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import allocate, launch
+from ..how import How
 from .backward_key import key_gradients
 from .backward_query import query_gradient
 from .tiles import load_tile, matrix_arguments, tile_offsets
@@ -78,15 +81,18 @@ def backward(
     lse: Tensor,
     grad_lse: Tensor | None,
     bits: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
+    *how: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, each in its tensor's dtype and order of dimensions.
 
     ``grad_out`` [B, H, L, D] may have any strides; ``out`` and ``lse`` come from the forward, ``grad_lse`` [B, H, L] is
-    the gradient of lse or None; ``bits`` is the packed map, of which B and H may be 1.
+    the gradient of lse or None; ``bits`` is the packed map, of which B and H may be 1. ``how`` are the fields of a
+    :class:`How`.
     """
+    given = How(*how)
+    attn_mask, is_causal, scale, *_ = given
+    if given.packed or given.diagonal(query.shape[2], key.shape[2]):
+        raise NotImplementedError("packed sequences and causality aligned to the bottom right, on a GPU")
     if query.numel() == 0 or key.numel() == 0:
         return allocate.dense_like(query).zero_(), allocate.dense_like(key).zero_(), allocate.dense_like(value).zero_()
     lse = lse.contiguous()

@@ -7,6 +7,8 @@ and the main loop masks nothing. On Hopper most calls go to :mod:`forward_hopper
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from .. import allocate, launch
 from ..block_map import KEY_BLOCK, QUERY_BLOCK
+from ..how import How
 from .tiles import (
     LOG2_E,
     dense_prefix,
@@ -153,21 +156,18 @@ def _forward_kernel(
 
 
 def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    counts: Tensor,
-    indices: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
+    query: Tensor, key: Tensor, value: Tensor, counts: Tensor, indices: Tensor, *how: Any
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over the kept keys: out [B, H, L, D] in the query's dtype and stride order, and lse [B, H, L].
 
     query [B, H, L, D], key and value [B, Hk, S, D] may have any strides; ``counts`` and ``indices`` are a
-    :class:`BlockMap`, of which B and H may be 1; ``attn_mask`` is bool or float [B or 1, H or 1, L or 1, S]. lse
-    (natural logarithm) is float32. A row that sees no key gives zeros and -inf.
+    :class:`BlockMap`, of which B and H may be 1; ``how`` are the fields of a :class:`How`. lse (natural logarithm) is
+    float32. A row that sees no key gives zeros and -inf.
     """
+    given = How(*how)
+    attn_mask, is_causal, scale, *_ = given
+    if given.packed or given.diagonal(query.shape[2], key.shape[2]):
+        raise NotImplementedError("packed sequences and causality aligned to the bottom right, on a GPU")
     out, lse = allocate.dense_like(query), allocate.new_lse(query)
     if out.numel() == 0 or key.shape[2] == 0:
         return out.zero_(), lse.fill_(-float("inf"))

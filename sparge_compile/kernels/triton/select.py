@@ -8,6 +8,8 @@ nothing is sorted. Thresholds are read by the kernel, not by the host.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from .. import allocate, launch, rule
 from ..block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap
+from ..how import How
 from .pool import pool, pool_mask
 
 SCORE_ROWS, SCORE_KEYS, SCORE_DEPTH = 64, 64, 16  # the tile of a score program, and its step along D
@@ -145,15 +148,17 @@ def _select_kernel(
     tl.store(counts_ptr + row, tl.sum(kept.to(tl.int32), 0))
 
 
-def block_map(
-    query: Tensor, key: Tensor, thresholds: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float
-) -> BlockMap:
+def block_map(query: Tensor, key: Tensor, thresholds: Tensor, *how: Any) -> BlockMap:
     """The block map of query [B, H, L, D] over key [B, Hk, S, D], by the rule (rule.py).
 
-    ``thresholds`` is float32 [H, 2] on the query's device; ``attn_mask`` is bool or float [B or 1, H or 1, L or 1, S].
+    ``thresholds`` is float32 [H, 2] on the query's device; ``how`` are the fields of a :class:`How`.
     """
+    given = How(*how)
+    attn_mask, is_causal, scale, *_ = given
+    if given.packed or given.diagonal(query.shape[2], key.shape[2]):
+        raise NotImplementedError("packed sequences and causality aligned to the bottom right, on a GPU")
     batch, heads, length, head_size = query.shape
-    result = allocate.new_block_map(query, key)
+    result = allocate.new_block_map(query, key, given)
     n_query, n_key = result.indices.shape[-2:]
     if result.indices.numel() == 0:
         return BlockMap(result.counts.zero_(), result.indices)

@@ -75,8 +75,25 @@ class Factor:
 
 
 @dataclass(frozen=True)
+class Packing:
+    """Several sequences one after the other in rows and keys: a batch of one, that attends sequence by sequence.
+
+    Nodes of int32 [N + 1] on the device: where each sequence begins, and where the last one ends. The lengths of the
+    longest ones are numbers, or nodes that are numbers at run time.
+    """
+
+    cu_seqlens_q: Node
+    cu_seqlens_k: Node
+    max_seqlen_q: Node | int
+    max_seqlen_k: Node | int
+
+
+@dataclass(frozen=True)
 class Attention:
     """softmax(scale · Q Kᵀ + masks) V of a graph, and the node that holds its result.
+
+    ``bottom_right``: the causal diagonal ends at the last query and key (flash-attn), instead of beginning at the first
+    ones (SDPA). ``packing``: rows and keys hold several sequences.
 
     ``rewritten``: the result is changed in place later on. ``region`` are the nodes that have no reader but one another
     once the result is replaced, in graph order.
@@ -91,6 +108,8 @@ class Attention:
     dtype: torch.dtype
     masks: tuple[Mask, ...] = ()
     is_causal: bool = False
+    bottom_right: bool = False
+    packing: Packing | None = None
     scale: float | None = None
     factors: tuple[Factor, ...] = ()
     dropout: Any = 0.0
