@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import ops
 from .errors import value_error
+from .keeping import NOTHING, parse_kept
 from .kernels import capability
 from .kernels.block_map import BlockMap, visible_blocks
 from .kernels.how import How
@@ -25,6 +26,8 @@ def attention(
     *,
     topk: float | Tensor | None = None,
     topp: float | Tensor | None = None,
+    keep_keys: int | tuple[int, int | None] | None = None,
+    dense_queries: bool = False,
     block_map: BlockMap | None = None,
     return_lse: bool = False,
     return_sparsity: bool = False,
@@ -43,6 +46,9 @@ def attention(
         is_causal: mask the keys after each query, aligned to the top left; diagonal blocks are always kept.
         topk: share of the visible key blocks in (0, 1], a number or a tensor [H]. Default: 1, unless topp is given.
         topp: probability mass in [0, 1], a number or a tensor [H]. Default 0. The longer prefix of the two counts.
+        keep_keys: tokens whose key blocks are always kept and do not count against topk and topp: n for the first n, -n
+            for the last n, or (start, stop), where None is the end and negative positions count from it.
+        dense_queries: keep every visible block for the query rows of these tokens, too, if L = S.
         block_map: which key blocks to read instead of the rule: ``BlockMap.from_dense(bool [B, H, Nq, Nk])``.
         return_lse: also return the log-sum-exp of the scaled scores, float32 [B, H, L]; differentiable.
         return_sparsity: also return 1 − kept ÷ visible key blocks, a float32 scalar on the query's device.
@@ -71,15 +77,25 @@ def attention(
             allowed="equal numbers, unless enable_gqa=True",
             todo="Pass enable_gqa=True.",
         )
-    thresholds = None
+    thresholds, kept = None, parse_kept(keep_keys, dense_queries, "attention")
+    if kept.of_graph:
+        raise value_error(
+            "attention: keep_keys without a graph to find them in",
+            given=repr(keep_keys),
+            allowed="a number of tokens, or (start, stop)",
+            todo="The backend finds the text of a model: torch.compile(…, options={'keep_keys': 'text'}).",
+        )
     if block_map is None:
         if topk is None:
             # Top-p alone needs the smallest Top-k there is: one block.
             topk = 1.0 if topp is None else torch.finfo(torch.float32).tiny
-        thresholds = capability.make_thresholds(topk, 0.0 if topp is None else topp, query.shape[1], query.device)
-    elif topk is not None or topp is not None:
+        thresholds = capability.make_thresholds(topk, 0.0 if topp is None else topp, query.shape[1], query.device, kept)
+    elif topk is not None or topp is not None or kept != NOTHING:
         raise value_error(
-            "two ways to select blocks", given="block_map and thresholds", allowed="one of them", todo="Drop one."
+            "two ways to select blocks",
+            given="block_map and thresholds or kept keys",
+            allowed="one of them",
+            todo="Drop one.",
         )
     how = How(attn_mask, is_causal, default_scale(query.shape[-1], scale))
     if block_map is None and return_sparsity:

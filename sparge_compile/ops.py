@@ -29,7 +29,7 @@ _HOW = "Tensor? attn_mask, bool is_causal, float scale"
 _LIMIT = "int least_keys=0, float[] gain=[]"  # the two fields of a Limit
 _PACKED = (  # the fields of a How after the first three
     "bool bottom_right=False, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
-    "SymInt max_seqlen_q=0, SymInt max_seqlen_k=0"
+    "SymInt max_seqlen_q=0, SymInt max_seqlen_k=0, SymInt[] parts=[]"
 )
 
 library = torch.library.Library("sparge", "DEF")
@@ -38,7 +38,7 @@ library.define(
     f"{_PACKED}) -> Tensor"
 )
 library.define("mark(Tensor thresholds, int index) -> ()")
-library.define("constant(float[] pairs, Device device) -> Tensor")
+library.define("constant(float[] numbers, Device device, int width=2) -> Tensor")
 library.define(f"attend({_QKV}, Tensor thresholds, {_HOW}, {_LIMIT}, {_PACKED}) -> Tensor")
 library.define(
     f"attend_for_backward({_QKV}, Tensor thresholds, {_HOW}, {_LIMIT}, {_PACKED}) "
@@ -144,13 +144,17 @@ REST = -1  # the index of a marker for every attention of its module that has no
 
 
 @cache
-def _held(pairs: tuple[float, ...], device: torch.device) -> Tensor:
+def _held(numbers: tuple[float, ...], device: torch.device, width: int) -> Tensor:
     with torch.inference_mode(False):
-        return torch.tensor(pairs, dtype=torch.float32, device=device).view(-1, 2)
+        return torch.tensor(numbers, dtype=torch.float32, device=device).view(-1, width)
 
 
-# Thresholds [H, 2] of a graph that torch stores: it must be whole. A copy on the device, so that no call waits for it.
-library.impl("constant", lambda pairs, device: _held(tuple(pairs), device).clone(), "CompositeExplicitAutograd")
+def _constant(numbers, device, width=2):
+    return _held(tuple(numbers), device, width).clone()
+
+
+# The thresholds of a graph that torch stores: it must be whole. A copy on the device, so that no call waits for it.
+library.impl("constant", _constant, "CompositeExplicitAutograd")
 
 library.impl("attention", _autocast("cpu"), "AutocastCPU")
 library.impl("attention", _autocast("cuda"), "AutocastCUDA")
@@ -200,8 +204,8 @@ def _(query, key, value, thresholds, attn_mask, is_causal, scale, least_keys=0, 
 
 
 @torch.library.register_fake("sparge::constant", lib=library)
-def _(pairs, device):
-    return torch.empty(len(pairs) // 2, 2, dtype=torch.float32, device=device)
+def _(numbers, device, width=2):
+    return torch.empty(len(numbers) // width, width, dtype=torch.float32, device=device)
 
 
 @torch.library.register_fake("sparge::block_map", lib=library)

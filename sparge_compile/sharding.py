@@ -44,8 +44,8 @@ def _register() -> None:
     ops = torch.ops.sparge
 
     def forms(key: Any, attn_mask: Any, others: Sequence[Any]) -> list[tuple[Any, Any, Any, list[Any]]]:
-        """Placements of what has batch and heads, of thresholds [H, 2], of a mask, and of the other arguments: one for
-        each form."""
+        """Placements of what has batch and heads, of thresholds [H, 2 or 6], of a mask, and of the other arguments: one
+        for each form."""
         whole, batch, heads = Replicate(), Shard(0), Shard(1)
         rest = [whole if hasattr(x, "placements") else None for x in others]
 

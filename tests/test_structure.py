@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "sparge_compile"
 # reasons. A folder is one room; a file of the package's root is one, too.
 ROOMS = [
     ["version", "errors", "user_model", "limit"],
-    ["pair", "report", "naming", "sharding"],
+    ["pair", "keeping", "report", "naming", "sharding"],
     ["kernels", "dialects"],
     ["ops", "cost"],
     ["functional", "thresholds"],
@@ -35,6 +35,7 @@ RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
 INNER_ROOMS = {
     "kernels": [
         ["block_map", "how", "launch", "sizes"],
+        ["kept"],
         ["allocate", "capability", "rule", "reference"],
         ["check", "attend"],
         ["cpu", "triton"],

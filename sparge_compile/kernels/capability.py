@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import value_error
+from ..keeping import NOTHING, PLAIN_WIDTH, WIDTH, Kept
 from ..pair import check_pair
 from ..report import Reason
 from . import launch
@@ -163,13 +164,17 @@ def normal_mask(attn_mask: Tensor, keys: int) -> Tensor:
 
 
 def check_thresholds(thresholds: Tensor, q: Tensor) -> None:
-    """Raise a ``ValueError`` unless thresholds are float32 [H, 2] on the query's device. Values are not read."""
-    want = (q.shape[1], 2)
-    if differ(thresholds.shape, want) or thresholds.dtype != torch.float32 or thresholds.device != q.device:
+    """Raise a ``ValueError`` unless thresholds are float32 [H, 2 or 6] on the query's device. Values are not read."""
+    wanted = [(q.shape[1], width) for width in (PLAIN_WIDTH, WIDTH)]
+    if (
+        all(differ(thresholds.shape, want) for want in wanted)
+        or thresholds.dtype != torch.float32
+        or thresholds.device != q.device
+    ):
         raise value_error(
             "thresholds do not fit the query",
             given=f"{thresholds.dtype} {tuple(thresholds.shape)} on {thresholds.device}",
-            allowed=f"float32 {want} on {q.device}: (topk, topp) for each query head",
+            allowed=f"float32 {wanted[0]} on {q.device}: (topk, topp) for each head; with kept tokens {wanted[1]}",
             todo="Give one pair for each query head.",
         )
 
@@ -242,8 +247,13 @@ def check_block_map(block_map: BlockMap, q: Tensor, k: Tensor, how: How) -> None
         )
 
 
-def make_thresholds(topk: float | Tensor, topp: float | Tensor, heads: int, device: torch.device) -> Tensor:
-    """float32 [H, 2] from numbers, or from tensors of one value for each head (whose values are not read)."""
+def make_thresholds(
+    topk: float | Tensor, topp: float | Tensor, heads: int, device: torch.device, kept: Kept = NOTHING
+) -> Tensor:
+    """float32 [H, 2] from numbers, or from tensors of one value for each head (whose values are not read).
+
+    With kept tokens it is [H, 6].
+    """
     # Numbers are filled in, where a copy would wait for the GPU.
     if not isinstance(topk, Tensor):
         topk = torch.full((), check_pair(topk, 0.0)[0], device=device)
@@ -257,7 +267,8 @@ def make_thresholds(topk: float | Tensor, topp: float | Tensor, heads: int, devi
                 allowed=f"a number or [{heads}]",
                 todo="Give one for each head.",
             )
-    return torch.stack([x.to(device=device, dtype=torch.float32).expand(heads) for x in (topk, topp)], -1)
+    numbers = [torch.full((), x, device=device) for x in (kept.numbers if kept != NOTHING else ())]
+    return torch.stack([x.to(device=device, dtype=torch.float32).expand(heads) for x in (topk, topp, *numbers)], -1)
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -7,6 +7,7 @@ each begins is read on the device alone. Its maps have the sequences where other
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -25,6 +26,7 @@ class How(NamedTuple):
     cu_seqlens_k: Tensor | None = None
     max_seqlen_q: Any = 0  # no sequence is longer; an int, or a SymInt while tracing
     max_seqlen_k: Any = 0
+    parts: Sequence[Any] = ()  # the sizes of what the sequence is put together of, of which thresholds may keep some
 
     @property
     def packed(self) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -115,13 +115,47 @@ def mask_of_block(tile: Tensor, opened: Tensor, seeing: Tensor) -> tuple[Tensor,
     return mean, sees.any(-1), sees.any(-1) & (seeing & ~sees).any(-1)
 
 
+def tokens_of(numbers: Sequence[float], length: int, parts: Sequence[int] = ()) -> set[int]:
+    """The tokens of a sequence that two numbers (start, stop) of thresholds [H, 6] name.
+
+    Negative ones count from the end. A start of 2^25 names all tokens beside the longest of the parts that the sequence
+    is put together of, unless two are the longest, or tokens stand on both sides of it.
+    """
+    if numbers[0] != 2**25:
+        start, stop = (int(x) + length if x < 0 else int(x) for x in numbers)
+        return set(range(max(start, 0), min(stop, length)))
+    ends = list(itertools.accumulate(parts))
+    longest = [end for end, size in zip(ends, parts, strict=True) if size == max(parts)]
+    if len(longest) != 1:
+        return set()
+    first, last = longest[0] - max(parts), longest[0]
+    return set(range(first)) if last == ends[-1] else set(range(last, ends[-1])) if first == 0 else set()
+
+
+def holds(tokens: set[int], first: int, block: int) -> bool:
+    """Whether a block that begins at a row holds one of these tokens."""
+    return any(row in tokens for row in range(first, first + block))
+
+
 def kept_blocks(
-    scores: Sequence[float], visible: Sequence[bool], forced: Sequence[bool], topk: float, topp: float, anchor: bool
+    scores: Sequence[float],
+    visible: Sequence[bool],
+    forced: Sequence[bool],
+    topk: float,
+    topp: float,
+    anchor: bool,
+    always: Collection[int] = (),
 ) -> list[int]:
-    """The key blocks that one query block keeps, by the rule (docs/design.md, The rule)."""
+    """The key blocks that one query block keeps, by the rule (docs/design.md, The rule).
+
+    ``always`` are the key blocks that hold a kept token: the rule is over the others.
+    """
     seen = [j for j in range(len(scores)) if visible[j]]
     if not all(math.isfinite(scores[j]) for j in seen):
         return seen  # as dense attention would: a NaN shows
+    apart, seen = [j for j in seen if j in always], [j for j in seen if j not in always]
+    if not seen:
+        return apart
     order = sorted(seen, key=lambda j: (-scores[j], j))  # the lower index first on a tie
     by_topk = max(1, math.ceil(topk * len(seen) - CEIL_SLACK))
     by_topp = 0 if topp <= 0 else len(seen)
@@ -133,7 +167,7 @@ def kept_blocks(
     kept = set(order[: max(by_topk, by_topp)]) | {j for j in seen if forced[j]}
     if anchor:
         kept |= set([j for j in order if not forced[j]][:1])
-    return sorted(kept)
+    return sorted(kept | set(apart))
 
 
 def select(
@@ -162,13 +196,29 @@ def block_map(
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
+    parts: Sequence[int] = (),
 ) -> BlockMap:
-    """The block map of q [B, H, L, D] over k [B, Hk, S, D] for thresholds float32 [H, 2].
+    """The block map of q [B, H, L, D] over k [B, Hk, S, D] for thresholds float32 [H, 2 or 6].
 
-    ``attn_mask`` is bool or float [B or 1, H or 1, L or 1, S], and may be combined with ``is_causal``.
+    ``attn_mask`` is bool or float [B or 1, H or 1, L or 1, S], and may be combined with ``is_causal``. ``parts`` are
+    the sizes of the parts of the sequence: see :func:`tokens_of`.
     """
     scores, visible, forced, anchor = block_scores(q, k, attn_mask, is_causal, scale)
-    return BlockMap.from_dense(select(scores, visible, thresholds, forced, anchor))
+    if thresholds.shape[-1] == 2:
+        return BlockMap.from_dense(select(scores, visible, thresholds, forced, anchor))
+    kept = torch.zeros_like(visible)
+    for h, (topk, topp, *ranges) in enumerate(thresholds.tolist()):
+        tokens = tokens_of(ranges[:2], k.shape[2], parts)
+        rows = tokens_of(ranges[2:], q.shape[2], parts) if q.shape[2] == k.shape[2] else set()
+        always = [j for j, first in enumerate(starts(k.shape[2], KEY_BLOCK)) if holds(tokens, first, KEY_BLOCK)]
+        for b, (i, first) in itertools.product(range(len(q)), enumerate(starts(q.shape[2], QUERY_BLOCK))):
+            at = b, h, i
+            if holds(rows, first, QUERY_BLOCK):
+                kept[at] = visible[at]
+                continue
+            row = scores[at].tolist(), visible[at].tolist(), forced[at].tolist()
+            kept[at][kept_blocks(*row, topk, topp, anchor, always)] = True
+    return BlockMap.from_dense(kept)
 
 
 def allowed_pairs(kept: Tensor, length: int, keys: int, attn_mask: Tensor | None, is_causal: bool) -> Tensor:

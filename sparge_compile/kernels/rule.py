@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .block_map import KEY_BLOCK, QUERY_BLOCK, ceil_div
+from .kept import Always
 
 CEIL_SLACK = 0.001  # so that a float32 0.05 of 20 blocks is one block
 
@@ -167,34 +168,43 @@ def topp_length(topp: Tensor, n: Tensor, mass: Tensor) -> Tensor:
 
 
 def select(
-    scores: Tensor, visible: Tensor, thresholds: Tensor, forced: Tensor | None = None, anchor: bool = False
+    scores: Tensor,
+    visible: Tensor,
+    thresholds: Tensor,
+    forced: Tensor | None = None,
+    anchor: bool = False,
+    always: Always | None = None,
 ) -> Tensor:
     """Which key blocks each query block keeps.
 
     Args:
         scores: [B, H, Nq, Nk], the logits of P-bar.
         visible: bool, broadcastable to scores; invisible blocks are never kept.
-        thresholds: float32 [H, 2], ``topk`` and ``topp`` of each head.
+        thresholds: float32 [H, 2 or 6], ``topk`` and ``topp`` of each head first.
         forced: bool, broadcastable to scores; visible blocks that are always kept (the causal diagonal, and what a mask
             cuts).
         anchor: keep as well the best block that is not forced, so that a row for which the prefix has no key sees one.
+        always: what is kept beside the rule, which is then over the other visible blocks.
 
     Returns:
         bool [B, H, Nq, Nk]: the longer of the Top-k and the Top-p prefix, in descending order of score with the lower
         index first on a tie. A row with a non-finite score keeps every visible block, as dense attention would.
     """
     visible = visible.expand_as(scores)
-    n = visible.sum(-1)  # visible blocks of each query block
-    topk, topp = thresholds.to(torch.float32).view(1, -1, 1, 2).unbind(-1)  # [1, H, 1] each
-    rank, mass = ranking(scores, visible)
+    whole = (visible & ~torch.isfinite(scores)).any(-1, keepdim=True)  # query blocks that keep all
+    ranked = visible
+    if always is not None:
+        ranked, whole = visible & ~always.keys, whole | always.queries
+    n = ranked.sum(-1)  # blocks of each query block that the thresholds speak of
+    topk, topp = thresholds[:, :2].to(torch.float32).view(1, -1, 1, 2).unbind(-1)  # [1, H, 1] each
+    rank, mass = ranking(scores, ranked)
     kept = rank < torch.maximum(topk_length(topk, n), topp_length(topp, n, mass)).unsqueeze(-1)
     if forced is not None:
         kept = kept | forced
     if anchor:
-        uncut = rank.masked_fill(~visible if forced is None else ~visible | forced, scores.shape[-1])
+        uncut = rank.masked_fill(~ranked if forced is None else ~ranked | forced, scores.shape[-1])
         kept = kept | (uncut == uncut.amin(-1, keepdim=True))
-    broken = (visible & ~torch.isfinite(scores)).any(-1, keepdim=True)
-    return (kept | broken) & visible
+    return ((kept & ranked) | (visible & ~ranked) | whole) & visible
 
 
 def apply_pooled_mask(

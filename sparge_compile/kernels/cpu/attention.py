@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...keeping import beside_longest
 from .. import allocate, rule
 from ..block_map import (
     KEY_BLOCK,
@@ -26,6 +27,7 @@ from ..block_map import (
     visible_blocks,
 )
 from ..how import How
+from ..kept import Always, always_read
 from .batches import (
     Heads,
     Part,
@@ -49,7 +51,7 @@ SCORES_AT_ONCE = 1 << 18  # block scores that are ranked together; ranking takes
 def block_map(query: Tensor, key: Tensor, thresholds: Tensor, how: How) -> BlockMap:
     """The block map of query [B, H, L, D] over key [B, Hk, S, D], by the rule (rule.py).
 
-    ``thresholds`` is float32 [H, 2]. Scratch memory does not grow with the number of heads and query blocks.
+    ``thresholds`` is float32 [H, 2 or 6]. Scratch memory does not grow with the number of heads and query blocks.
     """
     attn_mask, is_causal, scale, *_ = how
     length, diagonal = query.shape[2], how.diagonal(query.shape[2], key.shape[2])
@@ -60,7 +62,8 @@ def block_map(query: Tensor, key: Tensor, thresholds: Tensor, how: How) -> Block
     visible = visible_blocks(n_query, n_key, length, is_causal, query.device, diagonal)
     forced = diagonal_blocks(n_query, n_key, query.device, diagonal) if is_causal else torch.zeros_like(visible)
     anchor = rule.needs_anchor(attn_mask, is_causal)
-    thresholds = thresholds.expand(query.shape[1], 2)
+    thresholds = thresholds.expand(query.shape[1], -1)
+    always = always_read(thresholds, length, key.shape[2], beside_longest(how.parts))
     attn_mask = None if attn_mask is None else rule.without_copies(attn_mask)
     counted = rule.counted_rows(attn_mask, length, key.shape[2], is_causal, query.device, diagonal)
 
@@ -72,11 +75,12 @@ def block_map(query: Tensor, key: Tensor, thresholds: Tensor, how: How) -> Block
         for i in range(0, n_query, step):
             some = slice(i, min(i + step, n_query))
             scores = q_mean[:, :, some] @ k_mean.mT  # [b, h, some of Nq, Nk]
-            seen, always = visible[some], forced[some]
+            seen, fixed = visible[some], forced[some]
             if attn_mask is not None:
                 pooled = rule.pool_mask(for_heads(attn_mask, at_q), length, is_causal, some, diagonal)
-                scores, seen, always = rule.apply_pooled_mask(scores, seen, always, *pooled)
-            kept = rule.select(scores, seen, thresholds[at_q[1]], always, anchor)
+                scores, seen, fixed = rule.apply_pooled_mask(scores, seen, fixed, *pooled)
+            here = None if always is None else Always(always.keys[at_q[1]], always.queries[at_q[1], some])
+            kept = rule.select(scores, seen, thresholds[at_q[1]], fixed, anchor, here)
             counts, indices = BlockMap.from_dense(kept)
             out.counts[at_q][:, :, some] = counts
             out.indices[at_q][:, :, some] = indices

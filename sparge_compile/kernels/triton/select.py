@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...keeping import OF_GRAPH, WIDTH, beside_longest
 from .. import allocate, launch, rule
 from ..block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap
 from ..how import How
@@ -64,13 +65,34 @@ def _unordered(image):
 
 
 @triton.jit
+def _tokens(range_ptr, stride, found_start, found_stop, length, OF_GRAPH: tl.constexpr):
+    """(start, stop) of a range of tokens, float32, within a sequence of this length."""
+    start, stop = tl.load(range_ptr), tl.load(range_ptr + stride)
+    of_graph = start == OF_GRAPH
+    start = tl.where(of_graph, found_start * 1.0, start)
+    stop = tl.where(of_graph, found_stop * 1.0, stop)
+    end = length * 1.0  # not .to: a length of 1 is a constant
+    start = tl.minimum(tl.maximum(tl.where(start < 0, start + end, start), 0.0), end)
+    stop = tl.minimum(tl.maximum(tl.where(stop < 0, stop + end, stop), 0.0), end)
+    return start, tl.where(start < stop, stop, -1.0)  # an empty range stops before every block
+
+
+@triton.jit
+def _holds(block, ROWS: tl.constexpr, start, stop):
+    """Whether a block of so many rows holds a token of a range."""
+    first = (block * ROWS).to(tl.float32)
+    return (first < stop) & (first + ROWS > start)
+
+
+@triton.jit
 def _select_kernel(
     thresholds_ptr, bias_ptr, cut_ptr,
     counts_ptr, indices_ptr,
     thresholds_stride_h, thresholds_stride_t, bias_stride_b, bias_stride_h, bias_stride_i,
-    heads, length, n_query, n_key,
+    heads, length, keys, n_query, n_key, found_start, found_stop,
     N_PAD: tl.constexpr, QUERY_ROWS: tl.constexpr, KEY_ROWS: tl.constexpr, IS_CAUSAL: tl.constexpr,
     HAS_MASK: tl.constexpr, ANCHOR: tl.constexpr, CEIL_SLACK: tl.constexpr, LINEAR_STEPS: tl.constexpr,
+    KEEPS: tl.constexpr, OF_GRAPH: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # of [B, H, Nq]
     i, h, b = (row % n_query).to(tl.int32), row // n_query % heads, row // n_query // heads
@@ -90,7 +112,16 @@ def _select_kernel(
         visible = visible & (bias != float("-inf"))
         forced = forced | (tl.load(cut_ptr + pooled, mask=j < n_key, other=0) != 0)
         score += tl.where(visible, bias, 0.0)
-    broken = tl.max((visible & ~(tl.abs(score) < float("inf"))).to(tl.int32), 0) > 0
+    whole = tl.max((visible & ~(tl.abs(score) < float("inf"))).to(tl.int32), 0) > 0
+    always = j < 0  # none
+    if KEEPS:
+        ranges_ptr = thresholds_ptr + h * thresholds_stride_h + 2 * thresholds_stride_t
+        start, stop = _tokens(ranges_ptr, thresholds_stride_t, found_start, found_stop, keys, OF_GRAPH)
+        always = visible & _holds(j, KEY_ROWS, start, stop)
+        ranges_ptr += 2 * thresholds_stride_t
+        start, stop = _tokens(ranges_ptr, thresholds_stride_t, found_start, found_stop, length, OF_GRAPH)
+        whole = whole | ((length == keys) & _holds(i, QUERY_ROWS, start, stop))
+        visible = visible & ~always  # the rule is over the others
     n = tl.sum(visible.to(tl.int32), 0)
 
     # Softmax over the visible blocks, and the rule's two demands.
@@ -140,7 +171,7 @@ def _select_kernel(
         best = tl.max(tl.where(uncut, image, -2147483648), 0)
         best_j = tl.min(tl.where(uncut & (image == best), j, N_PAD), 0)
         kept = kept | (uncut & (j == best_j))
-    kept = (kept | forced | broken) & visible
+    kept = ((kept | forced) & visible) | always | (whole & (visible | always))
 
     # What follows the kept blocks is never read: scores are left there, so that equal inputs give equal memory.
     place = tl.cumsum(kept.to(tl.int32), 0) - 1
@@ -151,7 +182,7 @@ def _select_kernel(
 def block_map(query: Tensor, key: Tensor, thresholds: Tensor, *how: Any) -> BlockMap:
     """The block map of query [B, H, L, D] over key [B, Hk, S, D], by the rule (rule.py).
 
-    ``thresholds`` is float32 [H, 2] on the query's device; ``how`` are the fields of a :class:`How`.
+    ``thresholds`` is float32 [H, 2 or 6] on the query's device; ``how`` are the fields of a :class:`How`.
     """
     given = How(*how)
     attn_mask, is_causal, scale, *_ = given
@@ -168,6 +199,7 @@ def block_map(query: Tensor, key: Tensor, thresholds: Tensor, *how: Any) -> Bloc
     q_mean, k_mean = pool(query, key, counted, is_causal)
     row_tiles, key_tiles = triton.cdiv(n_query, SCORE_ROWS), triton.cdiv(n_key, SCORE_KEYS)
     n_pad = triton.next_power_of_2(n_key)
+    found_start, found_stop = beside_longest(given.parts)
     with torch.cuda.device_of(query):
         _score_kernel[(batch * heads * row_tiles * key_tiles,)](
             q_mean_ptr=q_mean, k_mean_ptr=k_mean,
@@ -184,10 +216,12 @@ def block_map(query: Tensor, key: Tensor, thresholds: Tensor, *how: Any) -> Bloc
             bias_stride_b=0 if bias is None or bias.shape[0] == 1 else bias.stride(0),
             bias_stride_h=0 if bias is None or bias.shape[1] == 1 else bias.stride(1),
             bias_stride_i=0 if bias is None or bias.shape[2] == 1 else bias.stride(2),
-            heads=heads, length=length, n_query=n_query, n_key=n_key,
+            heads=heads, length=length, keys=key.shape[2], n_query=n_query, n_key=n_key,
+            found_start=found_start, found_stop=found_stop,
             N_PAD=n_pad, QUERY_ROWS=QUERY_BLOCK, KEY_ROWS=KEY_BLOCK,
             IS_CAUSAL=is_causal, HAS_MASK=bias is not None, ANCHOR=rule.needs_anchor(attn_mask, is_causal),
             CEIL_SLACK=rule.CEIL_SLACK, LINEAR_STEPS=LINEAR_STEPS,
+            KEEPS=thresholds.shape[1] == WIDTH, OF_GRAPH=OF_GRAPH,
             num_warps=launch.select_warps(n_pad), num_stages=1,
             enable_fp_fusion=False,  # topk * n - slack must round as torch does, before the ceiling
         )  # fmt: skip
