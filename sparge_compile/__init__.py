@@ -27,6 +27,7 @@ _WHERE = {
     "Options": "options",
     "Report": "report",
     "SparsitySchedule": "distill.schedule",
+    "replace_attention": "eager.replacement",
     "rewrite": "rewriting",
 }
 
@@ -44,6 +45,7 @@ __all__ = [
     "diffusers_callback",
     "explain",
     "head_influence",
+    "replace_attention",
     "rewrite",
 ]
 
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from .cost import CostModel
     from .distill.hook import DistillationHook
     from .distill.schedule import SparsitySchedule
+    from .eager.replacement import replace_attention
     from .functional import attention
     from .kernels.block_map import BlockMap
     from .options import Options

@@ -207,8 +207,10 @@ class Report:
 
     sites: list[SiteReport] = field(default_factory=list)
     graphs: int = 0  # graphs that were looked at, those without attention included
+    calls: int | None = None  # of attention, in a report of eager code, which has no graphs
     failures: list[Failure] = field(default_factory=list)  # graphs that could not be looked at
     kernels: dict[str, str] = field(default_factory=dict)  # of each GPU with sparse sites, as a line
+    notes: list[str] = field(default_factory=list)  # what was not looked at, and why
 
     def __iter__(self) -> Iterator[SiteReport]:
         return iter(self.sites)
@@ -230,14 +232,19 @@ class Report:
         """Return it as plain JSON types."""
         return {
             "graphs": self.graphs,
+            **({} if self.calls is None else {"calls": self.calls}),
             "kernels": self.kernels,
             "sites": [row.to_dict() for row in self.sites],
             "failures": [asdict(failure) for failure in self.failures],
+            "notes": self.notes,
         }
 
     def __str__(self) -> str:
         graphs = "1 graph" if self.graphs == 1 else f"{self.graphs} graphs"
+        if self.calls is not None:
+            graphs = "eager code" if not self.calls else f"{self.calls} call{'s' * (self.calls > 1)} in eager code"
         failures = "".join(f"\nnot looked into: {each}" for each in dict.fromkeys(self.failures))
+        failures += "".join(f"\n{note}" for note in self.notes)
         if not self.sites:
             return f"sparge: no attention found in {graphs}; nothing was replaced{failures}"
         attention = [row for row in self.sites if row.reason is not Reason.NOT_ATTENTION]

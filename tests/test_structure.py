@@ -25,7 +25,7 @@ ROOMS = [
     ["running", "inner"],
     ["notices"],
     ["misfits"],
-    ["distill", "backend", "rewriting", "doctor"],
+    ["distill", "backend", "rewriting", "doctor", "eager"],
     ["calibrate"],
     ["cli"],
 ]

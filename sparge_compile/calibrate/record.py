@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from ..eager.observation import eager_calls_of
 from ..errors import value_error
 from ..kernels import capability
 from ..kernels.block_map import QUERY_BLOCK, ceil_div
@@ -110,7 +111,10 @@ class Recorder(Observer):
         measured = self._calls % self._every == 0
         self._turns.clear()
         try:
-            return self._watched(*args, **kwargs) if measured else self._model(*args, **kwargs)
+            if not measured:
+                return self._model(*args, **kwargs)
+            with eager_calls_of(self):
+                return self._watched(*args, **kwargs)
         finally:
             self._batch.steps.append(self._ended)
 

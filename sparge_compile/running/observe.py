@@ -21,7 +21,7 @@ from ..passes.read.fx_utils import clone
 from ..passes.write.taps import put_taps
 from ..user_model import is_compiled, user_model
 from .frames import Left, hear_of_left_frames, stop_hearing
-from .graph import Slot, open_graph
+from .graph import OpenGraph, Slot, open_graph
 from .places import Names, Place, find_names
 from .rehearsals import is_rehearsal
 
@@ -30,8 +30,7 @@ class Watched:
     """One graph of a model: its matches in order, the slot of each, the nodes that have a marker of ``attach``, and the
     analyses that failed."""
 
-    def __init__(self, graph_module: GraphModule) -> None:
-        graph = open_graph(graph_module, _names_now)
+    def __init__(self, graph: OpenGraph) -> None:
         self.graph_module = graph.graph_module
         self._tapped: dict[tuple[int, ...], GraphModule] = {}
         self.matches: list[Match] = graph.matches
@@ -129,7 +128,7 @@ def _look(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[
     compiled, and a backend for each call would use up the limit of compilations that Dynamo grants them. Blocks share
     such graphs, and so do models.
     """
-    graph = Watched(graph_module)
+    graph = Watched(open_graph(graph_module, _names_now))
 
     def run(*args: Any) -> Any:
         observer = _observer.get(None)

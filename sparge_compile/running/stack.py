@@ -36,18 +36,19 @@ def outward(frame: FrameType | None) -> Iterator[FrameType]:
 
 def modules_on_stack() -> Iterator[Module]:
     """The user's modules that are being called, innermost first."""
-    return (module for module, _ in _module_calls(sys._getframe(1)))
+    return (module for module, _ in module_calls(sys._getframe(1)))
 
 
 def outermost_call() -> tuple[Module, FrameType] | tuple[None, None]:
     """The outermost module that is being called, without what wraps it, and the frame of its call."""
-    calls = list(_module_calls(sys._getframe(1)))
+    calls = list(module_calls(sys._getframe(1)))
     return (bare(calls[-1][0]), calls[-1][1]) if calls else (None, None)
 
 
-def _module_calls(frame: FrameType | None) -> Iterator[tuple[Module, FrameType]]:
+def module_calls(frame: FrameType | None) -> Iterator[tuple[Module, FrameType]]:
+    """The user's modules whose calls are on the stack from a frame on, innermost first, each with the frame of it."""
     for each in outward(frame):
-        module = _called(each)
+        module = called_module(each)
         if module is not None:
             yield module, each
 
@@ -61,10 +62,10 @@ def calls_in_module() -> list[Call]:
     module: Module | None = None
     resumed = ""
     for frame in outward(sys._getframe(1)):
-        module = _called(frame)
+        module = called_module(frame)
         if module is not None:
             break
-        if _is_user_code(frame):
+        if is_user_code(frame):
             name = plain_name(frame.f_code.co_name)
             if name != resumed:
                 calls.append(Call(name, frame.f_lineno))
@@ -99,7 +100,7 @@ def find_root() -> Module | None:
     return bare(called[-1]) if called else None
 
 
-def _called(frame: FrameType) -> Module | None:
+def called_module(frame: FrameType) -> Module | None:
     """The user's module whose call a frame is."""
     # By identity: code that holds a slice has no hash before Python 3.12.
     if not any(frame.f_code is code for code in _CALLS):
@@ -115,7 +116,8 @@ def _is_of_dynamo(module: Module) -> bool:
     return isinstance(module, GraphModule) or type(module).__module__.startswith("torch._dynamo.backends")
 
 
-def _is_user_code(frame: FrameType) -> bool:
+def is_user_code(frame: FrameType) -> bool:
+    """Whether a frame runs code of a user, or of a library that is neither torch nor Python's own."""
     package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
     return package not in _NO_USER_CODE and not frame.f_code.co_filename.startswith("<eval_with_key>")
 

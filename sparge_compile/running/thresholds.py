@@ -112,10 +112,11 @@ class RunTime:
 def _attached(x: ThresholdInput, slot: Slot, place: Place) -> Callable[[], Tensor] | None:
     """A reader of attached thresholds, asked at each call, since moving a model replaces its buffers; else None."""
     held = slot.attached(place)
-    return None if held is None else partial(_read, held, slot.number_at(place), x)
+    return None if held is None else partial(read_attached, held, slot.number_at(place), x)
 
 
-def _read(held: Attached, number: int, x: ThresholdInput) -> Tensor:
+def read_attached(held: Attached, number: int, x: ThresholdInput) -> Tensor:
+    """The thresholds that are attached for an attention, as its threshold input takes them."""
     values = held.get(number, x.values.device)
     assert values is not None
     # Inductor's code asserts the strides that it was compiled for.

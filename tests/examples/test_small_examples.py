@@ -67,6 +67,13 @@ def test_distill(run, capsys):
     assert left["errors"][-1] < 0.8 * left["errors"][0]
 
 
+def test_eager(run, capsys):
+    left = run("06_eager.py")
+    assert [row.name for row in left["report"].sparse] == ["blocks.0.attn1", "blocks.1.attn1"]
+    assert "in eager code" in capsys.readouterr().out
+    assert left["calibration"].summary().sparsity > 0.5 and 0 < left["error"] < 0.1
+
+
 def test_the_readme_lists_them():
     text = (EXAMPLES / "README.md").read_text()
     named = set(re.findall(r"\[(\w+\.py)\]", text))

@@ -9,6 +9,7 @@ from graphs import Builder
 from torch import nn
 
 from sparge_compile.passes.write.taps import listening
+from sparge_compile.running.graph import open_graph
 from sparge_compile.running.observe import Observer, Watched, calls_through, uncompiled
 
 H, L, D = 2, 70, 4
@@ -23,7 +24,7 @@ def two_sites():
 
 def test_a_watched_graph_runs_as_it_is():
     graph, x = two_sites(), torch.randn(1, H, L, D)
-    watched = Watched(graph)
+    watched = Watched(open_graph(graph, None))
     assert [m.site.name for m in watched.matches] == ["(root)", "(root)#1"] and len(watched.slots) == 2
     assert watched.marked == set()
     assert torch.equal(watched.run([x])[0], graph(x)[0])
@@ -32,14 +33,14 @@ def test_a_watched_graph_runs_as_it_is():
 @pytest.mark.parametrize("numbers", [(0,), (1,), (0, 1), ()], ids=str)
 def test_a_tapped_run_hands_over_the_sites_that_are_asked_for(numbers):
     graph, x = two_sites(), torch.randn(1, H, L, D)
-    watched, heard = Watched(graph), []
+    watched, heard = Watched(open_graph(graph, None)), []
     with listening(lambda number, *operands: heard.append(number)):
         result = watched.run_tapped([x], numbers)
     assert heard == list(numbers) and torch.equal(result[0], graph(x)[0])
 
 
 def test_a_tapped_graph_is_made_once_and_leaves_the_plain_one_alone():
-    watched, x = Watched(two_sites()), torch.randn(1, H, L, D)
+    watched, x = Watched(open_graph(two_sites(), None)), torch.randn(1, H, L, D)
     with listening(lambda *args: None):
         watched.run_tapped([x], (0,))
         tapped = watched._tapped[0,]

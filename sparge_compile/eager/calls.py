@@ -1,0 +1,123 @@
+"""A call of attention in eager code as a graph of one node, so that it is read, decided and rewritten as graphs are."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+
+from ..report import Reason
+from .functions import Function
+
+_CONSTANTS = (bool, int, float, str, type(None))
+_TENSORS = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+# Arguments that ask for more than the output.
+_RETURNS_MORE = {"return_attn_probs", "return_lse", "return_softmax_lse", "return_softmax"}
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call: the function, the arguments of its target, and the tensors among them, in order."""
+
+    function: Function
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @property
+    def named(self) -> list[tuple[str, Any]]:
+        """The arguments with their names, or numbers where they have none."""
+        return [*((f"argument {i}", x) for i, x in enumerate(self.args)), *self.kwargs.items()]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors among the arguments, in order."""
+        return [x for _, x in self.named if isinstance(x, Tensor)]
+
+    @property
+    def refusal(self) -> tuple[Reason, str] | None:
+        """Why it cannot be a graph; None where it can."""
+        for name, x in self.named:
+            if isinstance(x, Tensor) and x.is_nested:
+                return Reason.NESTED, ""
+            plain = type(x) in _TENSORS and x.layout is torch.strided if isinstance(x, Tensor) else _is_constant(x)
+            if not plain:
+                return Reason.ARGUMENT, f"{name} is a {type(x).__name__}"
+        level = getattr(torch._C._functorch, "maybe_current_level", lambda: None)()
+        return (Reason.TRANSFORM, "") if level is not None else None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What two calls have in common that are one graph."""
+        return (self.function, _autocast(self.tensors), *((name, _describe(x)) for name, x in self.named))
+
+    def graph(self) -> GraphModule:
+        """The call as a graph; its inputs are the tensors, with fake ones for their values."""
+        graph, mode = Graph(), FakeTensorMode()
+
+        def note(x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            node = graph.placeholder(f"x{len(graph.nodes)}")
+            with mode, torch.inference_mode(False):
+                value = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+            return _noted(node, value.requires_grad_(x.requires_grad))
+
+        args = tuple(note(x) for x in self.args)
+        kwargs = {name: note(x) for name, x in self.kwargs.items()}
+        node = graph.call_function(self.function.target, args, kwargs)
+        with mode:
+            value = self._result([_value(x) for x in args], {name: _value(x) for name, x in kwargs.items()})
+        _noted(node, value)
+        graph.output(_parts(graph, node, value) if isinstance(value, tuple) else node)
+        return GraphModule({}, graph)
+
+    def _result(self, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        """The result in fake tensors: of a function of torch by calling it, of others as they promise."""
+        parameters = self.function.parameters
+        if self.function.dialect is None:
+            return self.function.target(*args, **kwargs)
+        query, value = (next(kwargs[n] for n in names if n in kwargs) for names in (("q", "query"), ("v", "value")))
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        asked = any(kwargs.get(name) for name in _RETURNS_MORE)
+        # FlashAttention 3 gave the log-sum-exp always, before one could ask for it.
+        always = self.function.dialect.kind == "flash_attn" and not _RETURNS_MORE & set(parameters)
+        return (out, query.new_empty(query.shape[:-1], dtype=torch.float32)) if asked or always else out
+
+
+def _noted(node: Node, value: Any) -> Node:
+    node.meta |= {"val": value, "example_value": value}
+    return node
+
+
+def _parts(graph: Graph, node: Node, values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The results of a call that gives several, each with a node. A tensor of size 0 is how kernels in C++ say None."""
+    is_none = [x is None or x.shape == (0,) for x in values]
+    return tuple(
+        None if none else _noted(graph.call_function(operator.getitem, (node, i)), x)
+        for i, (x, none) in enumerate(zip(values, is_none, strict=True))
+    )
+
+
+def _value(x: Any) -> Any:
+    return x.meta["val"] if isinstance(x, Node) else x
+
+
+def _is_constant(x: Any) -> bool:
+    return all(map(_is_constant, x)) if isinstance(x, (tuple, list)) else type(x) in _CONSTANTS
+
+
+def _describe(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return x.shape, x.dtype, x.device, x.requires_grad
+    return tuple(x) if isinstance(x, list) else (type(x), x)
+
+
+def _autocast(tensors: list[Tensor]) -> torch.dtype | None:
+    kind = tensors[0].device.type if tensors else "cpu"
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

@@ -1,0 +1,225 @@
+"""``replace_attention``: sparse attention in eager code, for models of which Dynamo makes no graph with attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Module
+
+from ..errors import type_error, value_error
+from ..misfits import check_model, warn_of_misfits, warn_of_names
+from ..naming import ROOT, numbered
+from ..notices import warn, warn_of_unsupported
+from ..options import Options
+from ..passes.pipeline import analyse, rewriting_passes, run
+from ..report import Decision, Report, Site, SiteReport
+from ..running.graph import OpenGraph, decide_sites
+from ..running.thresholds import read_attached
+from ..user_model import is_compiled, user_model
+from .calls import Call
+from .door import close_door, open_call, open_door
+from .sites import Scope, Where
+
+# Of a call that is another one each time, not more is kept than this.
+_MOST_PLANS = 1024
+_OF_COMPILERS = ("inner", "inductor", "inductor_mode")
+
+
+def replace_attention(
+    model: Module | None = None, options: Mapping[str, Any] | Options | None = None, **named: Any
+) -> Replacement:
+    """Make attention sparse in eager code: what ``torch.compile(model, backend="sparge")`` does, without a graph.
+
+    For models whose attention is in no graph of Dynamo's, since they break it first or switch compilation off. From
+    here on, and until the result is removed, calls of these functions are looked at one by one: torch's SDPA,
+    flash-attn's and FlashAttention 3's functions (packed sequences, qkv and kv in one tensor), SageAttention's, and
+    xformers' ``memory_efficient_attention``, by whatever name a model holds them. Sites have the same names, thresholds
+    and reasons as in compiled code, a ``Calibration`` and attached thresholds hold, and gradients flow. What stays
+    dense is called as it was::
+
+        with sparge_compile.replace_attention(model, topk=0.1, topp=0.2) as replaced:
+            model(x)
+        print(replaced.report)
+
+    Args:
+        model: the model whose calls are meant, compiled or not; None: every call in this process. Names begin at the
+            model; where none is given, at the outermost module that is being called.
+        options: the backend's, as a dict or ``Options``, without those about compilers.
+        named: the same by name: ``replace_attention(model, calibration="model.json")``.
+
+    Returns:
+        A :class:`Replacement`, at work already: end it with ``remove``, or as a context manager.
+
+    Raises:
+        TypeError: no module; an option of the wrong type.
+        ValueError: an option that is unknown, has a bad value or speaks of compilers; modules of which attention is
+            replaced already.
+    """
+    if model is not None and not isinstance(model, Module):
+        raise type_error(
+            "replace_attention: bad model",
+            given=type(model).__name__,
+            allowed="an nn.Module, or None for every call",
+            todo="Pass the model; options are given by name.",
+        )
+    return Replacement(model, _options(options, named))
+
+
+def _options(options: Mapping[str, Any] | Options | None, named: Mapping[str, Any]) -> Options:
+    if isinstance(options, Options):
+        options = {each.name: getattr(options, each.name) for each in fields(Options)}
+    settings = Options.parse({**(options or {}), **named})
+    given = [name for name in _OF_COMPILERS if getattr(settings, name) != getattr(Options(), name)]
+    if given:
+        raise value_error(
+            "replace_attention: an option that says how to compile",
+            given=", ".join(given),
+            allowed="the options that say what becomes sparse: calibration, topk, topp, min_seq_len, …",
+            todo="Leave it out: nothing is compiled here.",
+        )
+    return settings
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What becomes of the calls of one site that are alike: a rewritten graph, or None where they stay as they are."""
+
+    graph: OpenGraph
+    compute: Callable[..., Any] | None
+    is_attached: bool
+
+    @classmethod
+    def make(cls, call: Call, where: Where, settings: Options) -> _Plan:
+        graph = open_call(call, where)
+        analyse(graph, partial(decide_sites, options=settings))
+        is_attached = bool(graph.attached)
+        if graph.sparse:
+            tensors = [node.meta["val"] for node in graph.graph_module.graph.find_nodes(op="placeholder")]
+            mode = tensors[0].fake_mode
+            run(graph, *rewriting_passes(settings, partial(mode.from_tensor, static_shapes=True)))
+        return cls(graph, graph.graph_module.forward if graph.substituted else None, is_attached)
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether thresholds were attached to the module since, or taken off it."""
+        return bool(_attached(self.graph)) != self.is_attached
+
+    def __call__(self, tensors: list[Tensor]) -> Any:
+        assert self.compute is not None
+        held = _attached(self.graph)
+        values = []
+        for x in self.graph.threshold_inputs:
+            slot = self.graph.slots[x.match.node]
+            there = held.get(x.match.node)
+            values.append(x.values if there is None else read_attached(there, slot.number, x))
+        return self.compute(*tensors, *values)
+
+
+def _attached(graph: OpenGraph) -> dict[Any, Any]:
+    found = {node: slot.attached(slot.locator.first) for node, slot in graph.slots.items()}
+    return {node: held for node, held in found.items() if held is not None}
+
+
+class Replacement:
+    """Attention that :func:`replace_attention` makes sparse. A context manager: leaving it is ``remove``."""
+
+    def __init__(self, model: Module | None, settings: Options) -> None:
+        self._model = None if model is None else user_model(model)
+        self._settings = settings
+        self.scope = Scope(self._model)  # type: ignore[arg-type]
+        self._plans: dict[Any, _Plan] = {}
+        self._rows: dict[Any, SiteReport] = {}
+        self._seen = Report(calls=0)
+        open_door(self)
+
+    @property
+    def report(self) -> Report:
+        """The sites that were met so far, each with what was decided, in the order of their first calls."""
+        return replace(self._seen, sites=list(self._rows.values()), notes=self._not_covered())
+
+    def call(self, call: Call, where: Where, original: Callable[[], Any]) -> Any:
+        """Return the result of a call: sparse, or as it was."""
+        assert self._seen.calls is not None
+        self._seen.calls += 1
+        if call.refusal is not None:
+            self._refuse(call, where, Decision(*call.refusal))
+            return original()
+        key = (call.key, id(where.root), where.prefix, where.number)
+        plan = self._plans.get(key)
+        if plan is None or plan.is_stale:
+            if len(self._plans) >= _MOST_PLANS:
+                self._plans.clear()
+            plan = self._plans[key] = _Plan.make(call, where, self._settings)
+            result = original() if plan.graph.failures else None  # which may be the user's: then it raises
+            self._tell(plan.graph, where)
+            if plan.graph.failures:
+                return result
+        return original() if plan.compute is None else plan(call.tensors)
+
+    def _refuse(self, call: Call, where: Where, decision: Decision) -> None:
+        name = numbered(where.prefix or ROOT, where.number)
+        kind = "sdpa" if call.function.dialect is None else call.function.dialect.kind
+        row = SiteReport(Site(name, kind, code=where.code), decision)
+        if self._note(row):
+            warn_of_unsupported(Report([row]), self._settings)
+
+    def _tell(self, graph: OpenGraph, where: Where) -> None:
+        """Note a site in the report, and say what the user should know of it."""
+        found = graph.add_to(Report())
+        for row in found:
+            self._note(row)
+        self._seen.failures += [each for each in found.failures if each not in self._seen.failures]
+        self._seen.kernels |= found.kernels
+        warn_of_unsupported(found, self._settings)
+        names = next((names for names in self.scope.names if names.root is where.root), None)
+        free = [match.site.name for match in graph.matches if match.is_attention and match.node not in graph.attached]
+        sparse = [match.site.name for match in graph.sparse if match.site.name in free]
+        check_model(self._settings, sparse, names)
+        warn_of_names(self._settings, sparse)
+        warn_of_misfits(self._settings, free, names)
+
+    def _note(self, row: SiteReport) -> bool:
+        """Keep the first row of a site for each reason; whether this is it."""
+        key = (row.name, row.kind, row.reason)
+        return self._rows.setdefault(key, row) is row
+
+    def _not_covered(self) -> list[str]:
+        model = self._model
+        compiled = [
+            name or type(module).__name__
+            for name, module in (model.named_modules() if isinstance(model, Module) else ())
+            if is_compiled(module) or module._compiled_call_impl is not None
+        ]
+        outer = [name for name in compiled if not any(name.startswith(f"{other}.") for other in compiled)]
+        if not outer:
+            return []
+        return [f"not looked at: compiled code of {', '.join(outer)}, in which its own backend decides"]
+
+    def remove(self) -> None:
+        """Have attention be what it was; again is no error."""
+        close_door(self)
+        self._plans.clear()
+
+    def __enter__(self) -> Replacement:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+        if kind is None and not self._rows and self._settings.on_unsupported != "dense":
+            whose = "this process" if self._model is None else type(self._model).__name__
+            warn(
+                f"no attention in eager code of {whose}",
+                f"sparge: replace_attention met no attention in {whose}, so nothing was replaced. It sees calls of "
+                "SDPA, flash-attn, SageAttention and xformers whose functions were imported before, not attention that "
+                "is written out, nor code that is compiled: sparge_compile.explain(model)(...) shows what there is.",
+            )
+
+    def __repr__(self) -> str:
+        return f"Replacement of attention: {len(self.report.sparse)} sparse sites"

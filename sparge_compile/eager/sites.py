@@ -1,0 +1,104 @@
+"""Where a call of attention stands: the module of the user's model that makes it, and its number there."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from types import FrameType
+from typing import Any, NamedTuple
+from weakref import WeakSet
+
+from torch.nn import Module
+
+from ..naming import TORCH
+from ..running.places import Names
+from ..running.stack import is_user_code, module_calls, outward
+from ..user_model import bare
+
+# An entry among the locals of the frame that calls a module: how many attentions that call has made. It goes with the
+# frame, whatever ends it, so that each forward counts from the start.
+_COUNT = "sparge_sites"
+
+
+class Where(NamedTuple):
+    """The module that calls, by its name in the model (None for no module), the number of the call, and the line."""
+
+    root: Module | None
+    prefix: str | None
+    number: int
+    code: str | None
+
+
+class Scope:
+    """The modules whose attention is meant: those of a model, or of whichever model runs."""
+
+    def __init__(self, model: Module | None) -> None:
+        self._names = None if model is None else Names(model)
+        self._met: dict[int, Names] = {}  # of models that ran; their names hold them
+        self._strangers: WeakSet[Module] = WeakSet()
+
+    @property
+    def names(self) -> list[Names]:
+        """The names of the models that are meant, as far as they are known."""
+        return list(self._met.values()) if self._names is None else [self._names]
+
+    def overlaps(self, other: Scope) -> bool:
+        """Whether a call may belong to both."""
+        if self._names is None or other._names is None:
+            return True
+        return not self._names.modules.keys().isdisjoint(other._names.modules)
+
+    def where(self) -> Where | None:
+        """Where the call stands that is being made; None where it is none of these modules'."""
+        frame = sys._getframe(1)
+        calls = list(module_calls(frame))
+        if not calls:
+            return Where(None, None, 0, _line(frame)) if self._names is None else None
+        names = self._names_of(module for module, _ in calls)
+        for module, called in calls:
+            name = _name(names, module)
+            if name is not None:
+                return Where(names.root, name, _count(called), _line(frame))
+        return None
+
+    def _names_of(self, modules: Iterable[Module]) -> Names:
+        """The names of the model, made anew where it has got modules since."""
+        called = list(modules)
+        if self._names is None:
+            root = bare(called[-1])
+            names = self._met.setdefault(id(root), Names(root)) if id(root) not in self._met else self._met[id(root)]
+        else:
+            root, names = self._names.root, self._names
+        new = [m for m in called if _name(names, m) is None and m not in self._strangers]
+        if new and any(_name(names, m) is not None for m in called):
+            names = Names(root)
+            self._strangers.update(m for m in new if _name(names, m) is None)
+            if self._names is None:
+                self._met[id(root)] = names
+            else:
+                self._names = names
+        return names
+
+
+def _name(names: Names, module: Module) -> str | None:
+    name = names.modules.get(id(module))
+    return names.modules.get(id(bare(module))) if name is None else name
+
+
+def _count(frame: FrameType) -> int:
+    """How many attentions a call of a module has made before; one more from now on."""
+    known: Any = frame.f_locals
+    number = int(known.get(_COUNT, 0))
+    known[_COUNT] = number + 1
+    return number
+
+
+def _line(frame: FrameType) -> str | None:
+    """The line of the user's code, or of the library that it called, which is outside of torch and of this package."""
+    for each in outward(frame):
+        if is_user_code(each) and not each.f_code.co_filename.startswith((TORCH, PACKAGE)):
+            return f"{each.f_code.co_filename}:{each.f_lineno}"
+    return None
+
+
+PACKAGE = __file__.rpartition("eager")[0]  # where the files of this package are
