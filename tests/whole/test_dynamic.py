@@ -49,6 +49,18 @@ class Block(nn.Module):
         return x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
+class LearnedQueries(nn.Module):
+    """Of one for the whole batch: its size is a symbol that only keys and values have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(1, 2, 130, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        k, v = x.unflatten(-1, (2, 2, 8)).permute(2, 0, 3, 1, 4).unbind(0)
+        return F.scaled_dot_product_attention(self.queries, k, v) + (self.queries @ k.mT).softmax(-1) @ v
+
+
 class Causal(nn.Module):
     """Prefill of a language model: a causal mask from positions, and padding."""
 
@@ -235,3 +247,13 @@ def test_a_rewritten_program_takes_what_the_given_one_takes(example):
             x = tokens(2, n)
             apart = (program.module()(x) - model(x)).abs().max().item()
             assert apart > 1e-4 if is_sparse and program is not programs[-1] else apart < 1e-5
+
+
+def test_a_dynamic_batch_that_queries_do_not_have():
+    model = LearnedQueries()
+    call = torch.compile(model, backend="sparge", fullgraph=True, options={**ALWAYS, "topk": 1.0})
+    for batch in (3, 5):
+        x = torch.randn(batch, 140, 32)
+        torch._dynamo.mark_dynamic(x, 0)
+        with torch.compiler.set_stance("default" if batch == 3 else "fail_on_recompile"):
+            torch.testing.assert_close(call(x), model(x))

@@ -17,6 +17,7 @@ import pytest
 import spellings_heads  # noqa: F401  importing it registers its spellings
 import spellings_masks  # noqa: F401
 import spellings_scores  # noqa: F401
+import spellings_shapes  # noqa: F401
 import spellings_softmax  # noqa: F401
 import torch
 import torch.nn.functional as F

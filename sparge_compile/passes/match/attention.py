@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ...report import Reason
-from ..read.axes import Dim, Layout, size_of
+from ..read.axes import Dim, Layout, axes_of, size_of
 from ..read.fx_utils import value_of
 
 
@@ -49,6 +49,10 @@ class Operand:
     layout: Layout
     wanted: Layout
     expand: bool = True
+
+    def has(self, dim: Dim) -> bool:
+        """Whether it has one of the axes of a dimension."""
+        return not set(dim).isdisjoint(axes_of(self.layout))
 
 
 @dataclass(frozen=True)

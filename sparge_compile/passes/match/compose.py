@@ -143,7 +143,7 @@ def _axes(
     lead = tuple(a for a in all_axes if a not in rows and a not in keys)
     if _strangers((q,), (*lead, *rows, *feature)) or _strangers((k,), (*lead, *keys, *feature)):
         return Refusal(Reason.LAYOUT, "query and key have axes of their own")
-    if any(a in v and a not in k for a in all_axes):
+    if batch is None and any(a in v and a not in k for a in all_axes):
         return Refusal(Reason.NOT_ATTENTION, "values differ from query to query")
     if set(keys) - set(k) or set(keys) - set(v) or _strangers((v,), (*lead, *keys, *value_feature)):
         return Refusal(Reason.LAYOUT, "key and value have other axes than the weights")
@@ -231,6 +231,8 @@ def _unmade(reader: Reader, found: Attention) -> Refusal | None:
             some = [a for a in dim if a in lacking]
             if operand.expand and some and len(some) < len(dim) and any(map(_symbolic, some)):
                 return Refusal(Reason.LAYOUT, "a dynamic size is broadcast inside a dimension")
+            if operand.expand and any(map(_symbolic, some)) and not any(each.has(dim) for each in operands[:3]):
+                return Refusal(Reason.LAYOUT, "a dynamic size is broadcast")
     if any(sum(map(_symbolic, dim)) > 1 for dim in found.output_layout):
         return Refusal(Reason.LAYOUT, "two dynamic sizes are folded into one dimension")
     return None

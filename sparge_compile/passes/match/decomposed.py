@@ -103,7 +103,7 @@ def _assemble(
 
 
 def _region(reader: Reader, softmax: Node, scores: Scores, product: Product) -> tuple[Node, ...] | Refusal:
-    """The nodes from the first product to the second; nobody else may read them."""
+    """The nodes from the first product to the second, and who reads them for nobody; nobody else may read them."""
     order, written = reader.position, reader.written
     start, end = order(scores.node), order(product.node)
     nodes = list(reader.owner.graph.nodes)[start : end + 1]
@@ -115,19 +115,21 @@ def _region(reader: Reader, softmax: Node, scores: Scores, product: Product) -> 
     for node in reversed(nodes):
         if node in inside and (any(user in region for user in node.users) or set(written(node)) & inside):
             region.add(node)
+    dead = {each for node in region if node is not product.node for each in reader.dead_readers(node)}
     for node in nodes:
         if _changes_context(node):
             return Refusal(Reason.CONTEXT, f"{node.name}")
         if node in region and any(w not in region for w in written(node)):
             return Refusal(Reason.IN_PLACE, f"by {node.name}")
         if node in region and node is not product.node:
-            others = [u for u in node.users if u not in region and (u.op == "output" or may_hold_tensor(u, reader))]
+            users = [user for user in node.users if user not in region and user not in dead]
+            others = [user for user in users if user.op == "output" or may_hold_tensor(user, reader)]
             if others:
                 weights = order(node) >= order(softmax)
                 return Refusal(
                     Reason.WEIGHTS_USED if weights else Reason.SCORES_USED, ", ".join(u.name for u in others)
                 )
-    return tuple(node for node in nodes if node in region)
+    return tuple(sorted(region | dead, key=order))
 
 
 def _why(reader: Reader, softmax: Node, scores: Scores | Refusal, product: Product | Refusal) -> Refusal:

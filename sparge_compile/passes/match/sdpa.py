@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
 from ...report import Reason
-from ..read.axes import Layout, broadcast, new_dim, same
+from ..read.axes import Dim, Layout, axes_of, broadcast, new_dim, new_layout, same
 from ..read.calls import Value
 from ..read.fx_utils import bind, signature_of
 from ..read.reader import Reader
@@ -61,50 +61,69 @@ def match_sdpa(node: Node, reader: Reader) -> Attention | Refusal:
         return Refusal(Reason.NESTED)
     query, key, value = tensors
     assert query is not None and key is not None and value is not None
-    if not query.dim() == key.dim() == value.dim() == 4:
-        return Refusal(Reason.LAYOUT, f"query has {query.dim()} dimensions")
-    # Where sizes are symbols of their own these become guards, which every valid call passes.
-    if query.shape[0] != key.shape[0] or key.shape[:3] != value.shape[:3]:
-        return Refusal(Reason.LAYOUT, f"query {_text(query)}, key {_text(key)}, value {_text(value)}")
-    heads, kv_heads = query.shape[1], key.shape[1]
-    if isinstance(heads, torch.SymInt) or isinstance(kv_heads, torch.SymInt):
-        return Refusal(Reason.HEADS, "their number is dynamic, and thresholds belong to heads")
-    if heads != kv_heads and (kv_heads == 0 or heads % kv_heads or not (given["enable_gqa"] or kv_heads == 1)):
-        return Refusal(Reason.HEADS, f"{heads} and {kv_heads}")
-    batch, length, keys, size, value_size = map(
-        new_dim, (query.shape[0], query.shape[2], key.shape[2], query.shape[3], value.shape[3])
-    )
-    kv, group = new_dim(kv_heads), new_dim(heads // kv_heads if kv_heads else 0)
-    weights: Layout = (batch, (*kv, *group), length, keys)
+    lead = _lead(query, key, value, output, bool(given["enable_gqa"]))
+    if isinstance(lead, Refusal):
+        return lead
+    sizes = (query.shape[-2], key.shape[-2], query.shape[-1], value.shape[-1])
+    length, keys, size, value_size = map(new_dim, sizes)
+    weights: Layout = (*lead.query, length, keys)
     terms: list[Term] = []
     mask = given["attn_mask"]
     if mask is not None:
         if given["is_causal"]:
             return Refusal(Reason.CAUSAL_AND_MASK)
-        refused = _mask_term(reader, mask, node, weights, (*query.shape[:3], key.shape[2]), terms)
+        refused = _mask_term(reader, mask, node, weights, (*output.shape[:-1], key.shape[-2]), terms)
         if refused is not None:
             return refused
     return compose(
         reader,
-        query=_part(given["query"], query, node, (batch, (*kv, *group), length, size)),
-        key=_part(given["key"], key, node, (batch, kv, keys, size)),
-        value=_part(given["value"], value, node, (batch, kv, keys, value_size)),
+        query=_part(given["query"], query, node, (*lead.query, length, size)),
+        key=_part(given["key"], key, node, (*lead.kv, keys, size)),
+        value=_part(given["value"], value, node, (*lead.kv, keys, value_size)),
         weights=weights,
         keys=keys,
         output=node,
-        output_layout=(batch, (*kv, *group), length, value_size),
+        output_layout=(*lead.query, length, value_size),
         terms=terms,
         scale=given["scale"],
         region=(node,),
         scores_dtype=output.dtype,
-        batch=batch,
+        batch=lead.batch,
         is_causal=bool(given["is_causal"]),
         dropout=given["dropout_p"],
     )
 
 
+class _Lead(NamedTuple):
+    """The axes of the dimensions before rows and keys. ``batch`` are those before the heads; None: it is not known."""
+
+    query: Layout
+    kv: Layout
+    batch: Dim | None
+
+
+def _lead(query: Tensor, key: Tensor, value: Tensor, output: Tensor, enable_gqa: bool) -> _Lead | Refusal:
+    """The axes that come before rows, of queries and of keys; sizes that differ broadcast, but for grouped heads."""
+    heads, kv_heads, value_heads = (x.shape[-3] if x.dim() > 2 else 1 for x in (query, key, value))
+    sizes = output.shape[:-2]
+    batch = new_layout(sizes[:-1])
+    if len(sizes) == 1 and not enable_gqa:  # of a batch or of heads: how they were split will tell
+        lead = new_layout(sizes)
+        return _Lead(lead, lead, None)
+    if isinstance(heads, torch.SymInt) or isinstance(kv_heads, torch.SymInt):
+        return Refusal(Reason.HEADS, "their number is dynamic, and thresholds belong to heads")
+    before = axes_of(batch)
+    if all(x in (1, *sizes[-1:]) for x in (heads, kv_heads, value_heads)):
+        lead = (*batch, *map(new_dim, sizes[-1:]))
+        return _Lead(lead, lead, before)
+    if not enable_gqa or kv_heads != value_heads or kv_heads == 0 or heads % kv_heads:
+        return Refusal(Reason.HEADS, f"{heads} and {kv_heads}")
+    kv, group = new_dim(kv_heads), new_dim(heads // kv_heads)
+    return _Lead((*batch, (*kv, *group)), (*batch, kv), before)
+
+
 def _part(node: Node, fake: Tensor, user: Node, layout: Layout) -> Part:
-    return Part(Value(tuple(fake.shape), fake.dtype, fake.device, node=node), user, layout)
+    return Part(Value(tuple(fake.shape), fake.dtype, fake.device, node=node), user, broadcast(layout, fake.shape))
 
 
 def _mask_term(
@@ -113,10 +132,9 @@ def _mask_term(
     mask = reader.fake(node)
     if not isinstance(mask, Tensor):
         return Refusal(Reason.NO_SHAPES)
-    padded = (1,) * (4 - mask.dim()) + tuple(mask.shape)
-    if mask.dim() > 4 or any(
-        not same(have, want) and not same(have, 1) for have, want in zip(padded, target, strict=True)
-    ):
+    rank = mask.dim()
+    sizes = zip(mask.shape, target[-rank:], strict=False)
+    if rank > len(target) or not all(same(have, want) or same(have, 1) for have, want in sizes):
         return Refusal(Reason.MASK_SHAPE, f"{_text(mask)} for {target}")
     value = Value(tuple(mask.shape), mask.dtype, mask.device, node=node)
     kind = "keep" if mask.dtype == torch.bool else "number"

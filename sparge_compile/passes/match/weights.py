@@ -74,10 +74,14 @@ class _WeightsWalk:
         return Refusal(Reason.NOT_ATTENTION, "no product with values is near")
 
     def _readers(self, node: Node) -> list[Node]:
-        """Who reads the weights as they are in ``node``, which may have changed those of an earlier node in place."""
+        """Who reads the weights as they are in ``node``, which may have changed those of an earlier node in place.
+
+        What nobody reads in turn does not count.
+        """
         seen = self.reader.version
         users = dict.fromkeys(user for held in self.passed for user in held.users if seen(held, user) is node)
-        return [user for user in users if user.op == "output" or may_hold_tensor(user, self.reader)]
+        live = (user for user in users if not self.reader.is_dead(user))
+        return [user for user in live if user.op == "output" or may_hold_tensor(user, self.reader)]
 
     def _step(self, user: Node, weights: Node, layout: Layout) -> Layout | Product | Refusal:
         value = self.reader.value(user)

@@ -19,7 +19,8 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from ..read.fx_utils import value_of
-from .open import holds_attention, returns_weights
+from ..read.reader import Reader
+from .open import erase_readers_of_weights, holds_attention, returns_weights
 
 _OWNED = {InputKind.PARAMETER, InputKind.BUFFER}
 _NEED_WEIGHTS = "need_weights"
@@ -54,7 +55,7 @@ class LeafOpener:
 def _export(node: Node, owner: GraphModule) -> ExportedProgram | None:
     module = owner.get_submodule(str(node.target))
     is_attention = isinstance(module, nn.MultiheadAttention)
-    if is_attention and returns_weights(node):
+    if is_attention and returns_weights(node, Reader(owner)):
         return None
     given = tree_leaves((node.args, node.kwargs))
     if any(isinstance(x, Node) and value_of(x) is None for x in (node, *given)):
@@ -110,6 +111,8 @@ def _inline(graph_module: GraphModule, node: Node, program: ExportedProgram) -> 
     for inner, copy in copies.items():
         if inner.op not in ("placeholder", "get_attr"):
             copy.meta = {**inner.meta, "nn_module_stack": _stack(node, inner)}
+    if isinstance(graph_module.get_submodule(str(node.target)), nn.MultiheadAttention):
+        erase_readers_of_weights(node, Reader(graph_module))
     result = tree_unflatten(tree_leaves(output), program.call_spec.out_spec)
     if isinstance(result, Node):
         node.replace_all_uses_with(result)

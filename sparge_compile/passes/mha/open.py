@@ -86,7 +86,7 @@ def open_up(node: Node, reader: Reader) -> GraphModule | None:
 
 def why_closed(node: Node, reader: Reader) -> Reason | None:
     """Why a call cannot be opened up, or None."""
-    if returns_weights(node):
+    if returns_weights(node, reader):
         return Reason.WEIGHTS_USED
     if node.op == "call_module":
         return Reason.NO_SHAPES if value_of(node) is None else Reason.OPAQUE
@@ -127,8 +127,8 @@ def put_inside(graph_module: GraphModule, node: Node, inside: GraphModule, reade
     replaced = [n for name in _boolean_masks(arguments, reader) for n in spelling(arguments[name])]
     copies, output = copy_inside(node, inside, reader)
     if OPENABLE[node.target].returns_weights:
+        erase_readers_of_weights(node, reader)
         for user in list(node.users):
-            assert user.args[1] == 0, "a call whose weights are read is not opened"
             user.replace_all_uses_with(output)
             graph.erase_node(user)
     else:
@@ -140,15 +140,25 @@ def put_inside(graph_module: GraphModule, node: Node, inside: GraphModule, reade
     return copies
 
 
-def returns_weights(node: Node) -> bool:
+def returns_weights(node: Node, reader: Reader) -> bool:
     """Whether somebody reads the second output, the attention weights, or the pair as a whole."""
     if node.op == "call_module":
         returns_both = isinstance(_module_of(node), torch.nn.MultiheadAttention)
     else:
         returns_both = OPENABLE[node.target].returns_weights
     return returns_both and not all(
-        user.op == "call_function" and user.target is operator.getitem and user.args[1] == 0 for user in node.users
+        user.op == "call_function" and user.target is operator.getitem and (user.args[1] == 0 or reader.is_dead(user))
+        for user in node.users
     )
+
+
+def erase_readers_of_weights(node: Node, reader: Reader) -> None:
+    """Remove what reads the second output of a call for nobody: without the weights it has nothing to read."""
+    reads = [user for user in node.users if user.args[1] != 0]
+    for each in sorted({each for user in reads for each in (user, *reader.dead_readers(user))}, key=reader.position)[
+        ::-1
+    ]:
+        node.graph.erase_node(each)
 
 
 def holds_attention(node: Node) -> bool:

@@ -78,6 +78,32 @@ class Reader:
             return not node.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in node.target.tags
         return not may_write(node) and (reads_number(self._calls.fake(node)) or self._calls.runs_quietly(node))
 
+    def is_dead(self, node: Node) -> bool:
+        """Whether neither a result of the graph nor anything outside of it depends on a node."""
+        return node in self._dead
+
+    def dead_readers(self, node: Node) -> list[Node]:
+        """The dead nodes that read a node, and those that read them, in graph order."""
+        found: set[Node] = set()
+        edge = [*node.users]
+        while edge:
+            user = edge.pop()
+            if user in self._dead and user not in found:
+                found.add(user)
+                edge += user.users
+        return sorted(found, key=self.position)
+
+    @cached_property
+    def _dead(self) -> set[Node]:
+        dead: set[Node] = set()
+        for node in reversed(self.owner.graph.nodes):
+            if node.op.startswith("call") and all(user in dead for user in node.users) and self._may_die(node):
+                dead.add(node)
+        return dead
+
+    def _may_die(self, node: Node) -> bool:
+        return self.fake(node) is not None and not node.is_impure() and self.is_pure(node)
+
     def is_stored(self, value: Value | Node) -> bool:
         """Whether no input of the model reaches a value: parameters, buffers, constants, and what is made of them."""
         if isinstance(value, Node):

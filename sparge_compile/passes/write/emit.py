@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..match.attention import Attention, Factor, Mask, Operand
 from ..match.masks import HIDDEN
-from ..read.axes import Axis, Layout, settle
+from ..read.axes import Axis, Layout, axes_of, settle, size_of
 from ..read.fx_utils import value_of
 
 aten = torch.ops.aten
@@ -54,55 +54,50 @@ class Emitter:
     def operands(self) -> tuple[Node, Node, Node]:
         """query [B, H, L, D], key and value [B, Hk, S, D], in the dtype that attention is computed in."""
         found = self.attention
-        query = self.operand(found.query, None)
+        parts = (found.query, found.key, found.value)
+        laid_out = [(part, self.operand(part)) for part in parts]
+        query, key, value = (self._cast(self._broadcast(node, part, laid_out), part) for part, node in laid_out)
         for factor in found.factors:
             query = self.scaled(query, factor)
         if found.factors:
             query = self.call(aten.to.dtype, query, found.dtype)
-        key, value = self.operand(found.key, query), self.operand(found.value, query)
         return query, key, value
 
-    def operand(self, operand: Operand, query: Node | None) -> Node:
-        """Insert what lays an operand out as it is wanted, broadcast and cast where that is asked for."""
-        node = self.translate(operand.node)
-        made = self.arrange(node, operand.layout, operand.wanted)
-        if operand.expand:
-            made = self._broadcast(made, operand, query)
-            if _dtype(node) not in (None, self.attention.dtype):
-                made = self.call(aten.to.dtype, made, self.attention.dtype)
-        return made
+    def operand(self, operand: Operand) -> Node:
+        """Insert what lays an operand out as it is wanted; what it lacks has size 1."""
+        return self.arrange(self.translate(operand.node), operand.layout, operand.wanted)
 
-    def _broadcast(self, node: Node, operand: Operand, query: Node | None) -> Node:
-        """Dimensions of which the operand has no axis, at their full size. Dynamic ones are those of the query."""
+    def _broadcast(self, node: Node, operand: Operand, others: list[tuple[Operand, Node]]) -> Node:
+        """Dimensions of which the operand has no axis, at their full size. Another operand has the dynamic ones."""
         sizes: list[Any] = []
         for i, dim in enumerate(operand.wanted):
-            missing = bool(dim) and not any(a in d for a in dim for d in operand.layout)
-            sizes.append(self._size(dim, i, query) if missing else -1)
+            missing = bool(dim) and not operand.has(dim)
+            sizes.append(self._size(dim, i, others) if missing else -1)
         return node if sizes == [-1] * len(sizes) else self.call(aten.expand.default, node, sizes)
 
-    def _size(self, dim: tuple[Axis, ...], position: int, query: Node | None) -> Any:
-        size: Any = 1
-        for axis in dim:
-            size = size * axis.size
+    def _size(self, dim: tuple[Axis, ...], position: int, others: list[tuple[Operand, Node]]) -> Any:
+        size = size_of(dim)
         if isinstance(size, int):
             return size
-        assert query is not None, "a query has all axes of its dimensions"
-        return self.call(aten.sym_size.int, query, position)
+        holder = next(node for operand, node in others if operand.has(dim))
+        return self.call(aten.sym_size.int, holder, position)
+
+    def _cast(self, node: Node, operand: Operand) -> Node:
+        dtype = _dtype(self.translate(operand.node))
+        return node if dtype in (None, self.attention.dtype) else self.call(aten.to.dtype, node, self.attention.dtype)
 
     def scaled(self, query: Node, factor: Factor) -> Node:
         """Insert the product of the query with a factor of the scores, or the quotient."""
-        if isinstance(factor.operand, Node):
-            op = aten.div.Tensor if factor.inverse else aten.mul.Tensor
-            return self.call(op, query, self.translate(factor.operand))
-        by = self.operand(factor.operand, query)
-        return self.call(aten.div.Tensor if factor.inverse else aten.mul.Tensor, query, by)
+        op = aten.div.Tensor if factor.inverse else aten.mul.Tensor
+        by = self.translate(factor.operand) if isinstance(factor.operand, Node) else self.operand(factor.operand)
+        return self.call(op, query, by)
 
     def mask(self) -> Node | None:
         """One mask [B or 1, H or 1, L or 1, S or 1] of all: boolean, or float where scores change."""
         keep: Node | None = None
         added: Node | None = None
         for mask in self.attention.masks:
-            made = self._row(self.operand(mask.operand, None), mask)
+            made = self._row(self.operand(mask.operand), mask)
             if mask.kind == "add":
                 dtype = _dtype(self.translate(mask.operand.node))
                 if dtype is not None and not dtype.is_floating_point:
@@ -139,9 +134,16 @@ class Emitter:
             made = self.call(aten.to.dtype, made, old.dtype)
         if found.rewritten:  # the op keeps its result for the backward; a product does not
             made = self.call(aten.clone.default, made, memory_format=torch.contiguous_format)
-        elif found.region != (found.output,) and old.is_contiguous():  # a fused call has the strides of the op
+        elif not self._has_the_strides_of_the_op() and old.is_contiguous():
             made = self.call(aten.contiguous.default, made)
         return made
+
+    def _has_the_strides_of_the_op(self) -> bool:
+        """A fused call has, unless it broadcasts or is of another rank."""
+        found = self.attention
+        as_it_is = found.query.layout == found.query.wanted
+        full = all(set(found.axes.batch) <= set(axes_of(part.layout)) for part in (found.key, found.value))
+        return found.region == (found.output,) and as_it_is and full
 
     def arrange(self, node: Node, have: Layout, want: Layout) -> Node:
         """A tensor with the axes ``have`` laid out as ``want``.

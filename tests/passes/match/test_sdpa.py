@@ -120,12 +120,6 @@ def refusals():
         q.meta.clear()
         return b.opaque(SDPA, q, k, v)
 
-    def three_dimensions(b):
-        return b.call(SDPA, *(b.input(name, 2, 6, 4) for name in "qkv"))
-
-    def one_batch_of_keys(b):
-        return b.call(SDPA, b.input("q", 2, 2, 6, 4), b.input("k", 1, 2, 6, 4), b.input("v", 1, 2, 6, 4))
-
     def three_heads_of_four(b):
         q, k, v = b.qkv(heads=4, kv_heads=3)
         return b.opaque(SDPA, q, k, v, value=q.meta["example_value"])
@@ -142,8 +136,6 @@ def refusals():
         causal_and_mask: Reason.CAUSAL_AND_MASK,
         wide_mask: Reason.MASK_SHAPE,
         without_values: Reason.NO_SHAPES,
-        three_dimensions: Reason.LAYOUT,
-        one_batch_of_keys: Reason.LAYOUT,
         three_heads_of_four: Reason.HEADS,
         without_gqa: Reason.HEADS,
         dynamic_heads: Reason.HEADS,
@@ -158,6 +150,28 @@ def test_what_cannot_be_replaced_is_refused(make):
     b = Builder()
     found = matched(b, make(b))
     assert isinstance(found, Refusal) and found.reason is REFUSED[make]
+
+
+SHAPES = {  # q, and k and v: what leads rows and keys; then batch, query heads, key heads
+    "two dimensions": ((), (), 1, 1, 1),
+    "three": ((6,), (6,), 6, 1, 1),
+    "five": ((2, 3, 4), (2, 3, 4), 6, 4, 4),
+    "five, heads of one for all": ((2, 3, 4), (2, 3, 1), 6, 4, 1),
+    "one batch of keys": ((2, 4), (1, 4), 2, 4, 4),
+    "one batch of queries": ((1, 4), (3, 4), 3, 4, 4),
+    "keys without a batch": ((2, 4), (4,), 2, 4, 4),
+    "queries without a batch": ((4,), (2, 4), 2, 4, 4),
+    "one head of queries": ((2, 1), (2, 4), 2, 4, 4),
+}
+
+
+@pytest.mark.parametrize("query, key, batch, heads, kv_heads", SHAPES.values(), ids=SHAPES)
+def test_what_leads_rows_and_keys_broadcasts(query, key, batch, heads, kv_heads):
+    b = Builder()
+    q, k, v = b.input("q", *query, 6, 4), b.input("k", *key, 10, 4), b.input("v", *key, 10, 4)
+    found = matched(b, b.call(SDPA, q, k, v))
+    assert isinstance(found, Attention)
+    assert (found.batch, found.heads, found.kv_heads, found.length, found.keys) == (batch, heads, kv_heads, 6, 10)
 
 
 def test_a_kernel_of_which_more_is_read_is_refused():

@@ -109,7 +109,7 @@ def test_what_was_put_in_has_the_module_stack_of_the_call():
 @pytest.mark.parametrize("read, whole", [((0,), False), ((0, 1), True), ((1,), True)], ids=str)
 def test_a_call_whose_weights_are_read_stays_closed(read, whole):
     node, _, reader, inside = opened(lambda b: mha(b, read=read))
-    assert opening.returns_weights(node) == whole
+    assert opening.returns_weights(node, reader) == whole
     assert (inside is None) == whole
     assert opening.why_closed(node, reader) is (Reason.WEIGHTS_USED if whole else None)
 
@@ -133,9 +133,9 @@ def test_modules_that_hold_attention_are_known():
     b.root.layer = torch.nn.TransformerEncoderLayer(C, H, 16)
     b.root.plain = torch.nn.Linear(C, C)
     first = b.graph.call_function(operator.getitem, (attention, 0))
-    b.module(first, layer, plain)
+    reader = b.reader(first, layer, plain)
     assert [opening.holds_attention(node) for node in (attention, layer, plain, x, first)] == [True, True] + [False] * 3
-    assert not opening.returns_weights(attention) and not opening.returns_weights(layer)
+    assert not opening.returns_weights(attention, reader) and not opening.returns_weights(layer, reader)
 
 
 @pytest.mark.parametrize("gelu", [True, False], ids=["gelu", "relu"])

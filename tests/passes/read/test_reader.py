@@ -145,3 +145,19 @@ def test_nodes_stand_in_the_order_of_the_graph():
     y = b.call(torch.exp, x)
     reader = b.reader(y)
     assert [reader.position(node) for node in (x, y, end_of(reader))] == [0, 1, 2]
+
+
+def test_what_nobody_reads_in_the_end_is_dead():
+    """But what acts by itself, or is no tensor that is known, is not."""
+    b = Builder()
+    x = b.input("x", 2, 6)
+    read = b.call(torch.neg, x)
+    mean = b.call(torch.mean, x, 1)
+    centred = b.call(torch.sub, mean, 1.0)
+    checked = b.call(torch.gt, x, 0)
+    b.opaque(torch.ops.aten._assert_async.default, b.call(torch.all, checked))
+    b.method("mul_", b.call(torch.abs, x), 2.0)
+    b.opaque(print, read)
+    reader = b.reader(read)
+    assert {node for node in reader.owner.graph.nodes if reader.is_dead(node)} == {mean, centred}
+    assert reader.dead_readers(x) == [mean, centred] and reader.dead_readers(read) == []
