@@ -25,8 +25,10 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
+import coverage_models
+import coverage_today
 import torch
-from coverage_models import MODELS, Model, models
+from coverage_models import Model, models
 from tabulate import tabulate
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
@@ -34,6 +36,7 @@ from torch.profiler import ProfilerActivity, profile
 import sparge_compile
 from sparge_compile.report import Reason, Report
 
+MODELS = (*coverage_models.MODELS, *coverage_today.MODELS)
 OPTIONS = {"min_seq_len": 0, "topk": 1.0, "topp": 0.0, "on_unsupported": "dense"}
 ALLOWED_ERROR = 1e-5  # of the largest entry of the output
 COLUMNS = ("model", "executed", "found", "sparse", "dense", "graphs", "error", "seconds")

@@ -55,7 +55,7 @@ class Model:
 # ---- diffusers
 
 
-def _diffusers(name: str, config: dict[str, Any], inputs: Callable[[], dict[str, Any]]) -> Callable[[], Built]:
+def diffusers_model(name: str, config: dict[str, Any], inputs: Callable[[], dict[str, Any]]) -> Callable[[], Built]:
     def build() -> Built:
         model = getattr(import_module("diffusers"), name)(**config)
         return model, {**inputs(), "return_dict": False}
@@ -79,7 +79,7 @@ def _text(width: int = 16) -> torch.Tensor:
 
 TWO_HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
 
-mochi = _diffusers(
+mochi = diffusers_model(
     "MochiTransformer3DModel",
     {**TWO_HEADS, "num_layers": 2, "pooled_projection_dim": 16, "in_channels": 4, "text_embed_dim": 16}
     | {"time_embed_dim": 4, "max_sequence_length": TEXT},
@@ -90,7 +90,7 @@ mochi = _diffusers(
         "encoder_attention_mask": _padding().bool(),
     },
 )
-allegro = _diffusers(
+allegro = diffusers_model(
     "AllegroTransformer3DModel",
     {"num_attention_heads": 2, "attention_head_dim": 24, "num_layers": 2, "cross_attention_dim": 48}
     | {"sample_width": VIDEO[2], "sample_height": VIDEO[1], "sample_frames": VIDEO[0], "caption_channels": 16},
@@ -115,7 +115,7 @@ def _allegro_angles() -> Any:
     return angles, tuple(grid.mT.reshape(3, 1, -1).contiguous())
 
 
-pixart = _diffusers(
+pixart = diffusers_model(
     "PixArtTransformer2DModel",
     {**TWO_HEADS, "num_layers": 2, "cross_attention_dim": 32, "sample_size": 34, "caption_channels": 16}
     | {"use_additional_conditions": False},
@@ -127,7 +127,7 @@ pixart = _diffusers(
         "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
     },
 )
-dit = _diffusers(
+dit = diffusers_model(
     "DiTTransformer2DModel",
     {**TWO_HEADS, "num_layers": 2, "sample_size": 34, "in_channels": 4},
     lambda: {  # squares only
@@ -136,7 +136,7 @@ dit = _diffusers(
         "class_labels": torch.tensor([3]),
     },
 )
-latte = _diffusers(
+latte = diffusers_model(
     "LatteTransformer3DModel",
     {**TWO_HEADS, "in_channels": 4, "out_channels": 8, "num_layers": 1, "sample_size": 34, "patch_size": 2}
     | {"caption_channels": 16, "cross_attention_dim": 32, "attention_bias": True, "norm_type": "ada_norm_single"}
@@ -147,7 +147,7 @@ latte = _diffusers(
         "timestep": torch.tensor([500]),
     },
 )
-sana = _diffusers(  # self-attention is linear, without a softmax; only the attention to the text is attention here
+sana = diffusers_model(  # self-attention is linear, without a softmax; only the attention to the text is attention here
     "SanaTransformer2DModel",
     {**TWO_HEADS, "in_channels": 4, "out_channels": 4, "num_layers": 2, "num_cross_attention_heads": 2}
     | {"cross_attention_head_dim": 16, "cross_attention_dim": 32, "caption_channels": 16, "sample_size": 34},
@@ -158,13 +158,13 @@ sana = _diffusers(  # self-attention is linear, without a softmax; only the atte
         "encoder_attention_mask": _padding(),
     },
 )
-auraflow = _diffusers(
+auraflow = diffusers_model(
     "AuraFlowTransformer2DModel",
     {**TWO_HEADS, "sample_size": 40, "in_channels": 4, "num_mmdit_layers": 1, "num_single_dit_layers": 1}
     | {"joint_attention_dim": 16, "caption_projection_dim": 32, "pos_embed_max_size": 400},
     lambda: {"hidden_states": _image(), "encoder_hidden_states": _text(), "timestep": torch.tensor([0.5])},
 )
-lumina2 = _diffusers(
+lumina2 = diffusers_model(
     "Lumina2Transformer2DModel",
     {"sample_size": 40, "in_channels": 4, "hidden_size": 48, "num_layers": 1, "num_refiner_layers": 1}
     | {"num_attention_heads": 2, "num_kv_heads": 1, "multiple_of": 16, "axes_dim_rope": (8, 8, 8)}
@@ -176,7 +176,7 @@ lumina2 = _diffusers(
         "encoder_attention_mask": torch.ones(1, TEXT, dtype=torch.bool),
     },
 )
-qwen_image = _diffusers(
+qwen_image = diffusers_model(
     "QwenImageTransformer2DModel",
     {**TWO_HEADS, "in_channels": 8, "out_channels": 4, "num_layers": 2, "joint_attention_dim": 16}
     | {"axes_dims_rope": (4, 6, 6)},
@@ -188,7 +188,7 @@ qwen_image = _diffusers(
         "img_shapes": [[(1, 17, 19)]],
     },
 )
-unet = _diffusers(
+unet = diffusers_model(
     "UNet2DConditionModel",
     {"sample_size": 18, "block_out_channels": (16, 32), "layers_per_block": 1, "cross_attention_dim": 16}
     | {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "attention_head_dim": 2, "norm_num_groups": 8}
@@ -199,7 +199,7 @@ unet = _diffusers(
         "encoder_hidden_states": _text(),
     },
 )
-autoencoder = _diffusers(
+autoencoder = diffusers_model(
     "AutoencoderKL",
     {"block_out_channels": (16, 32), "norm_num_groups": 8, "layers_per_block": 1}
     | {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2},

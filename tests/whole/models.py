@@ -69,7 +69,7 @@ class Case:
 
 def tensor_of(output: Any) -> Tensor:
     """The main tensor of what a model returns."""
-    return output if isinstance(output, Tensor) else output[0]
+    return output if isinstance(output, Tensor) else tensor_of(output[0])
 
 
 def wan(layers: int = 2) -> tuple[nn.Module, dict[str, Any]]:
