@@ -29,6 +29,7 @@ _WHERE = {
     "SparsitySchedule": "distill.schedule",
     "replace_attention": "eager.replacement",
     "rewrite": "rewriting",
+    "varlen_attention": "functional",
 }
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "head_influence",
     "replace_attention",
     "rewrite",
+    "varlen_attention",
 ]
 
 if TYPE_CHECKING:
@@ -56,7 +58,7 @@ if TYPE_CHECKING:
     from .distill.hook import DistillationHook
     from .distill.schedule import SparsitySchedule
     from .eager.replacement import replace_attention
-    from .functional import attention
+    from .functional import attention, varlen_attention
     from .kernels.block_map import BlockMap
     from .options import Options
     from .report import Report

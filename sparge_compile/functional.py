@@ -1,4 +1,4 @@
-"""Block-sparse attention as a function, for those who call it themselves."""
+"""Block-sparse attention as functions, for those who call it themselves: of a batch, and of packed sequences."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from torch import Tensor
 
 from . import ops
 from .errors import value_error
-from .keeping import NOTHING, parse_kept
+from .keeping import NOTHING, Kept, parse_kept
 from .kernels import capability
+from .kernels.attend import visible_in_sequences
 from .kernels.block_map import BlockMap, visible_blocks
 from .kernels.how import How
 from .kernels.rule import default_scale, pool_mask
@@ -86,10 +87,7 @@ def attention(
             todo="The backend finds the text of a model: torch.compile(…, options={'keep_keys': 'text'}).",
         )
     if block_map is None:
-        if topk is None:
-            # Top-p alone needs the smallest Top-k there is: one block.
-            topk = 1.0 if topp is None else torch.finfo(torch.float32).tiny
-        thresholds = capability.make_thresholds(topk, 0.0 if topp is None else topp, query.shape[1], query.device, kept)
+        thresholds = _thresholds(topk, topp, query, kept)
     elif topk is not None or topp is not None or kept != NOTHING:
         raise value_error(
             "two ways to select blocks",
@@ -110,6 +108,97 @@ def attention(
     if return_sparsity and block_map is not None:
         extra += (sparsity(block_map, query, key, attn_mask, is_causal),)
     return (out, *extra) if extra else out
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    topk: float | Tensor | None = None,
+    topp: float | Tensor | None = None,
+    causal: str = "",
+    scale: float | None = None,
+    return_lse: bool = False,
+    return_sparsity: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """Softmax attention of N packed sequences, each over the key blocks that the hybrid Top-k + Top-p rule keeps.
+
+    The arguments are those of flash-attn's ``flash_attn_varlen_func``. The sequences lie one after the other in one
+    buffer, blocks never cross from one to the next, and the result is that of :func:`attention` of each by itself.
+    Nothing waits for the host, so the lengths may change between replays of a CUDA graph.
+
+    Args:
+        query: [T, H, D], the rows of all sequences, in bfloat16, float16 or float32, D at most 256.
+        key, value: [Tk, Hk, D]; H is a multiple of Hk.
+        cu_seqlens_q, cu_seqlens_k: int32 [N + 1] on the query's device: the row where each sequence begins, and where
+            the last one ends. A sequence may be empty.
+        max_seqlen_q, max_seqlen_k: no sequence is longer than these (1 or more). On a GPU, rows beyond them are not
+            computed: nothing there may read the lengths.
+        topk, topp: as in :func:`attention`; of the visible key blocks of each sequence.
+        causal: ``""``; ``"top_left"``, where row i of a sequence sees the keys up to i; or ``"bottom_right"``, up to
+            i + S - L for L queries over S keys, as flash-attn's ``causal=True`` has it.
+        scale: of the scores; 1 / sqrt(D) by default.
+        return_lse: also return the log-sum-exp of the scaled scores, float32 [H, T]; differentiable.
+        return_sparsity: also return 1 - kept / visible key blocks, a float32 scalar on the query's device.
+
+    Returns:
+        [T, H, D] in the query's dtype and stride order; with ``return_lse`` or ``return_sparsity`` a tuple that holds
+        them in this order. A row that sees no key, and a row of no sequence, gives zeros.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or thresholds that do not fit; the message says what is allowed.
+
+    Source: SpargeAttention2 (arXiv 2602.13515), Eq. 9; packed sequences as in FlashAttention-2 (arXiv 2307.08691).
+    """
+    if causal not in ("", "top_left", "bottom_right"):
+        raise value_error(
+            "causal is not an alignment",
+            given=repr(causal),
+            allowed='"", "top_left" or "bottom_right"',
+            todo='flash-attn\'s causal=True is "bottom_right".',
+        )
+    if not query.dim() == key.dim() == value.dim() == 3:
+        raise value_error(
+            "packed sequences have the wrong rank",
+            given=f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}",
+            allowed="[rows of all sequences, heads, head size]",
+            todo="Put the sequences one after the other.",
+        )
+    query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+    how = How(
+        None, causal != "", default_scale(query.shape[-1], scale), causal == "bottom_right",
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+    )  # fmt: skip
+    thresholds = _thresholds(topk, topp, query)
+    extra: tuple[Tensor, ...] = ()
+    lse: Tensor | None
+    if return_sparsity:
+        block_map = ops.build_map(query, key, value, thresholds, how)
+        out, lse = ops.attend_listed(query, key, value, block_map, how)
+        n_query, n_key = block_map.indices.shape[-2:]
+        visible = visible_in_sequences(n_query, n_key, how).sum() * query.shape[1]
+        extra = (1 - block_map.counts.sum() / visible.clamp(min=1),)
+    else:
+        out, lse = ops.attend_by_rule(query, key, value, thresholds, how, with_lse=return_lse)
+    if return_lse and lse is not None:
+        extra = (lse.squeeze(0), *extra)
+    out = out.squeeze(0).transpose(0, 1)
+    return (out, *extra) if extra else out
+
+
+def _thresholds(
+    topk: float | Tensor | None, topp: float | Tensor | None, query: Tensor, kept: Kept = NOTHING
+) -> Tensor:
+    """float32 [H, 2 or 6]: all blocks where nothing is given."""
+    if topk is None:
+        # Top-p alone needs the smallest Top-k there is: one block.
+        topk = 1.0 if topp is None else torch.finfo(torch.float32).tiny
+    return capability.make_thresholds(topk, 0.0 if topp is None else topp, query.shape[1], query.device, kept)
 
 
 def sparsity(block_map: BlockMap, query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:

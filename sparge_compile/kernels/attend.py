@@ -81,7 +81,7 @@ def full_map(query: Tensor, key: Tensor, how: How) -> BlockMap:
     """The map that keeps every visible block: one for all heads, and for all batches but packed sequences."""
     _, _, n_query, n_key = allocate.map_shape(query, key, how)
     if how.packed:
-        visible = _visible_in_sequences(n_query, n_key, how)
+        visible = visible_in_sequences(n_query, n_key, how)
     else:
         length, keys = query.shape[2], key.shape[2]
         visible = visible_blocks(
@@ -92,7 +92,7 @@ def full_map(query: Tensor, key: Tensor, how: How) -> BlockMap:
     return BlockMap(counts, indices.expand(*counts.shape, n_key))
 
 
-def _visible_in_sequences(n_query: int, n_key: int, how: How) -> Tensor:
+def visible_in_sequences(n_query: int, n_key: int, how: How) -> Tensor:
     """bool [N, Nq, Nk]: the key blocks that each query block of each sequence may see."""
     assert how.cu_seqlens_q is not None and how.cu_seqlens_k is not None
     lengths, keys = (x.diff().unsqueeze(-1) for x in (how.cu_seqlens_q, how.cu_seqlens_k))  # [N, 1]

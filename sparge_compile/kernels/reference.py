@@ -57,11 +57,17 @@ class Scores(NamedTuple):
 
 
 def block_scores(
-    q: Tensor, k: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    bottom_right: bool = False,
 ) -> Scores:
     """Scores of q [B, H, L, D] over k [B, Hk, S, D] under a mask [B or 1, H or 1, L or 1, S], bool or float.
 
-    Causality is aligned to the top left. It forces the blocks that its diagonal crosses; a mask forces the blocks of
+    Causality is aligned to the top left, or to the bottom right.
+    It forces the blocks that its diagonal crosses; a mask forces the blocks of
     which some rows see a key and others, that see keys elsewhere, none. Where rows of a query block see different keys
     by a mask, the kept prefix might hold no key of some row: then the best block that is not forced is an anchor.
 
@@ -71,7 +77,8 @@ def block_scores(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     group = q.shape[1] // max(k.shape[1], 1)
     length, keys = q.shape[2], k.shape[2]
-    pairs = open_pairs(length, keys, attn_mask, is_causal, q.device)  # [B or 1, H or 1, L, S]
+    diagonal = keys - length if bottom_right else 0
+    pairs = open_pairs(length, keys, attn_mask, is_causal, q.device, bottom_right)  # [B or 1, H or 1, L, S]
     seen_keys, seeing_queries = pairs.any(2), pairs.any(3)
     key_means = pool(k.repeat_interleave(group, dim=1), KEY_BLOCK, seen_keys)
     scores = (pool(q, QUERY_BLOCK, seeing_queries) * scale) @ key_means.mT
@@ -82,8 +89,9 @@ def block_scores(
         end_row = min(first_row + QUERY_BLOCK, length)
         if is_causal:
             first_keys = torch.arange(0, keys, KEY_BLOCK, device=q.device)
-            visible[:, :, i] &= first_keys < end_row
-            forced[:, :, i] = (first_keys >= first_row) & (first_keys < first_row + QUERY_BLOCK)
+            visible[:, :, i] &= first_keys < end_row + diagonal
+            last_seen = torch.arange(first_row, first_row + QUERY_BLOCK, device=q.device) + diagonal  # of each row
+            forced[:, :, i] = (first_keys == (last_seen - last_seen % KEY_BLOCK).unsqueeze(-1)).any(0)
         if attn_mask is not None:
             rows = slice(None) if attn_mask.shape[2] == 1 else slice(first_row, end_row)
             for j, first_key in enumerate(starts(keys, KEY_BLOCK)):
@@ -95,11 +103,18 @@ def block_scores(
     return Scores(scores, visible, forced, attn_mask is not None and (is_causal or attn_mask.shape[2] > 1))
 
 
-def open_pairs(length: int, keys: int, attn_mask: Tensor | None, is_causal: bool, device: torch.device) -> Tensor:
+def open_pairs(
+    length: int,
+    keys: int,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    device: torch.device,
+    bottom_right: bool = False,
+) -> Tensor:
     """bool [B or 1, H or 1, L, S]: the (query, key) pairs that a mask and causality let through."""
     pairs = torch.ones(1, 1, length, keys, dtype=torch.bool, device=device)
     if is_causal:
-        pairs = pairs.tril()
+        pairs = pairs.tril(keys - length if bottom_right else 0)
     if attn_mask is not None:
         pairs = pairs & (attn_mask if attn_mask.dtype == torch.bool else attn_mask != -math.inf)
     return pairs
@@ -197,13 +212,14 @@ def block_map(
     is_causal: bool = False,
     scale: float | None = None,
     parts: Sequence[int] = (),
+    bottom_right: bool = False,
 ) -> BlockMap:
     """The block map of q [B, H, L, D] over k [B, Hk, S, D] for thresholds float32 [H, 2 or 6].
 
     ``attn_mask`` is bool or float [B or 1, H or 1, L or 1, S], and may be combined with ``is_causal``. ``parts`` are
     the sizes of the parts of the sequence: see :func:`tokens_of`.
     """
-    scores, visible, forced, anchor = block_scores(q, k, attn_mask, is_causal, scale)
+    scores, visible, forced, anchor = block_scores(q, k, attn_mask, is_causal, scale, bottom_right)
     if thresholds.shape[-1] == 2:
         return BlockMap.from_dense(select(scores, visible, thresholds, forced, anchor))
     kept = torch.zeros_like(visible)
@@ -221,10 +237,12 @@ def block_map(
     return BlockMap.from_dense(kept)
 
 
-def allowed_pairs(kept: Tensor, length: int, keys: int, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+def allowed_pairs(
+    kept: Tensor, length: int, keys: int, attn_mask: Tensor | None, is_causal: bool, bottom_right: bool = False
+) -> Tensor:
     """bool [B, H, L, S]: the (query, key) pairs that attention sees under a dense map, a mask and causality."""
     listed = kept.repeat_interleave(QUERY_BLOCK, 2)[:, :, :length].repeat_interleave(KEY_BLOCK, 3)[..., :keys]
-    return listed & open_pairs(length, keys, attn_mask, is_causal, kept.device)
+    return listed & open_pairs(length, keys, attn_mask, is_causal, kept.device, bottom_right)
 
 
 def attention(
@@ -235,6 +253,7 @@ def attention(
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
+    bottom_right: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Exact softmax attention over the kept keys.
 
@@ -247,7 +266,7 @@ def attention(
     scores = (wide(q) * scale) @ key.mT  # [B, H, L, S]
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         scores = scores + attn_mask.to(scores.dtype)
-    allowed = allowed_pairs(block_map.to_dense(), q.shape[2], k.shape[2], attn_mask, is_causal)
+    allowed = allowed_pairs(block_map.to_dense(), q.shape[2], k.shape[2], attn_mask, is_causal, bottom_right)
     scores = scores.masked_fill(~allowed, -math.inf)
     lse = torch.logsumexp(scores, -1)
     empty = lse == -math.inf

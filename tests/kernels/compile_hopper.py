@@ -16,14 +16,15 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from sparge_compile.kernels.triton import forward_hopper as hopper
 
 
-def main(head_pad: int, is_causal: bool) -> None:
+def main(head_pad: int, causality: int, packed: bool) -> None:
     constants = {
         "HEAD_PAD": head_pad,
         "KEYS": hopper.KEY_BLOCK,
         "HALF": hopper.ROWS,
         "COLUMNS": hopper.COLUMNS,
         "STAGES": hopper.STAGES[head_pad],
-        "IS_CAUSAL": is_causal,
+        "CAUSAL": causality,
+        "PACKED": packed,
         "LOADER_REGS": hopper.LOADER_REGISTERS,
         "CONSUMER_REGS": hopper.CONSUMER_REGISTERS,
     }
@@ -33,7 +34,7 @@ def main(head_pad: int, is_causal: bool) -> None:
         if name in constants:
             types[name] = "constexpr"
         elif name.endswith("_desc"):
-            shape = [1, 1, hopper.ROWS, head_pad if name == "out_desc" else hopper.COLUMNS]
+            shape = [1] * (3 if packed else 2) + [hopper.ROWS, head_pad if name == "out_desc" else hopper.COLUMNS]
             layout = gl.NVMMASharedLayout.get_default_for(shape, gl.bfloat16)
             types[name] = f"tensordesc<bf16{shape},{layout!r}>"
         elif name.endswith("_ptr"):
@@ -49,4 +50,5 @@ def main(head_pad: int, is_causal: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2] == "causal")
+    kind = sys.argv[2].split("-")
+    main(int(sys.argv[1]), 2 if "corner" in kind else int("causal" in kind), "packed" in kind)

@@ -25,6 +25,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from sparge_compile.kernels import launch
 from sparge_compile.kernels import triton as face
+from sparge_compile.kernels.how import How
 
 KINDS = {"cuda": 32, "hip": 64}  # threads of a warp
 L, S, H, HK = 700, 830, 4, 2
@@ -85,7 +86,10 @@ def main(name: str, head_sizes: list[int], dtypes: list[torch.dtype], kinds: lis
                     torch.randn(1, h, n, head_size).to(dtype) for h, n in ((H, L), (HK, S), (HK, S), (H, L))
                 )
                 mask = torch.ones(1, 1, L, S, dtype=torch.bool) if kind == "mask" else None
-                how = mask, kind == "causal", head_size**-0.5
+                how = How(mask, kind in ("causal", "packed"), head_size**-0.5)
+                if kind == "packed":
+                    starts = [torch.tensor([0, n // 3, n], dtype=torch.int32) for n in (L, S)]
+                    how = How(*how[:3], True, *starts, L, S)
                 counts, indices = face.block_map(q, k, torch.ones(H, 2, device=device), *how)
                 # lists of whole blocks, since no kernel ran
                 indices.copy_(torch.arange(indices.shape[-1]).expand_as(indices))

@@ -14,7 +14,10 @@ HERE = Path(__file__).parent
 SHARED_MEMORY = 227 * 1024  # of one program on an H100 or H200
 
 
-@pytest.mark.parametrize(("head_pad", "kind"), [(64, "dense"), (128, "dense"), (128, "causal")])
+KINDS = [(64, "dense"), (128, "dense"), (128, "causal"), (128, "packed-corner")]
+
+
+@pytest.mark.parametrize(("head_pad", "kind"), KINDS)
 def test_compiles_to_tensor_core_and_tma_instructions(head_pad, kind, tmp_path):
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

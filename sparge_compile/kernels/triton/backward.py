@@ -89,15 +89,11 @@ def backward(
     the gradient of lse or None; ``bits`` is the packed map, of which B and H may be 1. ``how`` are the fields of a
     :class:`How`.
     """
-    given = How(*how)
-    attn_mask, is_causal, scale, *_ = given
-    if given.packed or given.diagonal(query.shape[2], key.shape[2]):
-        raise NotImplementedError("packed sequences and causality aligned to the bottom right, on a GPU")
     if query.numel() == 0 or key.numel() == 0:
         return allocate.dense_like(query).zero_(), allocate.dense_like(key).zero_(), allocate.dense_like(value).zero_()
     lse = lse.contiguous()
     with torch.cuda.device_of(query):
         delta = _delta(grad_out, out, lse, grad_lse)
-        dq = query_gradient(grad_out, query, key, value, lse, delta, bits, attn_mask, is_causal, scale)
-        dk, dv = key_gradients(grad_out, query, key, value, lse, delta, bits, attn_mask, is_causal, scale)
+        dq = query_gradient(grad_out, query, key, value, lse, delta, bits, How(*how))
+        dk, dv = key_gradients(grad_out, query, key, value, lse, delta, bits, How(*how))
     return dq, dk, dv

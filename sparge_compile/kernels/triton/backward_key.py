@@ -11,10 +11,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import allocate, launch
-from ..block_map import KEY_BLOCK, QUERY_BLOCK, ceil_div
+from ..block_map import KEY_BLOCK, QUERY_BLOCK
+from ..how import How
 from . import lists
 from .tiles import (
     LOG2_E,
+    diagonal_of,
+    how_arguments,
     load_block,
     load_lse,
     load_tile,
@@ -22,6 +25,7 @@ from .tiles import (
     mask_scores,
     masked_prefix,
     matrix_arguments,
+    sequence,
     store_tile,
     tile_offsets,
     tile_sources,
@@ -31,19 +35,20 @@ from .tiles import (
 @triton.jit
 def _dkv_step(
     dk, dv, k, v, q_head, dout_head, q_offsets, dout_offsets, q_step, dout_step, b, head, tile, lse_ptr, delta_ptr,
-    row_lane, key, column, mask_ptr, mask_stride_l, mask_stride_s, length, keys, scale_log2,
+    row_lane, key, column, mask_ptr, mask_stride_l, mask_stride_s, q_start, length, keys, scale_log2,
     HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, ROWS: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, MASK_KIND: tl.constexpr, MASK_IS_BOOL: tl.constexpr, MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr, PACKED: tl.constexpr, MASK_KIND: tl.constexpr, MASK_IS_BOOL: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     # Everything is transposed, keys by rows: P and dS are then left operands as they stand.
     row = tile * ROWS + row_lane
     q = load_block(
-        q_head, q_offsets, q_step, b, head, tile, row_lane, column, length,
-        HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, ROWS=ROWS, DESCRIPTORS=DESCRIPTORS, CHECK_ROWS=True,
+        q_head, q_offsets, q_step, b, head, tile, row_lane, column, q_start, length,
+        HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, ROWS=ROWS, DESCRIPTORS=DESCRIPTORS, CHECK_ROWS=True, PACKED=PACKED,
     )  # fmt: skip
     dout = load_block(
-        dout_head, dout_offsets, dout_step, b, head, tile, row_lane, column, length,
-        HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, ROWS=ROWS, DESCRIPTORS=DESCRIPTORS, CHECK_ROWS=True,
+        dout_head, dout_offsets, dout_step, b, head, tile, row_lane, column, q_start, length,
+        HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, ROWS=ROWS, DESCRIPTORS=DESCRIPTORS, CHECK_ROWS=True, PACKED=PACKED,
     )  # fmt: skip
     lse = load_lse(lse_ptr, row, length)
     delta = tl.load(delta_ptr + row, mask=row < length, other=0.0)
@@ -51,7 +56,7 @@ def _dkv_step(
     if MASKED:
         scores = mask_scores(
             scores, row[None, :], key[:, None], mask_ptr, mask_stride_l, mask_stride_s, length, keys,
-            IS_CAUSAL=IS_CAUSAL, MASK_KIND=MASK_KIND, MASK_IS_BOOL=MASK_IS_BOOL,
+            CAUSAL=CAUSAL, MASK_KIND=MASK_KIND, MASK_IS_BOOL=MASK_IS_BOOL,
         )  # fmt: skip
     p = tl.exp2(scores - lse[None, :])
     dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
@@ -63,7 +68,7 @@ def _dkv_step(
 
 @triton.jit(do_not_specialize=["heads", "group", "length", "keys", "n_key", "n_query", "map_stride_b", "map_stride_h"])
 def _dkv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, counts_ptr, indices_ptr, mask_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, counts_ptr, indices_ptr, mask_ptr, q_starts_ptr, k_starts_ptr,
     dk_ptr, dv_ptr,
     q_stride_b, q_stride_h, q_stride_l, q_stride_d,
     k_stride_b, k_stride_h, k_stride_l, k_stride_d,
@@ -75,17 +80,21 @@ def _dkv_kernel(
     mask_stride_b, mask_stride_h, mask_stride_l, mask_stride_s,
     heads, group, length, keys, n_query, n_key, scale, scale_log2,
     HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, KEYS: tl.constexpr,
-    ALIGN: tl.constexpr, OFFSET: tl.constexpr, DESCRIPTORS: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    MASK_KIND: tl.constexpr, MASK_IS_BOOL: tl.constexpr, STAGES: tl.constexpr,
+    ALIGN: tl.constexpr, OFFSET: tl.constexpr, DESCRIPTORS: tl.constexpr, CAUSAL: tl.constexpr,
+    PACKED: tl.constexpr, MASK_KIND: tl.constexpr, MASK_IS_BOOL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     block = pid % n_key  # under a causal mask the first key blocks have the longest lists, and go first
     key_heads = heads // group
-    b = (pid // n_key // key_heads).to(tl.int64)
+    n = (pid // n_key // key_heads).to(tl.int64)  # of the batch, or of packed sequences
     key_head = (pid // n_key % key_heads).to(tl.int64)
+    b = n if not PACKED else n * 0
+    all_rows = length
+    q_start, length = sequence(q_starts_ptr, n, length, PACKED=PACKED)
+    k_start, keys = sequence(k_starts_ptr, n, keys, PACKED=PACKED)
 
     row_lane, column, key_lane = tl.arange(0, ROWS), tl.arange(0, HEAD_PAD), tl.arange(0, KEYS)
-    first_key = block.to(tl.int64) * KEYS
+    first_key = block.to(tl.int64) * KEYS + k_start
     key = block * KEYS + key_lane
     k_tile = k_ptr + (b * k_stride_b + key_head * k_stride_h + first_key * k_stride_l) * ALIGN
     v_tile = v_ptr + (b * v_stride_b + key_head * v_stride_h + first_key * v_stride_l) * ALIGN
@@ -105,14 +114,15 @@ def _dkv_kernel(
         h = key_head * group + member
         q_head, dout_head = q_ptr, dout_ptr  # descriptors, if they are any
         if not DESCRIPTORS:
-            q_head = q_ptr + (b * q_stride_b + h * q_stride_h) * ALIGN
-            dout_head = dout_ptr + (b * dout_stride_b + h * dout_stride_h) * ALIGN
-        lse_head = lse_ptr + (b * heads + h) * length
-        delta_head = delta_ptr + (b * heads + h) * length
+            first_row = tl.cast(q_start, tl.int64)
+            q_head = q_ptr + (b * q_stride_b + h * q_stride_h + first_row * q_stride_l) * ALIGN
+            dout_head = dout_ptr + (b * dout_stride_b + h * dout_stride_h + first_row * dout_stride_l) * ALIGN
+        lse_head = lse_ptr + (b * heads + h) * all_rows + q_start
+        delta_head = delta_ptr + (b * heads + h) * all_rows + q_start
         mask_head = mask_ptr
         if MASK_KIND != 0:
             mask_head = mask_ptr + b * mask_stride_b + h * mask_stride_h
-        map_row = b * map_stride_b + h * map_stride_h + block
+        map_row = n * map_stride_b + h * map_stride_h + block
         count = tl.load(counts_ptr + map_row)
         list_ptr = indices_ptr + map_row * n_query
 
@@ -120,27 +130,28 @@ def _dkv_kernel(
         n_masked = count
         if MASK_KIND == 0:
             n_masked = 0
-            if IS_CAUSAL:
-                n_masked = masked_prefix(list_ptr, count, tl.cdiv(block * KEYS + KEYS - 1, ROWS * TILES))
-        if IS_CAUSAL or MASK_KIND != 0:
-            for n in tl.range(0, n_masked * TILES, num_stages=STAGES if MASK_KIND != 0 else 1):
-                tile = tl.load(list_ptr + n // TILES) * TILES + n % TILES
+            if CAUSAL:  # blocks of which the first row sees less than all keys here
+                first_dense = tl.maximum(block * KEYS + KEYS - 1 - diagonal_of(length, keys, CAUSAL), 0)
+                n_masked = masked_prefix(list_ptr, count, tl.cdiv(first_dense, ROWS * TILES))
+        if CAUSAL or MASK_KIND != 0:
+            for turn in tl.range(0, n_masked * TILES, num_stages=STAGES if MASK_KIND != 0 else 1):
+                tile = tl.load(list_ptr + turn // TILES) * TILES + turn % TILES
                 dk, dv = _dkv_step(
                     dk, dv, k, v, q_head, dout_head, q_offsets, dout_offsets, q_step, dout_step,
                     b.to(tl.int32), h.to(tl.int32), tile, lse_head, delta_head,
-                    row_lane, key, column, mask_head, mask_stride_l, mask_stride_s, length, keys, scale_log2,
+                    row_lane, key, column, mask_head, mask_stride_l, mask_stride_s, q_start, length, keys, scale_log2,
                     HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, ROWS=ROWS, DESCRIPTORS=DESCRIPTORS,
-                    IS_CAUSAL=IS_CAUSAL, MASK_KIND=MASK_KIND, MASK_IS_BOOL=MASK_IS_BOOL, MASKED=True,
+                    CAUSAL=CAUSAL, PACKED=PACKED, MASK_KIND=MASK_KIND, MASK_IS_BOOL=MASK_IS_BOOL, MASKED=True,
                 )  # fmt: skip
         if MASK_KIND == 0:
-            for n in tl.range(n_masked * TILES, count * TILES, num_stages=STAGES):
-                tile = tl.load(list_ptr + n // TILES) * TILES + n % TILES
+            for turn in tl.range(n_masked * TILES, count * TILES, num_stages=STAGES):
+                tile = tl.load(list_ptr + turn // TILES) * TILES + turn % TILES
                 dk, dv = _dkv_step(
                     dk, dv, k, v, q_head, dout_head, q_offsets, dout_offsets, q_step, dout_step,
                     b.to(tl.int32), h.to(tl.int32), tile, lse_head, delta_head,
-                    row_lane, key, column, mask_head, mask_stride_l, mask_stride_s, length, keys, scale_log2,
+                    row_lane, key, column, mask_head, mask_stride_l, mask_stride_s, q_start, length, keys, scale_log2,
                     HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, ROWS=ROWS, DESCRIPTORS=DESCRIPTORS,
-                    IS_CAUSAL=IS_CAUSAL, MASK_KIND=MASK_KIND, MASK_IS_BOOL=MASK_IS_BOOL, MASKED=False,
+                    CAUSAL=CAUSAL, PACKED=PACKED, MASK_KIND=MASK_KIND, MASK_IS_BOOL=MASK_IS_BOOL, MASKED=False,
                 )  # fmt: skip
 
     dk_tile = dk_ptr + (b * dk_stride_b + key_head * dk_stride_h + first_key * dk_stride_l) * ALIGN
@@ -159,19 +170,20 @@ def key_gradients(
     lse: Tensor,
     delta: Tensor,
     bits: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
+    how: How,
 ) -> tuple[Tensor, Tensor]:
     """dk and dv [B, Hk, S, D] in the dtypes and orders of dimensions of k and v; ``delta`` is float32 [B, H, L]."""
-    batch, heads, length, head_size = q.shape
+    heads, length, head_size = q.shape[1:]
     key_heads, keys = k.shape[1:3]
-    n_query, n_key = ceil_div(length, QUERY_BLOCK), ceil_div(keys, KEY_BLOCK)
+    batch, _, n_query, n_key = allocate.map_shape(q, k, how)
+    scale = how.scale
     dk, dv = allocate.dense_like(k), allocate.dense_like(v)
+    if how.packed:
+        dk.zero_(), dv.zero_()  # there may be rows of no sequence
     tile = launch.attention_launch("dkv", head_size, q.dtype, q.device)
     head_pad = launch.pad_head(head_size)
     counts, indices = (x.expand(batch, heads, *x.shape[2:]) for x in lists.invert(bits, n_query, n_key))
-    described, q_source, dout_source = tile_sources(q, dout, tile.rows, head_pad)
+    described, q_source, dout_source = tile_sources(q, dout, tile.rows, head_pad, how.packed)
     _dkv_kernel[(n_key * batch * key_heads,)](
         q_ptr=q_source, k_ptr=k, v_ptr=v, dout_ptr=dout_source, lse_ptr=lse, delta_ptr=delta,
         counts_ptr=counts, indices_ptr=indices,
@@ -180,9 +192,10 @@ def key_gradients(
         heads=heads, group=heads // key_heads, length=length, keys=keys, n_query=n_query, n_key=n_key,
         scale=scale, scale_log2=scale * LOG2_E,
         HEAD_SIZE=head_size, HEAD_PAD=head_pad, ROWS=tile.rows, TILES=QUERY_BLOCK // tile.rows, KEYS=KEY_BLOCK,
-        DESCRIPTORS=described, IS_CAUSAL=is_causal, STAGES=tile.stages,
+        DESCRIPTORS=described, STAGES=tile.stages,
         num_warps=tile.warps, num_stages=tile.stages,
         **matrix_arguments(QUERY_BLOCK, q=q, k=k, v=v, dout=dout, dk=dk, dv=dv),
-        **mask_arguments(attn_mask, batch, heads),
+        **mask_arguments(how.attn_mask, batch, heads),
+        **how_arguments(how),
     )  # fmt: skip
     return dk, dv

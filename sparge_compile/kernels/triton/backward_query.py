@@ -11,16 +11,20 @@ from torch import Tensor
 
 from .. import allocate, launch
 from ..block_map import KEY_BLOCK, QUERY_BLOCK, ceil_div
+from ..how import How
 from . import lists
 from .tiles import (
     LOG2_E,
     dense_prefix,
+    diagonal_of,
+    how_arguments,
     load_block,
     load_lse,
     load_tile,
     mask_arguments,
     mask_scores,
     matrix_arguments,
+    sequence,
     store_tile,
     tile_offsets,
     tile_sources,
@@ -30,24 +34,25 @@ from .tiles import (
 @triton.jit
 def _dq_step(
     dq, q, dout, lse, delta, k_head, v_head, k_offsets, v_offsets, k_step, v_step, b, key_head, block,
-    row, key_lane, column, mask_ptr, mask_stride_l, mask_stride_s, length, keys, scale_log2,
+    row, key_lane, column, mask_ptr, mask_stride_l, mask_stride_s, length, k_start, keys, scale_log2,
     HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, KEYS: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, MASK_KIND: tl.constexpr, MASK_IS_BOOL: tl.constexpr, MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr, PACKED: tl.constexpr, MASK_KIND: tl.constexpr, MASK_IS_BOOL: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     key = block * KEYS + key_lane
     k = load_block(
-        k_head, k_offsets, k_step, b, key_head, block, key_lane, column, keys,
-        HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, ROWS=KEYS, DESCRIPTORS=DESCRIPTORS, CHECK_ROWS=MASKED,
+        k_head, k_offsets, k_step, b, key_head, block, key_lane, column, k_start, keys,
+        HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, ROWS=KEYS, DESCRIPTORS=DESCRIPTORS, CHECK_ROWS=MASKED, PACKED=PACKED,
     )  # fmt: skip
     v = load_block(
-        v_head, v_offsets, v_step, b, key_head, block, key_lane, column, keys,
-        HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, ROWS=KEYS, DESCRIPTORS=DESCRIPTORS, CHECK_ROWS=MASKED,
+        v_head, v_offsets, v_step, b, key_head, block, key_lane, column, k_start, keys,
+        HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, ROWS=KEYS, DESCRIPTORS=DESCRIPTORS, CHECK_ROWS=MASKED, PACKED=PACKED,
     )  # fmt: skip
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # [R, KEYS]
     if MASKED:
         scores = mask_scores(
             scores, row[:, None], key[None, :], mask_ptr, mask_stride_l, mask_stride_s, length, keys,
-            IS_CAUSAL=IS_CAUSAL, MASK_KIND=MASK_KIND, MASK_IS_BOOL=MASK_IS_BOOL,
+            CAUSAL=CAUSAL, MASK_KIND=MASK_KIND, MASK_IS_BOOL=MASK_IS_BOOL,
         )  # fmt: skip
     p = tl.exp2(scores - lse[:, None])
     dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
@@ -57,7 +62,7 @@ def _dq_step(
 
 @triton.jit(do_not_specialize=["heads", "group", "length", "keys", "n_tiles", "map_stride_b", "map_stride_h"])
 def _dq_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, counts_ptr, indices_ptr, mask_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, counts_ptr, indices_ptr, mask_ptr, q_starts_ptr, k_starts_ptr,
     dq_ptr,
     q_stride_b, q_stride_h, q_stride_l, q_stride_d,
     k_stride_b, k_stride_h, k_stride_l, k_stride_d,
@@ -68,17 +73,22 @@ def _dq_kernel(
     mask_stride_b, mask_stride_h, mask_stride_l, mask_stride_s,
     heads, group, length, keys, n_tiles, n_key, scale, scale_log2,
     HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, KEYS: tl.constexpr,
-    ALIGN: tl.constexpr, OFFSET: tl.constexpr, DESCRIPTORS: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    MASK_KIND: tl.constexpr, MASK_IS_BOOL: tl.constexpr, STAGES: tl.constexpr,
+    ALIGN: tl.constexpr, OFFSET: tl.constexpr, DESCRIPTORS: tl.constexpr, CAUSAL: tl.constexpr,
+    PACKED: tl.constexpr, MASK_KIND: tl.constexpr, MASK_IS_BOOL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)  # the order of programs is the forward's
     tile = pid % n_tiles
-    if IS_CAUSAL:
+    if CAUSAL:
         tile = n_tiles - 1 - tile
-    b = (pid // n_tiles // heads).to(tl.int64)
+    n = (pid // n_tiles // heads).to(tl.int64)  # of the batch, or of packed sequences
     h = (pid // n_tiles % heads).to(tl.int64)
+    b = n if not PACKED else n * 0
+    lse_ptr += (b * heads + h) * length
+    delta_ptr += (b * heads + h) * length
+    q_start, length = sequence(q_starts_ptr, n, length, PACKED=PACKED)
+    k_start, keys = sequence(k_starts_ptr, n, keys, PACKED=PACKED)
 
-    first_row = tile.to(tl.int64) * ROWS
+    first_row = tile.to(tl.int64) * ROWS + q_start
     row_lane, column, key_lane = tl.arange(0, ROWS), tl.arange(0, HEAD_PAD), tl.arange(0, KEYS)
     row = tile * ROWS + row_lane
     q_tile = q_ptr + (b * q_stride_b + h * q_stride_h + first_row * q_stride_l) * ALIGN
@@ -87,21 +97,22 @@ def _dq_kernel(
     dout_tile = dout_ptr + (b * dout_stride_b + h * dout_stride_h + first_row * dout_stride_l) * ALIGN
     dout_ptrs = dout_tile + tile_offsets(row_lane, column, dout_stride_l, dout_stride_d, ALIGN=ALIGN, OFFSET=OFFSET)
     dout = load_tile(dout_ptrs, row, column, length, HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, CHECK_ROWS=True)
-    lse = load_lse(lse_ptr + (b * heads + h) * length, row, length)
-    delta = tl.load(delta_ptr + (b * heads + h) * length + row, mask=row < length, other=0.0)
+    lse = load_lse(lse_ptr + q_start, row, length)
+    delta = tl.load(delta_ptr + q_start + row, mask=row < length, other=0.0)
 
     small_b, key_head = b.to(tl.int32), (h // group).to(tl.int32)
     k_head, v_head = k_ptr, v_ptr  # descriptors, if they are any
     if not DESCRIPTORS:
-        k_head = k_ptr + (b * k_stride_b + h // group * k_stride_h) * ALIGN
-        v_head = v_ptr + (b * v_stride_b + h // group * v_stride_h) * ALIGN
+        first_key = tl.cast(k_start, tl.int64)
+        k_head = k_ptr + (b * k_stride_b + h // group * k_stride_h + first_key * k_stride_l) * ALIGN
+        v_head = v_ptr + (b * v_stride_b + h // group * v_stride_h + first_key * v_stride_l) * ALIGN
     k_offsets = tile_offsets(key_lane, column, k_stride_l, k_stride_d, ALIGN=ALIGN, OFFSET=OFFSET)
     v_offsets = tile_offsets(key_lane, column, v_stride_l, v_stride_d, ALIGN=ALIGN, OFFSET=OFFSET)
     k_step, v_step = tl.cast(k_stride_l, tl.int64) * (ALIGN * KEYS), tl.cast(v_stride_l, tl.int64) * (ALIGN * KEYS)
     if MASK_KIND != 0:
         mask_ptr += b * mask_stride_b + h * mask_stride_h
 
-    map_row = b * map_stride_b + h * map_stride_h + tile // TILES
+    map_row = n * map_stride_b + h * map_stride_h + tile // TILES
     count = tl.load(counts_ptr + map_row)
     list_ptr = indices_ptr + map_row * n_key
 
@@ -109,24 +120,25 @@ def _dq_kernel(
     n_dense = 0
     if MASK_KIND == 0:
         dense_blocks = keys // KEYS
-        if IS_CAUSAL:
-            dense_blocks = tl.minimum(dense_blocks, (tile * ROWS + 1) // KEYS)
+        if CAUSAL:
+            first_sees = tl.maximum(tile * ROWS + 1 + diagonal_of(length, keys, CAUSAL), 0)
+            dense_blocks = tl.minimum(dense_blocks, first_sees // KEYS)
         n_dense = dense_prefix(list_ptr, count, dense_blocks)
-        for n in tl.range(0, n_dense, num_stages=STAGES):
-            block = tl.load(list_ptr + n)
+        for entry in tl.range(0, n_dense, num_stages=STAGES):
+            block = tl.load(list_ptr + entry)
             dq = _dq_step(
                 dq, q, dout, lse, delta, k_head, v_head, k_offsets, v_offsets, k_step, v_step, small_b, key_head, block,
-                row, key_lane, column, mask_ptr, mask_stride_l, mask_stride_s, length, keys, scale_log2,
-                HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, KEYS=KEYS, DESCRIPTORS=DESCRIPTORS, IS_CAUSAL=IS_CAUSAL,
-                MASK_KIND=MASK_KIND, MASK_IS_BOOL=MASK_IS_BOOL, MASKED=False,
+                row, key_lane, column, mask_ptr, mask_stride_l, mask_stride_s, length, k_start, keys, scale_log2,
+                HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, KEYS=KEYS, DESCRIPTORS=DESCRIPTORS, CAUSAL=CAUSAL,
+                PACKED=PACKED, MASK_KIND=MASK_KIND, MASK_IS_BOOL=MASK_IS_BOOL, MASKED=False,
             )  # fmt: skip
     # The tail of the keys needs its mask even though k is 0 there: P = exp2(0 - lse) may be infinite.
-    for n in tl.range(n_dense, count, num_stages=STAGES if MASK_KIND != 0 else 1):
-        block = tl.load(list_ptr + n)
+    for entry in tl.range(n_dense, count, num_stages=STAGES if MASK_KIND != 0 else 1):
+        block = tl.load(list_ptr + entry)
         dq = _dq_step(
             dq, q, dout, lse, delta, k_head, v_head, k_offsets, v_offsets, k_step, v_step, small_b, key_head, block,
-            row, key_lane, column, mask_ptr, mask_stride_l, mask_stride_s, length, keys, scale_log2,
-            HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, KEYS=KEYS, DESCRIPTORS=DESCRIPTORS, IS_CAUSAL=IS_CAUSAL,
+            row, key_lane, column, mask_ptr, mask_stride_l, mask_stride_s, length, k_start, keys, scale_log2,
+            HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, KEYS=KEYS, DESCRIPTORS=DESCRIPTORS, CAUSAL=CAUSAL, PACKED=PACKED,
             MASK_KIND=MASK_KIND, MASK_IS_BOOL=MASK_IS_BOOL, MASKED=True,
         )  # fmt: skip
     dq_tile = dq_ptr + (b * dq_stride_b + h * dq_stride_h + first_row * dq_stride_l) * ALIGN
@@ -142,18 +154,18 @@ def query_gradient(
     lse: Tensor,
     delta: Tensor,
     bits: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
+    how: How,
 ) -> Tensor:
     """dq [B, H, L, D] in q's dtype and order of dimensions; ``delta`` is float32 [B, H, L]."""
-    batch, heads, length, head_size = q.shape
-    n_key = ceil_div(k.shape[2], KEY_BLOCK)
+    heads, length, head_size = q.shape[1:]
+    batch, n_key, scale = how.sequences(q), ceil_div(how.keys(k), KEY_BLOCK), how.scale
     dq = allocate.dense_like(q)
+    if how.packed:
+        dq.zero_()  # there may be rows of no sequence
     tile = launch.attention_launch("dq", head_size, q.dtype, q.device)
-    head_pad, n_tiles = launch.pad_head(head_size), triton.cdiv(length, tile.rows)
+    head_pad, n_tiles = launch.pad_head(head_size), triton.cdiv(how.length(q), tile.rows)
     counts, indices = (x.expand(batch, heads, *x.shape[2:]) for x in lists.unpack(bits, n_key))
-    described, k_source, v_source = tile_sources(k, v, KEY_BLOCK, head_pad)
+    described, k_source, v_source = tile_sources(k, v, KEY_BLOCK, head_pad, how.packed)
     _dq_kernel[(n_tiles * batch * heads,)](
         q_ptr=q, k_ptr=k_source, v_ptr=v_source, dout_ptr=dout, lse_ptr=lse, delta_ptr=delta,
         counts_ptr=counts, indices_ptr=indices,
@@ -162,9 +174,10 @@ def query_gradient(
         heads=heads, group=heads // k.shape[1], length=length, keys=k.shape[2], n_tiles=n_tiles, n_key=n_key,
         scale=scale, scale_log2=scale * LOG2_E,
         HEAD_SIZE=head_size, HEAD_PAD=head_pad, ROWS=tile.rows, TILES=QUERY_BLOCK // tile.rows, KEYS=KEY_BLOCK,
-        DESCRIPTORS=described, IS_CAUSAL=is_causal, STAGES=tile.stages,
+        DESCRIPTORS=described, STAGES=tile.stages,
         num_warps=tile.warps, num_stages=tile.stages,
         **matrix_arguments(QUERY_BLOCK, q=q, k=k, v=v, dout=dout, dq=dq),
-        **mask_arguments(attn_mask, batch, heads),
+        **mask_arguments(how.attn_mask, batch, heads),
+        **how_arguments(how),
     )  # fmt: skip
     return dq

@@ -20,11 +20,14 @@ from ..how import How
 from .tiles import (
     LOG2_E,
     dense_prefix,
+    diagonal_of,
+    how_arguments,
     load_block,
     load_tile,
     mask_arguments,
     mask_scores,
     matrix_arguments,
+    sequence,
     store_tile,
     tile_offsets,
     tile_sources,
@@ -35,21 +38,22 @@ from .trial import hopper_refusal
 @triton.jit
 def _attend(
     acc, total, top, q, k_head, v_head, k_offsets, v_offsets, k_step, v_step, b, key_head, block,
-    row, key_lane, column, mask_ptr, mask_stride_l, mask_stride_s, length, keys, scale_log2,
+    row, key_lane, column, mask_ptr, mask_stride_l, mask_stride_s, length, k_start, keys, scale_log2,
     HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, KEYS: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, MASK_KIND: tl.constexpr, MASK_IS_BOOL: tl.constexpr, MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr, PACKED: tl.constexpr, MASK_KIND: tl.constexpr, MASK_IS_BOOL: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """One key block of the online softmax: the new (acc, total, top)."""
     key = block * KEYS + key_lane
     k = load_block(
-        k_head, k_offsets, k_step, b, key_head, block, key_lane, column, keys,
-        HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, ROWS=KEYS, DESCRIPTORS=DESCRIPTORS, CHECK_ROWS=MASKED,
+        k_head, k_offsets, k_step, b, key_head, block, key_lane, column, k_start, keys,
+        HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, ROWS=KEYS, DESCRIPTORS=DESCRIPTORS, CHECK_ROWS=MASKED, PACKED=PACKED,
     )  # fmt: skip
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [R, KEYS]
     if MASKED:
         scores = mask_scores(
             scores * scale_log2, row[:, None], key[None, :], mask_ptr, mask_stride_l, mask_stride_s, length, keys,
-            IS_CAUSAL=IS_CAUSAL, MASK_KIND=MASK_KIND, MASK_IS_BOOL=MASK_IS_BOOL,
+            CAUSAL=CAUSAL, MASK_KIND=MASK_KIND, MASK_IS_BOOL=MASK_IS_BOOL,
         )  # fmt: skip
         new_top = tl.maximum(top, tl.max(scores, 1))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen no key: -inf - -inf is NaN
@@ -61,8 +65,8 @@ def _attend(
     fade = tl.exp2(top - shift)
     total = total * fade + tl.sum(p, 1)
     v = load_block(
-        v_head, v_offsets, v_step, b, key_head, block, key_lane, column, keys,
-        HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, ROWS=KEYS, DESCRIPTORS=DESCRIPTORS, CHECK_ROWS=MASKED,
+        v_head, v_offsets, v_step, b, key_head, block, key_lane, column, k_start, keys,
+        HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, ROWS=KEYS, DESCRIPTORS=DESCRIPTORS, CHECK_ROWS=MASKED, PACKED=PACKED,
     )  # fmt: skip
     acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
     return acc, total, new_top
@@ -70,7 +74,7 @@ def _attend(
 
 @triton.jit(do_not_specialize=["heads", "group", "length", "keys", "n_tiles", "counts_stride_b", "counts_stride_h"])
 def _forward_kernel(
-    q_ptr, k_ptr, v_ptr, counts_ptr, indices_ptr, mask_ptr,
+    q_ptr, k_ptr, v_ptr, counts_ptr, indices_ptr, mask_ptr, q_starts_ptr, k_starts_ptr,
     out_ptr, lse_ptr,
     q_stride_b, q_stride_h, q_stride_l, q_stride_d,
     k_stride_b, k_stride_h, k_stride_l, k_stride_d,
@@ -81,20 +85,25 @@ def _forward_kernel(
     out_stride_b, out_stride_h, out_stride_l, out_stride_d,
     heads, group, length, keys, n_tiles, scale_log2,
     HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, KEYS: tl.constexpr,
-    ALIGN: tl.constexpr, OFFSET: tl.constexpr, DESCRIPTORS: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    MASK_KIND: tl.constexpr, MASK_IS_BOOL: tl.constexpr, NEGATE: tl.constexpr, STAGES: tl.constexpr,
+    ALIGN: tl.constexpr, OFFSET: tl.constexpr, DESCRIPTORS: tl.constexpr, CAUSAL: tl.constexpr,
+    PACKED: tl.constexpr, MASK_KIND: tl.constexpr, MASK_IS_BOOL: tl.constexpr, NEGATE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     # Query tiles vary fastest: the programs that run together share one head's keys and values in L2. Under a causal
     # mask the last query blocks have the longest lists and go first.
     pid = tl.program_id(0)
     tile = pid % n_tiles
-    if IS_CAUSAL:
+    if CAUSAL:
         tile = n_tiles - 1 - tile
-    b = (pid // n_tiles // heads).to(tl.int64)
+    n = (pid // n_tiles // heads).to(tl.int64)  # of the batch, or of packed sequences
     h = (pid // n_tiles % heads).to(tl.int64)
+    b = n if not PACKED else n * 0
+    lse_ptr += (b * heads + h) * length
+    q_start, length = sequence(q_starts_ptr, n, length, PACKED=PACKED)
+    k_start, keys = sequence(k_starts_ptr, n, keys, PACKED=PACKED)
     i = tile // TILES  # query block; TILES programs share it
 
-    first_row = tile.to(tl.int64) * ROWS
+    first_row = tile.to(tl.int64) * ROWS + q_start
     row_lane = tl.arange(0, ROWS)
     row = tile * ROWS + row_lane
     column = tl.arange(0, HEAD_PAD)
@@ -108,16 +117,17 @@ def _forward_kernel(
     small_b, key_head = b.to(tl.int32), (h // group).to(tl.int32)
     k_head, v_head = k_ptr, v_ptr  # descriptors, if they are any
     if not DESCRIPTORS:
-        k_head = k_ptr + (b * k_stride_b + h // group * k_stride_h) * ALIGN
-        v_head = v_ptr + (b * v_stride_b + h // group * v_stride_h) * ALIGN
+        first_key = tl.cast(k_start, tl.int64)
+        k_head = k_ptr + (b * k_stride_b + h // group * k_stride_h + first_key * k_stride_l) * ALIGN
+        v_head = v_ptr + (b * v_stride_b + h // group * v_stride_h + first_key * v_stride_l) * ALIGN
     k_offsets = tile_offsets(key_lane, column, k_stride_l, k_stride_d, ALIGN=ALIGN, OFFSET=OFFSET)
     v_offsets = tile_offsets(key_lane, column, v_stride_l, v_stride_d, ALIGN=ALIGN, OFFSET=OFFSET)
     k_step, v_step = tl.cast(k_stride_l, tl.int64) * (ALIGN * KEYS), tl.cast(v_stride_l, tl.int64) * (ALIGN * KEYS)
     if MASK_KIND != 0:
         mask_ptr += b * mask_stride_b + h * mask_stride_h
 
-    count = tl.load(counts_ptr + b * counts_stride_b + h * counts_stride_h + i.to(tl.int64) * counts_stride_i)
-    list_ptr = indices_ptr + b * indices_stride_b + h * indices_stride_h + i.to(tl.int64) * indices_stride_i
+    count = tl.load(counts_ptr + n * counts_stride_b + h * counts_stride_h + i.to(tl.int64) * counts_stride_i)
+    list_ptr = indices_ptr + n * indices_stride_b + h * indices_stride_h + i.to(tl.int64) * indices_stride_i
 
     acc = tl.zeros([ROWS, HEAD_PAD], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -126,30 +136,31 @@ def _forward_kernel(
     n_dense = 0
     if MASK_KIND == 0:
         dense_blocks = keys // KEYS
-        if IS_CAUSAL:
-            dense_blocks = tl.minimum(dense_blocks, (tile * ROWS + 1) // KEYS)  # those that the first row sees whole
+        if CAUSAL:  # those that the first row sees whole
+            first_sees = tl.maximum(tile * ROWS + 1 + diagonal_of(length, keys, CAUSAL), 0)
+            dense_blocks = tl.minimum(dense_blocks, first_sees // KEYS)
         n_dense = dense_prefix(list_ptr, count, dense_blocks)
-        for n in tl.range(0, n_dense, num_stages=STAGES):
-            block = tl.load(list_ptr + n)
+        for entry in tl.range(0, n_dense, num_stages=STAGES):
+            block = tl.load(list_ptr + entry)
             acc, total, top = _attend(
                 acc, total, top, q, k_head, v_head, k_offsets, v_offsets, k_step, v_step, small_b, key_head, block,
-                row, key_lane, column, mask_ptr, mask_stride_l, mask_stride_s, length, keys, scale_log2,
-                HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, KEYS=KEYS, DESCRIPTORS=DESCRIPTORS, IS_CAUSAL=IS_CAUSAL,
-                MASK_KIND=MASK_KIND, MASK_IS_BOOL=MASK_IS_BOOL, MASKED=False,
+                row, key_lane, column, mask_ptr, mask_stride_l, mask_stride_s, length, k_start, keys, scale_log2,
+                HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, KEYS=KEYS, DESCRIPTORS=DESCRIPTORS, CAUSAL=CAUSAL,
+                PACKED=PACKED, MASK_KIND=MASK_KIND, MASK_IS_BOOL=MASK_IS_BOOL, MASKED=False,
             )  # fmt: skip
-    for n in tl.range(n_dense, count, num_stages=STAGES if MASK_KIND != 0 else 1):
-        block = tl.load(list_ptr + n)
+    for entry in tl.range(n_dense, count, num_stages=STAGES if MASK_KIND != 0 else 1):
+        block = tl.load(list_ptr + entry)
         acc, total, top = _attend(
             acc, total, top, q, k_head, v_head, k_offsets, v_offsets, k_step, v_step, small_b, key_head, block,
-            row, key_lane, column, mask_ptr, mask_stride_l, mask_stride_s, length, keys, scale_log2,
-            HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, KEYS=KEYS, DESCRIPTORS=DESCRIPTORS, IS_CAUSAL=IS_CAUSAL,
+            row, key_lane, column, mask_ptr, mask_stride_l, mask_stride_s, length, k_start, keys, scale_log2,
+            HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, KEYS=KEYS, DESCRIPTORS=DESCRIPTORS, CAUSAL=CAUSAL, PACKED=PACKED,
             MASK_KIND=MASK_KIND, MASK_IS_BOOL=MASK_IS_BOOL, MASKED=True,
         )  # fmt: skip
 
     # total is 0 exactly where no key was seen: then out is 0 and lse is -inf.
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     lse = (top + tl.log2(total)) * 0.6931471805599453  # LN_2
-    tl.store(lse_ptr + (b * heads + h) * length + row, lse, mask=row < length)
+    tl.store(lse_ptr + q_start + row, lse, mask=row < length)
     out_tile = out_ptr + (b * out_stride_b + h * out_stride_h + first_row * out_stride_l) * ALIGN
     out_ptrs = out_tile + tile_offsets(row_lane, column, out_stride_l, out_stride_d, ALIGN=ALIGN, OFFSET=OFFSET)
     store_tile(out_ptrs, acc, row, column, length, HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD)
@@ -165,20 +176,20 @@ def forward(
     float32. A row that sees no key gives zeros and -inf.
     """
     given = How(*how)
-    attn_mask, is_causal, scale, *_ = given
-    if given.packed or given.diagonal(query.shape[2], key.shape[2]):
-        raise NotImplementedError("packed sequences and causality aligned to the bottom right, on a GPU")
     out, lse = allocate.dense_like(query), allocate.new_lse(query)
-    if out.numel() == 0 or key.shape[2] == 0:
-        return out.zero_(), lse.fill_(-float("inf"))
+    nothing = out.numel() == 0 or key.shape[2] == 0
+    if nothing or given.packed:  # there may be rows of no sequence
+        out.zero_(), lse.fill_(-float("inf"))
+    if nothing:
+        return out, lse
     with torch.cuda.device_of(query):
         if not hopper_refusal(query.device):
             from . import forward_hopper
 
-            if forward_hopper.takes(query, key, value, out, attn_mask, scale):
-                forward_hopper.forward(query, key, value, counts, indices, is_causal, scale, out, lse)
+            if forward_hopper.takes(query, key, value, out, given):
+                forward_hopper.forward(query, key, value, counts, indices, given, out, lse)
                 return out, lse
-        _launch_portable(query, key, value, counts, indices, attn_mask, is_causal, scale, out, lse)
+        _launch_portable(query, key, value, counts, indices, given, out, lse)
     return out, lse
 
 
@@ -188,21 +199,19 @@ def _launch_portable(
     v: Tensor,
     counts: Tensor,
     indices: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
+    how: How,
     out: Tensor,
     lse: Tensor,
 ) -> None:
     """Fill out and lse by the kernel that runs on every GPU."""
-    batch, heads, length, head_size = q.shape
-    keys = k.shape[2]
+    heads, length, keys, head_size = *q.shape[1:3], k.shape[2], q.shape[3]
+    batch = how.sequences(q)
     tile = launch.attention_launch("forward", head_size, q.dtype, q.device)
     tiles = QUERY_BLOCK // tile.rows
-    n_tiles = triton.cdiv(length, tile.rows)
+    n_tiles = triton.cdiv(how.length(q), tile.rows)
     counts, indices = (x.expand(batch, heads, *x.shape[2:]) for x in (counts, indices))
     head_pad = launch.pad_head(head_size)
-    described, k_source, v_source = tile_sources(k, v, KEY_BLOCK, head_pad)
+    described, k_source, v_source = tile_sources(k, v, KEY_BLOCK, head_pad, how.packed)
     _forward_kernel[(n_tiles * batch * heads,)](
         q_ptr=q, k_ptr=k_source, v_ptr=v_source, counts_ptr=counts, indices_ptr=indices,
         out_ptr=out, lse_ptr=lse,
@@ -210,10 +219,11 @@ def _launch_portable(
         indices_stride_b=indices.stride(0), indices_stride_h=indices.stride(1), indices_stride_i=indices.stride(2),
         heads=heads, group=heads // k.shape[1], length=length, keys=keys, n_tiles=n_tiles,
         # A running maximum of scaled scores is the scaled maximum only for a scale that is not negative.
-        scale_log2=abs(scale) * LOG2_E, NEGATE=scale < 0,
+        scale_log2=abs(how.scale) * LOG2_E, NEGATE=how.scale < 0,
         HEAD_SIZE=head_size, HEAD_PAD=head_pad, ROWS=tile.rows, TILES=tiles, KEYS=KEY_BLOCK,
-        DESCRIPTORS=described, IS_CAUSAL=is_causal, STAGES=tile.stages,
+        DESCRIPTORS=described, STAGES=tile.stages,
         num_warps=tile.warps, num_stages=tile.stages,
         **matrix_arguments(QUERY_BLOCK, q=q, k=k, v=v, out=out),
-        **mask_arguments(attn_mask, batch, heads),
+        **mask_arguments(how.attn_mask, batch, heads),
+        **how_arguments(how),
     )  # fmt: skip

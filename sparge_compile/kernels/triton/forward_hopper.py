@@ -27,7 +27,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .. import launch
-from ..block_map import KEY_BLOCK, QUERY_BLOCK
+from ..block_map import KEY_BLOCK, QUERY_BLOCK, ceil_div
+from ..how import How
 from . import tiles
 
 ROWS = QUERY_BLOCK // 2  # of one consumer
@@ -44,14 +45,50 @@ _reinterpret = getattr(_shared, "reinterpret", None) or _shared._reinterpret
 
 
 @gluon.jit
-def _tile(number, n_tiles, heads, IS_CAUSAL: gl.constexpr):
-    """(b, h, query block) of work item ``number``: query blocks vary fastest, so that a head's keys stay in L2."""
+def _tile(number, n_tiles, heads, CAUSAL: gl.constexpr):
+    """(b, h, query block) of work item ``number``: query blocks vary fastest, so that a head's keys stay in L2.
+
+    Of packed sequences b is the number.
+    """
     i = number % n_tiles
-    if IS_CAUSAL:
+    if CAUSAL:
         i = n_tiles - 1 - i  # the longest lists first
     h = number // n_tiles % heads
     b = number // n_tiles // heads
     return b, h, i
+
+
+@gluon.jit
+def _sequence(starts_ptr, b, rows, PACKED: gl.constexpr):
+    """(first row, rows) of a sequence of a packed tensor; else all rows."""
+    if PACKED:
+        start = gl.load(starts_ptr + b)
+        return start, gl.load(starts_ptr + b + 1) - start
+    else:
+        return 0, rows
+
+
+@gluon.jit
+def _diagonal(length, keys, CAUSAL: gl.constexpr):
+    """How many keys after its own number a query sees under causality: see How.diagonal."""
+    if CAUSAL == 2:  # BOTTOM_RIGHT
+        return keys - length
+    else:
+        return 0
+
+
+@gluon.jit
+def _next(number, counter_ptr, q_starts_ptr, n_tiles, heads, total, HALF: gl.constexpr, CAUSAL: gl.constexpr):
+    """The first work item from ``number`` on whose query block is not past the end of its sequence."""
+    b, _, i = _tile(number, n_tiles, heads, CAUSAL)
+    start = gl.load(q_starts_ptr + b, mask=number < total, other=0)
+    rows = gl.load(q_starts_ptr + b + 1, mask=number < total, other=0) - start
+    while (number < total) & (2 * i * HALF >= rows):
+        number = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1, sem="relaxed")
+        b, _, i = _tile(number, n_tiles, heads, CAUSAL)
+        start = gl.load(q_starts_ptr + b, mask=number < total, other=0)
+        rows = gl.load(q_starts_ptr + b + 1, mask=number < total, other=0) - start
+    return number
 
 
 @gluon.jit
@@ -61,8 +98,14 @@ def _pair(list_ptr, pair, wanted):
 
 
 @gluon.jit
-def _copy(desc, b, h, row, tile, full, ROWS: gl.constexpr, COLUMNS: gl.constexpr, PART: gl.constexpr):
+def _copy(
+    desc, b, h, row, start, n_rows, tile, full,
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, PART: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
     """Start the copy of ROWS rows of a head, from ``row`` on, into rows PART * ROWS and on of ``tile``.
+
+    A packed sequence begins at row ``start`` and has ``n_rows``: what is past its end comes as zeros, so that nothing
+    of the next one gets into a product (tiles.sequence_coordinates).
 
     ``tile`` is swizzled: its memory holds, for each COLUMNS columns, all rows one after the other.
     """
@@ -71,30 +114,40 @@ def _copy(desc, b, h, row, tile, full, ROWS: gl.constexpr, COLUMNS: gl.constexpr
     PIECE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], desc.dtype)
     pieces = _reinterpret(tile, desc.dtype, [across * down, ROWS, COLUMNS], PIECE)
     for c in gl.static_range(across):
-        to = _reinterpret(pieces.index(down * c + PART), desc.dtype, [1, 1, ROWS, COLUMNS], desc.layout)
-        _tma_load(desc, [b, h, row, c * COLUMNS], full, to)
+        if PACKED:
+            to = _reinterpret(pieces.index(down * c + PART), desc.dtype, [1, 1, 1, ROWS, COLUMNS], desc.layout)
+            _tma_load(desc, [0x40000000, start + n_rows, h, 0x40000000 - n_rows + row, c * COLUMNS], full, to)
+        else:
+            to = _reinterpret(pieces.index(down * c + PART), desc.dtype, [1, 1, ROWS, COLUMNS], desc.layout)
+            _tma_load(desc, [b, h, row, c * COLUMNS], full, to)
 
 
 @gluon.jit
 def _load(
-    q_desc, k_desc, v_desc, counts_ptr, indices_ptr, counter_ptr, work, q_smem, k_smem, v_smem,
-    q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    q_desc, k_desc, v_desc, counts_ptr, indices_ptr, counter_ptr, q_starts_ptr, k_starts_ptr,
+    work, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     counts_stride_b, counts_stride_h, counts_stride_i, indices_stride_b, indices_stride_h, indices_stride_i,
-    heads, group, n_tiles, total,
+    heads, group, length, keys, n_tiles, total,
     HEAD_PAD: gl.constexpr, KEYS: gl.constexpr, HALF: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr,
-    IS_CAUSAL: gl.constexpr,
+    CAUSAL: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """The loading warp. For each query block: a message of four numbers, q, then K and V of each pair of key blocks."""
     WORD: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     done = 0  # pairs so far, over all query blocks: says the stage of the ring, and its phase
     turn = 0
     number = gl.program_id(0)
+    if PACKED:
+        number = _next(number, counter_ptr, q_starts_ptr, n_tiles, heads, total, HALF, CAUSAL)
     while number < total:
-        b, h, i = _tile(number, n_tiles, heads, IS_CAUSAL)
+        b, h, i = _tile(number, n_tiles, heads, CAUSAL)
+        q_start, q_rows = _sequence(q_starts_ptr, b, length, PACKED)
+        k_start, k_rows = _sequence(k_starts_ptr, b, keys, PACKED)
         count = gl.load(counts_ptr + b.to(gl.int64) * counts_stride_b + h * counts_stride_h + i * counts_stride_i)
         list_ptr = indices_ptr + b.to(gl.int64) * indices_stride_b + h.to(gl.int64) * indices_stride_h
         list_ptr += i.to(gl.int64) * indices_stride_i
         next_number = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1, sem="relaxed")
+        if PACKED:
+            next_number = _next(next_number, counter_ptr, q_starts_ptr, n_tiles, heads, total, HALF, CAUSAL)
         key_head = h // group
         pairs = (count + 1) // 2
         # The last block of an odd list has itself for a partner, which the consumers mask.
@@ -110,7 +163,8 @@ def _load(
         mbarrier.expect(q_full.index(slot), 2 * HALF * HEAD_PAD * 2)
         for part in gl.static_range(2):
             tile = q_smem.index(2 * slot + part)
-            _copy(q_desc, b, h, (2 * i + part) * HALF, tile, q_full.index(slot), HALF, COLUMNS, 0)
+            row = (2 * i + part) * HALF
+            _copy(q_desc, b, h, row, q_start, q_rows, tile, q_full.index(slot), HALF, COLUMNS, 0, PACKED)
         turn += 1
 
         for n in range(pairs):
@@ -119,12 +173,16 @@ def _load(
             phase = (done // STAGES) & 1
             mbarrier.wait(k_empty.index(stage), phase ^ 1)
             mbarrier.expect(k_full.index(stage), 2 * KEYS * HEAD_PAD * 2)
-            _copy(k_desc, b, key_head, first * KEYS, k_smem.index(stage), k_full.index(stage), KEYS, COLUMNS, 0)
-            _copy(k_desc, b, key_head, second * KEYS, k_smem.index(stage), k_full.index(stage), KEYS, COLUMNS, 1)
+            k_tile = k_smem.index(stage)
+            ready = k_full.index(stage)
+            _copy(k_desc, b, key_head, first * KEYS, k_start, k_rows, k_tile, ready, KEYS, COLUMNS, 0, PACKED)
+            _copy(k_desc, b, key_head, second * KEYS, k_start, k_rows, k_tile, ready, KEYS, COLUMNS, 1, PACKED)
             mbarrier.wait(v_empty.index(stage), phase ^ 1)
             mbarrier.expect(v_full.index(stage), 2 * KEYS * HEAD_PAD * 2)
-            _copy(v_desc, b, key_head, first * KEYS, v_smem.index(stage), v_full.index(stage), KEYS, COLUMNS, 0)
-            _copy(v_desc, b, key_head, second * KEYS, v_smem.index(stage), v_full.index(stage), KEYS, COLUMNS, 1)
+            v_tile = v_smem.index(stage)
+            ready = v_full.index(stage)
+            _copy(v_desc, b, key_head, first * KEYS, k_start, k_rows, v_tile, ready, KEYS, COLUMNS, 0, PACKED)
+            _copy(v_desc, b, key_head, second * KEYS, k_start, k_rows, v_tile, ready, KEYS, COLUMNS, 1, PACKED)
             done += 1
             first = next_first
             second = next_second
@@ -161,13 +219,13 @@ def _outputs(p, v_smem, v_full, acc, done, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _mask(scores, first, second, row, keys, KEYS: gl.constexpr, SCORE: gl.constexpr, IS_CAUSAL: gl.constexpr):
-    """-inf for keys past the end, after the query (causal), and for the missing partner of an odd list's last block."""
+def _mask(scores, first, second, last_key, keys, KEYS: gl.constexpr, SCORE: gl.constexpr, CAUSAL: gl.constexpr):
+    """-inf for keys past the end or the last that a query sees, and the missing partner of an odd list's last block."""
     column = gl.arange(0, 2 * KEYS, layout=gl.SliceLayout(0, SCORE))
     key = gl.where(column < KEYS, first * KEYS, (second - 1) * KEYS) + column
     seen = ((key < keys) & ((column < KEYS) | (second > first)))[None, :]
-    if IS_CAUSAL:
-        seen = seen & (key[None, :] <= row[:, None])
+    if CAUSAL:
+        seen = seen & (key[None, :] <= last_key[:, None])
     return gl.where(seen, scores, float("-inf"))
 
 
@@ -195,8 +253,8 @@ def _softmax(scores, top, weight, scale_log2, MASKED: gl.constexpr):
 @gluon.jit
 def _step(
     q, k_smem, v_smem, k_full, k_empty, v_full, v_empty, acc, p, top, weight, done,
-    first, second, row, keys, scale_log2,
-    KEYS: gl.constexpr, STAGES: gl.constexpr, SCORE: gl.constexpr, IS_CAUSAL: gl.constexpr, MASKED: gl.constexpr,
+    first, second, last_key, keys, scale_log2,
+    KEYS: gl.constexpr, STAGES: gl.constexpr, SCORE: gl.constexpr, CAUSAL: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """Scores of pair ``done + 1`` and their softmax, while the output product of pair ``done`` runs."""
     OUT: gl.constexpr = acc.type.layout
@@ -205,7 +263,7 @@ def _step(
     scores = warpgroup_mma_wait(1, deps=[s_token])
     mbarrier.arrive(k_empty.index((done + 1) % STAGES), count=1)
     if MASKED:
-        scores = _mask(scores, first, second, row, keys, KEYS, SCORE, IS_CAUSAL)
+        scores = _mask(scores, first, second, last_key, keys, KEYS, SCORE, CAUSAL)
     new_p, fade, top, weight = _softmax(scores, top, weight, scale_log2, MASKED)
     acc = warpgroup_mma_wait(0, deps=[o_token])
     mbarrier.arrive(v_empty.index(done % STAGES), count=1)
@@ -216,11 +274,11 @@ def _step(
 @gluon.jit
 def _consume(
     q_smem, k_smem, v_smem, out_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    out_desc, indices_ptr, lse_ptr, work,
+    out_desc, indices_ptr, q_starts_ptr, k_starts_ptr, lse_ptr, work,
     indices_stride_b, indices_stride_h, indices_stride_i,
-    heads, length, keys, n_tiles, total, scale_log2,
+    heads, all_rows, all_keys, n_tiles, total, scale_log2,
     PART: gl.constexpr, HEAD_PAD: gl.constexpr, KEYS: gl.constexpr, HALF: gl.constexpr, STAGES: gl.constexpr,
-    IS_CAUSAL: gl.constexpr,
+    CAUSAL: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """A consumer: attention of rows PART * HALF and on of every query block."""
     SCORE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * KEYS, 16])
@@ -236,11 +294,15 @@ def _consume(
     number = _word(work, 0, 0)
     while number < total:
         slot = turn % 2
-        b, h, i = _tile(number, n_tiles, heads, IS_CAUSAL)
+        b, h, i = _tile(number, n_tiles, heads, CAUSAL)
+        q_start, length = _sequence(q_starts_ptr, b, all_rows, PACKED)
+        _, keys = _sequence(k_starts_ptr, b, all_keys, PACKED)
+        diagonal = _diagonal(length, keys, CAUSAL)
         count = _word(work, slot, 1)
         first = _word(work, slot, 2)
         second = _word(work, slot, 3)
         row = (2 * i + PART) * HALF + gl.arange(0, HALF, layout=ROW)
+        last_key = row + diagonal  # that causality lets each row see
         pairs = (count + 1) // 2
 
         acc = gl.zeros([HALF, HEAD_PAD], gl.float32, OUT)
@@ -251,19 +313,19 @@ def _consume(
         if pairs > 0:
             scores = warpgroup_mma_wait(0, deps=[_scores(q, k_smem, k_full, done, STAGES, SCORE)])
             mbarrier.arrive(k_empty.index(done % STAGES), count=1)
-            scores = _mask(scores, first, second, row, keys, KEYS, SCORE, IS_CAUSAL)
+            scores = _mask(scores, first, second, last_key, keys, KEYS, SCORE, CAUSAL)
             p, _, top, weight = _softmax(scores, top, weight, scale_log2, True)
             p_op = gl.convert_layout(p.to(dtype), OPERAND)
             left = pairs - 1
-            if IS_CAUSAL:  # the diagonal crosses two blocks, and a caller's own list may go on beyond it
+            if CAUSAL:  # the diagonal crosses two or three blocks, and a caller's own list may go on beyond it
                 list_ptr = indices_ptr + b.to(gl.int64) * indices_stride_b + h.to(gl.int64) * indices_stride_h
                 list_ptr += i.to(gl.int64) * indices_stride_i
-                dense_blocks = (2 * i * HALF + 1) // KEYS  # those that the first row sees whole
+                dense_blocks = gl.maximum(2 * i * HALF + 1 + diagonal, 0) // KEYS  # those that the first row sees whole
                 first, second = _pair(list_ptr, left - 1, left > 0)
                 while (left > 0) & (second >= dense_blocks):
                     acc, p_op, top, weight = _step(
                         q, k_smem, v_smem, k_full, k_empty, v_full, v_empty, acc, p_op, top, weight, done,
-                        first, second, row, keys, scale_log2, KEYS, STAGES, SCORE, IS_CAUSAL, True,
+                        first, second, last_key, keys, scale_log2, KEYS, STAGES, SCORE, CAUSAL, True,
                     )  # fmt: skip
                     done += 1
                     left -= 1
@@ -271,7 +333,7 @@ def _consume(
             for _ in range(left):
                 acc, p_op, top, weight = _step(
                     q, k_smem, v_smem, k_full, k_empty, v_full, v_empty, acc, p_op, top, weight, done,
-                    0, 0, row, keys, scale_log2, KEYS, STAGES, SCORE, IS_CAUSAL, False,
+                    0, 0, last_key, keys, scale_log2, KEYS, STAGES, SCORE, CAUSAL, False,
                 )  # fmt: skip
                 done += 1
             mbarrier.arrive(q_empty.index(slot), count=1)
@@ -289,10 +351,17 @@ def _consume(
         tile = out_smem.index(PART)
         tile.store(out)
         fence_async_shared()
-        tile = _reinterpret(tile, out_desc.dtype, [1, 1, HALF, HEAD_PAD], out_desc.layout)
-        _tma_store(out_desc, [b, h, (2 * i + PART) * HALF, 0], tile)
+        first_row = (2 * i + PART) * HALF
+        if PACKED:
+            tile = _reinterpret(tile, out_desc.dtype, [1, 1, 1, HALF, HEAD_PAD], out_desc.layout)
+            _tma_store(out_desc, [0x40000000, q_start + length, h, 0x40000000 - length + first_row, 0], tile)
+            lse_head = lse_ptr + h.to(gl.int64) * all_rows + q_start
+        else:
+            tile = _reinterpret(tile, out_desc.dtype, [1, 1, HALF, HEAD_PAD], out_desc.layout)
+            _tma_store(out_desc, [b, h, first_row, 0], tile)
+            lse_head = lse_ptr + (b * heads + h).to(gl.int64) * all_rows
         lse = (top + gl.log2(total_weight)) * 0.6931471805599453  # LN_2
-        gl.store(lse_ptr + (b * heads + h).to(gl.int64) * length + row, lse, mask=row < length)
+        gl.store(lse_head + row, lse, mask=row < length)
         turn += 1
         mbarrier.wait(q_full.index(turn % 2), (turn // 2) & 1)
         number = _word(work, turn % 2, 0)
@@ -303,11 +372,11 @@ def _consume(
     do_not_specialize=["heads", "group", "length", "keys", "n_tiles", "total", "counts_stride_b", "counts_stride_h"]
 )
 def _forward_hopper_kernel(
-    q_desc, k_desc, v_desc, out_desc, counts_ptr, indices_ptr, counter_ptr, lse_ptr,
+    q_desc, k_desc, v_desc, out_desc, counts_ptr, indices_ptr, q_starts_ptr, k_starts_ptr, counter_ptr, lse_ptr,
     counts_stride_b, counts_stride_h, counts_stride_i, indices_stride_b, indices_stride_h, indices_stride_i,
     heads, group, length, keys, n_tiles, total, scale_log2,
     HEAD_PAD: gl.constexpr, KEYS: gl.constexpr, HALF: gl.constexpr, STAGES: gl.constexpr,
-    COLUMNS: gl.constexpr, IS_CAUSAL: gl.constexpr,
+    COLUMNS: gl.constexpr, CAUSAL: gl.constexpr, PACKED: gl.constexpr,
     LOADER_REGS: gl.constexpr, CONSUMER_REGS: gl.constexpr,
 ):  # fmt: skip
     TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, HEAD_PAD], q_desc.dtype)
@@ -338,25 +407,25 @@ def _forward_hopper_kernel(
         [
             (_consume, (
                 q_smem, k_smem, v_smem, out_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                out_desc, indices_ptr, lse_ptr, work,
+                out_desc, indices_ptr, q_starts_ptr, k_starts_ptr, lse_ptr, work,
                 indices_stride_b, indices_stride_h, indices_stride_i,
                 heads, length, keys, n_tiles, total, scale_log2,
-                0, HEAD_PAD, KEYS, HALF, STAGES, IS_CAUSAL,
+                0, HEAD_PAD, KEYS, HALF, STAGES, CAUSAL, PACKED,
             )),
             (_consume, (
                 q_smem, k_smem, v_smem, out_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                out_desc, indices_ptr, lse_ptr, work,
+                out_desc, indices_ptr, q_starts_ptr, k_starts_ptr, lse_ptr, work,
                 indices_stride_b, indices_stride_h, indices_stride_i,
                 heads, length, keys, n_tiles, total, scale_log2,
-                1, HEAD_PAD, KEYS, HALF, STAGES, IS_CAUSAL,
+                1, HEAD_PAD, KEYS, HALF, STAGES, CAUSAL, PACKED,
             )),
             (_load, (
-                q_desc, k_desc, v_desc, counts_ptr, indices_ptr, counter_ptr, work, q_smem, k_smem, v_smem,
-                q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                q_desc, k_desc, v_desc, counts_ptr, indices_ptr, counter_ptr, q_starts_ptr, k_starts_ptr,
+                work, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 counts_stride_b, counts_stride_h, counts_stride_i,
                 indices_stride_b, indices_stride_h, indices_stride_i,
-                heads, group, n_tiles, total,
-                HEAD_PAD, KEYS, HALF, COLUMNS, STAGES, IS_CAUSAL,
+                heads, group, length, keys, n_tiles, total,
+                HEAD_PAD, KEYS, HALF, COLUMNS, STAGES, CAUSAL, PACKED,
             )),
         ],
         [4, 1],
@@ -364,17 +433,17 @@ def _forward_hopper_kernel(
     )  # fmt: skip
 
 
-def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    plain = tiles.descriptor(x, rows, columns)
+def _descriptor(x: Tensor, rows: int, columns: int, packed: bool) -> TensorDescriptor:
+    plain = tiles.descriptor(x, rows, columns, packed)
     layout = gl.NVMMASharedLayout.get_default_for(plain.block_shape, _GLUON_TYPES[x.dtype])
     return TensorDescriptor(plain.base, plain.shape, plain.strides, plain.block_shape, layout)
 
 
-def takes(q: Tensor, k: Tensor, v: Tensor, out: Tensor, attn_mask: Tensor | None, scale: float) -> bool:
+def takes(q: Tensor, k: Tensor, v: Tensor, out: Tensor, how: How) -> bool:
     """Whether :func:`forward` computes this call: 16 bits, heads of 33 to 128, no mask, memory that TMA reads."""
     return (
-        attn_mask is None
-        and scale > 0  # a scaled maximum is the maximum of scaled scores
+        how.attn_mask is None
+        and how.scale > 0  # a scaled maximum is the maximum of scaled scores
         and launch.pad_head(q.shape[3]) in STAGES
         and q.dtype in _GLUON_TYPES
         and all(tiles.has_descriptor(x) for x in (q, k, v, out))
@@ -387,23 +456,26 @@ def forward(
     v: Tensor,
     counts: Tensor,
     indices: Tensor,
-    is_causal: bool,
-    scale: float,
+    how: How,
     out: Tensor,
     lse: Tensor,
 ) -> None:
     """Fill ``out`` and ``lse`` as :func:`forward.forward` describes them."""
-    batch, heads, length, head_size = q.shape
+    heads, length, head_size = q.shape[1:]
+    batch, packed = how.sequences(q), how.packed
     counts, indices = (x.expand(batch, heads, *x.shape[2:]) for x in (counts, indices))
     head_pad = launch.pad_head(head_size)
-    n_tiles = -(-length // QUERY_BLOCK)
+    n_tiles = ceil_div(how.length(q), QUERY_BLOCK)
     total = n_tiles * batch * heads
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
+    starts = (how.cu_seqlens_q, how.cu_seqlens_k) if packed else (counter, counter)  # else they are not read
     _forward_hopper_kernel[(min(launch.multiprocessors(q.device), total),)](
-        _descriptor(q, ROWS, COLUMNS), _descriptor(k, KEY_BLOCK, COLUMNS), _descriptor(v, KEY_BLOCK, COLUMNS),
-        _descriptor(out, ROWS, head_pad), counts, indices, counter, lse,
+        _descriptor(q, ROWS, COLUMNS, packed), _descriptor(k, KEY_BLOCK, COLUMNS, packed),
+        _descriptor(v, KEY_BLOCK, COLUMNS, packed), _descriptor(out, ROWS, head_pad, packed),
+        counts, indices, *starts, counter, lse,
         *counts.stride(), *indices.stride()[:3],
-        heads, heads // k.shape[1], length, k.shape[2], n_tiles, total, scale * tiles.LOG2_E,
-        HEAD_PAD=head_pad, KEYS=KEY_BLOCK, HALF=ROWS, COLUMNS=COLUMNS, STAGES=STAGES[head_pad], IS_CAUSAL=is_causal,
+        heads, heads // k.shape[1], length, k.shape[2], n_tiles, total, how.scale * tiles.LOG2_E,
+        HEAD_PAD=head_pad, KEYS=KEY_BLOCK, HALF=ROWS, COLUMNS=COLUMNS, STAGES=STAGES[head_pad],
+        CAUSAL=how.causality, PACKED=packed,
         LOADER_REGS=LOADER_REGISTERS, CONSUMER_REGS=CONSUMER_REGISTERS, num_warps=4,
     )  # fmt: skip

@@ -12,37 +12,49 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import launch, rule
+from .. import allocate, launch, rule
 from ..block_map import KEY_BLOCK, QUERY_BLOCK, ceil_div
-from .tiles import load_tile, matrix_arguments, tile_offsets
+from ..how import How
+from .tiles import how_arguments, load_tile, matrix_arguments, sequence, tile_offsets
 
 POOL_ELEMENTS = 4096  # elements of q or k that a pooling program holds at a time
 
 
 @triton.jit
 def _pool_block(
-    x_ptr, counted_ptr,
+    x_ptr, counted_ptr, starts_ptr, other_starts_ptr,
     mean_ptr,
-    number, stride_b, stride_h, stride_l, stride_d, counted_stride_b, counted_stride_h, heads, group, length, n_blocks,
+    number, stride_b, stride_h, stride_l, stride_d, counted_stride_b, counted_stride_h, heads, group,
+    length, other_length, n_blocks,
     HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    ALIGN: tl.constexpr, OFFSET: tl.constexpr,
+    ALIGN: tl.constexpr, OFFSET: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """The mean of block ``number`` of [B, heads, blocks]; ``group`` heads share one of x."""
+    """The mean of block ``number`` of [B, heads, blocks] of queries, or of keys; ``group`` heads share one of x."""
     number = number.to(tl.int64)
     block = number % n_blocks
-    b, h = number // n_blocks // heads, number // n_blocks % heads
+    n, h = number // n_blocks // heads, number // n_blocks % heads
+    b = n if not PACKED else n * 0
+    start, length = sequence(starts_ptr, n, length, PACKED=PACKED)
+    if CAUSAL:
+        _, other_length = sequence(other_starts_ptr, n, other_length, PACKED=PACKED)
+    if KEYS and CAUSAL == 1:  # TOP_LEFT: no query sees the keys after the last one's
+        length = tl.minimum(length, other_length)
     if counted_ptr is not None:
         counted_ptr += b * counted_stride_b + h * counted_stride_h
     lane, column = tl.arange(0, ROWS), tl.arange(0, HEAD_PAD)
     offsets = tile_offsets(lane, column, stride_l, stride_d, ALIGN=ALIGN, OFFSET=OFFSET)
     total = tl.zeros([ROWS, HEAD_PAD], tl.float32)
     rows = tl.minimum(BLOCK, length - block * BLOCK).to(tl.int32)
+    if not KEYS and CAUSAL == 2:  # BOTTOM_RIGHT: the first queries may see no key
+        rows -= tl.maximum(length - other_length - block * BLOCK, 0).to(tl.int32)
     if counted_ptr is not None:
         rows = tl.zeros([], tl.int32)
     for first in tl.static_range(0, BLOCK, ROWS):
         row = block * BLOCK + first
-        tile = x_ptr + (b * stride_b + h // group * stride_h + row * stride_l) * ALIGN
+        tile = x_ptr + (b * stride_b + h // group * stride_h + (start + row) * stride_l) * ALIGN
         wanted = row + lane
+        if not KEYS and CAUSAL == 2:
+            wanted = tl.where(wanted >= length - other_length, wanted, length)
         if counted_ptr is not None:
             counts = tl.load(counted_ptr + wanted, mask=wanted < length, other=0) != 0
             wanted = tl.where(counts, wanted, length)  # a row that does not exist, so that it is not read
@@ -56,44 +68,48 @@ def _pool_block(
 
 @triton.jit
 def _pool_kernel(
-    q_ptr, k_ptr, queries_ptr, keys_ptr,
+    q_ptr, k_ptr, queries_ptr, keys_ptr, q_starts_ptr, k_starts_ptr,
     q_mean_ptr, k_mean_ptr,
     q_stride_b, q_stride_h, q_stride_l, q_stride_d,
     k_stride_b, k_stride_h, k_stride_l, k_stride_d,
     queries_stride_b, queries_stride_h, keys_stride_b, keys_stride_h,
     heads, key_heads, group, length, keys, n_query, n_key, all_query,
     HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, QUERY_ROWS: tl.constexpr, KEY_ROWS: tl.constexpr,
-    ROWS: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
+    ROWS: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     if pid < all_query:
         _pool_block(
-            q_ptr, queries_ptr, q_mean_ptr, pid, q_stride_b, q_stride_h, q_stride_l, q_stride_d,
-            queries_stride_b, queries_stride_h, heads, 1, length, n_query,
+            q_ptr, queries_ptr, q_starts_ptr, k_starts_ptr, q_mean_ptr,
+            pid, q_stride_b, q_stride_h, q_stride_l, q_stride_d,
+            queries_stride_b, queries_stride_h, heads, 1, length, keys, n_query,
             HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, BLOCK=QUERY_ROWS, ROWS=ROWS, ALIGN=ALIGN, OFFSET=OFFSET,
+            CAUSAL=CAUSAL, PACKED=PACKED, KEYS=False,
         )  # fmt: skip
     else:
         _pool_block(
-            k_ptr, keys_ptr, k_mean_ptr, pid - all_query, k_stride_b, k_stride_h, k_stride_l, k_stride_d,
-            keys_stride_b, keys_stride_h, key_heads, group, keys, n_key,
+            k_ptr, keys_ptr, k_starts_ptr, q_starts_ptr, k_mean_ptr,
+            pid - all_query, k_stride_b, k_stride_h, k_stride_l, k_stride_d,
+            keys_stride_b, keys_stride_h, key_heads, group, keys, length, n_key,
             HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, BLOCK=KEY_ROWS, ROWS=ROWS, ALIGN=ALIGN, OFFSET=OFFSET,
+            CAUSAL=CAUSAL, PACKED=PACKED, KEYS=True,
         )  # fmt: skip
 
 
-def pool(q: Tensor, k: Tensor, counted: rule.Counted, is_causal: bool) -> tuple[Tensor, Tensor]:
+def pool(q: Tensor, k: Tensor, counted: rule.Counted, how: How) -> tuple[Tensor, Tensor]:
     """float32 [B, H, Nq, D] and [B, Hk, Nk, D], contiguous: the means of the rows that count in each block.
 
     q [B, H, L, D] and k [B, Hk, S, D] have any strides, and at least one element each. ``counted`` is what
-    :func:`pool_mask` found; keys that causality alone hides from all queries are left out here. Where query heads that
+    :func:`pool_mask` found; keys and queries that causality alone blinds are left out here. Where query heads that
     share keys do not see the same ones, the means of the keys are [B, H, Nk, D].
     """
-    batch, heads, length, head_size = q.shape
-    group, keys = heads // k.shape[1], k.shape[2]
+    head_size = q.shape[3]
+    batch, heads, n_query, n_key = allocate.map_shape(q, k, how)
+    group = heads // k.shape[1]
     if counted.keys is None or counted.keys.shape[1] == 1:
         pooled_heads, shared = k.shape[1], 1
     else:
         pooled_heads, shared = heads, group
-    n_query, n_key = ceil_div(length, QUERY_BLOCK), ceil_div(keys, KEY_BLOCK)
     q_mean = q.new_empty((batch, heads, n_query, head_size), dtype=torch.float32)
     k_mean = q.new_empty((batch, pooled_heads, n_key, head_size), dtype=torch.float32)
     head_pad = launch.pad_head(head_size)
@@ -103,12 +119,13 @@ def pool(q: Tensor, k: Tensor, counted: rule.Counted, is_causal: bool) -> tuple[
             q_ptr=q, k_ptr=k,
             q_mean_ptr=q_mean, k_mean_ptr=k_mean,
             heads=heads, key_heads=pooled_heads, group=shared,
-            length=length, keys=min(keys, length) if is_causal else keys, n_query=n_query, n_key=n_key,
+            length=q.shape[2], keys=k.shape[2], n_query=n_query, n_key=n_key,
             all_query=all_query,
             HEAD_SIZE=head_size, HEAD_PAD=head_pad, QUERY_ROWS=QUERY_BLOCK, KEY_ROWS=KEY_BLOCK,
             ROWS=min(KEY_BLOCK, POOL_ELEMENTS // head_pad), num_warps=launch.POOL_WARPS,
             **counted_arguments("queries", counted.queries), **counted_arguments("keys", counted.keys),
             **matrix_arguments(QUERY_BLOCK, q=q, k=k),
+            **how_arguments(how),
         )  # fmt: skip
     return q_mean, k_mean
 
@@ -126,7 +143,7 @@ def _pool_mask_kernel(
     mask_ptr,
     bias_ptr, sighted_ptr, keys_ptr, queries_ptr,
     mask_stride_b, mask_stride_h, mask_stride_l, mask_stride_s,
-    heads, rows, keys, n_query, n_key, last_row,
+    heads, rows, keys, n_query, n_key, last_row, diagonal,
     ROWS: tl.constexpr, ROW_BLOCK: tl.constexpr, KEYS: tl.constexpr, IS_BOOL: tl.constexpr, IS_CAUSAL: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
@@ -141,7 +158,7 @@ def _pool_mask_kernel(
         inside = (row < rows)[:, None] & (key < keys)[None, :]
         if IS_CAUSAL:
             reach = row if ROW_BLOCK > 1 else row + last_row  # one row of a mask speaks for all queries
-            inside = inside & (key[None, :] <= reach[:, None])
+            inside = inside & (key[None, :] <= reach[:, None] + diagonal)
         pointers = head_ptr + row[:, None] * mask_stride_l + key[None, :] * mask_stride_s
         value = tl.load(pointers, mask=inside, other=0)
         if IS_BOOL:
@@ -162,7 +179,7 @@ def _pool_mask_kernel(
     tl.store(sighted_ptr + pid, tl.sum(sighted, 0).to(tl.uint8))
 
 
-def pool_mask(attn_mask: Tensor, length: int, is_causal: bool) -> tuple[Tensor, Tensor, rule.Counted]:
+def pool_mask(attn_mask: Tensor, length: int, is_causal: bool, diagonal: int) -> tuple[Tensor, Tensor, rule.Counted]:
     """:func:`rule.pool_mask`, bias float32 and cut bool, each [Bm, Hm, Nq or 1, Nk], and :func:`rule.counted_rows`.
 
     The mask [Bm, Hm, L or 1, S] has at least one element.
@@ -183,11 +200,11 @@ def pool_mask(attn_mask: Tensor, length: int, is_causal: bool) -> tuple[Tensor, 
             queries_ptr=None if seeing is None else seeing.view(torch.uint8),
             mask_stride_b=attn_mask.stride(0), mask_stride_h=attn_mask.stride(1),
             mask_stride_l=attn_mask.stride(2), mask_stride_s=attn_mask.stride(3),
-            heads=heads, rows=rows, keys=keys, n_query=n_query, n_key=n_key, last_row=length - 1,
+            heads=heads, rows=rows, keys=keys, n_query=n_query, n_key=n_key, last_row=length - 1, diagonal=diagonal,
             ROWS=min(row_block, 32), ROW_BLOCK=row_block, KEYS=KEY_BLOCK, IS_BOOL=is_bool, IS_CAUSAL=is_causal,
         )  # fmt: skip
     if seeing is None:
-        queries = rule.queries_that_reach(seen, length) if is_causal else None
+        queries = rule.queries_that_reach(seen, length, diagonal) if is_causal else None
         return bias, torch.zeros_like(sighted, dtype=torch.bool), rule.Counted(seen, queries)
     some_key = F.pad(seeing, (0, n_query * row_block - rows)).unflatten(-1, (n_query, row_block)).sum(-1)
     return bias, sighted < some_key.unsqueeze(-1), rule.Counted(seen, seeing)

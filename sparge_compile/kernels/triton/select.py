@@ -20,6 +20,7 @@ from .. import allocate, launch, rule
 from ..block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap
 from ..how import How
 from .pool import pool, pool_mask
+from .tiles import diagonal_of, how_arguments, sequence
 
 SCORE_ROWS, SCORE_KEYS, SCORE_DEPTH = 64, 64, 16  # the tile of a score program, and its step along D
 LINEAR_STEPS = 16  # halvings of scores, before halvings of their images
@@ -86,11 +87,11 @@ def _holds(block, ROWS: tl.constexpr, start, stop):
 
 @triton.jit
 def _select_kernel(
-    thresholds_ptr, bias_ptr, cut_ptr,
+    thresholds_ptr, bias_ptr, cut_ptr, q_starts_ptr, k_starts_ptr,
     counts_ptr, indices_ptr,
     thresholds_stride_h, thresholds_stride_t, bias_stride_b, bias_stride_h, bias_stride_i,
     heads, length, keys, n_query, n_key, found_start, found_stop,
-    N_PAD: tl.constexpr, QUERY_ROWS: tl.constexpr, KEY_ROWS: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    N_PAD: tl.constexpr, QUERY_ROWS: tl.constexpr, KEY_ROWS: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr,
     HAS_MASK: tl.constexpr, ANCHOR: tl.constexpr, CEIL_SLACK: tl.constexpr, LINEAR_STEPS: tl.constexpr,
     KEEPS: tl.constexpr, OF_GRAPH: tl.constexpr,
 ):  # fmt: skip
@@ -103,9 +104,15 @@ def _select_kernel(
     # Visibility.
     visible = j < n_key
     forced = j < 0  # none
-    if IS_CAUSAL:
-        forced = j // (QUERY_ROWS // KEY_ROWS) == i
-        visible = visible & (j * KEY_ROWS <= tl.minimum((i + 1) * QUERY_ROWS, length) - 1)
+    if PACKED:
+        _, length = sequence(q_starts_ptr, b, length, PACKED=PACKED)
+        _, keys = sequence(k_starts_ptr, b, keys, PACKED=PACKED)
+        visible = visible & (j * KEY_ROWS < keys) & (i * QUERY_ROWS < length)
+    if CAUSAL:
+        diagonal = diagonal_of(length, keys, CAUSAL)
+        first_sees, last_sees = i * QUERY_ROWS + diagonal, (i + 1) * QUERY_ROWS - 1 + diagonal
+        forced = (j * KEY_ROWS + KEY_ROWS - 1 >= first_sees) & (j * KEY_ROWS <= last_sees)
+        visible = visible & (j * KEY_ROWS <= tl.minimum((i + 1) * QUERY_ROWS, length) - 1 + diagonal)
     if HAS_MASK:
         pooled = b * bias_stride_b + h * bias_stride_h + i.to(tl.int64) * bias_stride_i + j
         bias = tl.load(bias_ptr + pooled, mask=j < n_key, other=0.0)
@@ -186,17 +193,16 @@ def block_map(query: Tensor, key: Tensor, thresholds: Tensor, *how: Any) -> Bloc
     """
     given = How(*how)
     attn_mask, is_causal, scale, *_ = given
-    if given.packed or given.diagonal(query.shape[2], key.shape[2]):
-        raise NotImplementedError("packed sequences and causality aligned to the bottom right, on a GPU")
-    batch, heads, length, head_size = query.shape
+    length, keys, head_size = query.shape[2], key.shape[2], query.shape[3]
     result = allocate.new_block_map(query, key, given)
-    n_query, n_key = result.indices.shape[-2:]
+    batch, heads, n_query, n_key = result.indices.shape
     if result.indices.numel() == 0:
         return BlockMap(result.counts.zero_(), result.indices)
     bias, cut, counted = None, None, rule.Counted(None, None)
     if attn_mask is not None:
-        bias, cut, counted = pool_mask(rule.without_copies(attn_mask), length, is_causal)
-    q_mean, k_mean = pool(query, key, counted, is_causal)
+        diagonal = given.diagonal(length, keys)
+        bias, cut, counted = pool_mask(rule.without_copies(attn_mask), length, is_causal, diagonal)
+    q_mean, k_mean = pool(query, key, counted, given)
     row_tiles, key_tiles = triton.cdiv(n_query, SCORE_ROWS), triton.cdiv(n_key, SCORE_KEYS)
     n_pad = triton.next_power_of_2(n_key)
     found_start, found_stop = beside_longest(given.parts)
@@ -216,10 +222,10 @@ def block_map(query: Tensor, key: Tensor, thresholds: Tensor, *how: Any) -> Bloc
             bias_stride_b=0 if bias is None or bias.shape[0] == 1 else bias.stride(0),
             bias_stride_h=0 if bias is None or bias.shape[1] == 1 else bias.stride(1),
             bias_stride_i=0 if bias is None or bias.shape[2] == 1 else bias.stride(2),
-            heads=heads, length=length, keys=key.shape[2], n_query=n_query, n_key=n_key,
+            heads=heads, length=length, keys=keys, n_query=n_query, n_key=n_key,
             found_start=found_start, found_stop=found_stop,
             N_PAD=n_pad, QUERY_ROWS=QUERY_BLOCK, KEY_ROWS=KEY_BLOCK,
-            IS_CAUSAL=is_causal, HAS_MASK=bias is not None, ANCHOR=rule.needs_anchor(attn_mask, is_causal),
+            HAS_MASK=bias is not None, ANCHOR=rule.needs_anchor(attn_mask, is_causal), **how_arguments(given),
             CEIL_SLACK=rule.CEIL_SLACK, LINEAR_STEPS=LINEAR_STEPS,
             KEEPS=thresholds.shape[1] == WIDTH, OF_GRAPH=OF_GRAPH,
             num_warps=launch.select_warps(n_pad), num_stages=1,

@@ -15,9 +15,12 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import launch
+from ..how import How
 
 LOG2_E = 1.4426950408889634
 MAX_HEAD_SIZE = 256
+
+FAR = 0x40000000  # 2**30: where rows of packed sequences end, in their descriptors
 
 NO_MASK, KEY_MASK, FULL_MASK = 0, 1, 2  # MASK_KIND: none, one value per key, one value per (query, key)
 
@@ -49,19 +52,42 @@ def has_descriptor(x: Tensor) -> bool:
     return contiguous and x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
 
 
-def descriptor(x: Tensor, block_rows: int, head_pad: int) -> TensorDescriptor:
-    """A TMA descriptor of x [B, H, L, D] in tiles of [1, 1, block_rows, head_pad]."""
+def descriptor(x: Tensor, block_rows: int, head_pad: int, packed: bool = False) -> TensorDescriptor:
+    """A TMA descriptor of x [B, H, L, D] in tiles of [1, 1, block_rows, head_pad], or of sequences packed in it."""
+    if packed:
+        return _descriptor_of_sequences(x, block_rows, head_pad)
     aligned = 16 // x.dtype.itemsize  # for a dimension of one, which is never stepped, whatever its stride is
     strides = [aligned if n == 1 else stride for n, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
     return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, block_rows, head_pad])
 
 
-def tile_sources(x: Tensor, y: Tensor, block_rows: int, head_pad: int) -> tuple[bool, Any, Any]:
+def _descriptor_of_sequences(x: Tensor, block_rows: int, head_pad: int) -> TensorDescriptor:
+    """A TMA descriptor of x [1, H, T, D] in tiles of [1, 1, 1, block_rows, head_pad], which ends where a sequence does.
+
+    Hardware checks a coordinate against the size of its dimension alone. So rows are counted back from FAR, the size
+    given for them: row r of n is FAR - n + r, and a row past the end lies outside, is zero when it is read and is not
+    written. Two more dimensions bring the address back, which wraps at 64 bits: see :func:`sequence_coordinates`.
+    The same trick as in triton.tools.ragged_tma, which has one dimension less.
+    """
+    _, heads, length, head_size = x.shape
+    aligned = 16 // x.dtype.itemsize  # for a dimension of one, as in descriptor()
+    step_h, step_l = (aligned if n == 1 else x.stride(d) for d, n in ((1, heads), (2, length)))
+    shape, strides = [0x7FFF0000, 0x7FFF0000, heads, FAR, head_size], [2**34 - step_l, step_l, step_h, step_l, 1]
+    return TensorDescriptor(x, shape, strides, [1, 1, 1, block_rows, head_pad])
+
+
+def tile_sources(x: Tensor, y: Tensor, block_rows: int, head_pad: int, packed: bool) -> tuple[bool, Any, Any]:
     """How a kernel gets tiles of two [B, H, L, D] tensors: (DESCRIPTORS, source of x, source of y)."""
     wanted = launch.use_descriptors(x.dtype, x.device)
     if wanted and has_descriptor(x) and has_descriptor(y):
-        return True, descriptor(x, block_rows, head_pad), descriptor(y, block_rows, head_pad)
+        return True, descriptor(x, block_rows, head_pad, packed), descriptor(y, block_rows, head_pad, packed)
     return False, x, y
+
+
+def how_arguments(how: How) -> dict:
+    """Kernel arguments that say how causality is aligned, and where the sequences of a packed call begin."""
+    starts = {"q_starts_ptr": how.cu_seqlens_q, "k_starts_ptr": how.cu_seqlens_k}
+    return starts | {"CAUSAL": how.causality, "PACKED": how.packed}
 
 
 def mask_arguments(attn_mask: Tensor | None, batch: int, heads: int) -> dict:
@@ -102,17 +128,48 @@ def load_tile(pointers, row, column, n_rows, HEAD_SIZE: tl.constexpr, HEAD_PAD: 
 
 
 @triton.jit
+def sequence(starts_ptr, number, rows, PACKED: tl.constexpr):
+    """(first row, rows) of a sequence of a packed tensor; else all rows."""
+    if PACKED:
+        start = tl.load(starts_ptr + number)
+        return start, tl.load(starts_ptr + number + 1) - start
+    else:
+        return 0, rows
+
+
+@triton.jit
+def diagonal_of(length, keys, CAUSAL: tl.constexpr):
+    """How many keys after its own number a query sees under causality: see How.diagonal."""
+    if CAUSAL == 2:  # BOTTOM_RIGHT
+        return keys - length
+    else:
+        return 0
+
+
+@triton.jit
+def sequence_coordinates(start, n_rows, head, row):
+    """Where row ``row`` of a head of a packed sequence is, for a descriptor: see _descriptor_of_sequences.
+
+    FAR · (2^34 - step) + (start + n_rows) · step + (FAR - n_rows + row) · step is (start + row) · step, modulo 2^64.
+    """
+    return [0x40000000, start + n_rows, head, 0x40000000 - n_rows + row, 0]  # FAR
+
+
+@triton.jit
 def load_block(
-    source, offsets, step, b, head, block, lane, column, n_rows,
+    source, offsets, step, b, head, block, lane, column, start, n_rows,
     HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, ROWS: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    CHECK_ROWS: tl.constexpr,
+    CHECK_ROWS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Tile number ``block`` of one head: [ROWS, HEAD_PAD].
 
-    ``source`` is a descriptor of the whole tensor, or a pointer at this head, from which ``step`` leads to the next
-    tile and ``offsets`` to a tile's elements. A descriptor's loads are zero outside the tensor, at no cost.
+    ``source`` is a descriptor of the whole tensor, or a pointer at this head (of the sequence that begins at row
+    ``start``, if packed), from which ``step`` leads to the next tile and ``offsets`` to a tile's elements. A
+    descriptor's loads are zero outside the tensor, or the sequence, at no cost.
     """
-    if DESCRIPTORS:
+    if DESCRIPTORS and PACKED:
+        return tl.reshape(source.load(sequence_coordinates(start, n_rows, head, block * ROWS)), [ROWS, HEAD_PAD])
+    elif DESCRIPTORS:
         return tl.reshape(source.load([b, head, block * ROWS, 0]), [ROWS, HEAD_PAD])
     else:
         return load_tile(
@@ -133,7 +190,7 @@ def store_tile(pointers, tile, row, column, n_rows, HEAD_SIZE: tl.constexpr, HEA
 @triton.jit
 def mask_scores(
     scores, row, column, mask_ptr, mask_stride_l, mask_stride_s, length, keys,
-    IS_CAUSAL: tl.constexpr, MASK_KIND: tl.constexpr, MASK_IS_BOOL: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK_KIND: tl.constexpr, MASK_IS_BOOL: tl.constexpr,
 ):  # fmt: skip
     """Scores in log2 units with -inf where attention must not look, and an additive mask added.
 
@@ -141,8 +198,8 @@ def mask_scores(
     other way round for transposed scores); ``mask_ptr`` points at the mask of this batch and head.
     """
     allowed = column < keys
-    if IS_CAUSAL:
-        allowed = allowed & (column <= row)
+    if CAUSAL:
+        allowed = allowed & (column <= row + diagonal_of(length, keys, CAUSAL))
     if MASK_KIND != 0:
         pointers = mask_ptr + column.to(tl.int64) * mask_stride_s
         inside = column < keys

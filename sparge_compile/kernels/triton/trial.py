@@ -20,6 +20,7 @@ import triton
 from torch import Tensor
 
 from .. import allocate, check, launch
+from ..how import How
 
 # (major, minor) of Triton with which the kernels in Gluon ran on a GPU, against the reference.
 TRIED = ((3, 6), (3, 7), (3, 8), (3, 9))
@@ -100,7 +101,7 @@ def _fault(device: torch.device) -> str:
         q: Tensor, k: Tensor, v: Tensor, counts: Tensor, indices: Tensor, mask: None, is_causal: bool, scale: float
     ) -> tuple[Tensor, Tensor]:
         out, lse = allocate.dense_like(q), allocate.new_lse(q)
-        forward_hopper.forward(q, k, v, counts, indices, is_causal, scale, out, lse)
+        forward_hopper.forward(q, k, v, counts, indices, How(mask, is_causal, scale), out, lse)
         return out, lse
 
     with torch.cuda.device(device):
