@@ -87,7 +87,7 @@ def tell_of_left(left: Left) -> None:
                 f"outside {left}",
                 f"sparge: attention stays dense, because Dynamo leaves {left} to Python: "
                 f'{left.why}. TORCH_LOGS="graph_breaks" tells more; sparge_compile.explain(model)(...) lists what runs '
-                "outside of graphs.",
+                "outside of graphs, and sparge_compile.replace_attention(model) needs no graph.",
             )
 
 

@@ -36,8 +36,8 @@ class Call:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The tensors among the arguments, in order."""
-        return [x for _, x in self.named if isinstance(x, Tensor)]
+        """The tensors among the arguments, each once, in order."""
+        return list({id(x): x for _, x in self.named if isinstance(x, Tensor)}.values())
 
     @property
     def refusal(self) -> tuple[Reason, str] | None:
@@ -54,22 +54,20 @@ class Call:
     @property
     def key(self) -> tuple[Any, ...]:
         """What two calls have in common that are one graph."""
-        return (self.function, _autocast(self.tensors), *((name, _describe(x)) for name, x in self.named))
+        numbers = {id(x): i for i, x in enumerate(self.tensors)}
+        named = ((name, numbers.get(id(x)), _describe(x)) for name, x in self.named)
+        return (self.function, _autocast(self.tensors), *named)
 
     def graph(self) -> GraphModule:
         """The call as a graph; its inputs are the tensors, with fake ones for their values."""
         graph, mode = Graph(), FakeTensorMode()
-
-        def note(x: Any) -> Any:
-            if not isinstance(x, Tensor):
-                return x
-            node = graph.placeholder(f"x{len(graph.nodes)}")
+        inputs = {}
+        for i, x in enumerate(self.tensors):
             with mode, torch.inference_mode(False):
                 value = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-            return _noted(node, value.requires_grad_(x.requires_grad))
-
-        args = tuple(note(x) for x in self.args)
-        kwargs = {name: note(x) for name, x in self.kwargs.items()}
+            inputs[id(x)] = _noted(graph.placeholder(f"x{i}"), value.requires_grad_(x.requires_grad))
+        args = tuple(inputs.get(id(x), x) for x in self.args)
+        kwargs = {name: inputs.get(id(x), x) for name, x in self.kwargs.items()}
         node = graph.call_function(self.function.target, args, kwargs)
         with mode:
             value = self._result([_value(x) for x in args], {name: _value(x) for name, x in kwargs.items()})

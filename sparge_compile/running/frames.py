@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from torch.nn import Module
 
 from ..naming import TORCH
-from .stack import outward
+from .stack import is_attention_name, outward
 
 _CONVERT = os.path.join("_dynamo", "convert_frame.py")
 _ENTRY = os.path.join("_dynamo", "eval_frame.py")
@@ -101,7 +101,7 @@ def _left(backend: Callable[..., Any]) -> Left | None:
         compiler = compiler._torchdynamo_orig_backend  # type: ignore[union-attr]
     if not isinstance(code, CodeType) or getattr(compiler, "compiler_fn", compiler) is not backend:
         return None
-    if not _ATTENTION & set(code.co_names):
+    if not any(name in _ATTENTION or is_attention_name(name) for name in (*code.co_names, *code.co_freevars)):
         return None
     options = getattr(compiler, "kwargs", {}).get("options") or {}
     return Left(code, str(error).strip().split("\n")[0], options)

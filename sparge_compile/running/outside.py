@@ -24,7 +24,7 @@ from ..passes.match.foreign import attends_as
 from ..report import Decision, Reason, Report, Site, SiteReport
 from .places import Names
 from .profile import Profiler
-from .stack import outward
+from .stack import attends_by_name, outward
 
 _BUILT_IN = {
     F.scaled_dot_product_attention: "sdpa",
@@ -51,7 +51,9 @@ class Outside:
         for (module, kind, code), count in self.calls.items():
             site = Site(names.name(module), kind, code=code)
             calls = "1 call" if count == 1 else f"{count} calls"
-            detail = f"Dynamo left {calls} to Python, TORCH_LOGS=graph_breaks tells why"
+            detail = (
+                f"Dynamo left {calls} to Python, TORCH_LOGS=graph_breaks tells why; replace_attention needs no graph"
+            )
             report.sites.append(SiteReport(site, Decision(Reason.OUTSIDE, detail)))
         return report
 
@@ -74,14 +76,18 @@ class Outside:
         else:
             return
         if kind is not None:
-            self._note(frame, kind)
+            self._note(frame, kind, None if event == "c_call" else frame)
 
-    def _note(self, frame: FrameType, kind: str) -> None:
+    def _note(self, frame: FrameType, kind: str, called: FrameType | None) -> None:
+        """Note a call that a frame makes, or that ``called`` is."""
         code = None
         for at in outward(frame):
             if at.f_code in self.graphs or at.f_code.co_filename.endswith(_TRACING):
                 return  # a graph runs, or Dynamo traces one
-            if code is None and not at.f_code.co_filename.startswith(TORCH):
+            is_function = attends_by_name(at.f_code)
+            if is_function and at is not called:
+                return  # noted when it was called
+            if code is None and not is_function and not at.f_code.co_filename.startswith(TORCH):
                 code = f"{at.f_code.co_filename}:{at.f_lineno}"
         called = self.names.called() if self.names is not None else None
         self.calls[called or ROOT, kind, code or ""] += 1
@@ -91,5 +97,8 @@ def _kind_of_call(frame: FrameType) -> str | None:
     code = frame.f_code
     if any(code is op for op in _OPS):
         return "op" if attends_as(frame.f_locals["self"]) is not None else None
+    if attends_by_name(code):
+        name = code.co_name
+        return next((library for library in ("flash_attn", "sage") if name.startswith(library)), name)
     flex = sys.modules.get("torch.nn.attention.flex_attention")
     return "flex" if flex is not None and code is flex.flex_attention.__code__ else None

@@ -12,11 +12,13 @@ import torch
 from torch.fx import GraphModule
 from torch.nn import Module
 
+from ..passes.match.foreign import attends
 from ..user_model import bare, is_compiled
 
 _CALLS = (Module._wrapped_call_impl.__code__, Module._call_impl.__code__)
 # Dynamo's name of the rest of a function behind a graph break.
 _RESUMED = re.compile(r"^torch_dynamo_resume_in_(.*)_at_\d+$")
+_ATTENDS = re.compile(r"flash_attn_\w*func|sageattn\w*|memory_efficient_attention|varlen_attn")
 _NO_USER_CODE = {"torch", "sparge_compile", *sys.stdlib_module_names}
 
 
@@ -86,6 +88,17 @@ def plain_name(function: str) -> str:
 def forward_code(module: Module | None) -> CodeType | None:
     """The code of the forward of a module's class; None where there is none in Python."""
     return getattr(getattr(type(module), "forward", None), "__code__", None)
+
+
+def is_attention_name(name: str) -> bool:
+    """Whether a function of this name is one of those by which libraries are asked for attention."""
+    return _ATTENDS.fullmatch(name) is not None
+
+
+def attends_by_name(code: CodeType) -> bool:
+    """Whether code is that of a library's function that attends, by its name and those of its arguments."""
+    arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    return is_attention_name(code.co_name) and attends(code.co_name, list(arguments))
 
 
 def find_root() -> Module | None:

@@ -59,6 +59,20 @@ def test_a_function_with_attention_that_is_left_to_python_is_warned_of_once(x):
     assert "'forward' (" in str(warning.message) and "test_frames.py:" in str(warning.message)
 
 
+def test_a_function_that_calls_a_library_is_warned_of_and_the_door_is_named(x):
+    def flash_attn_func(q, k, v, softmax_scale=None, causal=False):
+        return F.scaled_dot_product_attention(q, k, v)
+
+    def attend(x):
+        for _ in range(2):
+            torch._dynamo.graph_break()
+            x = flash_attn_func(x, x, x)
+        return x
+
+    (warning,) = said(compiled(attend, x), "to Python")
+    assert "'attend' (" in str(warning.message) and "replace_attention(model)" in str(warning.message)
+
+
 def test_dense_silences_it_and_error_raises_with_the_next_graph(x):
     assert not said(compiled(Stack(2, Loop), x, on_unsupported="dense"), "sparge")
     torch.compiler.reset()

@@ -41,6 +41,19 @@ class Half(Stack):
         self.blocks[1] = Disabled()
 
 
+def flash_attn_func(q, k, v, softmax_scale=None, causal=False):
+    """As a library has it, with a call of another one inside."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=softmax_scale).transpose(1, 2)
+
+
+class Library(nn.Module):
+    @torch.compiler.disable
+    def forward(self, x):
+        q = x.unflatten(-1, (4, -1))
+        return flash_attn_func(q, q, q).flatten(2)
+
+
 class Native(nn.Module):
     def __init__(self):
         super().__init__()
@@ -80,6 +93,15 @@ def test_a_larger_call_is_named_where_the_user_made_it(x):
         (row,) = explain(Native(), FAST)(x)
     assert (row.kind, row.name, row.reason) == ("mha", "layer", Reason.OUTSIDE)
     assert row.site.code.startswith(__file__)
+
+
+def test_a_function_of_a_library_is_named_once_and_at_the_line_that_calls_it(x):
+    (row,) = explain(Library(), FAST)(x)
+    assert (row.kind, row.name, row.reason) == ("flash_attn", "(root)", Reason.OUTSIDE)
+    line = Library.forward.__wrapped__.__code__.co_firstlineno if hasattr(Library.forward, "__wrapped__") else 0
+    assert row.site.code.startswith(f"{__file__}:")
+    assert not line or int(row.site.code.rpartition(":")[2]) == line + 3
+    assert "replace_attention needs no graph" in str(row.detail)
 
 
 def test_the_profiler_that_was_there_stays(x):
