@@ -89,8 +89,8 @@ class Outside:
                 return  # noted when it was called
             if code is None and not is_function and not at.f_code.co_filename.startswith(TORCH):
                 code = f"{at.f_code.co_filename}:{at.f_lineno}"
-        called = self.names.called() if self.names is not None else None
-        self.calls[called or ROOT, kind, code or ""] += 1
+        module = self.names.called() if self.names is not None else None
+        self.calls[module or ROOT, kind, code or ""] += 1
 
 
 def _kind_of_call(frame: FrameType) -> str | None:
