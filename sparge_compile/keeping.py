@@ -43,6 +43,14 @@ class Kept(NamedTuple):
         tokens = (float(start), END if stop is None else float(stop))
         return (*tokens, *(tokens if self.dense_queries else NONE))
 
+    def tokens(self, length: int, parts: Sequence[int] = ()) -> tuple[int, int]:
+        """(start, stop) of the tokens in a sequence of this length, put together of these parts."""
+        if self.keys is None or isinstance(self.keys, str):
+            return beside_longest(parts) if self.of_graph else (0, 0)
+        start, stop = (length if x is None else x + length if x < 0 else x for x in self.keys)
+        start, stop = max(0, start), min(stop, length)
+        return (start, stop) if start < stop else (0, 0)
+
     @staticmethod
     def of(numbers: Sequence[float]) -> Kept:
         """What four numbers of thresholds [H, 6] say."""

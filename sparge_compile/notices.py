@@ -8,6 +8,7 @@ from contextlib import suppress
 
 from .errors import value_error
 from .options import Options
+from .passes.pipeline import Step
 from .report import Failure, Reason, Report
 from .running.frames import Left
 
@@ -67,6 +68,19 @@ def warn_of_nothing(report: Report, settings: Options, model: str) -> None:
             f"sparge: no attention was found in {model}, so nothing is replaced. sparge_compile.explain(model)(...) "
             "shows what was looked at; options={'on_unsupported': 'dense'} silences this.",
         )
+
+
+def warn_of_text(steps: Iterable[Step], settings: Options) -> None:
+    """Warn once where a site was to keep its text, and the graph does not say which tokens that are."""
+    for match, decision in steps:
+        lost = settings.kept_of(match.site.name).of_graph and isinstance(match.parts, str)
+        if lost and decision.status == "sparse" and settings.on_unsupported != "dense":
+            warn(
+                "no text",
+                f"sparge: no text is kept at {match.site.name}: {match.parts}. Give keep_keys as a number of tokens "
+                "(512: the first, -512: the last); sparge_compile.explain(model)(...) says what each site keeps.",
+            )
+            return
 
 
 _left: list[Left] = []  # frames of models that asked for an error

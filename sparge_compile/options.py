@@ -10,13 +10,14 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any
 
 from .cost import CostModel
 from .errors import type_error, value_error
+from .keeping import NOTHING, Kept, parse_kept
 from .pair import Pair, check_pair
 from .thresholds.calibration import Calibration
 
@@ -40,6 +41,12 @@ class Options:
     """Sites that the calibration does not name keep this share of their visible key blocks, in (0, 1]."""
     topp: float = DEFAULT_TOPP
     """They keep at least this much of the pooled probability mass, in [0, 1]: the larger set of the two is kept."""
+    keep_keys: int | tuple[int, int | None] | str | None = None
+    """Tokens whose key blocks are always kept and do not count against the thresholds: `512` for the first, `-512` for
+    the last, `(start, stop)`, or `"text"`: the shorter part, where the graph puts the sequence together of a short and
+    a long one. `None` leaves it to the calibration, which by default keeps none."""
+    dense_queries: bool = False
+    """The query rows of these tokens keep every visible key block, where queries and keys are one sequence."""
     min_seq_len: int | None = None
     """Sites with fewer keys stay dense. `None` lets the cost model decide from 1,024 keys on; a number (0 too) replaces
     both."""
@@ -64,6 +71,9 @@ class Options:
             object.__setattr__(self, "calibration", Calibration.parse(self.calibration))
         _expect("calibration", self.calibration, (Calibration, type(None)), "a path or a Calibration")
         check_pair(self.topk, self.topp, "options")
+        if isinstance(self.keep_keys, list):
+            object.__setattr__(self, "keep_keys", tuple(self.keep_keys))
+        parse_kept(self.keep_keys, self.dense_queries, "options")
         _expect("min_seq_len", self.min_seq_len, (int, type(None)), "a number of keys, or None for the cost model")
         if self.min_seq_len is not None and self.min_seq_len < 0:
             raise _bad_value("min_seq_len", self.min_seq_len, "0 or more keys, or None for the cost model")
@@ -120,9 +130,24 @@ class Options:
         found = self.calibration.lookup(name, heads, head_size) if self.calibration is not None else None
         return found or ((self.topk, self.topp),) * heads
 
+    def kept_of(self, name: str) -> Kept:
+        """What is kept of a site's tokens: as the options say, else as its calibration does."""
+        own = parse_kept(self.keep_keys, self.dense_queries, "options")
+        return own if own != NOTHING or self.calibration is None else self.calibration.kept_of(name)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether tokens of some site are kept: then the thresholds of all sites have ranges, [H, 6]."""
+        return self.keep_keys is not None or (self.calibration is not None and bool(self.calibration.kept))
+
+    def rows_of(self, name: str, pairs: Sequence[Pair], wide: bool = False) -> list[tuple[float, ...]]:
+        """The thresholds of a site as a tensor holds them; with ranges where these options keep tokens, or ``wide``."""
+        ranges = self.kept_of(name).numbers if self.keeps or wide else ()
+        return [(*pair, *ranges) for pair in pairs]
+
     def with_thresholds(self, topk: float, topp: float) -> Options:
-        """The same options with one pair of thresholds for all sites."""
-        return replace(self, calibration=None, topk=topk, topp=topp)
+        """The same options with one pair of thresholds for all sites, and nothing kept."""
+        return replace(self, calibration=None, topk=topk, topp=topp, keep_keys=None, dense_queries=False)
 
     def digest(self) -> str:
         """A hash over all fields: equal for equal options, in any process."""

@@ -118,7 +118,7 @@ def search(measured: Table, starts: Sequence[float], origin: Origin) -> Calibrat
         site: replace(some, phases=tuple(_thinned(p, i, site, points, origin.by) for i, p in enumerate(some.phases)))
         for site, some in own.items()
     }
-    return from_points(replace(origin, curves=kept, modes=modes), starts, points)
+    return from_points(replace(origin, curves=kept, modes=modes), starts, points, {})
 
 
 def _curves(measured: Table, mode: str, by: str) -> dict[str, SiteCurves]:

@@ -101,10 +101,11 @@ class SparsitySchedule:
                 values.copy_(self._now(self._target[name]))
 
     def _now(self, target: Tensor) -> Tensor:
-        """Thresholds [H, 2] at this step."""
+        """Thresholds [H, 2 or 6] at this step."""
         if self.progress == 1:  # exactly what was attached
             return target
-        topk, topp = target.unbind(-1)
+        topk, topp = target[:, :2].unbind(-1)
         first = topk.clamp(min=self._start[0]), topp.clamp(min=self._start[1])
         share = self.progress
-        return torch.stack([first[0] ** (1 - share) * topk**share, first[1] + share * (topp - first[1])], -1)
+        now = torch.stack([first[0] ** (1 - share) * topk**share, first[1] + share * (topp - first[1])], -1)
+        return torch.cat([now, target[:, 2:]], -1)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ..cost import Shape, cost_model
+from ..keeping import NOTHING, Kept, beside_longest
 from ..kernels import capability
 from ..kernels.sizes import surely
 from ..limit import Limit
@@ -16,6 +18,7 @@ from ..pair import Pair
 from ..report import Decision, Reason
 from .find import Match
 from .match.attention import Attention
+from .match.joint import hints
 from .read.fx_utils import size_hint, size_text, value_of
 
 # Of fewer key blocks than 16 there is little to choose, and what is so short is mostly a text that a video attends to:
@@ -37,16 +40,32 @@ def decide(match: Match, options: Options) -> Decision:
     if refused is not None:
         return refused
     assert match.attention is not None
-    return verdict(match.attention, thresholds_for(match, options), options)
+    kept = options.kept_of(match.site.name)
+    density = expected_density(thresholds_for(match, options), kept, match)
+    decision = verdict(match.attention, density, options)
+    if decision.status == "dense" or kept == NOTHING:
+        return decision
+    return replace(decision, detail="; ".join(filter(None, (decision.detail, kept_text(kept, match)))))
 
 
-def verdict(attention: Attention, pairs: tuple[Pair, ...], options: Options) -> Decision:
-    """What the sizes of an attention say, with one (topk, topp) for each head.
+def kept_text(kept: Kept, match: Match) -> str:
+    """What a site keeps, in words."""
+    if not kept.of_graph:
+        return f"keeps {kept}"
+    if isinstance(match.parts, str):
+        return f"keeps no text: {match.parts}"
+    start, stop = beside_longest(hints(match.parts))
+    sizes = " + ".join(str(size_text(part.size)) for part in match.parts)
+    return f"keeps {kept}, here tokens {start}:{stop}, beside the longest of {sizes}"
+
+
+def verdict(attention: Attention, density: float, options: Options) -> Decision:
+    """What the sizes of an attention say, of whose blocks at most this share is kept.
 
     Symbolic sizes are not guarded: where their range leaves the answer open, the decision has a limit for the op to
     ask at each call.
     """
-    limit = limit_of(attention, pairs, options)
+    limit = limit_of(attention, density, options)
     sizes = sizes_of(attention)
     long = _known(attention.keys >= limit.least_keys)
     if long is False:
@@ -54,7 +73,7 @@ def verdict(attention: Attention, pairs: tuple[Pair, ...], options: Options) -> 
     shape, prediction = shape_of(attention), None
     if options.min_seq_len is None and shape is not None:
         costs = options.costs or cost_model(attention.device)
-        prediction = costs.predict(shape, expected_density(pairs))
+        prediction = costs.predict(shape, density)
     pays = _known(limit.gained(*sizes) >= 0)
     least = None if long and pays else least_size(attention, limit)
     if pays is False or (least is None and not (long and pays)):
@@ -71,12 +90,12 @@ def least_keys(options: Options) -> int:
     return MIN_KEYS if options.min_seq_len is None else options.min_seq_len
 
 
-def limit_of(attention: Attention, pairs: tuple[Pair, ...], options: Options) -> Limit:
+def limit_of(attention: Attention, density: float, options: Options) -> Limit:
     """From which sizes on an attention is sparse."""
     if options.min_seq_len is not None:
         return Limit(least_keys(options))
     costs = options.costs or cost_model(attention.device)
-    return costs.limit(least_keys(options), expected_density(pairs), MARGIN, attention.is_causal)
+    return costs.limit(least_keys(options), density, MARGIN, attention.is_causal)
 
 
 def least_size(attention: Attention, limit: Limit) -> str | None:
@@ -112,12 +131,26 @@ def thresholds_for(match: Match, options: Options) -> tuple[Pair, ...]:
     return options.thresholds_of(match.site.name, int(match.attention.heads), int(match.attention.head_size))
 
 
-def expected_density(pairs: tuple[Pair, ...]) -> float:
+def expected_density(pairs: tuple[Pair, ...], kept: Kept = NOTHING, match: Match | None = None) -> float:
     """An upper bound of the density.
 
-    The m leading blocks of n hold at least m/n of the mass, so Top-p never keeps more than a share of topp.
+    The m leading blocks of n hold at least m/n of the mass, so Top-p never keeps more than a share of topp; of the
+    blocks that are not kept anyway.
     """
-    return sum(max(pair) for pair in pairs) / max(len(pairs), 1)
+    chosen = sum(max(pair) for pair in pairs) / max(len(pairs), 1)
+    share = 0.0 if match is None else kept_share(kept, match)
+    rows = share if kept.dense_queries else 0.0
+    return rows + (1 - rows) * (share + (1 - share) * chosen)
+
+
+def kept_share(kept: Kept, match: Match) -> float:
+    """The share of a site's keys that is kept, as its sizes were traced."""
+    attention = match.attention
+    keys = size_hint(attention.keys) if attention is not None and kept != NOTHING else None
+    if not keys:
+        return 0.0
+    start, stop = kept.tokens(keys, [] if not kept.of_graph or isinstance(match.parts, str) else hints(match.parts))
+    return (stop - start) / keys
 
 
 def refusal(match: Match, options: Options) -> Decision | None:

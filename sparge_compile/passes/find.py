@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ..report import Reason, Site
 from .match.attention import Attention, Refusal
 from .match.decomposed import is_softmax, match_softmax
 from .match.foreign import match_foreign
+from .match.joint import Parts, joint_parts
 from .match.sdpa import is_sdpa, match_sdpa
 from .mha.open import OPENABLE, holds_attention, open_up, why_closed
 from .read.fx_utils import size_text, submodule_of
@@ -57,6 +59,13 @@ class Match:
     inside: GraphModule | None = None
     attention: Attention | None = None
     refusal: Refusal | None = None
+
+    @cached_property
+    def parts(self) -> Parts | str:
+        """The parts that the attention's sequence is put together of, or why there are none."""
+        if self.attention is None or self.inside is not None:
+            return "nothing is known of what is inside a larger call"
+        return joint_parts(self.attention, self.reader)
 
     @property
     def is_attention(self) -> bool:

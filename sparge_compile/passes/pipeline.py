@@ -21,13 +21,14 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..errors import is_of_user
+from ..keeping import WIDTH
 from ..kernels import inventory
 from ..options import Options
 from ..report import Decision, Failure, Reason, Report, SiteReport
 from . import find as finding
 from .decide import decide, thresholds_for
 from .find import Match
-from .read.fx_utils import without_guards
+from .read.fx_utils import value_of, without_guards
 from .substitute import substitute_match
 from .write.outputs import dense_outputs, return_also
 from .write.threshold_inputs import Marker, ThresholdInput, attached_thresholds, markers_of, new_input
@@ -71,6 +72,11 @@ class Work:
     passes: list[str] = field(default_factory=list)  # that have run
     failures: list[Failure] = field(default_factory=list)  # of an analysis: the graph stays as it is
     stored: Collection[Node] = ()
+
+    @property
+    def wide(self) -> bool:
+        """Whether thresholds need room for kept tokens, whatever the options say: attached ones may have it."""
+        return False
 
     @property
     def sparse(self) -> list[Match]:
@@ -202,21 +208,25 @@ def _decide(match: Match, options: Options, attached: bool) -> Decision:
 def substitute(work: Work, options: Options, as_input: Callable[[Tensor], Any]) -> None:
     """The op in the place of each sparse site, its thresholds from a marker or from a new last input of the graph.
 
-    ``as_input`` turns the thresholds of a site, float32 [H, 2], into what a graph input of this graph carries (a fake
-    tensor).
+    ``as_input`` turns the thresholds of a site, float32 [H, 2 or 6], into what a graph input of this graph carries (a
+    fake tensor).
     """
     replaced: dict[Node, Node] = {}
     for match, decision in filter(lambda step: step.is_sparse, work.steps):
         if match.node in work.markers:
             thresholds = attached_thresholds(match, work.markers[match.node])
+            wide = value_of(thresholds).shape[1] == WIDTH
         else:
             assert match.attention is not None
             pairs = thresholds_for(match, options)
             pairs = ((1.0, 0.0),) * len(pairs) if decision.reason is Reason.SHARED else pairs
-            values = torch.tensor(pairs, dtype=torch.float32, device=match.attention.device)
+            rows = options.rows_of(match.site.name, pairs, work.wide)
+            values = torch.tensor(rows, dtype=torch.float32, device=match.attention.device)
+            wide = values.shape[1] == WIDTH
             made, thresholds = new_input(match, work.graph_module, values, as_input(values))
             work.threshold_inputs.append(made)
-        work.substituted.append((match, substitute_match(match, thresholds, replaced, decision.limit)))
+        parts = match.parts if wide and not isinstance(match.parts, str) else ()
+        work.substituted.append((match, substitute_match(match, thresholds, replaced, decision.limit, parts)))
     work.changed |= bool(work.substituted)
 
 

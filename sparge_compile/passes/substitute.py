@@ -10,6 +10,7 @@ from torch.fx import Node
 from .. import ops  # noqa: F401  importing it registers the op
 from ..limit import Limit
 from .find import Match
+from .match.joint import Parts
 from .match.sdpa_kernels import SDPA_KERNELS, replace_kernel
 from .mha.open import put_inside
 from .write.emit import Emitter, values_like
@@ -17,11 +18,14 @@ from .write.emit import Emitter, values_like
 OP = torch.ops.sparge.attention.default
 
 
-def substitute_match(match: Match, thresholds: Node, replaced: dict[Node, Node], limit: Limit | None = None) -> Node:
-    """Rewrite one match; ``thresholds`` is the node of its graph that carries them, float32 [H, 2].
+def substitute_match(
+    match: Match, thresholds: Node, replaced: dict[Node, Node], limit: Limit | None = None, parts: Parts = ()
+) -> Node:
+    """Rewrite one match; ``thresholds`` is the node of its graph that carries them, float32 [H, 2 or 6].
 
-    ``limit`` is what the op asks at each call. ``replaced`` says what became of the results of earlier sites, and is
-    added to. Returns the op's node. The caller lints and recompiles.
+    ``limit`` is what the op asks at each call, ``parts`` are those of the sequence, where text is kept. ``replaced``
+    says what became of the results of earlier sites, and is added to. Returns the op's node. The caller lints and
+    recompiles.
     """
     attention = match.attention
     assert attention is not None
@@ -45,6 +49,8 @@ def substitute_match(match: Match, thresholds: Node, replaced: dict[Node, Node],
         }
         if limit is not None:
             options |= {"least_keys": limit.least_keys, "gain": list(limit.gain)}
+        if parts:
+            options["parts"] = [emitter.size(part) for part in parts]
         new = graph.call_function(OP, (query, key, value, thresholds), options)
         new.meta = {**output.meta, **values_like(query)}
         result = emitter.result(new)

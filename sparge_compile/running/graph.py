@@ -76,6 +76,12 @@ class OpenGraph(pipeline.Work):
             if node in self.markers or slot.attached(slot.locator.first) is not None
         }
 
+    @cached_property
+    def wide(self) -> bool:
+        """Whether thresholds that are attached to a place of the graph have room for kept tokens."""
+        held = (slot.attached(place) for slot in self.slots.values() for place in (slot.locator.first, *slot.others()))
+        return any(each is not None and each.wide for each in held)
+
     def alike(self, match: Match) -> Iterator[tuple[Match, bool]]:
         """The match in the other modules that may run the graph, and whether its thresholds are attached there."""
         slot = self.slots[match.node]

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..errors import value_error
+from ..keeping import WIDTH
 from ..options import Options
-from ..passes.decide import verdict
+from ..passes.decide import expected_density, verdict
 from ..passes.write.threshold_inputs import ThresholdInput
 from ..thresholds.buffers import Attached
 from .graph import Slot
@@ -28,7 +29,7 @@ Row = list["Tensor | Callable[[], Tensor]"]  # thresholds of a place, or what re
 
 
 class RunTime:
-    """Tells what to append to the inputs of a call: one tensor [H, 2] for each threshold input of the graph.
+    """Tells what to append to the inputs of a call: one tensor [H, 2 or 6] for each threshold input of the graph.
 
     The tensors of a place are made when it first runs the graph, and stay the same ones after that.
     """
@@ -104,9 +105,11 @@ class RunTime:
         assert attention is not None
         pairs = self._options.thresholds_of(slot.name(place), x.heads, int(attention.head_size))
         # A block that would be dense alone is so in the graph of the others: all of its key blocks are kept.
-        if verdict(attention, pairs, self._options).status == "dense":
+        density = expected_density(pairs, self._options.kept_of(slot.name(place)), x.match)
+        if verdict(attention, density, self._options).status == "dense":
             pairs = ((1.0, 0.0),) * x.heads
-        return torch.tensor(pairs, dtype=torch.float32, device=x.values.device)
+        rows = self._options.rows_of(slot.name(place), pairs, wide=x.values.shape[1] == WIDTH)
+        return torch.tensor(rows, dtype=torch.float32, device=x.values.device)
 
 
 def _attached(x: ThresholdInput, slot: Slot, place: Place) -> Callable[[], Tensor] | None:
@@ -119,5 +122,7 @@ def read_attached(held: Attached, number: int, x: ThresholdInput) -> Tensor:
     """The thresholds that are attached for an attention, as its threshold input takes them."""
     values = held.get(number, x.values.device)
     assert values is not None
+    if values.shape[1] < x.values.shape[1]:  # of another place, where nothing is kept
+        values = torch.nn.functional.pad(values, (0, x.values.shape[1] - values.shape[1]))
     # Inductor's code asserts the strides that it was compiled for.
-    return values if values.shape[0] == x.heads else values.expand(x.heads, 2).contiguous()
+    return values if values.shape[0] == x.heads else values.expand(x.heads, -1).contiguous()

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import type_error, value_error
-from ..pair import Pair, check_pair, check_progress
+from ..keeping import WIDTH, Kept
+from ..pair import check_pair, check_progress
 from ..user_model import user_model, was_compiled
 from .buffers import CHILD, Attached, attached_to, mark
 from .calibration import Calibration
@@ -34,7 +35,8 @@ def attach(model: nn.Module, calibration: Calibration | str | os.PathLike[str]) 
         calibration: thresholds by site name (``blocks.3.attn1``; ``blocks.3.attn1#1`` for a second attention of that
             module) or pattern. A pattern holds for the modules whose names it matches, without containers and the
             building blocks of torch.nn (``nn.MultiheadAttention`` is none of those). A single pair is a buffer [1, 2]
-            for any number of heads, several are [H, 2]. Of its phases the first one holds; see ``set_progress``.
+            for any number of heads, several are [H, 2]; with kept tokens there are 6 columns. Of its phases the first
+            one holds; see ``set_progress``.
 
     Returns:
         An :class:`Attachment`: change the values with ``set``, take them off with ``remove`` or as a context manager.
@@ -63,13 +65,13 @@ class Attachment:
         entries = find_targets(model, calibration)
         self._sites = {(name, index): modules[name] for name, index in entries}
         self._phases = [
-            (start, {target: _tensor(phase.sites[entry]) for target, entry in find_targets(model, phase).items()})
+            (start, {target: _tensor(phase, entry) for target, entry in find_targets(model, phase).items()})
             for start, phase in _phases(calibration)
         ]
         for (name, index), values in self._phases[0][1].items():
             most = max(len(phase[name, index]) for _, phase in self._phases)
             child = _child(modules[name], name)
-            child.put(index, values.to(_device(modules[name], model)).expand(most, 2))
+            child.put(index, values.to(_device(modules[name], model)).expand(most, -1))
             child.entries[index] = entries[name, index]
         self._phase = 0
         _compile_anew(model)
@@ -135,8 +137,16 @@ class Attachment:
                 allowed=", ".join(self.names[:8]) + (", …" if len(self._sites) > 8 else ""),
                 todo="Attach a calibration that names these sites; set only writes values.",
             )
+        wide = any(buffer.shape[1] == WIDTH for buffer in buffers.values())
+        if calibration.kept and not wide:
+            raise value_error(
+                "set: kept tokens for sites that were attached without any",
+                given=", ".join(map(str, calibration.kept.values())),
+                allowed="thresholds alone: what is kept enters the compiled code",
+                todo="Attach a calibration with kept tokens to begin with.",
+            )
         phases = [
-            (start, {key: _tensor(phase.sites[entry]) for key, entry in entries.items() if entry is not None})
+            (start, {key: _tensor(phase, entry, wide) for key, entry in entries.items() if entry is not None})
             for start, phase in _phases(calibration)
         ]
         for target, values in ((target, values) for _, phase in phases for target, values in phase.items()):
@@ -179,7 +189,9 @@ class Attachment:
 
     def get(self) -> Calibration:
         """Return the present values of the buffers as a calibration."""
-        return Calibration({name: tuple(map(tuple, values.tolist())) for name, values in self.buffers().items()})
+        rows = {name: values.tolist() for name, values in self.buffers().items()}
+        kept = {name: Kept.of(each[0][2:]) for name, each in rows.items() if len(each[0]) == WIDTH}
+        return Calibration({name: tuple((row[0], row[1]) for row in each) for name, each in rows.items()}, kept=kept)
 
     @property
     def has_phases(self) -> bool:
@@ -187,7 +199,10 @@ class Attachment:
         return len(self._phases) > 1
 
     def buffers(self) -> dict[str, Tensor]:
-        """Return the attached thresholds by site, float32 [H, 2] or [1, 2]: the buffers, to be written in place."""
+        """Return the attached thresholds by site: the buffers, to be written in place.
+
+        float32 [H, 2], or [1, 2] for all heads; [H or 1, 6] where the calibration keeps tokens (docs/design.md).
+        """
         return {site_name(target): values for target, values in self._buffers().items()}
 
     def remove(self) -> None:
@@ -251,8 +266,10 @@ def _device(module: nn.Module, model: nn.Module) -> torch.device:
     return next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
 
 
-def _tensor(pairs: tuple[Pair, ...]) -> Tensor:
-    return torch.tensor(pairs, dtype=torch.float32, device="cpu")  # whatever the default device: meta has no values
+def _tensor(calibration: Calibration, entry: str, wide: bool = False) -> Tensor:
+    ranges = calibration.kept_of(entry).numbers if calibration.kept or wide else ()
+    rows = [(*pair, *ranges) for pair in calibration.sites[entry]]
+    return torch.tensor(rows, dtype=torch.float32, device="cpu")  # whatever the default device: meta has no values
 
 
 def _compile_anew(model: nn.Module) -> None:

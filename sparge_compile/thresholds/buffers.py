@@ -18,12 +18,13 @@ from torch.nn import Module
 from torch.utils._pytree import tree_leaves
 
 from .. import ops
+from ..keeping import WIDTH
 
 CHILD = "sparge"  # the child's name, and so a part of the keys in a state dict
 
 
 class Attached(Module):
-    """Thresholds of a module's attentions, float32 [H, 2], or [1, 2] for all heads, by index.
+    """Thresholds of a module's attentions, float32 [H, 2 or 6], or [1, 2 or 6] for all heads, by index.
 
     Index 0 is the module's first attention, 1 its second; ``ops.REST`` is for all that have no index here.
 
@@ -73,6 +74,11 @@ class Attached(Module):
             if not buffer.is_meta:
                 self._buffers[name] = self._held[name] = buffer
         return buffer
+
+    @property
+    def wide(self) -> bool:
+        """Whether the thresholds have ranges of kept tokens."""
+        return any(buffer.shape[1] == WIDTH for buffer in self._held.values())
 
     def entries_of(self, index: int) -> set[str]:
         """The entry that the attention of this index has its thresholds from, if it is known."""

@@ -9,13 +9,14 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from ..errors import type_error, value_error
+from ..keeping import NOTHING, Kept
 from ..pair import Pair, Sites, Table, check_progress
 from . import calibration_file, json_file
-from .checks import check_aim, check_influence, check_phases, check_sites
+from .checks import check_aim, check_influence, check_kept, check_phases, check_sites
 from .choice import Key, choose, thresholds_of
 from .fronts import DENSE, Point
 from .measured import Origin, SitePoints, Summary, summarise
-from .table import measured_table, thresholds_table
+from .table import kept_lines, measured_table, thresholds_table
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class Calibration:
     ``origin`` is what ``sparge_compile.calibrate`` measured; with it, :meth:`at` chooses thresholds anew. ``source`` is
     the file that they were read from, if they were.
 
+    ``kept`` says of entries of ``sites`` which tokens are kept whatever the thresholds, as the options ``keep_keys``
+    and ``dense_queries`` do: ``kept={"*": {"keep_keys": "text", "dense_queries": True}}``.
+
     Raises:
         TypeError, ValueError: thresholds out of range or of the wrong type, phases of other sites or heads than at the
             start, measurements of others; an assignment to an entry.
@@ -41,11 +45,13 @@ class Calibration:
     phases: Mapping[float, Sites] = field(default_factory=dict)
     origin: Origin | None = None
     source: json_file.Source | None = field(default=None, compare=False, repr=False)
+    kept: Mapping[str, Kept] = field(default_factory=dict, kw_only=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sites", Table(check_sites("sites", self.sites)))
         later = check_phases(self.phases, self.sites)
         object.__setattr__(self, "phases", Table({start: Table(sites) for start, sites in later.items()}))
+        object.__setattr__(self, "kept", Table(check_kept(self.kept, self.sites)))
         if self.origin is not None:
             self.origin.check(list(self._all_phases().values()))
 
@@ -87,6 +93,10 @@ class Calibration:
             raise _does_not_fit(name, f"thresholds for {len(pairs)} heads", allowed)
         return pairs
 
+    def kept_of(self, name: str) -> Kept:
+        """Return what is kept of a site's tokens."""
+        return self.kept.get(self.key_of(name) or "", NOTHING)
+
     def at_progress(self, fraction: float) -> Calibration:
         """Return the thresholds that hold at this share of a denoising run, in [0, 1], as one phase.
 
@@ -94,7 +104,8 @@ class Calibration:
             ValueError: a progress out of range.
         """
         check_progress(fraction)
-        return Calibration([sites for start, sites in self._all_phases().items() if start <= fraction][-1])
+        sites = [sites for start, sites in self._all_phases().items() if start <= fraction][-1]
+        return Calibration(sites, kept=self.kept)
 
     def at(
         self,
@@ -129,7 +140,7 @@ class Calibration:
             check_influence(influence, self.sites, has_phases=bool(self.phases), target_sparsity=target_sparsity, by=by)
             by = "mean"
         origin = self.origin.aimed(check_aim(target_error, target_sparsity, by or self.origin.by, self.origin.mode))
-        return from_points(origin, list(self.phases), choose(origin, influence))
+        return from_points(origin, list(self.phases), choose(origin, influence), self.kept)
 
     def points(self) -> Iterator[SitePoints]:
         """Yield the measured point of each head, for each calibrated site and phase; nothing without measurements."""
@@ -148,8 +159,10 @@ class Calibration:
         """Return a text for people: what is known, and a row for each site and phase with its extreme heads."""
         summary = self.summary()
         if self.origin is None or summary is None:
-            return thresholds_table(self._all_phases())
-        return measured_table(self.origin, summary, list(self._all_phases()), self.points())
+            return thresholds_table(self._all_phases()) + kept_lines(self.kept)
+        return measured_table(self.origin, summary, list(self._all_phases()), self.points()) + kept_lines(
+            self.kept, self.origin.gains
+        )
 
     def __repr__(self) -> str:
         known = [f"{len(self.sites)} sites"]
@@ -164,7 +177,7 @@ class Calibration:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as plain JSON types, as :meth:`save` writes it."""
-        return calibration_file.to_document(self._all_phases(), self.origin)
+        return calibration_file.to_document(self._all_phases(), self.origin, self.kept)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file; a reader sees the old one or the new one, never a part."""
@@ -181,7 +194,7 @@ class Calibration:
         source = json_file.Source(path)
         contents = calibration_file.read(path)
         with calibration_file.refusing(path):
-            return Calibration(*contents, source)
+            return Calibration(contents.sites, contents.phases, contents.origin, source, kept=contents.kept)
 
     @staticmethod
     def parse(value: Calibration | str | os.PathLike[str]) -> Calibration:
@@ -198,10 +211,12 @@ class Calibration:
         )
 
 
-def from_points(origin: Origin, starts: Sequence[float], points: Mapping[Key, Point]) -> Calibration:
+def from_points(
+    origin: Origin, starts: Sequence[float], points: Mapping[Key, Point], kept: Mapping[str, Kept] = Table()
+) -> Calibration:
     """Return a calibration with the thresholds of chosen points; ``starts`` are those of the later phases."""
     first, *later = (thresholds_of(origin, points, phase) for phase in range(len(starts) + 1))
-    return Calibration(first, dict(zip(starts, later, strict=True)), origin)
+    return Calibration(first, dict(zip(starts, later, strict=True)), origin, kept=kept)
 
 
 def _point(front: Sequence[Point], pair: Pair) -> Point:

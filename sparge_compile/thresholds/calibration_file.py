@@ -1,6 +1,7 @@
 """A calibration as a JSON document and back. In and out: thresholds by site and phase, and where they come from.
 
-Version 1 is a table of sites and nothing else, and may be written by hand; version 2 is what is written.
+Version 1 is a table of sites and nothing else, and may be written by hand; version 2 is what is written, and version 3
+where tokens are kept.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from ..errors import value_error
+from ..keeping import Kept
 from ..pair import Sites
 from ..version import __version__
 from . import json_file
@@ -18,7 +20,8 @@ from .measured import Origin, SiteCurves
 
 FORMAT = "sparge-calibration"
 FORMAT_VERSION = 2
-_PLAIN_VERSION = 1
+_PLAIN_VERSION, _KEPT_VERSION = 1, 3
+_VERSIONS = (_PLAIN_VERSION, FORMAT_VERSION, _KEPT_VERSION)
 _FIELDS = {
     1: {"format", "format_version", "created_by", "sites"},
     2: {"format", "format_version", "created_by", "phases", "origin", "sites", json_file.CHECKSUM},
@@ -31,13 +34,14 @@ class Contents(NamedTuple):
     sites: Mapping[str, Any]
     phases: Mapping[float, Mapping[str, Any]]
     origin: Origin | None
+    kept: Mapping[str, Any]
 
 
-def to_document(phases: Mapping[float, Sites], origin: Origin | None) -> dict[str, Any]:
+def to_document(phases: Mapping[float, Sites], origin: Origin | None, kept: Mapping[str, Kept]) -> dict[str, Any]:
     """Return the document, without its checksum. ``phases`` are all, by the progress they hold from; the first is 0."""
     return {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": _KEPT_VERSION if kept else FORMAT_VERSION,
         "created_by": f"sparge_compile {__version__}",
         "phases": list(phases),
         "origin": None if origin is None else origin.to_dict(),
@@ -45,6 +49,7 @@ def to_document(phases: Mapping[float, Sites], origin: Origin | None) -> dict[st
             name: {
                 "thresholds": [[list(pair) for pair in sites[name]] for sites in phases.values()],
                 **({} if origin is None else origin.curves[name].to_dict()),
+                **({"kept": _kept_entry(kept[name])} if name in kept else {}),
             }
             for name in phases[0.0]
         },
@@ -63,9 +68,9 @@ def read(path: str | os.PathLike[str]) -> Contents:
         OSError: there is no such file.
         ValueError: it is another file, damaged, changed by hand, or of another version.
     """
-    document = json_file.read(path, FORMAT, (_PLAIN_VERSION, FORMAT_VERSION), (FORMAT_VERSION,))
+    document = json_file.read(path, FORMAT, _VERSIONS, _VERSIONS[1:])
     version = document["format_version"]
-    wrong = set(document) ^ _FIELDS[version]
+    wrong = set(document) ^ _FIELDS[min(version, FORMAT_VERSION)]
     if version == _PLAIN_VERSION:
         wrong -= {"created_by"}
     if wrong:
@@ -75,7 +80,7 @@ def read(path: str | os.PathLike[str]) -> Contents:
         raise _refusal(path, "no table of sites")
     with refusing(path):
         if version == _PLAIN_VERSION:
-            return Contents({name: _only(entry, "thresholds") for name, entry in sites.items()}, {}, None)
+            return Contents({name: _only(entry, "thresholds") for name, entry in sites.items()}, {}, None, {})
         return _parse(document, sites)
 
 
@@ -93,7 +98,10 @@ def _parse(document: dict[str, Any], sites: dict[str, Any]) -> Contents:
     starts = document["phases"]
     if not isinstance(starts, list) or not starts or starts[0] != 0 or starts != sorted(set(starts)):
         raise ValueError("phases that do not ascend from 0")
-    has_curves, curves = document["origin"] is not None, {}
+    has_curves, curves, kept = document["origin"] is not None, {}, {}
+    if document["format_version"] == _KEPT_VERSION:
+        kept = {name: entry["kept"] for name, entry in sites.items() if "kept" in entry}
+        sites = {name: {k: v for k, v in entry.items() if k != "kept"} for name, entry in sites.items()}
     for name, entry in sites.items():
         if has_curves:
             curves[name] = SiteCurves.from_dict({k: v for k, v in entry.items() if k != "thresholds"}, name)
@@ -102,7 +110,12 @@ def _parse(document: dict[str, Any], sites: dict[str, Any]) -> Contents:
             raise ValueError(f"site {name!r} without thresholds for each of {len(starts)} phases")
     first, *later = ({name: entry["thresholds"][i] for name, entry in sites.items()} for i in range(len(starts)))
     origin = Origin.from_dict(document["origin"], curves) if has_curves else None
-    return Contents(first, dict(zip(starts[1:], later, strict=True)), origin)
+    return Contents(first, dict(zip(starts[1:], later, strict=True)), origin, kept)
+
+
+def _kept_entry(kept: Kept) -> dict[str, Any]:
+    keys = list(kept.keys) if isinstance(kept.keys, tuple) else kept.keys
+    return {"keep_keys": keys, "dense_queries": kept.dense_queries}
 
 
 def _only(entry: Any, key: str) -> Any:
@@ -115,6 +128,6 @@ def _refusal(path: object, given: str) -> ValueError:
     return value_error(
         f"{path} is not a calibration file that this version reads",
         given=given,
-        allowed=f"{FORMAT} version {_PLAIN_VERSION} or {FORMAT_VERSION}",
+        allowed=f"{FORMAT} version {', '.join(map(str, _VERSIONS[:-1]))} or {_VERSIONS[-1]}",
         todo="Write it with Calibration.save, or update sparge_compile if a newer version wrote it.",
     )

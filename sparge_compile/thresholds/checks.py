@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import type_error, value_error
+from ..keeping import NOTHING, Kept, parse_kept
 from ..pair import Pair, Sites, check_pair
 
 
@@ -38,6 +39,37 @@ def _check_site(name: object, pairs: Any) -> tuple[Pair, ...]:
             todo="Give one pair for all heads, or one for each.",
         )
     return tuple(check_pair(topk, topp, where) for topk, topp in pairs)
+
+
+def check_kept(kept: Any, sites: Sites) -> dict[str, Kept]:
+    """Return what is kept by entry of a calibration; entries that keep nothing are left out.
+
+    Raises:
+        TypeError, ValueError: no mapping, an entry without thresholds, or what cannot be kept.
+    """
+    if not isinstance(kept, Mapping) or not set(kept) <= set(sites):
+        raise value_error(
+            "Calibration: bad kept",
+            given=f"entries {sorted(map(str, set(kept) - set(sites)))}" if isinstance(kept, Mapping) else repr(kept),
+            allowed=f"a mapping from entries of sites: {', '.join(map(str, sites)) or 'none'}"[:200],
+            todo='Give kept={"*": {"keep_keys": 512, "dense_queries": True}} for an entry "*" of sites.',
+        )
+    found = {name: _check_kept(name, entry) for name, entry in kept.items()}
+    return {name: entry for name, entry in found.items() if entry != NOTHING}
+
+
+def _check_kept(name: str, entry: Any) -> Kept:
+    where = f"calibration of site {name!r}"
+    if isinstance(entry, Kept):
+        return parse_kept(entry.keys, entry.dense_queries, where)
+    if not isinstance(entry, Mapping) or not set(entry) <= {"keep_keys", "dense_queries"}:
+        raise value_error(
+            f"{where}: what is kept cannot be read",
+            given=repr(entry)[:80],
+            allowed="a dict with keep_keys and dense_queries, as the options have them",
+            todo='As {"keep_keys": 512, "dense_queries": True}.',
+        )
+    return parse_kept(entry.get("keep_keys"), entry.get("dense_queries", False), where)
 
 
 def check_phases(phases: Any, first: Sites) -> dict[float, dict[str, tuple[Pair, ...]]]:

@@ -117,6 +117,7 @@ class Origin:
     modes: Mapping[str, float] = field(default_factory=dict)  # sparsity that each mode reaches for the aim
     held_out: Mapping[str, float] = field(default_factory=dict)  # see calibrate/search.py
     curves: Mapping[str, SiteCurves] = field(default_factory=dict)
+    gains: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # errors with kept tokens, and without
 
     def __post_init__(self) -> None:
         for name in ("model", "created_with", "device"):
@@ -139,7 +140,11 @@ class Origin:
                 raise _wrong_entry(name, table, "a table of numbers")
         if not set(self.modes) <= set(MODES):
             raise _wrong_entry("modes", sorted(self.modes), f"of {MODES}")
-        for name in ("modes", "held_out", "curves"):
+        pairs = list(self.gains.values())
+        if not all(len(pair) == 2 and all(map(_number, pair)) for pair in pairs) or set(self.gains) - set(self.curves):
+            raise _wrong_entry("gains", dict(self.gains), "two errors for sites with curves")
+        object.__setattr__(self, "gains", {name: tuple(pair) for name, pair in self.gains.items()})
+        for name in ("modes", "held_out", "curves", "gains"):
             object.__setattr__(self, name, Table(getattr(self, name)))
         if self.held_out and set(self.held_out) - {WITHIN} != set(CHECKED):
             raise _wrong_entry("held_out", sorted(self.held_out), f"nothing, or {CHECKED} and perhaps {WITHIN!r}")
@@ -152,7 +157,9 @@ class Origin:
 
     def aimed(self, aim: Mapping[str, Any]) -> Origin:
         """Return the same measurements with another aim; what was said of the old one is left out."""
-        return replace(self, **{"target_error": None, "target_sparsity": None, "modes": {}, "held_out": {}, **aim})
+        return replace(
+            self, **{"target_error": None, "target_sparsity": None, "modes": {}, "held_out": {}, "gains": {}, **aim}
+        )
 
     def check(self, every: Sequence[Mapping[str, tuple[Any, ...]]]) -> None:
         """Raise a ``ValueError`` unless there are fronts for these thresholds, phase by phase, that hold them."""
@@ -175,8 +182,11 @@ class Origin:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all but the curves as plain JSON types, with the fingerprint."""
-        flat = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("curves", "modes", "held_out")}
-        return {**flat, "modes": dict(self.modes), "held_out": dict(self.held_out), "fingerprint": self.fingerprint}
+        tables = ("curves", "modes", "held_out", "gains")
+        flat = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in tables}
+        gains = {"gains": {name: list(pair) for name, pair in self.gains.items()}} if self.gains else {}
+        measured = {"modes": dict(self.modes), "held_out": dict(self.held_out), **gains}
+        return {**flat, **measured, "fingerprint": self.fingerprint}
 
     @staticmethod
     def from_dict(entry: Any, curves: Mapping[str, SiteCurves]) -> Origin:
@@ -185,7 +195,8 @@ class Origin:
         Raises:
             ValueError: anything else.
         """
-        _keys(entry, {f.name for f in fields(Origin)} - {"curves"} | {"fingerprint"}, "origin")
+        optional = {"gains"} - set(entry if isinstance(entry, dict) else ())
+        _keys(entry, {f.name for f in fields(Origin)} - {"curves"} - optional | {"fingerprint"}, "origin")
         settings = dict(entry)
         fingerprint = settings.pop("fingerprint")
         origin = Origin(**settings, curves=curves)

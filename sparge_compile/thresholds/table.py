@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 from tabulate import tabulate
 
+from ..keeping import Kept
 from ..pair import Pair, Sites
 from .fronts import Point, error_of
 from .measured import WITHIN, Origin, SitePoints, Summary
@@ -33,6 +35,16 @@ def thresholds_table(phases: Mapping[float, Sites]) -> str:
         for name, pairs in sites.items()
     ]
     return "without measurements\n" + tabulate(rows, headers=("site", "from", "heads", "topk", "topp"))
+
+
+def kept_lines(kept: Mapping[str, Kept], gains: Mapping[str, tuple[float, float]] = MappingProxyType({})) -> str:
+    """Return lines that say what is kept, and what that was measured to gain; nothing where nothing is kept."""
+    lines = []
+    for name, what in kept.items():
+        own = gains.get(name)
+        gain = f"; error {own[0]:.4f}, at equal sparsity without them {own[1]:.4f}" if own else ""
+        lines.append(f"\n{name} keeps {what}{gain}")
+    return "".join(lines)
 
 
 def measured_table(origin: Origin, summary: Summary, starts: Sequence[float], sites: Iterable[SitePoints]) -> str:

@@ -115,7 +115,7 @@ def test_a_site_must_be_predicted_to_gain_a_margin(gain, pays_off):
     decision = decide(match, options)
     assert decision.reason is (Reason.PAYS if pays_off else Reason.SLOWER)
     assert decision.prediction.speedup == pytest.approx(gain) and decision.prediction.density == 1.0
-    assert (verdict(match.attention, ((1.0, 0.0),), options).status == "sparse") == pays_off
+    assert (verdict(match.attention, 1.0, options).status == "sparse") == pays_off
 
 
 def test_fewer_blocks_pay_sooner():

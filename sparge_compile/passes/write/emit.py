@@ -16,6 +16,7 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
 from ..match.attention import Attention, Factor, Mask, Operand
+from ..match.joint import Part
 from ..match.masks import HIDDEN
 from ..read.axes import Axis, Layout, axes_of, settle, size_of
 from ..read.fx_utils import value_of
@@ -74,6 +75,11 @@ class Emitter:
             missing = bool(dim) and not operand.has(dim)
             sizes.append(self._size(dim, i, others) if missing else -1)
         return node if sizes == [-1] * len(sizes) else self.call(aten.expand.default, node, sizes)
+
+    def size(self, part: Part) -> Any:
+        """The size of a part of the sequence: a number, or the node of one."""
+        known = isinstance(part.size, int)
+        return part.size if known else self.call(aten.sym_size.int, self.translate(part.node), part.dim)
 
     def _size(self, dim: tuple[Axis, ...], position: int, others: list[tuple[Operand, Node]]) -> Any:
         size = size_of(dim)

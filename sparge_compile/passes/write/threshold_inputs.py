@@ -40,7 +40,7 @@ class Marker(NamedTuple):
 
 @dataclass(frozen=True)
 class ThresholdInput:
-    """A new last input of a graph: the match it is for, its placeholder, and the thresholds, float32 [H, 2]."""
+    """A new last input of a graph: the match it is for, its placeholder, and the thresholds, float32 [H, 2 or 6]."""
 
     match: Match
     placeholder: Node
@@ -104,7 +104,7 @@ def restore_markers(markers: dict[Node, Marker], matches: Iterable[Match], thres
 
 
 def attached_thresholds(match: Match, marker: Marker) -> Node:
-    """The thresholds of a marker as a node [H, 2] of the match's graph, on the site's device.
+    """The thresholds of a marker as a node [H, 2 or 6] of the match's graph, on the site's device.
 
     Raises:
         ValueError: the marker holds another number of pairs than the site has heads.
@@ -128,7 +128,7 @@ def attached_thresholds(match: Match, marker: Marker) -> Node:
         if value.device != match.attention.device:  # whoever offloads the model has not brought them here
             given = call(graph, torch.ops.aten._to_copy.default, given, device=match.attention.device)
         if value.shape[0] != heads:
-            given = call(graph, torch.ops.aten.expand.default, given, [heads, 2])
+            given = call(graph, torch.ops.aten.expand.default, given, [heads, value.shape[1]])
     return given
 
 
@@ -147,7 +147,7 @@ def make_constants(graph_module: GraphModule, thresholds: Iterable[tuple[Thresho
     first = next(node for node in graph.nodes if node.op != "placeholder")
     for made, values in thresholds:
         with graph.inserting_before(first):
-            node = graph.call_function(CONSTANT, (values.flatten().tolist(), values.device))
+            node = graph.call_function(CONSTANT, (values.flatten().tolist(), values.device, values.shape[1]))
         node.meta["example_value"] = value_of(made.placeholder)
         made.placeholder.replace_all_uses_with(node)
         graph.erase_node(made.placeholder)
