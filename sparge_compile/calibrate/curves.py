@@ -63,6 +63,7 @@ def measure(
     scale: float,
     sample: Tensor,
     memory: int,
+    bottom_right: bool = False,
 ) -> Sums:
     """Measure error and density of every pair of the grid over some query blocks of one attention call.
 
@@ -72,12 +73,14 @@ def measure(
         sample: int64 [B, H, n], the query blocks to look at.
         memory: bytes of scratch memory that may be used, about, beside a padded copy of k and v; at least one query
             block is taken. To pool k takes two float32 copies of it, before the rest.
+        bottom_right: causality is aligned to the last query and key, instead of to the first ones.
 
     Returns:
         Sums over the batch and the sampled query blocks, on the device.
     """
     batch, heads, _, head_size = q.shape
-    problem = _Problem(q, k, v, attn_mask, is_causal, scale)
+    diagonal = k.shape[2] - q.shape[2] if bottom_right else 0
+    problem = _Problem(q, k, v, attn_mask, is_causal, scale, diagonal)
     steps = ladder(ceil_div(k.shape[2], KEY_BLOCK))
     at_once = max(1, memory // scratch(steps, head_size))
     lead = torch.arange(batch * heads, device=q.device).view(batch, heads, 1).expand_as(sample).flatten()
@@ -96,22 +99,25 @@ class _Problem:
     """One attention call, and the pooled keys that all of its query blocks share."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float, diagonal: int
     ) -> None:
         self.q, self.attn_mask, self.is_causal, self.scale = q, attn_mask, is_causal, scale
+        self.diagonal = diagonal
         self.heads, self.length, self.keys = q.shape[1], q.shape[2], k.shape[2]
         self.n_key = ceil_div(self.keys, KEY_BLOCK)
         self.group = self.heads // k.shape[1]
-        counted = rule.counted_rows(attn_mask, self.length, self.keys, is_causal, q.device)
+        counted = rule.counted_rows(attn_mask, self.length, self.keys, is_causal, q.device, diagonal)
         self.k_mean = rule.pool_keys(k, self.heads, counted.keys)  # [B, H, Nk, D]
         self.queries = None if counted.queries is None else counted.queries.expand(*q.shape[:3])
         padding = (0, 0, 0, self.n_key * KEY_BLOCK - self.keys)
         self.k, self.v = (torch.nn.functional.pad(x, padding).unflatten(2, (-1, KEY_BLOCK)) for x in (k, v))
         n_query = ceil_div(self.length, QUERY_BLOCK)
-        self.visible = visible_blocks(n_query, self.n_key, self.length, is_causal, q.device)
-        self.forced = diagonal_blocks(n_query, self.n_key, q.device) if is_causal else None
+        self.visible = visible_blocks(n_query, self.n_key, self.length, is_causal, q.device, diagonal)
+        self.forced = diagonal_blocks(n_query, self.n_key, q.device, diagonal) if is_causal else None
         self.anchor = rule.needs_anchor(attn_mask, is_causal)
-        self.pooled = None if attn_mask is None else rule.pool_mask(attn_mask, self.length, is_causal)
+        self.pooled = (
+            None if attn_mask is None else rule.pool_mask(attn_mask, self.length, is_causal, diagonal=diagonal)
+        )
 
     def place(self, lead: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """batch, query head and key head of flattened (batch, head) numbers."""
@@ -127,7 +133,7 @@ class _Problem:
         """For rows [n, 128] and keys [n, s]: the pairs that exist and may attend, and what is added to their scores."""
         seen = (keys < self.keys).unsqueeze(1)
         if self.is_causal:
-            seen = seen & (keys.unsqueeze(1) <= rows.unsqueeze(2))
+            seen = seen & (keys.unsqueeze(1) <= rows.unsqueeze(2) + self.diagonal)
         if self.attn_mask is None:
             return seen, None
         sizes = self.attn_mask.shape

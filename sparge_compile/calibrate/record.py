@@ -131,8 +131,11 @@ class Recorder(Observer):
         if not wanted:
             return graph.run(args)
 
-        def listen(number: int, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> None:
+        def listen(
+            number: int, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *starts: Any
+        ) -> None:
             attention = graph.matches[number].attention
+            query, key, value = longest_sequence(query, key, value, *starts)
             if attention is not None and key.shape[2] >= least_keys(self._options):
                 self._measure(graph.slots[number].name(places[number]), attention, query, key, value, attn_mask)
 
@@ -154,7 +157,9 @@ class Recorder(Observer):
             mask = None if attn_mask is None else capability.normal_mask(attn_mask, key.shape[2])
             scale = default_scale(head_size, attention.scale)
             where = chosen.to(query.device, non_blocking=True)
-            sums = measure(query, key, value, mask, attention.is_causal, scale, where, self._memory)
+            sums = measure(
+                query, key, value, mask, attention.is_causal, scale, where, self._memory, attention.bottom_right
+            )
         self._batch.samples.append(Sample(name, self._calls, head_size, n_query / max(1, chosen.shape[-1]), sums))
 
     def _choose(self, seed: str, lead: tuple[int, int], n_query: int) -> Tensor:
@@ -166,6 +171,21 @@ class Recorder(Observer):
         within = torch.rand(*lead, n, generator=generator, dtype=torch.float64)
         within = torch.zeros_like(within) if n == n_query else within
         return ((torch.arange(n) + within) * n_query / max(1, n)).long().clamp(max=max(0, n_query - 1))
+
+
+def longest_sequence(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of packed sequences that with the most pairs of queries and keys; others are one sequence."""
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        return query, key, value
+    n = int((cu_seqlens_q.diff() * cu_seqlens_k.diff()).argmax())
+    rows, keys = (slice(*x[n : n + 2].tolist()) for x in (cu_seqlens_q, cu_seqlens_k))
+    return query[:, :, rows], key[:, :, keys], value[:, :, keys]
 
 
 def _without_gaps(steps: Sequence[int]) -> list[int]:

@@ -172,6 +172,8 @@ def refusal(match: Match, options: Options) -> Decision | None:
     unsupported = capability.refusal(attention.device, attention.dtype, attention.head_size)
     if unsupported is not None:
         return Decision(*unsupported)
+    if attention.packing is not None and attention.masks:
+        return Decision(Reason.MASK_SHAPE, "a mask beside packed sequences")
     if attention.learned_mask:
         return Decision(Reason.LEARNED_BIAS)
     if attention.mask_kind == "additive" and not options.additive_masks:

@@ -47,6 +47,9 @@ def substitute_match(
             "is_causal": attention.is_causal,
             "scale": attention.scale,
         }
+        if attention.bottom_right:
+            options["bottom_right"] = True
+        options |= emitter.packing()
         if limit is not None:
             options |= {"least_keys": limit.least_keys, "gain": list(limit.gain)}
         if parts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from helpers import Case, random_mask, random_qkv, scale_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sparge_compile import attention
+from sparge_compile import attention, varlen_attention
 from sparge_compile.calibrate import curves
 from sparge_compile.calibrate.curves import TOPK, TOPP, Sums, ladder, measure
 from sparge_compile.kernels import capability
@@ -67,6 +68,23 @@ def test_the_predicted_error_and_density_are_those_of_the_op(case):
             torch.testing.assert_close(1 - kept, sparsity, atol=1e-6, rtol=0)
             distinct.add(round(float(sparsity), 4))
     assert len(distinct) > 3 or case.mask == "full", "a grid on which all pairs are alike shows nothing"
+
+
+def test_causality_aligned_to_the_bottom_right():
+    """As the op computes it for one packed sequence."""
+    case = Case(500, 740, 16, is_causal=True)
+    q, k, v, _ = problem(case)
+    sums = measure(q, k, v, None, True, scale_of(case), every_block(case), MEMORY, bottom_right=True)
+    starts = (torch.tensor([0, n], dtype=torch.int32) for n in (500, 740))
+    rows = [x[0].transpose(0, 1) for x in (q, k, v)]
+    call = partial(varlen_attention, *rows, *starts, 500, 740, causal="bottom_right")
+    dense = call()
+    for i, j in ((8, 0), (0, 20), (20, 12)):
+        out, sparsity = call(topk=TOPK[i], topp=TOPP[j], return_sparsity=True)
+        error, norm = (x.abs().sum((0, 2)) for x in (out - dense, dense))
+        torch.testing.assert_close(sums.error[:, i, j] / sums.norm, error / norm, atol=2e-6, rtol=1e-5)
+        kept = sums.kept[:, i, j].sum() / sums.visible.sum()
+        torch.testing.assert_close(1 - kept, sparsity, atol=1e-6, rtol=0)
 
 
 def test_memory_changes_nothing_but_the_number_of_pieces(monkeypatch):

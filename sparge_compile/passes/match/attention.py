@@ -142,8 +142,8 @@ class Attention:
 
     @property
     def keys(self) -> Any:
-        """S: the number of keys."""
-        return size_of(self.axes.keys)
+        """S: the number of keys; of packed sequences, those of the longest."""
+        return size_of(self.axes.keys) if self.packing is None else value_of(self.packing.max_seqlen_k)
 
     @property
     def head_size(self) -> Any:

@@ -98,6 +98,19 @@ class Emitter:
         by = self.translate(factor.operand) if isinstance(factor.operand, Node) else self.operand(factor.operand)
         return self.call(op, query, by)
 
+    def packing(self) -> dict[str, Node | int]:
+        """The arguments that say where packed sequences begin; none for other attention."""
+        found = self.attention.packing
+        if found is None:
+            return {}
+        starts = {name: getattr(found, name) for name in ("cu_seqlens_q", "cu_seqlens_k")}
+        made = {name: self.translate(node) for name, node in starts.items()}
+        for name, node in made.items():
+            if _dtype(node) not in (None, torch.int32):
+                made[name] = self.call(aten.to.dtype, node, torch.int32)
+        longest = {"max_seqlen_q": found.max_seqlen_q, "max_seqlen_k": found.max_seqlen_k}
+        return made | {name: self.translate(x) if isinstance(x, Node) else x for name, x in longest.items()}
+
     def mask(self) -> Node | None:
         """One mask [B or 1, H or 1, L or 1, S or 1] of all: boolean, or float where scores change."""
         keep: Node | None = None

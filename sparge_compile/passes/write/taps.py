@@ -13,8 +13,9 @@ from ..find import Match
 from ..mha.open import copy_inside
 from .emit import Emitter
 
-# Called with the number of a match, its query [B, H, L, D], key and value [B, Hk, S, D], and its mask.
-Listener = Callable[[int, Tensor, Tensor, Tensor, "Tensor | None"], None]
+# Called with the number of a match, its query [B, H, L, D], key and value [B, Hk, S, D], its mask, and where its packed
+# sequences begin, in queries and in keys, int32 [N + 1] each, if there are any.
+Listener = Callable[..., None]
 
 _listener: ContextVar[Listener] = ContextVar("sparge_tap")
 
@@ -29,9 +30,11 @@ def listening(listener: Listener) -> Iterator[None]:
         _listener.reset(token)
 
 
-def hand_over(number: int, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> None:
+def hand_over(
+    number: int, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *starts: Tensor
+) -> None:
     """Give the operands of an attention to the listener: a tap calls this."""
-    _listener.get()(number, query, key, value, attn_mask)
+    _listener.get()(number, query, key, value, attn_mask, *starts)
 
 
 def put_taps(graph_module: GraphModule, matches: Iterable[tuple[int, Match]]) -> None:
@@ -44,7 +47,9 @@ def put_taps(graph_module: GraphModule, matches: Iterable[tuple[int, Match]]) ->
         copies = copy_inside(match.node, match.inside, match.reader)[0] if match.inside is not None else {}
         emitter = Emitter(graph, attention, lambda node, copies=copies: copies.get(node, node))  # type: ignore[misc]
         with graph.inserting_before(match.node if copies else attention.output):
-            graph.call_function(hand_over, (number, *emitter.operands(), emitter.mask()))
+            packing = emitter.packing()
+            starts = [packing[name] for name in ("cu_seqlens_q", "cu_seqlens_k") if packing]
+            graph.call_function(hand_over, (number, *emitter.operands(), emitter.mask(), *starts))
         for inner, copy in reversed(list(copies.items())):  # of an opened call, only its operands are wanted
             if inner.op != "placeholder" and not copy.users:
                 graph.erase_node(copy)
