@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -30,6 +31,10 @@ MARGIN = 1.1
 
 # The largest size that is looked at to tell from which one on a site is sparse.
 LARGEST = 1 << 24
+
+# A mask_mod that is more than causality or a condition on keys becomes a boolean tensor; one of more bytes than these
+# (16k queries and keys) would take memory that flex_attention does not need.
+LARGEST_MASK = 1 << 28
 
 _HOW_TO_GET_SHAPES = "give example_inputs to sparge_compile.rewrite, or export the model"
 
@@ -178,7 +183,15 @@ def refusal(match: Match, options: Options) -> Decision | None:
         return Decision(Reason.LEARNED_BIAS)
     if attention.mask_kind == "additive" and not options.additive_masks:
         return Decision(Reason.ADDITIVE_MASK)
+    if match.site.kind == "flex" and (size := _largest_mask(attention)) > LARGEST_MASK:
+        return Decision(Reason.LARGE_MASK, f"{size} elements of at most {LARGEST_MASK}")
     return None
+
+
+def _largest_mask(attention: Attention) -> int:
+    """How many elements the largest mask of an attention has; of dynamic sizes, those that were traced with."""
+    sizes = [value_of(mask.operand.node).shape for mask in attention.masks if mask.row is None]
+    return max((prod(size_hint(n) or 1 for n in shape) for shape in sizes), default=0)
 
 
 def shape_of(attention: Attention) -> Shape | None:

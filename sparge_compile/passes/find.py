@@ -22,6 +22,7 @@ from .match.decomposed import is_softmax, match_softmax
 from .match.foreign import match_foreign
 from .match.joint import Parts, joint_parts
 from .match.sdpa import is_sdpa, match_sdpa
+from .mha.flex import flex_refusal, flex_site, in_words_of_flex, is_flex
 from .mha.open import OPENABLE, holds_attention, open_up, why_closed
 from .read.fx_utils import size_text, submodule_of
 from .read.reader import Reader
@@ -108,6 +109,11 @@ def _find(
             where["path"] = join(where["path"], OPENABLE[node.target].child)
             where["inside"] = inside = open_up(node, reader)
             yield _match(names, "mha", _opened(inside) or _closed(node, reader), around, where)
+        elif is_flex(node):
+            refused = flex_refusal(node, reader)
+            where["inside"] = inside = open_up(node, reader) if refused is None else None
+            found = refused or in_words_of_flex(_opened(inside), node, reader)
+            yield _match(names, "flex", found, around, where, **flex_site(node))
         elif holds_attention(node):
             yield _match(names, "mha", _closed(node, reader), around, where)
         elif (foreign := match_foreign(node)) is not None:
@@ -131,8 +137,15 @@ def _stored_inside(nested: GraphModule, caller: Caller, reader: Reader) -> list[
 
 def _opened(inside: GraphModule | None) -> Attention | Refusal | None:
     """The attention in an opened call; None where there is none."""
-    call = None if inside is None else next(filter(is_sdpa, inside.graph.nodes), None)
-    return None if inside is None or call is None else match_sdpa(call, Reader(inside))
+    if inside is None:
+        return None
+    reader = Reader(inside)
+    for node in inside.graph.nodes:
+        if is_sdpa(node):
+            return match_sdpa(node, reader)
+        if is_softmax(node, reader):
+            return match_softmax(node, reader)
+    return None
 
 
 def _closed(node: Node, reader: Reader) -> Refusal:

@@ -1,4 +1,4 @@
-"""Attention in calls that are not replaced: flex_attention, and custom ops that attend. They are sites of the report.
+"""Attention in calls that are not replaced: custom ops that attend. They are sites of the report.
 
 A custom op is known by its name and by the names of its arguments, never by where it comes from: flash-attn, xformers,
 SageAttention, NATTEN, vLLM and what is still to be written all speak of attention and take a query, a key and a value.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -17,14 +16,13 @@ from torch import Tensor
 from torch.fx import Node
 
 from ...report import Reason
-from ..read.fx_utils import size_text, value_of
+from ..read.fx_utils import value_of
 from .attention import Refusal
 
 _NAME = re.compile(r"attn|attention|fmha|mha|sdpa|flash|sage|na[123]d")
 _GRADIENT = re.compile(r"backward|bwd|grad")
 _QUERY, _KEY, _VALUE = (re.compile(rf"({word})(_.*|s|ies)?") for word in ("q|query|quer", "k|key", "v|value"))
 _PACKED = re.compile(r"qkv(_.*)?"), re.compile(r"kv(_.*)?")
-_NO_MASK = 1 << 30  # flex_attention without a mask has one block of so many queries and keys
 
 
 class Foreign(NamedTuple):
@@ -39,8 +37,6 @@ def match_foreign(node: Node) -> Foreign | None:
     """What a call is that attends by other means than those that are replaced; None for everything else."""
     if node.op != "call_function":
         return None
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
-        return _flex(node) if node.target.name() == "flex_attention" else None
     name = attends_as(node.target)
     if name is None:
         return None
@@ -82,23 +78,5 @@ def _signature(target: Any) -> tuple[str, list[str]]:
     return f"{module}.{target.__name__}", list(inspect.signature(target).parameters)
 
 
-def _flex(node: Node) -> Foreign:
-    query, key = (value_of(x) for x in node.args[:2])
-    if not all(isinstance(x, Tensor) and x.dim() == 4 for x in (query, key)):
-        return Foreign("flex", Refusal(Reason.FLEX), {})
-    known = _of_tensor(query)
-    names = ("batch", "heads", "length", "head_size")
-    known |= {name: size_text(size) for name, size in zip(names, query.shape, strict=True)}
-    known |= {"kv_heads": size_text(key.shape[1]), "keys": size_text(key.shape[2])}
-    blocks = [x for x in _leaves(node.args[4:5]) if isinstance(x, int)]
-    known["mask"] = "none" if _NO_MASK in blocks else "block"
-    return Foreign("flex", Refusal(Reason.FLEX), known)
-
-
 def _of_tensor(x: Tensor) -> dict[str, Any]:
     return {"dtype": str(x.dtype).removeprefix("torch."), "device": x.device.type}
-
-
-def _leaves(x: Any) -> Iterator[Any]:
-    for each in x:
-        yield from _leaves(each) if isinstance(each, (tuple, list)) else (each,)

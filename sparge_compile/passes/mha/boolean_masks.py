@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
@@ -62,6 +63,20 @@ def spelling(mask: Node) -> Iterator[Node]:
         for operand in (*_operands(mask), *mask.args[:1]):  # the first argument of a fill is the zeros
             if isinstance(operand, Node):
                 yield from spelling(operand)
+
+
+def visible(arguments: Mapping[str, Any], masks: Mapping[str, Tensor]) -> Tensor:
+    """The mask that ``F.multi_head_attention_forward`` hands to SDPA, as a boolean one: True attends."""
+    query, heads = arguments["query"], arguments["num_heads"]
+    batch = query.shape[1] if query.dim() == 3 else 1
+    parts = []
+    if (mask := masks.get("attn_mask")) is not None:  # [L, S] or [B·H, L, S]
+        parts.append(~(mask[None, None] if mask.dim() == 2 else mask.view(batch, heads, *mask.shape[1:])))
+    if (mask := masks.get("key_padding_mask")) is not None:  # [B, S] or [S]
+        parts.append(~mask.view(batch, 1, 1, mask.shape[-1]))
+    seen = parts[0] if len(parts) == 1 else parts[0] & parts[1]
+    extra = (arguments["bias_k"] is not None) + bool(arguments["add_zero_attn"])  # keys that all queries see
+    return F.pad(seen, (0, extra), value=True) if extra else seen
 
 
 def _operands(mask: Node) -> list[Node]:

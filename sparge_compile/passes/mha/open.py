@@ -1,12 +1,12 @@
 """Larger calls that hold attention: their inside as a graph, and that graph in place of the call.
 
-``F.multi_head_attention_forward`` is traced as it is; fused inference kernels are traced from their written-out form.
-Masks that torch.nn made additive are boolean again inside, if that is all they were.
+``F.multi_head_attention_forward`` is traced as it is; fused inference kernels and flex_attention are traced from their
+written-out form. Masks that torch.nn made additive are boolean again inside, if that is all they were.
 """
 
 from __future__ import annotations
 
-import inspect
+import logging
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ...report import Reason
 from ..read.fx_utils import bind, signature_of, value_of
 from ..read.reader import Reader
-from .boolean_masks import boolean_sources, hidden, spelling
+from .boolean_masks import boolean_sources, hidden, spelling, visible
+from .flex import flex_arguments, is_flex, written_out
 from .plain_torch import native_multi_head_attention, transformer_encoder_layer
 
 
@@ -31,21 +32,32 @@ def _multi_head_attention(**arguments: Any) -> Tensor:
     return F.multi_head_attention_forward(**{**arguments, "need_weights": False})[0]
 
 
-class Opener(NamedTuple):
-    """How a call is opened: its signature, what gives its first output from arguments by name, and where it stands.
+logger = logging.getLogger("sparge_compile")
 
-    ``child`` is the module, below the one that makes the call, to which the attention belongs.
+
+class Opener(NamedTuple):
+    """How a call is opened: its arguments by name, what gives its first output from them, and where it stands.
+
+    ``child`` is the module, below the one that makes the call, to which the attention belongs. ``fused``: the attention
+    inside is a call of SDPA, which tracing leaves whole; else it is written out.
     """
 
-    signature: inspect.Signature
+    arguments: Callable[[Node, Reader], Mapping[str, Any]]
     run: Callable[..., Tensor]
     returns_weights: bool = True
     child: str = ""
+    fused: bool = True
 
 
-_MHA = Opener(signature_of(F.multi_head_attention_forward), _multi_head_attention)
-_NATIVE = Opener(signature_of(native_multi_head_attention), native_multi_head_attention)
-_LAYER = Opener(signature_of(transformer_encoder_layer), transformer_encoder_layer, False, "self_attn")
+def _by_signature(function: Callable[..., Any]) -> Callable[[Node, Reader], Mapping[str, Any]]:
+    signature = signature_of(function)
+    return lambda node, reader: bind(signature, node)
+
+
+_MHA = Opener(_by_signature(F.multi_head_attention_forward), _multi_head_attention)
+_NATIVE = Opener(_by_signature(native_multi_head_attention), native_multi_head_attention)
+_LAYER = Opener(_by_signature(transformer_encoder_layer), transformer_encoder_layer, False, "self_attn")
+_FLEX = Opener(flex_arguments, written_out, fused=False)
 OPENABLE: dict[Any, Opener] = {
     F.multi_head_attention_forward: _MHA,
     torch._native_multi_head_attention: _NATIVE,
@@ -58,16 +70,21 @@ _MASKS = ("attn_mask", "key_padding_mask", "mask")
 EXAMPLE_SHAPES = "sparge_example_shapes"
 
 
+def opener_of(node: Node) -> Opener | None:
+    """How a call is opened; None where it is not."""
+    return _FLEX if is_flex(node) else OPENABLE.get(node.target)
+
+
 def open_up(node: Node, reader: Reader) -> GraphModule | None:
     """The inside of a call as a graph of ATen ops over the call's tensor arguments, in the order of ``tensor_inputs``.
 
     None where the call cannot be opened; ``why_closed`` tells.
     """
-    if why_closed(node, reader) is not None:
+    opener = opener_of(node)
+    if opener is None or why_closed(node, reader) is not None:
         return None
-    inputs, arguments = tensor_inputs(node, reader), _arguments(node)
+    inputs, arguments = tensor_inputs(node, reader), opener.arguments(node, reader)
     masks = {name: arguments[name] for name in _boolean_masks(arguments, reader)}
-    opener = OPENABLE[node.target]
     apart = opener is _MHA and bool(masks)  # it would make them additive again
 
     def call(*tensors: Tensor) -> Any:
@@ -75,13 +92,21 @@ def open_up(node: Node, reader: Reader) -> GraphModule | None:
         closed = {name: hidden(mask, by_node) for name, mask in masks.items()}
         given = {**arguments, **({**dict.fromkeys(masks), "is_causal": False} if apart else closed)}
         values = tree_map(lambda x: by_node.get(x, value_of(x)) if isinstance(x, Node) else x, given)
-        return _visible(values, closed) if apart else None, opener.run(**values)
+        return visible(values, closed) if apart else None, opener.run(**values)
 
     # Dynamo hands the graph's inputs over in another fake mode than the one it traced with, and modes do not mix.
     with _fake_mode(node, inputs) as fake_mode:
         fresh = [_blank(n, fake_mode) for n in inputs]
-        inside = make_fx(call, pre_dispatch=True)(*fresh)
-    return _with_mask(inside)
+        try:
+            inside = make_fx(call, pre_dispatch=opener.fused)(*fresh)
+        except Exception as error:
+            if opener is not _FLEX:
+                raise
+            logger.debug("cannot trace %s: %s", node.format_node(), error)  # it runs code of the user
+            return None
+    inside = _with_mask(inside)
+    inside.graph.eliminate_dead_code()  # nothing in it writes to anything
+    return inside
 
 
 def why_closed(node: Node, reader: Reader) -> Reason | None:
@@ -90,7 +115,7 @@ def why_closed(node: Node, reader: Reader) -> Reason | None:
         return Reason.WEIGHTS_USED
     if node.op == "call_module":
         return Reason.NO_SHAPES if value_of(node) is None else Reason.OPAQUE
-    values = [value_of(n) for n in tensor_inputs(node, reader)]
+    values = [x for x in map(value_of, tensor_inputs(node, reader)) if not isinstance(x, torch.SymInt)]
     if not values or not all(isinstance(value, FakeTensor) for value in values):
         return Reason.NO_SHAPES
     return Reason.NESTED if any(value.is_nested for value in values) else None
@@ -98,11 +123,12 @@ def why_closed(node: Node, reader: Reader) -> Reason | None:
 
 def tensor_inputs(node: Node, reader: Reader) -> list[Node]:
     """The tensors that an opened call reads: boolean masks in the place of the additive ones made of them."""
-    arguments = _arguments(node)
+    arguments = _arguments(node, reader)
     masks = _boolean_masks(arguments, reader)
     nodes = [x for name, value in arguments.items() if name not in masks for x in tree_leaves(value)]
     nodes += [source for sources in masks.values() for source in sources]
-    return [n for n in dict.fromkeys(x for x in nodes if isinstance(x, Node)) if isinstance(value_of(n), Tensor)]
+    read = dict.fromkeys(x for x in nodes if isinstance(x, Node))
+    return [n for n in read if isinstance(value_of(n), (Tensor, torch.SymInt))]
 
 
 def copy_inside(node: Node, inside: GraphModule, reader: Reader) -> tuple[dict[Node, Any], Any]:
@@ -123,10 +149,11 @@ def copy_inside(node: Node, inside: GraphModule, reader: Reader) -> tuple[dict[N
 def put_inside(graph_module: GraphModule, node: Node, inside: GraphModule, reader: Reader) -> dict[Node, Node]:
     """Replace a call by its opened graph; returns the copy of each node of ``inside``."""
     graph = graph_module.graph
-    arguments = _arguments(node)
+    arguments = _arguments(node, reader)
     replaced = [n for name in _boolean_masks(arguments, reader) for n in spelling(arguments[name])]
+    replaced += [n for n in node.all_input_nodes if isinstance(reader.fake(n), GraphModule)]
     copies, output = copy_inside(node, inside, reader)
-    if OPENABLE[node.target].returns_weights:
+    if opener_of(node).returns_weights:  # type: ignore[union-attr]
         erase_readers_of_weights(node, reader)
         for user in list(node.users):
             user.replace_all_uses_with(output)
@@ -134,7 +161,7 @@ def put_inside(graph_module: GraphModule, node: Node, inside: GraphModule, reade
     else:
         node.replace_all_uses_with(output)
     graph.erase_node(node)
-    for orphan in dict.fromkeys(replaced):  # additive masks that only this call read
+    for orphan in dict.fromkeys(replaced):  # additive masks, a score_mod and a mask_mod that only this call read
         if not orphan.users:
             graph.erase_node(orphan)
     return copies
@@ -145,9 +172,11 @@ def returns_weights(node: Node, reader: Reader) -> bool:
     if node.op == "call_module":
         returns_both = isinstance(_module_of(node), torch.nn.MultiheadAttention)
     else:
-        returns_both = OPENABLE[node.target].returns_weights
+        returns_both = opener_of(node).returns_weights  # type: ignore[union-attr]
     return returns_both and not all(
-        user.op == "call_function" and user.target is operator.getitem and (user.args[1] == 0 or reader.is_dead(user))
+        user.op == "call_function"
+        and user.target is operator.getitem
+        and (user.args[1] == 0 or not user.users or reader.is_dead(user))
         for user in node.users
     )
 
@@ -174,8 +203,10 @@ def _module_of(node: Node) -> torch.nn.Module | None:
     return None if owner is None else owner.get_submodule(str(node.target))
 
 
-def _arguments(node: Node) -> Mapping[str, Any]:
-    return bind(OPENABLE[node.target].signature, node)
+def _arguments(node: Node, reader: Reader) -> Mapping[str, Any]:
+    opener = opener_of(node)
+    assert opener is not None
+    return opener.arguments(node, reader)
 
 
 def _boolean_masks(arguments: Mapping[str, Any], reader: Reader) -> dict[str, list[Node]]:
@@ -185,20 +216,6 @@ def _boolean_masks(arguments: Mapping[str, Any], reader: Reader) -> dict[str, li
     given = {name: arguments[name] for name in _MASKS if isinstance(arguments.get(name), Node)}
     sources = {name: boolean_sources(mask, reader) for name, mask in given.items()}
     return {} if None in sources.values() else sources  # type: ignore[return-value]
-
-
-def _visible(arguments: Mapping[str, Any], masks: Mapping[str, Tensor]) -> Tensor:
-    """The mask that ``F.multi_head_attention_forward`` hands to SDPA, as a boolean one: True attends."""
-    query, heads = arguments["query"], arguments["num_heads"]
-    batch = query.shape[1] if query.dim() == 3 else 1
-    parts = []
-    if (mask := masks.get("attn_mask")) is not None:  # [L, S] or [B·H, L, S]
-        parts.append(~(mask[None, None] if mask.dim() == 2 else mask.view(batch, heads, *mask.shape[1:])))
-    if (mask := masks.get("key_padding_mask")) is not None:  # [B, S] or [S]
-        parts.append(~mask.view(batch, 1, 1, mask.shape[-1]))
-    visible = parts[0] if len(parts) == 1 else parts[0] & parts[1]
-    extra = (arguments["bias_k"] is not None) + bool(arguments["add_zero_attn"])  # keys that all queries see
-    return F.pad(visible, (0, extra), value=True) if extra else visible
 
 
 def _with_mask(inside: GraphModule) -> GraphModule:
@@ -221,12 +238,16 @@ def _fake_mode(node: Node, inputs: list[Node]) -> FakeTensorMode:
         from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
         return FakeTensorMode(shape_env=ShapeEnv(duck_shape=False))
-    return FakeTensorMode(shape_env=value_of(inputs[0]).fake_mode.shape_env)
+    given = value_of(inputs[0]).fake_mode
+    # An exported program has one mode, and asks that all its values are of it.
+    return given if "val" in inputs[0].meta else FakeTensorMode(shape_env=given.shape_env)
 
 
-def _blank(node: Node, mode: FakeTensorMode) -> Tensor:
-    """A fresh tensor like a node's value: an input of the trace, without history."""
+def _blank(node: Node, mode: FakeTensorMode) -> Any:
+    """A fresh tensor like a node's value: an input of the trace, without history. A number stands for itself."""
     x = value_of(node)
+    if isinstance(x, torch.SymInt):
+        return x
     sizes: Any = (x.shape, x.stride())
     if mode.shape_env is not None and mode.shape_env is not x.fake_mode.shape_env and node.op != "get_attr":
         from torch._dynamo.source import ConstantSource  # its import is slow, and imports Triton

@@ -6,7 +6,6 @@ import pytest
 import torch
 from graphs import Builder
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from sparge_compile import explain
 from sparge_compile.passes.find import find
@@ -111,24 +110,6 @@ def test_a_custom_op_is_a_site_with_its_name_and_its_line(attend, detail):
 
 def test_an_op_that_does_not_attend_is_no_site():
     assert not explain(lambda x: attn_norm(x))(torch.randn(2, 3)).sites
-
-
-def later_sees_earlier(b, h, i, j):
-    return i >= j
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_flex_attention_is_a_site_with_its_shape(masked):
-    mask = create_block_mask(later_sees_earlier, 1, 1, L, L, device="cpu") if masked else None
-
-    def attend(q, k, v):
-        return flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
-
-    q, k = torch.randn(1, 2 * H, L, D), torch.randn(1, H, L, D)
-    (row,) = explain(attend)(q, k, k)
-    assert (row.kind, row.reason, row.site.mask) == ("flex", Reason.FLEX, "block" if masked else "none")
-    assert list(row.shapes.values()) == [1, 2 * H, H, L, L, D]
-    assert row.site.code.startswith(__file__)
 
 
 def test_nested_tensors_are_named():
