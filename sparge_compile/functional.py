@@ -198,7 +198,10 @@ def _thresholds(
     if topk is None:
         # Top-p alone needs the smallest Top-k there is: one block.
         topk = 1.0 if topp is None else torch.finfo(torch.float32).tiny
-    return capability.make_thresholds(topk, 0.0 if topp is None else topp, query.shape[1], query.device, kept)
+    topp = 0.0 if topp is None else topp
+    given = isinstance(topk, Tensor) or isinstance(topp, Tensor) or type(query) is not Tensor
+    make = capability.make_thresholds if given else capability.constant_thresholds
+    return make(topk, topp, query.shape[1], query.device, kept)  # type: ignore[arg-type]
 
 
 def sparsity(block_map: BlockMap, query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:

@@ -181,12 +181,29 @@ def _backward(face: Any, grad_out, query, key, value, out, lse, grad_lse, bits, 
     return face.backward(grad_out, query, key, value, out, lse, grad_lse, bits, *how)
 
 
+def _replayed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` on a GPU, where calls of a form that was met before are replayed."""
+    made: list[Callable[..., Any]] = []
+
+    def call(*args: Any) -> Any:
+        if not made:
+            from .kernels.triton import replay
+
+            made.append(replay.replayed(function))
+        return made[0](*args)
+
+    return call
+
+
 for _key, _face in (("CPU", cpu), ("CUDA", _TritonFace())):
-    for _name in ("block_map", "forward", "pack"):
-        library.impl(_name, partial(_run, _face, _name), _key)
-    library.impl("backward", partial(_backward, _face), _key)
-    library.impl("attend", partial(attend.attend, _face), _key)
-    library.impl("attend_for_backward", partial(attend.attend_for_backward, _face), _key)
+    _kernels = {_name: partial(_run, _face, _name) for _name in ("block_map", "forward", "pack")}
+    _kernels |= {
+        "backward": partial(_backward, _face),
+        "attend": partial(attend.attend, _face),
+        "attend_for_backward": partial(attend.attend_for_backward, _face),
+    }
+    for _name, _kernel in _kernels.items():
+        library.impl(_name, _replayed(_kernel) if _key == "CUDA" else _kernel, _key)
 
 
 # Fake kernels, from the same allocation code as the real ones.
@@ -247,10 +264,7 @@ def _keep_of_forward(ctx, inputs, output):
 
 def _keep_of_attend(ctx, inputs, output):
     query, key, value, _, attn_mask, is_causal, scale, _, _, *packed = inputs
-    # Without them it is ``attend``, lowered where no gradient was in sight (an exported program) and trained after all.
-    kept = output if isinstance(output, tuple) else torch.ops.sparge.attend_for_backward(*inputs)
-    out, lse, bits = kept
-    _keep(ctx, query, key, value, out, lse, bits, attn_mask, is_causal, scale, *packed)
+    _keep(ctx, query, key, value, *output, attn_mask, is_causal, scale, *packed)
 
 
 def _differentiate(inputs: int, ctx, grad_out, grad_lse=None, grad_bits=None):
@@ -264,12 +278,23 @@ def _differentiate(inputs: int, ctx, grad_out, grad_lse=None, grad_bits=None):
     return *grads, *(None,) * (inputs - 3)
 
 
-for _name in ("forward", "attend", "attend_for_backward"):
+for _name in ("forward", "attend_for_backward"):
     _save = _keep_of_forward if _name == "forward" else _keep_of_attend
     _inputs = len(getattr(torch.ops.sparge, _name).default._schema.arguments)
     torch.library.register_autograd(
         f"sparge::{_name}", partial(_differentiate, _inputs), setup_context=_save, lib=library
     )
+
+
+def _attend_under_autograd(query, key, value, *others):
+    """``attend`` where it may be differentiated: lowered where no gradient was in sight, and trained after all."""
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return torch.ops.sparge.attend_for_backward(query, key, value, *others)[0]
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.sparge.attend(query, key, value, *others)
+
+
+library.impl("attend", _attend_under_autograd, "Autograd")
 
 
 def _refuse_second_derivative(ctx, *grads):

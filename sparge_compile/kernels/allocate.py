@@ -70,6 +70,11 @@ def new_bits(q: Tensor, k: Tensor, how: How) -> Tensor:
     return q.new_empty((how.sequences(q), q.shape[1], rows, words), dtype=torch.int32)
 
 
+def new_counter(q: Tensor) -> Tensor:
+    """int32 [1]: which query block is next. ``block_map`` sets it to 0 for the ``forward`` that follows."""
+    return q.new_empty(1, dtype=torch.int32)
+
+
 def new_words(counts: Tensor, n_key: int) -> Tensor:
     """int32 [B, H, Nq, ceil(Nk / 32)]: bits without room to spare."""
     return counts.new_empty((*counts.shape, ceil_div(n_key, WORD_BITS)))

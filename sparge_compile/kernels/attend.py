@@ -36,13 +36,15 @@ def attend(
     """Attention [B, H, L, D] for inference, in the query's dtype and order of dimensions."""
     how = How(attn_mask, is_causal, scale, *packed)
     _check(query, key, value, how)
+    counter = None
     if _is_sparse(query, key, how, least_keys, gain):
-        block_map = face.block_map(query, key, thresholds, *how)
+        counter = allocate.new_counter(query)
+        block_map = face.block_map(query, key, thresholds, *how, counter=counter)
     elif _sdpa_computes(query, key, how):
         return _dense(query, key, value, how)
     else:
         block_map = full_map(query, key, how)
-    return face.forward(query, key, value, *block_map, *how)[0]
+    return face.forward(query, key, value, *block_map, *how, counter=counter)[0]
 
 
 def attend_for_backward(
@@ -61,14 +63,14 @@ def attend_for_backward(
     """(out [B, H, L, D], log-sum-exp [B, H, L], the map as bits): all that the backward needs beside the operands."""
     how = How(attn_mask, is_causal, scale, *packed)
     _check(query, key, value, how)
+    counter = None
     if _is_sparse(query, key, how, least_keys, gain):
-        block_map = face.block_map(query, key, thresholds, *how)
+        counter = allocate.new_counter(query)
+        block_map = face.block_map(query, key, thresholds, *how, counter=counter)
     else:
         block_map = full_map(query, key, how)
-    out, lse = face.forward(query, key, value, *block_map, *how)
-    bits = allocate.new_bits(query, key, how).zero_()
-    used_bits(bits, query, key, how).copy_(face.pack(*block_map))
-    return out, lse, bits
+    out, lse = face.forward(query, key, value, *block_map, *how, counter=counter)
+    return out, lse, face.pack(*block_map, bits=allocate.new_bits(query, key, how))
 
 
 def used_bits(bits: Tensor, query: Tensor, key: Tensor, how: How) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +52,21 @@ def refusal(device: torch.device, dtype: torch.dtype, head_size: int) -> tuple[R
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise a ``ValueError`` unless q [B, H, L, D], k and v [B, Hk, S, D] can be attended to."""
+    form = None if torch.compiler.is_compiling() else tuple((x.shape, x.dtype, x.device) for x in (q, k, v))
+    try:
+        if form in _FITTING:
+            return
+    except TypeError:  # symbolic sizes have no hash
+        form = None
+    _check_qkv(q, k, v)
+    if form is not None and len(_FITTING) < 4096:
+        _FITTING.add(form)
+
+
+_FITTING: set[Any] = set()  # what was found right, since asking takes longer than a small attention
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     check_sizes(q, k, v)
     if not q.dtype == k.dtype == v.dtype:
         raise value_error(
@@ -245,6 +262,24 @@ def check_block_map(block_map: BlockMap, q: Tensor, k: Tensor, how: How) -> None
             allowed=f"int32 on {q.device}",
             todo="Convert it with .to().",
         )
+
+
+def constant_thresholds(topk: float, topp: float, heads: int, device: torch.device, kept: Kept = NOTHING) -> Tensor:
+    """:func:`make_thresholds` of numbers: the same tensor for the same ones, where nobody traces or records."""
+    if (
+        not all(isinstance(x, (int, float)) for x in (topk, topp))
+        or torch.compiler.is_compiling()
+        or torch.utils._python_dispatch._get_current_dispatch_mode() is not None
+        or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    ):
+        return make_thresholds(topk, topp, heads, device, kept)
+    return _held_thresholds(topk, topp, heads, device, kept)
+
+
+@functools.lru_cache(maxsize=256, typed=True)
+def _held_thresholds(topk: float, topp: float, heads: int, device: torch.device, kept: Kept) -> Tensor:
+    with torch.inference_mode(False):
+        return make_thresholds(topk, topp, heads, device, kept)
 
 
 def make_thresholds(

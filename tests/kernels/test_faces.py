@@ -66,7 +66,10 @@ def test_a_face_has_the_arguments_of_the_op(device: str, op: str) -> None:
     if device == "triton":
         pytest.importorskip("triton")
     schema = getattr(torch.ops.sparge, op).default._schema
-    arguments = inspect.signature(getattr(face_of(device), op)).parameters.values()
+    parameters = inspect.signature(getattr(face_of(device), op)).parameters.values()
+    by_name = [x for x in parameters if x.kind is inspect.Parameter.KEYWORD_ONLY]  # between ``attend`` and the faces
+    assert {x.name for x in by_name} <= {"bits", "counter"}
+    arguments = [x for x in parameters if x not in by_name]
     assert all(x.default is inspect.Parameter.empty for x in arguments)
     names = [name for x in arguments for name in (How._fields if x.name == "how" else (x.name,))]
     assert names == [x.name for x in schema.arguments]

@@ -1,6 +1,7 @@
 """The face of the CPU: the four functions of the op schemas (ops.py), with the same arguments as those of the GPU.
 
-The last arguments of each are the fields of a :class:`How`.
+The last arguments of each are the fields of a :class:`How`. What is given by name serves the GPU, where it saves a
+launch (``counter``) or a copy (``bits``).
 """
 
 from __future__ import annotations
@@ -16,21 +17,30 @@ from . import attention, packed
 __all__ = ["backward", "block_map", "forward", "pack"]
 
 
-def block_map(query: Tensor, key: Tensor, thresholds: Tensor, *how: Any) -> forms.BlockMap:
+def block_map(
+    query: Tensor, key: Tensor, thresholds: Tensor, *how: Any, counter: Tensor | None = None
+) -> forms.BlockMap:
     """The block map of query [B, H, L, D] over key [B, Hk, S, D], by the rule (rule.py)."""
     return _place(how).block_map(query, key, thresholds, How(*how))
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, counts: Tensor, indices: Tensor, *how: Any
+    query: Tensor, key: Tensor, value: Tensor, counts: Tensor, indices: Tensor, *how: Any, counter: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over the kept keys: out [B, H, L, D] and lse [B, H, L]."""
     return _place(how).forward(query, key, value, counts, indices, How(*how))
 
 
-def pack(counts: Tensor, indices: Tensor) -> Tensor:
-    """int32 [B, H, Nq, ceil(Nk / 32)] from the lists of a map, int32 [B, H, Nq] and [B, H, Nq, Nk]."""
-    return forms.pack(forms.BlockMap(counts, indices).to_dense())
+def pack(counts: Tensor, indices: Tensor, *, bits: Tensor | None = None) -> Tensor:
+    """int32 [B, H, Nq, ceil(Nk / 32)] from the lists of a map, int32 [B, H, Nq] and [B, H, Nq, Nk].
+
+    They are written to ``bits``, if it is given: int32 with room to spare in rows and words, where zeros go.
+    """
+    made = forms.pack(forms.BlockMap(counts, indices).to_dense())
+    if bits is None:
+        return made
+    bits.zero_()[:, :, : made.shape[2], : made.shape[3]] = made
+    return bits
 
 
 def backward(

@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import allocate, launch
 from ..block_map import KEY_BLOCK, QUERY_BLOCK
 from ..how import How
+from . import replay
 from .tiles import (
     LOG2_E,
     dense_prefix,
@@ -167,7 +168,13 @@ def _forward_kernel(
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, counts: Tensor, indices: Tensor, *how: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    counts: Tensor,
+    indices: Tensor,
+    *how: Any,
+    counter: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over the kept keys: out [B, H, L, D] in the query's dtype and stride order, and lse [B, H, L].
 
@@ -187,7 +194,7 @@ def forward(
             from . import forward_hopper
 
             if forward_hopper.takes(query, key, value, out, given):
-                forward_hopper.forward(query, key, value, counts, indices, given, out, lse)
+                forward_hopper.forward(query, key, value, counts, indices, given, out, lse, counter)
                 return out, lse
         _launch_portable(query, key, value, counts, indices, given, out, lse)
     return out, lse
@@ -212,7 +219,8 @@ def _launch_portable(
     counts, indices = (x.expand(batch, heads, *x.shape[2:]) for x in (counts, indices))
     head_pad = launch.pad_head(head_size)
     described, k_source, v_source = tile_sources(k, v, KEY_BLOCK, head_pad, how.packed)
-    _forward_kernel[(n_tiles * batch * heads,)](
+    replay.launch(
+        _forward_kernel, (n_tiles * batch * heads,),
         q_ptr=q, k_ptr=k_source, v_ptr=v_source, counts_ptr=counts, indices_ptr=indices,
         out_ptr=out, lse_ptr=lse,
         counts_stride_b=counts.stride(0), counts_stride_h=counts.stride(1), counts_stride_i=counts.stride(2),

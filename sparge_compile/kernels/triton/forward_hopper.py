@@ -29,7 +29,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .. import launch
 from ..block_map import KEY_BLOCK, QUERY_BLOCK, ceil_div
 from ..how import How
-from . import tiles
+from . import replay, tiles
 
 ROWS = QUERY_BLOCK // 2  # of one consumer
 COLUMNS = 64  # elements of 16 bits in the 128 bytes of one swizzled line
@@ -459,17 +459,20 @@ def forward(
     how: How,
     out: Tensor,
     lse: Tensor,
+    counter: Tensor | None = None,
 ) -> None:
-    """Fill ``out`` and ``lse`` as :func:`forward.forward` describes them."""
+    """Fill ``out`` and ``lse`` as :func:`forward.forward` describes them; ``counter`` is one that holds 0."""
     heads, length, head_size = q.shape[1:]
     batch, packed = how.sequences(q), how.packed
     counts, indices = (x.expand(batch, heads, *x.shape[2:]) for x in (counts, indices))
     head_pad = launch.pad_head(head_size)
     n_tiles = ceil_div(how.length(q), QUERY_BLOCK)
     total = n_tiles * batch * heads
-    counter = torch.zeros(1, dtype=torch.int32, device=q.device)
+    if counter is None:
+        counter = replay.zero(torch.empty(1, dtype=torch.int32, device=q.device))
     starts = (how.cu_seqlens_q, how.cu_seqlens_k) if packed else (counter, counter)  # else they are not read
-    _forward_hopper_kernel[(min(launch.multiprocessors(q.device), total),)](
+    replay.launch(
+        _forward_hopper_kernel, (min(launch.multiprocessors(q.device), total),),
         _descriptor(q, ROWS, COLUMNS, packed), _descriptor(k, KEY_BLOCK, COLUMNS, packed),
         _descriptor(v, KEY_BLOCK, COLUMNS, packed), _descriptor(out, ROWS, head_pad, packed),
         counts, indices, *starts, counter, lse,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import allocate
 from ..block_map import WORD_BITS, BlockMap
+from . import replay
 
 PACK_ENTRIES = 64  # list entries that a packing program compares at a time
 PACK_WORDS = 64  # words that it writes: 2048 key blocks
@@ -25,14 +26,15 @@ def _pack_kernel(
     counts_ptr, indices_ptr,
     bits_ptr,
     counts_stride_b, counts_stride_h, counts_stride_i, indices_stride_b, indices_stride_h, indices_stride_i,
-    heads, n_query, words, n_parts,
+    heads, n_query, rows, words, n_parts,
     ENTRIES: tl.constexpr, WORDS: tl.constexpr, WORD_SIZE: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     row = pid // n_parts
     word = (pid % n_parts).to(tl.int32) * WORDS + tl.arange(0, WORDS)
-    i, h, b = row % n_query, row // n_query % heads, row // n_query // heads
-    count = tl.load(counts_ptr + b * counts_stride_b + h * counts_stride_h + i * counts_stride_i)
+    i, h, b = row % rows, row // rows % heads, row // rows // heads
+    count_ptr = counts_ptr + b * counts_stride_b + h * counts_stride_h + i * counts_stride_i
+    count = tl.load(count_ptr, mask=i < n_query, other=0)
     list_ptr = indices_ptr + b * indices_stride_b + h * indices_stride_h + i * indices_stride_i
     value = tl.zeros([WORDS], tl.int32)
     for first in tl.range(0, count, ENTRIES):
@@ -44,21 +46,26 @@ def _pack_kernel(
     tl.store(bits_ptr + row * words + word, value, mask=word < words)
 
 
-def pack(counts: Tensor, indices: Tensor) -> Tensor:
-    """int32 [B, H, Nq, ceil(Nk / 32)] from the lists of a map, int32 [B, H, Nq] and [B, H, Nq, Nk]."""
-    batch, heads, n_query = counts.shape
-    bits = allocate.new_words(counts, indices.shape[-1])
-    words = bits.shape[-1]
-    if bits.numel() == 0:
-        return bits
+def pack(counts: Tensor, indices: Tensor, *, bits: Tensor | None = None) -> Tensor:
+    """int32 [B, H, Nq, ceil(Nk / 32)] from the lists of a map, int32 [B, H, Nq] and [B, H, Nq, Nk].
+
+    They are written to ``bits``, if it is given: contiguous int32 with room to spare in rows and words, where zeros go.
+    """
+    bits = allocate.new_words(counts, indices.shape[-1]) if bits is None else bits
+    batch, heads, rows, words = bits.shape
+    n_query = counts.shape[2]
+    if bits.numel() == 0 or indices.numel() == 0:
+        return bits.zero_()
+    counts, indices = counts.expand(batch, heads, -1), indices.expand(batch, heads, -1, -1)
     n_parts = triton.cdiv(words, PACK_WORDS)
     with torch.cuda.device_of(counts):
-        _pack_kernel[(batch * heads * n_query * n_parts,)](
+        replay.launch(
+            _pack_kernel, (batch * heads * rows * n_parts,),
             counts_ptr=counts, indices_ptr=indices,
             bits_ptr=bits,
             counts_stride_b=counts.stride(0), counts_stride_h=counts.stride(1), counts_stride_i=counts.stride(2),
             indices_stride_b=indices.stride(0), indices_stride_h=indices.stride(1), indices_stride_i=indices.stride(2),
-            heads=heads, n_query=n_query, words=words, n_parts=n_parts,
+            heads=heads, n_query=n_query, rows=rows, words=words, n_parts=n_parts,
             ENTRIES=PACK_ENTRIES, WORDS=PACK_WORDS, WORD_SIZE=WORD_BITS, num_warps=4,
         )  # fmt: skip
     return bits
@@ -68,14 +75,17 @@ def pack(counts: Tensor, indices: Tensor) -> Tensor:
 def _unpack_kernel(
     bits_ptr,
     counts_ptr, indices_ptr,
-    words, n_key,
+    bits_stride_b, bits_stride_h, bits_stride_i,
+    heads, n_query, n_key,
     BLOCKS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    i, h, b = row % n_query, row // n_query % heads, row // n_query // heads
+    bits_ptr += b * bits_stride_b + h * bits_stride_h + i * bits_stride_i
     count = 0
     for first in tl.range(0, n_key, BLOCKS):
         j = first + tl.arange(0, BLOCKS)
-        word = tl.load(bits_ptr + row * words + (j >> 5), mask=j < n_key, other=0)
+        word = tl.load(bits_ptr + (j >> 5), mask=j < n_key, other=0)
         kept = (word >> (j & 31)) & 1
         place = count + tl.cumsum(kept, 0) - 1
         tl.store(indices_ptr + row * n_key + place, j, mask=kept != 0)
@@ -84,17 +94,19 @@ def _unpack_kernel(
 
 
 def unpack(bits: Tensor, n_key: int) -> BlockMap:
-    """The lists of a map from its bits."""
-    batch, heads, n_query, words = bits.shape
+    """The lists of a map from its bits, whose words are adjacent."""
+    batch, heads, n_query, _ = bits.shape
     counts = bits.new_empty((batch, heads, n_query))
     indices = bits.new_empty((batch, heads, n_query, n_key))
     if indices.numel() == 0:
         return BlockMap(counts.zero_(), indices)
     with torch.cuda.device_of(bits):
-        _unpack_kernel[(batch * heads * n_query,)](
-            bits_ptr=bits.contiguous(),
+        replay.launch(
+            _unpack_kernel, (batch * heads * n_query,),
+            bits_ptr=bits,
             counts_ptr=counts, indices_ptr=indices,
-            words=words, n_key=n_key,
+            bits_stride_b=bits.stride(0), bits_stride_h=bits.stride(1), bits_stride_i=bits.stride(2),
+            heads=heads, n_query=n_query, n_key=n_key,
             BLOCKS=min(UNPACK_BLOCKS, max(32, triton.next_power_of_2(n_key))), num_warps=4,
         )  # fmt: skip
     return BlockMap(counts, indices)
@@ -104,18 +116,20 @@ def unpack(bits: Tensor, n_key: int) -> BlockMap:
 def _invert_kernel(
     bits_ptr,
     counts_ptr, indices_ptr,
-    words, n_query, n_key,
+    bits_stride_b, bits_stride_h, bits_stride_i,
+    heads, words, n_query, n_key,
     ROWS: tl.constexpr, WORD_SIZE: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     bh, word_number = pid // words, pid % words
+    bits_ptr += bh // heads * bits_stride_b + bh % heads * bits_stride_h + word_number
     lane = tl.arange(0, WORD_SIZE)  # one word holds this many key blocks
     j = word_number * WORD_SIZE + lane
     list_ptrs = indices_ptr + (bh * n_key + j)[None, :] * n_query
     count = tl.zeros([WORD_SIZE], tl.int32)
     for first in tl.range(0, n_query, ROWS):
         i = first + tl.arange(0, ROWS)
-        word = tl.load(bits_ptr + (bh * n_query + i) * words + word_number, mask=i < n_query, other=0)
+        word = tl.load(bits_ptr + i.to(tl.int64) * bits_stride_i, mask=i < n_query, other=0)
         kept = (word[:, None] >> lane[None, :]) & 1
         place = count[None, :] + tl.cumsum(kept, 0) - 1
         block = tl.broadcast_to(i[:, None], [ROWS, WORD_SIZE])
@@ -132,10 +146,12 @@ def invert(bits: Tensor, n_query: int, n_key: int) -> tuple[Tensor, Tensor]:
     if indices.numel() == 0:
         return counts.zero_(), indices
     with torch.cuda.device_of(bits):
-        _invert_kernel[(batch * heads * words,)](
-            bits_ptr=bits.contiguous(),
+        replay.launch(
+            _invert_kernel, (batch * heads * words,),
+            bits_ptr=bits,
             counts_ptr=counts, indices_ptr=indices,
-            words=words, n_query=n_query, n_key=n_key,
+            bits_stride_b=bits.stride(0), bits_stride_h=bits.stride(1), bits_stride_i=bits.stride(2),
+            heads=heads, words=words, n_query=n_query, n_key=n_key,
             ROWS=INVERT_ROWS, WORD_SIZE=WORD_BITS, num_warps=4,
         )  # fmt: skip
     return counts, indices

@@ -19,6 +19,7 @@ from ...keeping import OF_GRAPH, WIDTH, beside_longest
 from .. import allocate, launch, rule
 from ..block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap
 from ..how import How
+from . import replay
 from .pool import pool, pool_mask
 from .tiles import diagonal_of, how_arguments, sequence
 
@@ -88,7 +89,7 @@ def _holds(block, ROWS: tl.constexpr, start, stop):
 @triton.jit
 def _select_kernel(
     thresholds_ptr, bias_ptr, cut_ptr, q_starts_ptr, k_starts_ptr,
-    counts_ptr, indices_ptr,
+    counts_ptr, indices_ptr, counter_ptr,
     thresholds_stride_h, thresholds_stride_t, bias_stride_b, bias_stride_h, bias_stride_i,
     heads, length, keys, n_query, n_key, found_start, found_stop,
     N_PAD: tl.constexpr, QUERY_ROWS: tl.constexpr, KEY_ROWS: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr,
@@ -96,6 +97,9 @@ def _select_kernel(
     KEEPS: tl.constexpr, OF_GRAPH: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # of [B, H, Nq]
+    if counter_ptr is not None:  # noqa: SIM102  (a constant and a number)
+        if row == 0:
+            tl.store(counter_ptr, 0)
     i, h, b = (row % n_query).to(tl.int32), row // n_query % heads, row // n_query // heads
     j = tl.arange(0, N_PAD)
     row_ptr = indices_ptr + row * n_key
@@ -186,10 +190,11 @@ def _select_kernel(
     tl.store(counts_ptr + row, tl.sum(kept.to(tl.int32), 0))
 
 
-def block_map(query: Tensor, key: Tensor, thresholds: Tensor, *how: Any) -> BlockMap:
+def block_map(query: Tensor, key: Tensor, thresholds: Tensor, *how: Any, counter: Tensor | None = None) -> BlockMap:
     """The block map of query [B, H, L, D] over key [B, Hk, S, D], by the rule (rule.py).
 
     ``thresholds`` is float32 [H, 2 or 6] on the query's device; ``how`` are the fields of a :class:`How`.
+    ``counter`` is set to 0 on the way.
     """
     given = How(*how)
     attn_mask, is_causal, scale, *_ = given
@@ -207,7 +212,8 @@ def block_map(query: Tensor, key: Tensor, thresholds: Tensor, *how: Any) -> Bloc
     n_pad = triton.next_power_of_2(n_key)
     found_start, found_stop = beside_longest(given.parts)
     with torch.cuda.device_of(query):
-        _score_kernel[(batch * heads * row_tiles * key_tiles,)](
+        replay.launch(
+            _score_kernel, (batch * heads * row_tiles * key_tiles,),
             q_mean_ptr=q_mean, k_mean_ptr=k_mean,
             scores_ptr=result.indices.view(torch.float32),
             heads=heads, group=heads // k_mean.shape[1], n_query=n_query, n_key=n_key,
@@ -215,9 +221,10 @@ def block_map(query: Tensor, key: Tensor, thresholds: Tensor, *how: Any) -> Bloc
             HEAD_SIZE=head_size, HEAD_PAD=max(SCORE_DEPTH, launch.pad_head(head_size)), DEPTH=SCORE_DEPTH,
             ROWS=SCORE_ROWS, KEYS=SCORE_KEYS, PRECISION=launch.score_precision(query.device), num_warps=4, num_stages=2,
         )  # fmt: skip
-        _select_kernel[(batch * heads * n_query,)](
+        replay.launch(
+            _select_kernel, (batch * heads * n_query,),
             thresholds_ptr=thresholds, bias_ptr=bias, cut_ptr=None if cut is None else cut.view(torch.uint8),
-            counts_ptr=result.counts, indices_ptr=result.indices,
+            counts_ptr=result.counts, indices_ptr=result.indices, counter_ptr=counter,
             thresholds_stride_h=thresholds.stride(0), thresholds_stride_t=thresholds.stride(1),
             bias_stride_b=0 if bias is None or bias.shape[0] == 1 else bias.stride(0),
             bias_stride_h=0 if bias is None or bias.shape[1] == 1 else bias.stride(1),

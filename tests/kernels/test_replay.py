@@ -1,0 +1,204 @@
+"""Calls that are recorded once and replayed: the same as calls that run, or not replayed."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+replay = pytest.importorskip("sparge_compile.kernels.triton.replay")
+
+
+class Compiled:
+    """What Triton's compiler gives, as far as a launch needs it: ``run`` gets what Triton's launchers get."""
+
+    function, packed_metadata = 7, ()
+
+    def __init__(self, body: Callable[..., None]) -> None:
+        self.body = body
+
+    def run(self, *arguments: Any) -> None:
+        (*_, stream, function, metadata), own = arguments[:6], arguments[9:]
+        assert (stream, function, metadata, arguments[6:9]) == (3, 7, (), (None, None, None))
+        self.body(*own)
+
+
+class Kernel:
+    """A kernel that adds: out = x + SCALE * y, on addresses."""
+
+    arg_names = ("x_ptr", "y_ptr", "out_ptr", "n", "SCALE")
+
+    def __init__(self) -> None:
+        self.launches = 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Compiled]:
+        def launch(**arguments: Any) -> Compiled:
+            compiled = Compiled(self.body)
+            addresses = (x.data_ptr() if isinstance(x, Tensor) else x for x in map(arguments.get, self.arg_names))
+            self.body(*addresses)
+            return compiled
+
+        return launch
+
+    def body(self, x: int, y: int, out: int, n: int, scale: float) -> None:
+        self.launches += 1
+        x_at, y_at, out_at = ((ctypes.c_float * n).from_address(address) for address in (x, y, out))
+        for i in range(n):
+            out_at[i] = x_at[i] + scale * y_at[i]
+
+
+@pytest.fixture(autouse=True)
+def _device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU that answers as a GPU would."""
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 3, raising=False)
+
+
+KERNEL = Kernel()
+
+
+def add(x: Tensor, y: Tensor, out: Tensor, scale: float) -> None:
+    replay.launch(KERNEL, (1,), x_ptr=x, y_ptr=y, out_ptr=out, n=out.numel(), SCALE=scale)
+
+
+class Counted:
+    """A function that counts how often it ran."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function, self.calls = function, 0
+        self.__name__ = "counted"
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.calls += 1
+        return self.function(*arguments)
+
+
+def twice(x: Tensor, y: Tensor, scale: float) -> Tensor:
+    """x + 2 * scale * y, by way of a workspace."""
+    between, out = torch.empty_like(x), torch.empty_like(x)
+    add(x, y, between, scale)
+    add(between, y, out, scale)
+    return out
+
+
+def pair(shape: tuple[int, ...] = (2, 3)) -> tuple[Tensor, Tensor]:
+    return torch.randn(shape), torch.randn(shape)
+
+
+def test_a_form_runs_once_and_is_replayed_on_other_memory() -> None:
+    function = Counted(twice)
+    call = replay.replayed(function)
+    for _ in range(3):
+        x, y = pair()
+        assert torch.allclose(call(x, y, 0.5), x + y)
+    assert function.calls == 1
+
+
+@pytest.mark.parametrize("other", ["shape", "strides", "number", "dtype"])
+def test_another_form_is_recorded_by_itself(other: str) -> None:
+    function = Counted(lambda x, y, scale: (twice(x, y, scale), x.stride(), x.shape, x.dtype)[0])
+    call = replay.replayed(function)
+    x, y = pair((4, 4))
+    call(x, y, 0.5)
+    if other == "shape":
+        x, y, scale = *pair((4, 5)), 0.5
+    elif other == "strides":
+        x, y, scale = x.t(), y.t(), 0.5
+    elif other == "number":
+        scale = 1.5
+    else:
+        x, y, scale = x.int().view(torch.float32), y, 0.5
+        function = Counted(lambda x, y, scale: torch.empty_like(x))
+        call = replay.replayed(function)
+        assert call(x, y, scale).dtype == torch.float32
+        assert call(x.int(), y, scale).dtype == torch.int32
+        assert function.calls == 2
+        return
+    assert torch.allclose(call(x, y, scale), x + 2 * scale * y)
+    assert function.calls == 2
+
+
+def test_one_tensor_given_twice_is_another_form() -> None:
+    function = Counted(twice)
+    call = replay.replayed(function)
+    x, y = pair()
+    assert torch.allclose(call(x, x, 0.5), 2 * x)
+    assert torch.allclose(call(x, y, 0.5), x + y)
+    assert torch.allclose(call(y, y, 0.5), 2 * y)
+    assert function.calls == 2
+
+
+def _copies(x: Tensor, y: Tensor, scale: float) -> Tensor:
+    out = torch.empty_like(x)
+    add(x.clone(), y, out, scale)
+    return out
+
+
+def _fills(x: Tensor, y: Tensor, scale: float) -> Tensor:
+    between, out = torch.empty_like(x).fill_(1.0), torch.empty_like(x)
+    add(between, y, out, scale)
+    return out
+
+
+def _reads_a_part(x: Tensor, y: Tensor, scale: float) -> Tensor:
+    out = torch.empty(3)
+    add(x[1], y[1], out, scale)
+    return out
+
+
+def _gives_back(x: Tensor, y: Tensor, scale: float) -> Tensor:
+    return x
+
+
+@pytest.mark.parametrize("function", [_copies, _fills, _reads_a_part, _gives_back])
+def test_what_does_more_is_run_each_time(function: Callable[..., Tensor]) -> None:
+    counted = Counted(function)
+    call = replay.replayed(counted)
+    for n in range(3):
+        x, y = pair()
+        assert torch.equal(call(x, y, 0.5), function(x, y, 0.5))
+        assert counted.calls == n + 1
+
+
+def test_results_may_be_several_and_views() -> None:
+    def both(x: Tensor, y: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        out = torch.empty(2, 6)
+        add(x, y, out, scale)
+        return out[:, 1:4], twice(x, y, scale)
+
+    function = Counted(both)
+    call = replay.replayed(function)
+    for _ in range(3):
+        x, y = torch.randn(2, 6), torch.randn(2, 6)
+        part, whole = call(x, y, 0.5)
+        assert torch.allclose(part, (x + 0.5 * y)[:, 1:4])
+        assert torch.allclose(whole, x + y)
+        assert part.stride() == (6, 1)
+    assert function.calls == 1
+
+
+def test_no_tensor_is_kept() -> None:
+    call = replay.replayed(twice)
+    x, y = pair()
+    kept = [weakref.ref(z) for z in (x, y, call(x, y, 0.5))]
+    del x, y
+    gc.collect()
+    assert [z() for z in kept] == [None, None, None]
+
+
+def test_the_table_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "FORMS", 3)
+    function = Counted(twice)
+    call = replay.replayed(function)
+    for n in (1, 2, 3, 4, 1):
+        x, y = pair((1, n))
+        assert torch.allclose(call(x, y, 0.5), x + y)
+    assert function.calls == 5
+    call(*pair((1, 4)), 0.5)
+    assert function.calls == 5
