@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from spelling import FINITE, OTHER_AXIS, SCALE, WEIGHTS_CHANGED, B, D, H, Inputs, L, S, qkv
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparge_compile.report import Reason
 
@@ -358,3 +358,89 @@ def scores_written_through_a_view(q, k, v):
     scores = scores_of(q, k)
     scores[..., 0] = math.pi
     return scores.softmax(dim=-1) @ v
+
+
+# ---- what inputs ask a table, which no input reaches
+
+_table = nn.Parameter(torch.randn(60, D))
+_tables = nn.Parameter(torch.randn(H, 60, D))
+_head = nn.Linear(D, 60).requires_grad_(False)
+
+
+@lookalike(Reason.NOT_ATTENTION)
+def codebook(q, k, v):
+    """Soft vector quantisation: rows of one table, as keys and as values."""
+    return (q @ _table.T * SCALE).softmax(-1) @ _table
+
+
+@lookalike(Reason.NOT_ATTENTION)
+def vocabulary(q, k, v):
+    """The mean of the embeddings of all words, by how likely they are; the embedding is cast as the queries are."""
+    return _head(q).softmax(-1) @ _table.type_as(q)
+
+
+@lookalike(Reason.NOT_ATTENTION)
+def tables_of_each_head(q, k, v):
+    """External attention: its memory is learned."""
+    return (q @ _tables.mT * SCALE).softmax(-1) @ _tables.expand(B, -1, -1, -1)
+
+
+@lookalike(Reason.NOT_ATTENTION)
+def codebook_with_a_mask(q, k, v):
+    scores = (q @ _table.T).masked_fill(torch.arange(60) >= 50, -torch.inf)
+    return scores.softmax(-1) @ _table
+
+
+@lookalike(Reason.NOT_ATTENTION, inputs=lambda: (torch.randn(B, L, D),))
+def experts_of_one_vector(x):
+    return torch.einsum("ble,ed->bld", _head(x).softmax(dim=-1), _table * 2)
+
+
+@lookalike(Reason.NOT_ATTENTION)
+def codebook_between_sizes_of_inputs(q, k, v):
+    """Only the shape of the keys is read, and that reaches nothing."""
+    table = _tables + torch.zeros_like(k[0, :, :60])
+    return (q @ table.mT).softmax(-1) @ table
+
+
+# ---- masks that nearly hide
+
+
+@lookalike(Reason.ADDITIVE_MASK, inputs=with_extra(lambda: (torch.rand(B, 1, 1, S) < 0.7).long()))
+def text_mask_of_an_integer_input(q, k, v, mask):
+    """Nothing says that it holds 0 and 1 alone."""
+    return (scores_of(q, k) + (1 - mask) * -10000.0).softmax(-1) @ v
+
+
+@lookalike(Reason.ADDITIVE_MASK, inputs=with_extra(lambda: torch.rand(B, 1, 1, S) < 0.7))
+def text_mask_that_lowers(q, k, v, mask):
+    return (scores_of(q, k) + (1 - mask.float()) * -10.0).softmax(-1) @ v
+
+
+@lookalike(*FINITE)
+def later_keys_lowered_from_the_bottom_right(q, k, v):
+    later = torch.arange(S) > torch.arange(L)[:, None] + (S - L)
+    return scores_of(q, k).masked_fill(later, -1.0).softmax(-1) @ v
+
+
+@lookalike(*FINITE)
+def later_keys_lowered_from_the_top_left(q, k, v):
+    return (scores_of(q, k) - torch.ones(L, S).triu(1)).softmax(-1) @ v
+
+
+# ---- readers that nobody reads, and act
+
+
+@lookalike(Reason.WEIGHTS_USED)
+def weights_asserted(q, k, v):
+    weights = scores_of(q, k).softmax(-1)
+    torch._assert_async((weights >= 0).all(), "a weight is negative")
+    return weights @ v
+
+
+@lookalike(Reason.SCORES_USED)
+def scores_returned_and_weights_averaged_for_nobody(q, k, v):
+    scores = scores_of(q, k)
+    weights = scores.softmax(-1)
+    weights.mean(1)
+    return weights @ v, scores.amax(-1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from spelling import RETURNED, SCALE, B, D, H, L, S, qkv, spelling
+from spelling import FINITE, RETURNED, SCALE, B, D, H, L, S, qkv, spelling
 from torch import nn
 
 from sparge_compile.report import Reason
@@ -232,3 +232,70 @@ def _mha_by_hand(attend, x):
     q, k, v = F.linear(x, _attention.in_proj_weight, _attention.in_proj_bias).unflatten(-1, (3, H, D)).unbind(2)
     out = attend(*(y.transpose(1, 2) for y in (q, k, v)))
     return _attention.out_proj(out.transpose(1, 2).flatten(2))
+
+
+# ---- masks of texts, from what is true or false
+
+
+def text():
+    """And a mask [B, S] of padding behind the texts, its first key seen."""
+    return (*qkv()(), torch.arange(S) < torch.tensor([[130], [77]]))
+
+
+def masked_same(attend, q, k, v, mask):
+    return attend(q, k, v, attn_mask=mask[:, None, None], scale=SCALE)
+
+
+TEXT = {"inputs": text, "same": masked_same, "mask": "bool"}
+LOWERED = (Reason.ADDITIVE_MASK,)
+LEAST = torch.finfo(torch.float32).min
+
+
+@spelling(twin={"low": -1.0}, why=LOWERED, **TEXT)
+def text_mask_of_ten_thousand(q, k, v, mask, low=-10000.0):
+    return (q @ k.mT * SCALE + (1 - mask[:, None, None].to(q.dtype)) * low).softmax(-1) @ v
+
+
+@spelling(twin={"low": -1.0}, why=LOWERED, kind="sdpa", **TEXT)
+def text_mask_of_the_least_number(q, k, v, mask, low=LEAST):
+    return call(q, k, v, attn_mask=torch.rsub(mask.float(), 1)[:, None, None] * low)
+
+
+@spelling(twin={"low": -1.0}, why=LOWERED, **TEXT)
+def text_mask_of_a_comparison(q, k, v, mask, low=-1e9):
+    """Token ids are compared with that of padding."""
+    hidden = 1 - (mask.long() != 0).long()
+    return (q @ k.mT * SCALE + hidden[:, None, None] * low).softmax(-1) @ v
+
+
+# ---- causality of other lengths
+
+
+def lower_right(attend, q, k, v):
+    return attend(q, k, v, attn_mask=torch.ones(L, S, dtype=torch.bool).tril(S - L), scale=SCALE)
+
+
+@spelling(twin={"p": 0.1}, why=DROPPED, same=lower_right, kind="sdpa", mask=None)
+def causal_lower_right(q, k, v, p=0.0):
+    """What SDPA makes of torch.nn.attention.bias.causal_lower_right, which breaks the graph where it is built."""
+    later = torch.ones(q.size(-2), k.size(-2), dtype=torch.bool).tril(diagonal=S - L)
+    return call(q, k, v, attn_mask=later, dropout_p=p)
+
+
+@spelling(twin={"low": -1.0}, why=FINITE, same=lower_right, mask=None)
+def causal_by_positions_of_a_cache(q, k, v, low=-torch.inf):
+    """The last L of S positions ask."""
+    positions = torch.arange(L) + (S - L)
+    later = torch.arange(S)[None, :] > positions[:, None]
+    return (q @ k.mT * SCALE).masked_fill(later, low).softmax(-1) @ v
+
+
+@spelling(
+    twin={"p": 0.1},
+    why=DROPPED,
+    same=lambda attend, *x: attend(*x, is_causal=True, scale=SCALE),
+    kind="sdpa",
+    is_causal=True,
+)
+def causal_upper_left(q, k, v, p=0.0):
+    return call(q, k, v, is_causal=True, dropout_p=p)
