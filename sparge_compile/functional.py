@@ -51,7 +51,10 @@ def attention(
             for the last n, or (start, stop), where None is the end and negative positions count from it.
         dense_queries: keep every visible block for the query rows of these tokens, too, if L = S.
         block_map: which key blocks to read instead of the rule: ``BlockMap.from_dense(bool [B, H, Nq, Nk])``.
-        return_lse: also return the log-sum-exp of the scaled scores, float32 [B, H, L]; differentiable.
+        return_lse: also return the log-sum-exp (natural) of the scaled scores of the kept keys, masks added, float32
+            [B, H, L]; −inf for a row that sees no key; differentiable. Two calls over parts of the keys, as in ring
+            attention, merge as ``lse = torch.logaddexp(lse1, lse2)`` and ``out = out1 · exp(lse1 − lse) + out2 ·
+            exp(lse2 − lse)``; each part keeps its share of its own blocks.
         return_sparsity: also return 1 − kept ÷ visible key blocks, a float32 scalar on the query's device.
 
     Returns:

@@ -246,3 +246,31 @@ def test_sparsity_under_a_mask_of_the_smallest_number():
     small = torch.zeros(1, 1, 1, 64 * 8, dtype=torch.float16)
     small[..., 128:] = torch.finfo(torch.float16).min
     assert attention(q, k, v, small, topk=1.0, return_sparsity=True)[1] == 0
+
+
+def test_two_halves_of_the_keys_merge_by_their_log_sum_exps():
+    """As in ring attention, forward and backward; rows that see no key of one half get nothing of it."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 3, n, 16, dtype=torch.float32, requires_grad=True) for n in (150, 200, 200)]
+    seen = torch.rand(2, 1, 150, 200) < 0.9
+    seen[:, :, 20:40, :110] = False  # no key of the first half
+    weights = torch.randn(2, 3, 150, 16)
+
+    def merged(q, k, v):
+        halves = (slice(0, 110), slice(110, 200))
+        parts = [attention(q, k[:, :, i], v[:, :, i], seen[..., i], topk=1.0, return_lse=True) for i in halves]
+        (out1, lse1), (out2, lse2) = parts
+        assert torch.isneginf(lse1[:, :, 20:40]).all() and not out1[:, :, 20:40].any()
+        lse = torch.logaddexp(lse1, lse2)
+        return out1 * (lse1 - lse).exp().unsqueeze(-1) + out2 * (lse2 - lse).exp().unsqueeze(-1), lse
+
+    def whole(q, k, v):
+        scores = (q @ k.mT * 16**-0.5).masked_fill(~seen, -torch.inf)
+        return scores.softmax(-1) @ v, scores.logsumexp(-1)
+
+    results = []
+    for compute in (merged, whole):
+        out, lse = compute(*inputs)
+        results.append((out, lse, *torch.autograd.grad((out * weights).sum() + lse.square().sum(), inputs)))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, atol=2e-5 * want.abs().max().item(), rtol=0)
