@@ -1,6 +1,7 @@
-"""The coverage table: over real model classes, every attention that eager mode executes must be found.
+"""The coverage tables: over real model classes, every attention that eager mode executes must be found; ways to write
+attention, which must be found; and code that looks like it, which must stay.
 
-    python benchmarks/coverage.py                            # all models, as a table
+    python benchmarks/coverage.py                            # all of it
     python benchmarks/coverage.py --only Llama               # names and libraries that hold this text
     python benchmarks/coverage.py --markdown docs/coverage.md
 
@@ -26,6 +27,7 @@ from typing import Any
 from unittest import mock
 
 import coverage_models
+import coverage_spellings
 import coverage_today
 import torch
 from coverage_models import Model, models
@@ -173,13 +175,17 @@ def versions() -> str:
     return ", ".join(found)
 
 
-def markdown(rows: Sequence[Row], notes: Sequence[str], arguments: Sequence[str], with_lengths: bool) -> str:
+def markdown(
+    rows: Sequence[Row], notes: Sequence[str], arguments: Sequence[str], with_lengths: bool, more: Sequence[str]
+) -> str:
     """The page for docs/: what was run with what, the table, what is wrong or was left out."""
     command = " ".join(["python", "benchmarks/coverage.py", *arguments])
     lines = [
         "# Coverage",
         "",
         f"Written by `{command}`, with {versions()}.",
+        "",
+        "## Models",
         "",
         "Models with random weights at tiny sizes, on a CPU in float32, `min_seq_len` 0 and `topk` 1. *Executed*:",
         "attention computations of one forward, counted in eager mode. *Found*: those in the report, sparse or dense",
@@ -192,6 +198,8 @@ def markdown(rows: Sequence[Row], notes: Sequence[str], arguments: Sequence[str]
     ]
     if notes:
         lines += ["", *(f"- {note}" for note in notes)]
+    if more:
+        lines += ["", *more]
     return "\n".join(lines) + "\n"
 
 
@@ -224,10 +232,13 @@ def main(arguments: Sequence[str]) -> int:
         rows.append(row)
         print(f"{row.seconds:6.1f} s  {model.library}: {model.name}  {'; '.join(row.problems) or 'as it should be'}")
     print(table(rows, given.lengths, "simple"))
+    functions = [] if given.only else list(coverage_spellings.rows())
     problems = [f"wrong: {row.model.library}: {row.model.name}: {what}" for row in rows for what in row.problems]
+    problems += [f"wrong: {kind} {row.name}: {what}" for kind, row in functions for what in row.problems]
     print(*problems, sep="\n")
     if given.markdown:
-        given.markdown.write_text(markdown(rows, [*problems, *notes], arguments, given.lengths))
+        more = coverage_spellings.markdown(functions) if functions else ()
+        given.markdown.write_text(markdown(rows, [*problems, *notes], arguments, given.lengths, more))
     return 1 if problems else 0
 
 
