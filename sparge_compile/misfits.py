@@ -126,14 +126,23 @@ def warn_of_unused(first: FirstForward) -> None:
         _warn_of_unused(unused, "attach", first.model, seen)
 
 
-def _warn_of_unused(entries: Sequence[str], where: str, model: Module, seen: Iterable[str]) -> None:
+def warn_of_unused_in_eager_code(settings: Options, model: Module, seen: Iterable[str]) -> None:
+    """Warn, once for a calibration, of entries that no site used while attention was replaced in eager code."""
+    entries = () if settings.calibration is None else settings.calibration.sites
+    unused = [entry for entry in entries if not any(_means(entry, name) for name in seen)]
+    _warn_of_unused(unused, "the calibration", model, seen, "in eager code")
+
+
+def _warn_of_unused(
+    entries: Sequence[str], where: str, model: Module, seen: Iterable[str], when: str = "in the first forward"
+) -> None:
     if not entries:
         return
     sites = sorted(seen)
     near = near_names(entries, sites)[:4]
     warn(
         f"unused {where} {entries}",
-        f"sparge: in the first forward of {type(model).__name__}, no attention used the thresholds that {where} gave "
+        f"sparge: {when} of {type(model).__name__}, no attention used the thresholds that {where} gave "
         f"for {', '.join(map(repr, entries[:4]))}{', …' if len(entries) > 4 else ''}. Of the {len(sites)} sites that "
         f"ran, near are {', '.join(map(repr, near)) or 'none'}. A branch that was not taken has none here, nor has "
         "attention outside of graphs; sparge_compile.explain(model)(...) lists all sites.",

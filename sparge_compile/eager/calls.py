@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,12 +30,12 @@ class Call:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
-    @property
+    @cached_property
     def named(self) -> list[tuple[str, Any]]:
         """The arguments with their names, or numbers where they have none."""
         return [*((f"argument {i}", x) for i, x in enumerate(self.args)), *self.kwargs.items()]
 
-    @property
+    @cached_property
     def tensors(self) -> list[Tensor]:
         """The tensors among the arguments, each once, in order."""
         return list({id(x): x for _, x in self.named if isinstance(x, Tensor)}.values())

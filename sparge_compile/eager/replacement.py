@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..errors import type_error, value_error
-from ..misfits import check_model, warn_of_misfits, warn_of_names
+from ..misfits import check_model, warn_of_misfits, warn_of_names, warn_of_unused_in_eager_code
 from ..naming import ROOT, numbered
 from ..notices import warn, warn_of_unsupported
 from ..options import Options
@@ -212,7 +212,11 @@ class Replacement:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
-        if kind is None and not self._rows and self._settings.on_unsupported != "dense":
+        if kind is not None:
+            return
+        if self._rows and isinstance(self._model, Module):
+            warn_of_unused_in_eager_code(self._settings, self._model, {row.name for row in self._rows.values()})
+        if not self._rows and self._settings.on_unsupported != "dense":
             whose = "this process" if self._model is None else type(self._model).__name__
             warn(
                 f"no attention in eager code of {whose}",

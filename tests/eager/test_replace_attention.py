@@ -186,6 +186,15 @@ def test_calibrations_and_attached_thresholds_hold(model, x):
         torch.testing.assert_close(model(x), want, rtol=0, atol=1e-5)
 
 
+def test_entries_that_no_call_used_are_told_of(model, x):
+    table = Calibration({"blocks.0": [(1.0, 0.0)], "blocks.7": [(0.3, 0.0)]})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with replace_attention(model, calibration=table, min_seq_len=0):
+            model(x)
+    assert any("in eager code of Stack, no attention used" in str(w.message) for w in caught)
+
+
 def test_a_calibration_for_another_model_is_refused(model, x):
     other = calibrate(nn.Sequential(nn.Sequential(Calls())), [x], options={"min_seq_len": 0})
     with pytest.raises(ValueError, match="for another model"), replace_attention(model, SPARSE, calibration=other):
