@@ -8,6 +8,7 @@ import methods
 import plot_sweep
 import pytest
 import torch
+import varlen
 
 CPU = torch.device("cpu")
 
@@ -102,3 +103,10 @@ def test_runs_of_the_suite_become_one_table(tmp_path):
     assert run["torch"] in (tmp_path / "compatibility.md").read_text(), "a later run took the place of the earlier"
     runs = compatibility.merged([run | {"torch": "2.9.1"}, run | {"torch": "2.15.0"}], run | {"torch": "2.11.0"})
     assert [each["torch"] for each in runs] == ["2.9.1", "2.11.0", "2.15.0"]
+
+
+@pytest.mark.parametrize("more", [[], ["--causal"]])
+def test_packed_sequences_are_measured(more, capsys):
+    varlen.main(["--device", "cpu", "--lengths", "150,70", "--heads", "2", "--head-size", "16", "--budget", "0", *more])
+    printed = capsys.readouterr().out
+    assert "2 sequences, 220 rows, 73% of the padded batch" in printed and "padded with a key mask" in printed
