@@ -140,9 +140,16 @@ def _copies(x: Tensor, y: Tensor, scale: float) -> Tensor:
     return out
 
 
-def _fills(x: Tensor, y: Tensor, scale: float) -> Tensor:
-    between, out = torch.empty_like(x).fill_(1.0), torch.empty_like(x)
+def _fills_a_part(x: Tensor, y: Tensor, scale: float) -> Tensor:
+    between, out = torch.empty_like(x), torch.empty_like(x)
+    between[0].fill_(1.0), between[1].fill_(2.0)
     add(between, y, out, scale)
+    return out
+
+
+def _fills_in_what_is_given(x: Tensor, y: Tensor, scale: float) -> Tensor:
+    out = torch.empty_like(x)
+    add(x.zero_(), y, out, scale)
     return out
 
 
@@ -156,7 +163,7 @@ def _gives_back(x: Tensor, y: Tensor, scale: float) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("function", [_copies, _fills, _reads_a_part, _gives_back])
+@pytest.mark.parametrize("function", [_copies, _fills_a_part, _fills_in_what_is_given, _reads_a_part, _gives_back])
 def test_what_does_more_is_run_each_time(function: Callable[..., Tensor]) -> None:
     counted = Counted(function)
     call = replay.replayed(counted)
@@ -164,6 +171,25 @@ def test_what_does_more_is_run_each_time(function: Callable[..., Tensor]) -> Non
         x, y = pair()
         assert torch.equal(call(x, y, 0.5), function(x, y, 0.5))
         assert counted.calls == n + 1
+
+
+def test_fresh_memory_is_filled() -> None:
+    def filled(x: Tensor, y: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        between, out = torch.empty_like(x).fill_(2.5), torch.empty_like(x).zero_()
+        add(between, y, out[0], scale)
+        return out, between
+
+    function = Counted(filled)
+    call = replay.replayed(function)
+    for _ in range(3):
+        x, y = pair()
+        poison = [torch.full((2, 3), torch.nan) for _ in range(8)]  # what the next memory held before
+        del poison
+        out, between = call(x, y, 0.5)
+        assert torch.equal(between, torch.full((2, 3), 2.5))
+        assert torch.equal(out[1], torch.zeros(3))
+        assert torch.allclose(out[0], 2.5 + 0.5 * y[0])
+    assert function.calls == 1
 
 
 def test_results_may_be_several_and_views() -> None:

@@ -5,8 +5,8 @@ All of that follows from the call's form: dtypes, sizes, strides and alignment o
 first call of a form is watched: which memory it takes and which kernels it launches, with which arguments. The next one
 takes as much memory and launches the same kernels on the new addresses, and does nothing else.
 
-What cannot be repeated so (a call that does anything but take memory, look at it and launch kernels of ours: under a
-mask, below the limit, in Triton's interpreter) runs as it is each time; a dispatch mode watches for it.
+What cannot be repeated so (a call that does anything but take memory, fill it with a number, look at it and launch kernels
+of ours: under a mask, below the limit, in Triton's interpreter) runs as it is each time; a dispatch mode watches for it.
 """
 
 from __future__ import annotations
@@ -108,13 +108,19 @@ class _Recorder(TorchDispatchMode):
         self.given = {x.untyped_storage().data_ptr() for x in inputs}
         self.fresh: list[_Fresh] = []
         self.numbers: dict[int, int] = {}  # by the address of a storage
-        self.steps: list[tuple[Launcher, list[_Source]]] = []
+        self.steps: list[
+            tuple[Any, Any]
+        ] = []  # a launcher and its sources, or fresh memory and a number to fill it with
         self.held: list[Any] = []  # what was taken: no address comes twice
         self.faithful = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.faithful &= func._schema.name.removeprefix("aten::") in HARMLESS
+        name = func._schema.name.removeprefix("aten::")
+        if name in ("zero_", "fill_"):
+            self.note_fill(args[0], *args[1:] or (0,))
+        else:
+            self.faithful &= name in HARMLESS
         self.held.append(result)
         return result
 
@@ -140,6 +146,14 @@ class _Recorder(TorchDispatchMode):
             self.held.append(x)
         return _Source(self.numbers[start], x.data_ptr() - start)
 
+    def note_fill(self, x: Tensor, number: Any) -> None:
+        """Fresh memory, all of it, filled with a number."""
+        source = self.source(x)
+        fresh = source.number >= self.first and self.fresh[source.number - self.first]
+        self.faithful &= bool(fresh and fresh.whole and fresh.shape == x.shape and fresh.dtype == x.dtype)
+        self.faithful &= isinstance(number, (int, float))
+        self.steps.append((source.number, number))
+
     def note(self, compiled: Any, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
         """One launch. Triton's interpreter compiles nothing."""
         self.faithful &= compiled is not None
@@ -161,7 +175,7 @@ class _Tape:
 
     def __init__(self, recorder: _Recorder, result: Any, device: torch.device) -> None:
         self.device = device
-        self.steps = [(launcher, [tuple(x) for x in sources]) for launcher, sources in recorder.steps]
+        self.steps = recorder.steps
         self.single = isinstance(result, Tensor)
         self.outputs = [self._output(x, recorder) for x in ((result,) if self.single else result)]
         self.taken = [(x.number, recorder.fresh[x.number - recorder.first]) for x in self.outputs if recorder.faithful]
@@ -170,6 +184,9 @@ class _Tape:
         # All that is no result lies in one workspace.
         self.pieces: list[tuple[int, int]] = []  # number, offset
         self.workspace = 0
+        # What is filled is taken by itself, as it is.
+        filled = (number for number, _ in self.steps if isinstance(number, int) and recorder.faithful)
+        self.taken += [(n, recorder.fresh[n - recorder.first]) for n in set(filled) if n not in dict(self.taken)]
         for number, fresh in enumerate(recorder.fresh, recorder.first):
             if number not in dict(self.taken):
                 self.pieces.append((number, self.workspace))
@@ -201,7 +218,10 @@ class _Tape:
                 addresses[number] = start + offset
         stream = torch._C._cuda_getCurrentRawStream(self.device.index)
         for launcher, sources in self.steps:
-            launcher([addresses[number] + offset for number, offset in sources], stream)
+            if isinstance(launcher, int):
+                taken[launcher].fill_(sources)
+            else:
+                launcher([addresses[number] + offset for number, offset in sources], stream)
         if self.single:
             return self._result(taken, self.outputs[0])
         return tuple([self._result(taken, output) for output in self.outputs])
