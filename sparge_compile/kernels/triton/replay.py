@@ -5,8 +5,9 @@ All of that follows from the call's form: dtypes, sizes, strides and alignment o
 first call of a form is watched: which memory it takes and which kernels it launches, with which arguments. The next one
 takes as much memory and launches the same kernels on the new addresses, and does nothing else.
 
-What cannot be repeated so (a call that does anything but take memory, fill it with a number, look at it and launch kernels
-of ours: under a mask, below the limit, in Triton's interpreter) runs as it is each time; a dispatch mode watches for it.
+What cannot be repeated so (a call that does anything but take memory, fill it with a number, look at it and launch
+kernels of ours: under a mask, below the limit, in Triton's interpreter) runs as it is each time; a dispatch mode
+watches for it.
 """
 
 from __future__ import annotations
