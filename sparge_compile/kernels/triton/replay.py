@@ -205,9 +205,9 @@ class _Tape:
         recorder.faithful &= x.dtype == fresh.dtype
         return _Output(source.number, (tuple(x.shape), x.stride(), source.offset // x.dtype.itemsize))
 
-    def run(self, inputs: Sequence[Tensor]) -> Any:
-        """The call on other tensors of the same form."""
-        addresses = [x.data_ptr() for x in inputs] + self.room
+    def run(self, inputs: list[int]) -> Any:
+        """The call on other tensors of the same form, which begin there."""
+        addresses = inputs + self.room
         taken = {}
         for number, (shape, stride, dtype, *_) in self.taken:
             taken[number] = torch.empty_strided(shape, stride, dtype=dtype, device=self.device)
@@ -233,22 +233,22 @@ class _Tape:
         return taken[number] if view is None else taken[number].as_strided(*view)
 
 
-def _form(arguments: Sequence[Any]) -> tuple[tuple[Any, ...], list[Tensor]]:
-    """What the launches of a call follow from, and its tensors."""
+def _form(arguments: Sequence[Any]) -> tuple[tuple[Any, ...], list[Tensor], list[int]]:
+    """What the launches of a call follow from; its tensors, and where they begin."""
     form: list[Any] = []
     tensors: list[Tensor] = []
     addresses: list[int] = []
     for x in arguments:
         if isinstance(x, Tensor):
             address = x.data_ptr()
-            # Which tensors begin where another does is a part of the form.
-            same = addresses.index(address) if address in addresses else -1
-            form += (x.dtype, x.shape, x.stride(), address & 15, same)
+            form += (x.dtype, x.shape, x.stride(), address & 15)
             tensors.append(x)
             addresses.append(address)
         else:
             form.append(tuple(x) if isinstance(x, list) else x)
-    return tuple(form), tensors
+    if len(set(addresses)) < len(addresses):  # which tensors begin where another does is a part of the form
+        form.append(tuple(map(addresses.index, addresses)))
+    return tuple(form), tensors, addresses
 
 
 def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -257,7 +257,7 @@ def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
-        form, tensors = _form(arguments)
+        form, tensors, addresses = _form(arguments)
         device = tensors[0].device
         key = (device.index, form)
         if key not in tapes:
@@ -270,9 +270,9 @@ def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
         if tape is None:
             return function(*arguments)
         if torch._C._cuda_getDevice() == device.index:
-            return tape.run(tensors)
+            return tape.run(addresses)
         with torch.cuda.device(device):
-            return tape.run(tensors)
+            return tape.run(addresses)
 
     return call
 
