@@ -52,7 +52,9 @@ def refusal(device: torch.device, dtype: torch.dtype, head_size: int) -> tuple[R
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise a ``ValueError`` unless q [B, H, L, D], k and v [B, Hk, S, D] can be attended to."""
-    form = None if torch.compiler.is_compiling() else tuple((x.shape, x.dtype, x.device) for x in (q, k, v))
+    if torch.compiler.is_compiling():  # to look into what is remembered would guard it
+        return _check_qkv(q, k, v)
+    form: Any = tuple((x.shape, x.dtype, x.device) for x in (q, k, v))
     try:
         if form in _FITTING:
             return
