@@ -37,7 +37,8 @@ def qkv(length=L, keys=S, **how):
 
 
 def explained(function, *inputs, **options):
-    (row,) = sparge_compile.explain(function, {**OPTIONS, **options})(*inputs)
+    report = sparge_compile.explain(function, {**OPTIONS, **options})(*inputs)
+    (row,) = (row for row in report if row.kind != "softmax")
     return row
 
 
@@ -318,3 +319,71 @@ def test_what_cannot_be_traced_is_named(monkeypatch):
     monkeypatch.setattr("sparge_compile.passes.mha.flex._over_all", fails)
     row = explained(calls(None), *qkv())
     assert (row.reason, row.detail) == (Reason.FLEX, "it could not be traced")
+
+
+# ---- calls as models make them
+
+
+class Nabla(nn.Module):
+    """As Kandinsky 5: blocks are chosen from pooled scores in the forward, and listed without a mask_mod."""
+
+    BLOCK, SHARE = 32, 0.5
+
+    def visible(self, q, k):
+        """bool [B, H, Nq, Nk]"""
+        q, k = (x.unflatten(2, (-1, self.BLOCK)).mean(3) for x in (q, k))
+        weights = (q @ k.mT / D**0.5).softmax(-1)
+        values, order = weights.sort(-1)
+        return (values.cumsum(-1) >= 1 - self.SHARE).gather(-1, order.argsort(-1))
+
+    def forward(self, x):
+        q, k, v = x.unflatten(-1, (3, H, D)).permute(2, 0, 3, 1, 4)
+        none = torch.zeros(*q.shape[:2], q.shape[2] // self.BLOCK, dtype=torch.int32)
+        some = lists(self.visible(q, k))
+        mask = BlockMask.from_kv_blocks(none, torch.zeros_like(some[1]), *some, BLOCK_SIZE=self.BLOCK, mask_mod=None)
+        return flex_attention(q, k, v, block_mask=mask)
+
+
+def test_blocks_that_a_model_chooses_for_itself_stay_chosen():
+    model, x = Nabla(), torch.randn(B, 160, 3 * H * D)
+    q, k, v = x.unflatten(-1, (3, H, D)).permute(2, 0, 3, 1, 4)
+    blocks = model.visible(q, k)
+    assert 0.2 < blocks.float().mean() < 0.9
+    pairs = blocks.repeat_interleave(model.BLOCK, 2).repeat_interleave(model.BLOCK, 3)
+    want = F.scaled_dot_product_attention(q, k, v, attn_mask=pairs)
+    torch.testing.assert_close(compiled(model)(x), want, atol=1e-5, rtol=1e-5)
+    assert explained(model, x).status == "sparse"
+
+
+class FrameByFrame(nn.Module):
+    """As Self-Forcing: a frame sees itself and earlier ones, by a buffer with the end of what each token sees."""
+
+    def __init__(self, frames, tokens):
+        super().__init__()
+        ends = (torch.arange(frames * tokens) // tokens + 1) * tokens
+
+        def mask_mod(b, h, i, j):
+            return (j < ends[i]) | (i == j)
+
+        self.tokens, self.mask = tokens, block_mask(mask_mod, frames * tokens, frames * tokens)
+        self.qkv = nn.Linear(D, 3 * H * D)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, H, D)).permute(2, 0, 3, 1, 4)
+        return flex_attention(q, k, v, block_mask=self.mask)
+
+
+def test_frames_that_are_generated_one_after_the_other():
+    model, x = FrameByFrame(3, 60), torch.randn(B, 180, D)
+    assert explained(model, x).status == "sparse"
+    got = compiled(model, inner="aot_eager")(x)
+    q, k, v = model.qkv(x).unflatten(-1, (3, H, D)).permute(2, 0, 3, 1, 4)
+    frame = torch.arange(180) // model.tokens
+    want = F.scaled_dot_product_attention(q, k, v, attn_mask=frame[:, None] >= frame)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    weights = list(model.parameters())
+    projection = torch.randn_like(want)
+    for a, b in zip(
+        torch.autograd.grad(got, weights, projection), torch.autograd.grad(want, weights, projection), strict=True
+    ):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
