@@ -101,4 +101,7 @@ def _kind_of_call(frame: FrameType) -> str | None:
         name = code.co_name
         return next((library for library in ("flash_attn", "sage") if name.startswith(library)), name)
     flex = sys.modules.get("torch.nn.attention.flex_attention")
-    return "flex" if flex is not None and code is flex.flex_attention.__code__ else None
+    if flex is None or code.co_name != "flex_attention":
+        return None
+    # By its file: compiled by itself, as most code has it, it runs as code of Dynamo's.
+    return "flex" if code.co_filename == flex.flex_attention.__code__.co_filename else None

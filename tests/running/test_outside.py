@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
 from toys import Block, Stack
 
 from sparge_compile import calibrate, explain
@@ -149,3 +150,17 @@ def test_explain_and_calibrate_do_not_meet_the_limit_of_recompilations(x):
         assert sorted(row.name for row in explain(model, FAST)(x).sparse) == sorted(names)
         assert sorted(calibrate(model, [x], options=FAST, query_blocks=1).sites) == sorted(names)
         assert torch._dynamo.config.recompile_limit == 2
+
+
+def test_flex_attention_that_is_compiled_by_itself_in_code_that_is_not():
+    """As most code has it: it runs as code that Dynamo made, by a backend of its own."""
+    flex = torch.compile(flex_attention, backend="eager")
+
+    class Attend(nn.Module):
+        @torch.compiler.disable
+        def forward(self, x):
+            return flex(x, x, x)
+
+    (row,) = explain(nn.Sequential(Attend()))(torch.randn(1, 2, 130, 16))
+    assert (row.name, row.kind, row.reason) == ("0", "flex", Reason.OUTSIDE)
+    assert row.site.code.startswith(__file__)
