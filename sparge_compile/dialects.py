@@ -165,6 +165,8 @@ def _is_neutral(name: str, value: Any, defaults: Mapping[str, Any]) -> bool:
 
 def _causality(said: Mapping[str, Any], dialect: Dialect) -> str | Unspoken:
     """Causality, which is also said as a window that ends at the query."""
+    if not isinstance(said.get("causal"), (bool, int, type(None))):
+        return Unspoken(Reason.ARGUMENT, f"causal = {said['causal']}")
     mask_type = said.get("mask_type", 0)
     if mask_type not in (0, 1, 2):
         return Unspoken(Reason.ARGUMENT, f"custom_mask_type = {mask_type}")

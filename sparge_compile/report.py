@@ -23,6 +23,7 @@ class Site:
     flex_attention. ``code`` is where in the user's code it was met, as ``file:line``.
 
     ``kind``: ``"sdpa"`` is a call of SDPA, ``"mha"`` a larger call that holds it, ``"decomposed"`` is written out,
+    ``"flash_attn"``, ``"varlen"`` (packed sequences), ``"xformers"`` and ``"sage"`` are calls of other libraries,
     ``"flex"`` a call of flex_attention, ``"op"`` a custom op that attends, ``"softmax"`` is no attention.
     """
 

@@ -1,8 +1,9 @@
 """Find attention: graph in, matches out. Nothing is changed and nothing is decided here.
 
-Understood are calls of SDPA (:mod:`.match.sdpa`) and attention written out around a softmax
-(:mod:`.match.decomposed`), in Dynamo graphs, ``torch.export`` programs and plain FX graphs; larger calls are opened
-(:mod:`.mha.open`), and what attends by other means (:mod:`.match.foreign`) is named, so that the report is whole.
+Understood are calls of SDPA (:mod:`.match.sdpa`) and of other libraries (:mod:`.match.dialects`), and attention written
+out around a softmax (:mod:`.match.decomposed`), in Dynamo graphs, ``torch.export`` programs and plain FX graphs; larger
+calls are opened (:mod:`.mha.open`, :mod:`.mha.autograd_function`), and what attends by other means
+(:mod:`.match.foreign`) is named, so that the report is whole.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from ..naming import SiteNames, code_of, join, module_path
 from ..report import Reason, Site
 from .match.attention import Attention, Refusal
 from .match.decomposed import is_softmax, match_softmax
-from .match.foreign import match_foreign
+from .match.dialects import Spoken, match_spoken, spoken
+from .match.foreign import known_of, match_foreign
 from .match.joint import Parts, joint_parts
 from .match.sdpa import is_sdpa, match_sdpa
+from .mha.autograd_function import is_autograd_function, open_function
 from .mha.flex import flex_refusal, flex_site, in_words_of_flex, is_flex
 from .mha.open import OPENABLE, holds_attention, open_up, why_closed
 from .read.fx_utils import size_text, submodule_of
@@ -116,6 +119,11 @@ def _find(
             yield _match(names, "flex", found, around, where, **flex_site(node))
         elif holds_attention(node):
             yield _match(names, "mha", _closed(node, reader), around, where)
+        elif (call := spoken(node)) is not None:
+            yield _match(names, *match_spoken(call, reader), around, where)
+        elif is_autograd_function(node) and (opened := open_function(node, owner)) is not None:
+            where["inside"], called = opened
+            yield _match(names, *_called_inside(where["inside"], called, Caller(owner, node), reader), around, where)
         elif (foreign := match_foreign(node)) is not None:
             yield _match(names, foreign.kind, foreign.refusal, around, where, **foreign.known)
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
@@ -126,6 +134,15 @@ def _find(
                     once = node.target.name() in _TRANSPARENT and len(argument.users) == 1
                     inner = around if once else Reason.CONTROL_FLOW
                     yield from _find(nested, names, (*callers, caller), inner, _stored_inside(nested, caller, reader))
+
+
+def _called_inside(
+    inside: GraphModule, called: Spoken | Refusal, caller: Caller, reader: Reader
+) -> tuple[str, Attention | Refusal]:
+    """The kind and the attention of the one call in an autograd function."""
+    if isinstance(called, Refusal):
+        return "op", called
+    return match_spoken(called, Reader(inside, _stored_inside(inside, caller, reader)))
 
 
 def _stored_inside(nested: GraphModule, caller: Caller, reader: Reader) -> list[Node]:
@@ -161,6 +178,7 @@ def _match(
     # What is no attention takes no number from the sites of its module.
     name = where["path"] if kind == "softmax" else names.name(where["path"])
     if isinstance(found, Refusal):
+        known = known or known_of(where["node"])
         return Match(Site(name, kind, code=code_of(where["node"]), **known), refusal=found, **where)
     site = Site(
         name,

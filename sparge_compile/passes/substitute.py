@@ -11,7 +11,7 @@ from .. import ops  # noqa: F401  importing it registers the op
 from ..limit import Limit
 from .find import Match
 from .match.joint import Parts
-from .match.sdpa_kernels import SDPA_KERNELS, replace_kernel
+from .match.sdpa_kernels import gives_several, replace_kernel
 from .mha.open import put_inside
 from .write.emit import Emitter, values_like
 
@@ -58,7 +58,7 @@ def substitute_match(
         new.meta = {**output.meta, **values_like(query)}
         result = emitter.result(new)
     result.meta = dict(output.meta)
-    if output.target in SDPA_KERNELS:
+    if gives_several(output):
         replaced.update(dict.fromkeys(output.users, result))
         replace_kernel(output, result)
     output.replace_all_uses_with(result)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from sparge_compile.limit import Limit
 from sparge_compile.options import Options
 from sparge_compile.passes.decide import MARGIN, MIN_KEYS, decide, expected_density, shape_of, thresholds_for, verdict
 from sparge_compile.passes.find import find
+from sparge_compile.passes.match.attention import Refusal
 from sparge_compile.report import Reason
 
 ALWAYS = Options(min_seq_len=0)
@@ -81,10 +84,9 @@ def test_additive_masks_are_replaced_where_that_is_asked_for_but_never_learned_o
 
 
 def test_a_refusal_of_the_match_is_kept_with_its_detail():
-    b = Builder()
-    x = b.input("x", 2, 6, 4)
-    decision = decide(matched(b, b.call(SDPA, x, x, x)), ALWAYS)
-    assert (decision.reason, decision.detail) == (Reason.LAYOUT, "query has 3 dimensions")
+    refused = replace(attention(), attention=None, refusal=Refusal(Reason.HEADS, "6 and 4"))
+    decision = decide(refused, ALWAYS)
+    assert (decision.reason, decision.detail) == (Reason.HEADS, "6 and 4")
 
 
 def test_a_graph_without_shapes_says_how_to_get_them():

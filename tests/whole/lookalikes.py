@@ -26,14 +26,15 @@ class LookAlike:
     inputs: Inputs
     reasons: tuple[Reason, ...]
     silent: bool = False
+    kinds: tuple[str, ...] = ("decomposed", "softmax")
 
 
 LOOKALIKES: list[LookAlike] = []
 
 
-def lookalike(*reasons: Reason, inputs: Inputs | None = None, silent: bool = False) -> Callable[..., Any]:
+def lookalike(*reasons: Reason, inputs: Inputs | None = None, silent: bool = False, **more: Any) -> Callable[..., Any]:
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        LOOKALIKES.append(LookAlike(function.__name__, function, inputs or qkv(), reasons, silent))
+        LOOKALIKES.append(LookAlike(function.__name__, function, inputs or qkv(), reasons, silent, **more))
         return function
 
     return register

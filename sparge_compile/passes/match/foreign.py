@@ -6,17 +6,17 @@ SageAttention, NATTEN, vLLM and what is still to be written all speak of attenti
 
 from __future__ import annotations
 
-import inspect
 import re
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.fx import Node
 
 from ...report import Reason
 from ..read.fx_utils import value_of
+from ..read.signatures import read_signature
 from .attention import Refusal
 
 _NAME = re.compile(r"attn|attention|fmha|mha|sdpa|flash|sage|na[123]d")
@@ -40,17 +40,29 @@ def match_foreign(node: Node) -> Foreign | None:
     name = attends_as(node.target)
     if name is None:
         return None
+    return Foreign("op", Refusal(Reason.CUSTOM_OP, name), known_of(node))
+
+
+def known_of(node: Node) -> dict[str, Any]:
+    """What the report says of a call that is not replaced: the dtype and the device of its first tensor."""
     query = next((x for x in map(value_of, node.all_input_nodes) if isinstance(x, Tensor)), None)
-    return Foreign("op", Refusal(Reason.CUSTOM_OP, name), {} if query is None else _of_tensor(query))
+    return {} if query is None else {"dtype": str(query.dtype).removeprefix("torch."), "device": query.device.type}
 
 
 def attends_as(target: Any) -> str | None:
     """The full name of an op that attends; None for every other function."""
-    name, arguments = _signature(target)
-    return name if attends(name, arguments) else None
+    signature = read_signature(target)
+    return signature.name if signature is not None and attends(signature.name, signature.tensors) else None
 
 
-def attends(name: str, arguments: list[str]) -> bool:
+def is_backward(target: Any) -> bool:
+    """Whether an op or function is, by its name, the gradient of an attention."""
+    signature = read_signature(target)
+    name = signature.name.lower() if signature is not None else ""
+    return bool(_NAME.search(name) and _GRADIENT.search(name))
+
+
+def attends(name: str, arguments: Sequence[str]) -> bool:
     """Whether an op of this name, with these names of its tensors, computes attention (and not its gradient)."""
     if not _NAME.search(name.lower()) or _GRADIENT.search(name.lower()):
         return False
@@ -61,22 +73,3 @@ def attends(name: str, arguments: list[str]) -> bool:
         return True
     triples = zip(names, names[1:], names[2:], strict=False)
     return any(_QUERY.fullmatch(q) and _KEY.fullmatch(k) and _VALUE.fullmatch(v) for q, k, v in triples)
-
-
-def _signature(target: Any) -> tuple[str, list[str]]:
-    """The name of an op, and those of its arguments that are tensors (of a Python function: of all of them)."""
-    target = getattr(target, "_opoverload", target)  # of torch.library.custom_op
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        target = getattr(target, target.overloads()[0])
-    if isinstance(target, torch._ops.OpOverload):
-        if target.namespace == "sparge":  # ours: what was rewritten before
-            return "", []
-        return target._schema.name, [x.name for x in target._schema.arguments if "Tensor" in str(x.type)]
-    module = str(getattr(target, "__module__", ""))
-    if not inspect.isfunction(target) or module.split(".")[0] == "torch":
-        return "", []
-    return f"{module}.{target.__name__}", list(inspect.signature(target).parameters)
-
-
-def _of_tensor(x: Tensor) -> dict[str, Any]:
-    return {"dtype": str(x.dtype).removeprefix("torch."), "device": x.device.type}

@@ -39,6 +39,8 @@ Parts = tuple[Part, ...]
 def joint_parts(attention: Attention, reader: Reader) -> Parts | str:
     """The parts of the sequence of an attention, in order, or in words why it has none."""
     axes = attention.axes
+    if attention.packing is not None:
+        return "its rows hold several sequences"
     if not same(attention.length, attention.keys):
         return "queries and keys are not one sequence"
     queries = _parts(attention.query, axes.rows, reader)

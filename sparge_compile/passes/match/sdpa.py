@@ -72,7 +72,7 @@ def match_sdpa(node: Node, reader: Reader) -> Attention | Refusal:
     if mask is not None:
         if given["is_causal"]:
             return Refusal(Reason.CAUSAL_AND_MASK)
-        refused = _mask_term(reader, mask, node, weights, (*output.shape[:-1], key.shape[-2]), terms)
+        refused = mask_term(reader, mask, node, weights, (*output.shape[:-1], key.shape[-2]), terms)
         if refused is not None:
             return refused
     return compose(
@@ -126,9 +126,10 @@ def _part(node: Node, fake: Tensor, user: Node, layout: Layout) -> Part:
     return Part(Value(tuple(fake.shape), fake.dtype, fake.device, node=node), user, broadcast(layout, fake.shape))
 
 
-def _mask_term(
+def mask_term(
     reader: Reader, node: Node, attention: Node, weights: Layout, target: tuple[Any, ...], terms: list[Term]
 ) -> Refusal | None:
+    """Note the mask of a fused call, which broadcasts to ``target``, as a term of its scores; or why that cannot be."""
     mask = reader.fake(node)
     if not isinstance(mask, Tensor):
         return Refusal(Reason.NO_SHAPES)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from ..read.fx_utils import value_of
+
 _aten = torch.ops.aten
 SDPA_KERNELS = {
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -39,14 +41,19 @@ def attention_arguments(node: Node) -> Mapping[str, Any] | None:
     }
 
 
+def gives_several(node: Node) -> bool:
+    """Whether a call gives several results, of which the first is the attention's."""
+    return isinstance(value_of(node), (tuple, list))
+
+
 def only_attention_is_read(node: Node) -> bool:
-    """Whether nobody reads anything of a kernel's outputs but the first."""
+    """Whether nobody reads anything of a call's results but the first."""
     reads = [user for user in node.users if not _unused(user)]
     return all(user.target is operator.getitem and user.args[1] == 0 for user in reads)
 
 
 def replace_kernel(node: Node, new: Node) -> None:
-    """Put ``new``, the attention output alone, in the place of a kernel and of the reads of its outputs."""
+    """Put ``new``, the attention output alone, in the place of a call and of the reads of its results."""
     for name in ("val", "example_value"):
         if isinstance(new.meta.get(name), (tuple, list)):
             new.meta[name] = new.meta[name][0]

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ...report import Reason
 from ..read.fx_utils import bind, signature_of, value_of
 from ..read.reader import Reader
+from .autograd_function import function_inputs, is_autograd_function
 from .boolean_masks import boolean_sources, hidden, spelling, visible
 from .flex import flex_arguments, is_flex, written_out
 from .plain_torch import native_multi_head_attention, transformer_encoder_layer
@@ -134,7 +135,8 @@ def tensor_inputs(node: Node, reader: Reader) -> list[Node]:
 def copy_inside(node: Node, inside: GraphModule, reader: Reader) -> tuple[dict[Node, Any], Any]:
     """Write a call's opened graph before the call; returns the copy of each node of ``inside``, and of its output."""
     placeholders = inside.graph.find_nodes(op="placeholder")
-    copies: dict[Node, Any] = dict(zip(placeholders, tensor_inputs(node, reader), strict=True))
+    inputs = function_inputs(node) if is_autograd_function(node) else tensor_inputs(node, reader)
+    copies: dict[Node, Any] = dict(zip(placeholders, inputs, strict=True))
     for name, value in (*inside.named_parameters(), *inside.named_buffers()):
         raise AssertionError(f"an opened call owns no tensors, but {name} {tuple(value.shape)} was traced")
     with node.graph.inserting_before(node):
@@ -142,13 +144,20 @@ def copy_inside(node: Node, inside: GraphModule, reader: Reader) -> tuple[dict[N
     for inner, copy in copies.items():
         if inner.op != "placeholder":
             copy.meta = {**node.meta, **inner.meta, "nn_module_stack": node.meta.get("nn_module_stack")}
-            copy.meta["example_value"] = inner.meta.get("val")
+            copy.meta["example_value"] = value_of(inner)
     return copies, output
 
 
 def put_inside(graph_module: GraphModule, node: Node, inside: GraphModule, reader: Reader) -> dict[Node, Node]:
     """Replace a call by its opened graph; returns the copy of each node of ``inside``."""
     graph = graph_module.graph
+    if is_autograd_function(node):
+        copies, outputs = copy_inside(node, inside, reader)
+        for user in list(node.users):
+            user.replace_all_uses_with(outputs[user.args[1]])
+            graph.erase_node(user)
+        graph.erase_node(node)
+        return copies
     arguments = _arguments(node, reader)
     replaced = [n for name in _boolean_masks(arguments, reader) for n in spelling(arguments[name])]
     replaced += [n for n in node.all_input_nodes if isinstance(reader.fake(n), GraphModule)]

@@ -13,7 +13,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..find import Match
-from ..match.sdpa_kernels import SDPA_KERNELS
+from ..match.sdpa_kernels import gives_several
 from ..mha.open import put_inside
 from ..read.axes import settle
 from ..read.fx_utils import value_of
@@ -53,7 +53,7 @@ def dense_outputs(matches: Iterable[Match]) -> list[tuple[Match, Node]]:
         emitter = Emitter(match.graph_module.graph, attention, lambda node: node)
         with match.graph_module.graph.inserting_after(output):
             node = output
-            if output.target in SDPA_KERNELS:
+            if gives_several(output):
                 node = emitter.call(operator.getitem, output, 0)
         with match.graph_module.graph.inserting_before(node.next):
             if attention.rewritten:  # the node is changed in place later on
