@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..kernels import rule
 from ..kernels.block_map import KEY_BLOCK, QUERY_BLOCK, ceil_div, diagonal_blocks, visible_blocks
+from ..kernels.kept import Always
 
 # The candidates. The smallest topk keeps one block of up to 10,000, so that topp is alone; topp = 0 leaves topk alone.
 TOPK = (1e-4, *(round(0.01 * 1.17**i, 3) for i in range(29)), 0.95, 1.0)
@@ -64,6 +65,7 @@ def measure(
     sample: Tensor,
     memory: int,
     bottom_right: bool = False,
+    always: Always | None = None,
 ) -> Sums:
     """Measure error and density of every pair of the grid over some query blocks of one attention call.
 
@@ -74,13 +76,14 @@ def measure(
         memory: bytes of scratch memory that may be used, about, beside a padded copy of k and v; at least one query
             block is taken. To pool k takes two float32 copies of it, before the rest.
         bottom_right: causality is aligned to the last query and key, instead of to the first ones.
+        always: what is kept beside the rule, alike in all heads: bool [1, 1, Nk] and [1, Nq, 1].
 
     Returns:
         Sums over the batch and the sampled query blocks, on the device.
     """
     batch, heads, _, head_size = q.shape
     diagonal = k.shape[2] - q.shape[2] if bottom_right else 0
-    problem = _Problem(q, k, v, attn_mask, is_causal, scale, diagonal)
+    problem = _Problem(q, k, v, attn_mask, is_causal, scale, diagonal, always)
     steps = ladder(ceil_div(k.shape[2], KEY_BLOCK))
     at_once = max(1, memory // scratch(steps, head_size))
     lead = torch.arange(batch * heads, device=q.device).view(batch, heads, 1).expand_as(sample).flatten()
@@ -99,7 +102,15 @@ class _Problem:
     """One attention call, and the pooled keys that all of its query blocks share."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float, diagonal: int
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        scale: float,
+        diagonal: int,
+        always: Always | None,
     ) -> None:
         self.q, self.attn_mask, self.is_causal, self.scale = q, attn_mask, is_causal, scale
         self.diagonal = diagonal
@@ -114,6 +125,7 @@ class _Problem:
         n_query = ceil_div(self.length, QUERY_BLOCK)
         self.visible = visible_blocks(n_query, self.n_key, self.length, is_causal, q.device, diagonal)
         self.forced = diagonal_blocks(n_query, self.n_key, q.device, diagonal) if is_causal else None
+        self.always = always
         self.anchor = rule.needs_anchor(attn_mask, is_causal)
         self.pooled = (
             None if attn_mask is None else rule.pool_mask(attn_mask, self.length, is_causal, diagonal=diagonal)
@@ -225,12 +237,17 @@ def _order(
     if problem.pooled is not None:
         bias, cut = (problem.pooled_mask(x, batch, head, block) for x in problem.pooled)
         scores, visible, forced = rule.apply_pooled_mask(scores, visible, forced, bias, cut)
-    forced = forced & visible
-    rank, mass = rule.ranking(scores, visible)
-    n = visible.sum(-1)
+    ranked = visible
+    if problem.always is not None:
+        ranked = visible & ~problem.always.keys[0]
+    forced = forced & ranked
+    rank, mass = rule.ranking(scores, ranked)
+    n = ranked.sum(-1)
     if problem.anchor:
-        uncut = rank.masked_fill(~visible | forced, rank.shape[-1])
-        forced = forced | ((uncut == uncut.amin(-1, keepdim=True)) & visible)
+        uncut = rank.masked_fill(~ranked | forced, rank.shape[-1])
+        forced = forced | ((uncut == uncut.amin(-1, keepdim=True)) & ranked)
+    if problem.always is not None:
+        forced = forced | (visible & ~ranked) | (visible & problem.always.queries[0, block])
     # What a score that is no number does to the rule: everything visible is kept.
     forced = forced | ((visible & ~torch.isfinite(scores)).any(-1, keepdim=True) & visible)
     always = forced.sum(-1)
@@ -244,7 +261,7 @@ def _order(
     by_rank = torch.zeros_like(forced, dtype=torch.int64).scatter_(1, rank, (visible & ~forced).long())
     fresh = torch.nn.functional.pad(by_rank.cumsum(1), (1, 0))
     kept = always.view(-1, 1, 1) + fresh.gather(1, prefix.flatten(1)).view_as(prefix)
-    return order, kept, n
+    return order, kept, visible.sum(-1)
 
 
 def _on(device: torch.device, values: Sequence[float]) -> Tensor:

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ..backend import sparge
 from ..distill.forwards import GraphCalls
 from ..errors import type_error, value_error
+from ..keeping import Kept
 from ..options import Options
 from ..running.listeners import heard_by
 from ..running.observe import uncompiled
@@ -70,7 +71,10 @@ def head_influence(
     trials = _trials(calibration)
     weights = {name: [0.0] * len(points) for name, points in trials.items()}
     count = 0
-    with _all_dense(target, trials, Options.parse(options).additive_masks) as (attached, sparse), torch.no_grad():
+    with (
+        _all_dense(target, trials, calibration.kept, Options.parse(options).additive_masks) as (attached, sparse),
+        torch.no_grad(),
+    ):
         for batch in batches:
             count += 1
             args, kwargs = arguments(batch)
@@ -117,11 +121,11 @@ def _check_model(model: Any) -> nn.Module:
 
 @contextmanager
 def _all_dense(
-    model: nn.Module, trials: Trials, additive_masks: bool
+    model: nn.Module, trials: Trials, kept: Mapping[str, Kept], additive_masks: bool
 ) -> Iterator[tuple[Attachment, Callable[..., Any]]]:
     """The model, compiled with sparse sites that keep all blocks, and the handle that changes that."""
     options: dict[str, Any] = {"topk": 1.0, "topp": 0.0, "min_seq_len": 0, "inner": "eager", "on_unsupported": "dense"}
-    dense = Calibration({name: _dense(points) for name, points in trials.items()})
+    dense = Calibration({name: _dense(points) for name, points in trials.items()}, kept=kept)
     with attach(model, dense) as attached, uncompiled(model):
         yield attached, torch.compile(model, backend=sparge, options={**options, "additive_masks": additive_masks})
 
@@ -157,12 +161,14 @@ def _add_influence(
             allowed="the same ones",
             todo="Switch off what is random in it, or keeps something from one call to the next (a cache).",
         )
+    keeping = attached.get().kept
     heads = [(name, i, point) for name, points in trials.items() for i, point in enumerate(points) if point is not None]
     for name, head, point in tqdm(heads, desc="influence", unit="head", disable=not progress):
         dense = _dense(trials[name])
-        attached.set(Calibration({name: (*dense[:head], point[:2], *dense[head + 1 :])}))
+        kept = {site: what for site, what in keeping.items() if site == name}
+        attached.set(Calibration({name: (*dense[:head], point[:2], *dense[head + 1 :])}, kept=kept))
         weights[name][head] += _error(run(), exact) / point.mean**2
-        attached.set(Calibration({name: dense}))
+        attached.set(Calibration({name: dense}, kept=kept))
 
 
 def _copied(arguments: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,8 +18,10 @@ from torch.nn import Module
 
 from ..eager.observation import eager_calls_of
 from ..errors import value_error
+from ..keeping import NOTHING, beside_longest
 from ..kernels import capability
 from ..kernels.block_map import QUERY_BLOCK, ceil_div
+from ..kernels.kept import Always, always_read
 from ..kernels.rule import default_scale
 from ..notices import warn_of_failures
 from ..options import Options
@@ -36,13 +38,15 @@ from .curves import Sums, measure
 @dataclass(frozen=True)
 class Sample:
     """One call of one site. ``call`` counts the calls of the model in a batch; ``blocks`` is the number of query blocks
-    that the sampled ones of a head stand for."""
+    that the sampled ones of a head stand for. ``plain``: of the first sample of a site that keeps tokens, the sums
+    without them."""
 
     site: str
     call: int
     head_size: int
     blocks: float
     sums: Sums
+    plain: Sums | None = None
 
 
 @dataclass
@@ -132,18 +136,32 @@ class Recorder(Observer):
             return graph.run(args)
 
         def listen(
-            number: int, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *starts: Any
+            number: int,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            attn_mask: Tensor | None,
+            *starts: Any,
+            parts: Sequence[int] = (),
         ) -> None:
             attention = graph.matches[number].attention
             query, key, value = longest_sequence(query, key, value, *starts)
             if attention is not None and key.shape[2] >= least_keys(self._options):
-                self._measure(graph.slots[number].name(places[number]), attention, query, key, value, attn_mask)
+                name = graph.slots[number].name(places[number])
+                self._measure(name, attention, query, key, value, attn_mask, parts)
 
         with listening(listen):
-            return graph.run_tapped(args, wanted)
+            return graph.run_tapped(args, wanted, with_parts=self._options.keeps)
 
     def _measure(
-        self, name: str, attention: Attention, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
+        self,
+        name: str,
+        attention: Attention,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        parts: Sequence[int],
     ) -> None:
         batch, heads, length, head_size = query.shape
         n_query = ceil_div(length, QUERY_BLOCK)
@@ -157,10 +175,31 @@ class Recorder(Observer):
             mask = None if attn_mask is None else capability.normal_mask(attn_mask, key.shape[2])
             scale = default_scale(head_size, attention.scale)
             where = chosen.to(query.device, non_blocking=True)
-            sums = measure(
-                query, key, value, mask, attention.is_causal, scale, where, self._memory, attention.bottom_right
+            measured = (
+                query,
+                key,
+                value,
+                mask,
+                attention.is_causal,
+                scale,
+                where,
+                self._memory,
+                attention.bottom_right,
             )
-        self._batch.samples.append(Sample(name, self._calls, head_size, n_query / max(1, chosen.shape[-1]), sums))
+            always = self._always(name, query, key, parts)
+            sums = measure(*measured, always=always)
+            first = (self._number, self._calls, turn) == (0, 0, 0)
+            plain = measure(*measured) if first and always is not None else None
+        stands_for = n_query / max(1, chosen.shape[-1])
+        self._batch.samples.append(Sample(name, self._calls, head_size, stands_for, sums, plain))
+
+    def _always(self, name: str, query: Tensor, key: Tensor, parts: Sequence[int]) -> Always | None:
+        """What a site keeps beside the rule."""
+        kept = self._options.kept_of(name)
+        if kept == NOTHING:
+            return None
+        numbers = torch.tensor([(1.0, 0.0, *kept.numbers)]).to(query.device, non_blocking=True)
+        return always_read(numbers, query.shape[2], key.shape[2], beside_longest(parts))
 
     def _choose(self, seed: str, lead: tuple[int, int], n_query: int) -> Tensor:
         """Query blocks int64 [B, H, n]: all where there are few, else one at random out of each of n equal parts."""
@@ -197,6 +236,7 @@ def _without_gaps(steps: Sequence[int]) -> list[int]:
 def _to_host(sample: Sample) -> Sample:
     """The sample in CPU memory. Numbers that are none are an error of the model or its inputs."""
     sums = Sums(*(x.cpu() for x in sample.sums))
+    plain = None if sample.plain is None else Sums(*(x.cpu() for x in sample.plain))
     if not all(bool(torch.isfinite(x).all()) for x in sums):
         raise value_error(
             f"the attention of site {sample.site!r} is not finite",
@@ -204,4 +244,4 @@ def _to_host(sample: Sample) -> Sample:
             allowed="finite numbers",
             todo="Run the model on this batch without calibration and see where they come from.",
         )
-    return Sample(sample.site, sample.call, sample.head_size, sample.blocks, sums)
+    return replace(sample, sums=sums, plain=plain)

@@ -71,7 +71,9 @@ def calibrate(
         mode: ``"hybrid"``, or for comparison ``"topk"`` or ``"topp"`` alone.
         phases: where other thresholds begin, for denoising: shares in (0, 1) of those steps of a batch in which the
             model is called. Where nothing says how many calls a step has, each call is one.
-        options: the backend's, as the model will be compiled with; ``min_seq_len`` and ``additive_masks`` matter.
+        options: the backend's, as the model will be compiled with; ``min_seq_len``, ``additive_masks``,
+            ``keep_keys`` and ``dense_queries`` matter. What is kept is measured and saved with the thresholds, and so
+            is what it gains: the errors with kept tokens and without, at equal sparsity, of each site's first sample.
         query_blocks: how many blocks of 128 queries are looked at, for each call, head and batch element.
         every: in a batch, every so many calls of the model one is measured, beginning with the first.
         memory, seed: MiB of scratch memory on the device; the seed of the choice of query blocks.
@@ -139,12 +141,18 @@ class _Settings:
             )
         object.__setattr__(self, "phases", starts)
 
+    def _kept(self) -> list[Any]:
+        """What the options keep; nothing where they keep nothing."""
+        options = self.options
+        own = [options.keep_keys, options.dense_queries] if options.keep_keys is not None else []
+        return own or ([dict(options.calibration.kept)] if options.calibration and options.calibration.kept else [])
+
     def of_samples(self, model: nn.Module) -> dict[str, Any]:
         """Return all that the samples of a batch depend on, for a folder of finished batches."""
         return {
             "version": __version__,
             "model": type(model).__qualname__,
-            "options": [self.options.min_seq_len, self.options.additive_masks],
+            "options": [self.options.min_seq_len, self.options.additive_masks, *self._kept()],
             "numbers": [self.query_blocks, self.every, self.seed],
         }
 
@@ -261,7 +269,9 @@ class _Run:
             complete=complete,
             **self._settings.aim,
         )
-        return search(measured, self._settings.phases, origin)
+        keeping = {site: self._settings.options.kept_of(site) for site in measured}
+        firsts = [sample for batch in done.values() for sample in batch.samples if sample.plain is not None]
+        return search(measured, self._settings.phases, origin, keeping, firsts)
 
 
 def _nothing_measured(done: Mapping[int, Batch]) -> ValueError:

@@ -6,12 +6,14 @@ samples and measured on that quarter, four times. A bound on the error is tighte
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
+from ..keeping import Kept
 from ..thresholds.calibration import Calibration, from_points
 from ..thresholds.choice import Key, choose
 from ..thresholds.fronts import MODES, Point, error_of, pareto, thin
@@ -106,8 +108,17 @@ def table(batches: Mapping[int, Batch], starts: Sequence[float]) -> dict[str, li
     }
 
 
-def search(measured: Table, starts: Sequence[float], origin: Origin) -> Calibration:
-    """Choose thresholds for the aim of ``origin``, which gets the fronts, the modes' sparsity, and the check."""
+def search(
+    measured: Table,
+    starts: Sequence[float],
+    origin: Origin,
+    keeping: Mapping[str, Kept] = MappingProxyType({}),
+    firsts: Iterable[Sample] = (),
+) -> Calibration:
+    """Choose thresholds for the aim of ``origin``, which gets the fronts, the modes' sparsity, and the check.
+
+    ``keeping`` says what each site keeps; ``firsts`` are samples that were measured without it, too.
+    """
     margin, held_out = _check(measured, origin)
     origin = replace(origin, margin=margin, held_out=held_out)
     curves = {mode: _curves(measured, mode, origin.by) for mode in MODES}
@@ -118,7 +129,23 @@ def search(measured: Table, starts: Sequence[float], origin: Origin) -> Calibrat
         site: replace(some, phases=tuple(_thinned(p, i, site, points, origin.by) for i, p in enumerate(some.phases)))
         for site, some in own.items()
     }
-    return from_points(replace(origin, curves=kept, modes=modes), starts, points, {})
+    gains = {sample.site: _gain(sample, points, origin) for sample in firsts if sample.plain is not None}
+    return from_points(replace(origin, curves=kept, modes=modes, gains=gains), starts, points, keeping)
+
+
+def _gain(sample: Sample, points: Mapping[Key, Point], origin: Origin) -> tuple[float, float]:
+    """The mean error of a site's heads under their thresholds in one sample, and without kept tokens.
+
+    Without them each head has, of its pairs, the one of least error that keeps no more blocks.
+    """
+    assert sample.plain is not None
+    with_them, without = Measured.of([sample]), Measured.of([replace(sample, sums=sample.plain)])
+    errors = []
+    for head, front in enumerate(without.fronts(origin.mode, origin.by)):
+        error, density = with_them.at(head, points[sample.site, 0, head])
+        as_sparse = [point.mean for point in front if point.density <= density * (1 + 1e-4)]
+        errors.append((float(error[0]), min(as_sparse, default=front[0].mean)))
+    return _rounded(sum(e for e, _ in errors) / len(errors)), _rounded(sum(e for _, e in errors) / len(errors))
 
 
 def _curves(measured: Table, mode: str, by: str) -> dict[str, SiteCurves]:

@@ -68,12 +68,15 @@ class Folder:
 
 def _encode(key: str, batch: Batch) -> bytes:
     buffer = io.BytesIO()
-    samples = [{**vars(sample), "sums": tuple(sample.sums)} for sample in batch.samples]
+    samples = [{**vars(s), "sums": tuple(s.sums), "plain": s.plain and tuple(s.plain)} for s in batch.samples]
     torch.save({"key": key, "steps": batch.steps, "samples": samples}, buffer)
     return buffer.getvalue()
 
 
 def _decode(content: bytes) -> tuple[str, Batch]:
     document = torch.load(io.BytesIO(content), weights_only=True)
-    samples = [Sample(s["site"], s["call"], s["head_size"], s["blocks"], Sums(*s["sums"])) for s in document["samples"]]
+    samples = [
+        Sample(**{**s, "sums": Sums(*s["sums"]), "plain": None if s["plain"] is None else Sums(*s["plain"])})
+        for s in document["samples"]
+    ]
     return document["key"], Batch(samples, document["steps"])

@@ -42,12 +42,12 @@ class Watched:
         """Run the graph as it is."""
         return self.graph_module.forward(*args)
 
-    def run_tapped(self, args: Sequence[Any], numbers: tuple[int, ...]) -> Any:
-        """Run the graph with a tap at the matches with these numbers."""
+    def run_tapped(self, args: Sequence[Any], numbers: tuple[int, ...], with_parts: bool = False) -> Any:
+        """Run the graph with a tap at the matches with these numbers; each tells the parts of its sequence if asked."""
         if numbers not in self._tapped:
             copy = clone(self.graph_module)
             matches = find(copy)
-            put_taps(copy, [(number, matches[number]) for number in numbers])
+            put_taps(copy, [(number, matches[number]) for number in numbers], with_parts)
             self._tapped[numbers] = copy
         return self._tapped[numbers].forward(*args)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 from torch import Tensor
 from torch.fx import GraphModule
@@ -14,7 +15,8 @@ from ..mha.open import copy_inside
 from .emit import Emitter
 
 # Called with the number of a match, its query [B, H, L, D], key and value [B, Hk, S, D], its mask, and where its packed
-# sequences begin, in queries and in keys, int32 [N + 1] each, if there are any.
+# sequences begin, in queries and in keys, int32 [N + 1] each, if there are any; with ``parts``, the sizes of the parts
+# of its sequence, where these are wanted and known.
 Listener = Callable[..., None]
 
 _listener: ContextVar[Listener] = ContextVar("sparge_tap")
@@ -31,13 +33,13 @@ def listening(listener: Listener) -> Iterator[None]:
 
 
 def hand_over(
-    number: int, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *starts: Tensor
+    number: int, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *starts: Tensor, **parts: Any
 ) -> None:
     """Give the operands of an attention to the listener: a tap calls this."""
-    _listener.get()(number, query, key, value, attn_mask, *starts)
+    _listener.get()(number, query, key, value, attn_mask, *starts, **parts)
 
 
-def put_taps(graph_module: GraphModule, matches: Iterable[tuple[int, Match]]) -> None:
+def put_taps(graph_module: GraphModule, matches: Iterable[tuple[int, Match]], with_parts: bool = False) -> None:
     """Write a tap before the result of each of these matches of a graph; every other node stays as it is."""
     touched = {graph_module}
     for number, match in matches:
@@ -49,7 +51,10 @@ def put_taps(graph_module: GraphModule, matches: Iterable[tuple[int, Match]]) ->
         with graph.inserting_before(match.node if copies else attention.output):
             packing = emitter.packing()
             starts = [packing[name] for name in ("cu_seqlens_q", "cu_seqlens_k") if packing]
-            graph.call_function(hand_over, (number, *emitter.operands(), emitter.mask(), *starts))
+            operands = (*emitter.operands(), emitter.mask(), *starts)
+            parts = match.parts if with_parts and not isinstance(match.parts, str) else ()
+            sizes: dict[str, Any] = {"parts": [emitter.size(part) for part in parts]} if parts else {}
+            graph.call_function(hand_over, (number, *operands), sizes)
         for inner, copy in reversed(list(copies.items())):  # of an opened call, only its operands are wanted
             if inner.op != "placeholder" and not copy.users:
                 graph.erase_node(copy)
