@@ -110,7 +110,7 @@ Serve = Callable[[Function, tuple[Any, ...], Mapping[str, Any]], Any]  # takes t
 _lock = threading.RLock()
 _serve: Serve | None = None
 _codes: dict[str, tuple[FunctionType, CodeType, Callable[..., Any]]] = {}  # by key: what was there, and what is called
-_references: list[tuple[ModuleType, str, Any]] = []  # with what was there
+_entrances: dict[Callable[..., Any], Any] = {}  # what is called in the place of a function of torch, and that function
 _looked_at = 0  # how many modules there were
 
 
@@ -124,23 +124,24 @@ def replace_functions(serve: Serve) -> None:
         _looked_at = len(sys.modules)
         for module, name, value in list(_candidates()):
             if type(value) is not FunctionType:
-                _references.append((module, name, value))
-                setattr(module, name, _built_in(value))
+                setattr(module, name, _entrance_of(value))
             elif not any(function is value for function, *_ in _codes.values()):
                 _replace_code(value)
 
 
 def restore_functions() -> None:
-    """Put everything back as it was."""
+    """Put everything back as it was, also in modules that were imported meanwhile; what others put there stays."""
     global _serve, _looked_at
     with _lock:
         for function, code, _ in _codes.values():
             function.__code__ = code
             del function.__signature__  # type: ignore[attr-defined]
-        for module, name, value in _references:
-            setattr(module, name, value)
+        for module in list(sys.modules.values()) if _entrances else ():
+            for name, value in list(vars(module).items()) if isinstance(module, ModuleType) else ():
+                if type(value) is FunctionType and value in _entrances:
+                    setattr(module, name, _entrances[value])
         _codes.clear()
-        _references.clear()
+        _entrances.clear()
         _serve, _looked_at = None, 0
 
 
@@ -170,8 +171,11 @@ def _is_known(function: FunctionType) -> bool:
     return not function.__name__.startswith("_") and Function(function, inspect.signature(function)).dialect is not None
 
 
-def _built_in(original: Any) -> Callable[..., Any]:
+def _entrance_of(original: Any) -> Callable[..., Any]:
     """What takes the place of a function of torch; as that does, it lets ``__torch_function__`` go first."""
+    known = next((entrance for entrance, function in _entrances.items() if function is original), None)
+    if known is not None:
+        return known
     function = Function(original)
 
     def called(*args: Any, **kwargs: Any) -> Any:
@@ -183,6 +187,7 @@ def _built_in(original: Any) -> Callable[..., Any]:
         return _serve(function, args, kwargs)
 
     called.__name__, called.__doc__ = original.__name__, original.__doc__
+    _entrances[called] = original
     return called
 
 

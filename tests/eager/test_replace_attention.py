@@ -140,6 +140,25 @@ def test_functions_that_were_imported_by_name(x):
         del sys.modules["a_user"]
 
 
+def test_what_was_imported_or_put_there_meanwhile(model, x):
+    user = types.ModuleType("a_user")
+    sys.modules["a_user"] = user
+
+    def own(*args, **kwargs):
+        return SDPA(*args, **kwargs)
+
+    try:
+        with replace_attention(model, DENSE):
+            user.sdpa = F.scaled_dot_product_attention
+            assert user.sdpa is SDPA is not torch._C._nn.scaled_dot_product_attention  # as the name in this module
+            F.scaled_dot_product_attention = own
+        assert user.sdpa is SDPA is torch._C._nn.scaled_dot_product_attention
+        assert F.scaled_dot_product_attention is own
+    finally:
+        F.scaled_dot_product_attention = SDPA
+        del sys.modules["a_user"]
+
+
 def test_a_handle_and_several_models(model, x):
     other, alone = Stack(), Stack()
     want = alone(x)
