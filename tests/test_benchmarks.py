@@ -110,3 +110,15 @@ def test_packed_sequences_are_measured(more, capsys):
     varlen.main(["--device", "cpu", "--lengths", "150,70", "--heads", "2", "--head-size", "16", "--budget", "0", *more])
     printed = capsys.readouterr().out
     assert "2 sequences, 220 rows, 73% of the padded batch" in printed and "padded with a key mask" in printed
+
+
+def test_kept_text_is_measured_beside_the_plain_rule():
+    import kept_keys
+
+    rows = kept_keys.main(
+        ["--device", "cpu", "--text", "128", "--side", "16", "--heads", "1", "--head-size", "16", "--budget", "0"]
+    )
+    assert rows[0][0] == "dense" and max(rows[0][1:4]) < 1e-3
+    for name, sparsity, _, of_text, ms in rows[1:]:
+        assert 0 < sparsity < 1 and ms > 0
+        assert (of_text < 1e-5) == ("queries dense" in name)

@@ -72,6 +72,12 @@ def test_thresholds_of_a_stored_graph():
     assert torch.equal(sparge.constant(pairs, "cpu"), torch.tensor(pairs).view(2, 2))
 
 
+def test_opcheck_kept_tokens():
+    q, k, v = qkv(grad=True)
+    ranges = torch.tensor([[33554432.0, 33554432.0, 0.0, 70.0]]).expand(len(thresholds()), 4)
+    opcheck(sparge.attention.default, (q, k, v, torch.cat([thresholds(), ranges], 1)), {"parts": [64, k.shape[2] - 64]})
+
+
 def test_opcheck_attention():
     q, k, v = qkv(grad=True)
     opcheck(sparge.attention.default, (q, k, v, thresholds()), {"is_causal": True})

@@ -26,6 +26,13 @@ COSTS = {"dense_base": 0.0, "dense_pair": 1.0, "sparse_base": 0.0, "pool": 0.0, 
         ({"topk": float("nan")}, ValueError, ["topk", "nan", "(0, 1]"]),
         ({"topp": -0.1}, ValueError, ["topp", "-0.1", "[0, 1]"]),
         ({"topk": True}, TypeError, ["topk", "True", "a number"]),
+        ({"keep_keys": 1.5}, TypeError, ["keep_keys", "1.5", "the first n tokens"]),
+        ({"keep_keys": True}, TypeError, ["keep_keys", "True"]),
+        ({"keep_keys": "image"}, ValueError, ["keep_keys", "'image'", '"text"']),
+        ({"keep_keys": (9, 3)}, ValueError, ["keep_keys", "(9, 3)", "start before stop"]),
+        ({"keep_keys": 0}, ValueError, ["keep_keys", "got 0"]),
+        ({"dense_queries": 1, "keep_keys": 5}, TypeError, ["dense_queries", "1", "True or False"]),
+        ({"dense_queries": True}, ValueError, ["dense_queries", "without kept keys"]),
         ({"min_seq_len": 1.5}, TypeError, ["min_seq_len", "1.5", "None"]),
         ({"min_seq_len": -1}, ValueError, ["min_seq_len", "-1", "0 or more"]),
         ({"min_seq_len": True}, TypeError, ["min_seq_len", "True"]),
@@ -57,6 +64,8 @@ CHANGED = {
     "calibration": Calibration({"a": [(0.5, 0.0)]}),
     "topk": 0.25,
     "topp": 0.125,
+    "keep_keys": 64,
+    "dense_queries": True,
     "min_seq_len": 17,
     "costs": CostModel(**COSTS),
     "additive_masks": True,
@@ -69,7 +78,9 @@ CHANGED = {
 
 def test_every_field_enters_the_digest():
     assert set(CHANGED) == {f.name for f in dataclasses.fields(Options)}
-    digests = {Options(**{name: value}).digest() for name, value in CHANGED.items()} | {Options().digest()}
+    needs = {"dense_queries": {"keep_keys": 32}}
+    changed = ({name: value, **needs.get(name, {})} for name, value in CHANGED.items())
+    digests = {Options(**each).digest() for each in changed} | {Options().digest()}
     assert len(digests) == len(CHANGED) + 1
     assert Options(topk=0.25).digest() == Options(topk=0.25).digest()
 

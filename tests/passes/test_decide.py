@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from graphs import Builder
 
 from sparge_compile import Calibration
+from sparge_compile.keeping import Kept
 from sparge_compile.limit import Limit
 from sparge_compile.options import Options
 from sparge_compile.passes.decide import MARGIN, MIN_KEYS, decide, expected_density, shape_of, thresholds_for, verdict
@@ -125,6 +126,17 @@ def test_fewer_blocks_pay_sooner():
     costs = {**FREE, "sparse_pair": 1.5e-9}
     assert decide(match, Options(costs=costs, topk=0.5, topp=0.5)).status == "sparse"
     assert decide(match, Options(costs=costs, topk=0.5, topp=0.8)).status == "dense"
+
+
+def test_kept_tokens_raise_the_bound_of_the_density():
+    match = attention(length=1000, keys=1000)
+    pairs = ((0.2, 0.0),)
+    assert expected_density(pairs, Kept((0, 500)), match) == pytest.approx(0.5 + 0.5 * 0.2)
+    assert expected_density(pairs, Kept((-500, None), True), match) == pytest.approx(0.5 + 0.5 * 0.6)
+    assert expected_density(pairs, Kept("text"), match) == pytest.approx(0.2)  # none is found
+    decision = decide(match, Options(min_seq_len=0, keep_keys=500))
+    assert "keeps tokens 0:500" in decision.detail
+    assert "keeps no text" in decide(match, Options(min_seq_len=0, keep_keys="text")).detail
 
 
 def test_thresholds_come_from_the_calibration_or_the_options():
