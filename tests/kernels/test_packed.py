@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparge_compile.kernels import attend, reference
-from sparge_compile.kernels.block_map import KEY_BLOCK, QUERY_BLOCK
 from sparge_compile.kernels.how import How
 
 THRESHOLDS = [[0.34, 0.55], [0.12, 0.81]]
@@ -66,19 +65,11 @@ class Packed(NamedTuple):
         is_causal, bottom_right = CAUSALITY[self.causal]
         return How(None, is_causal, scale, bottom_right, *starts, *longest)
 
-    def inputs(self, exact: bool = False) -> list[Tensor]:
-        """q, k, v, dout, dlse; with block means that are exact, if asked for."""
+    def inputs(self) -> list[Tensor]:
+        """q, k, v [1, H, T, D] whose memory is [1, T, H, D], and the gradients of out and lse."""
         rows, keys = sum(self.lengths) + self.spare, sum(self.keys) + self.spare
-
-        def fill(heads: int, lengths: tuple[int, ...], block: int) -> Tensor:
-            if exact:
-                parts = [block_constant(1, heads, n, self.head_size, block, values=1) for n in (*lengths, self.spare)]
-                return torch.cat(parts, 2)
-            return torch.randn(1, heads, sum(lengths) + self.spare, self.head_size)
-
-        q, k = fill(2, self.lengths, QUERY_BLOCK), fill(self.key_heads, self.keys, KEY_BLOCK)
-        v, dout = torch.randn(1, self.key_heads, keys, self.head_size), torch.randn(1, 2, rows, self.head_size)
-        made = [x.to(self.dtype).transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, dout)]
+        sizes = ((rows, 2), (keys, self.key_heads), (keys, self.key_heads), (rows, 2))
+        made = [torch.randn(1, n, heads, self.head_size, dtype=self.dtype).transpose(1, 2) for n, heads in sizes]
         return [*made, torch.randn(1, 2, rows)]
 
     def places(self) -> list[tuple[slice, slice]]:
@@ -213,9 +204,7 @@ def test_lengths_that_do_not_fit_are_errors_on_a_cpu() -> None:
     q, k, *_ = case.inputs()
     how = case.how()._replace(max_seqlen_k=200)
     with pytest.raises(ValueError, match="cu_seqlens_k does not fit"):
-        face_of("cpu").block_map(
-            q.cpu(), k.cpu(), thresholds(), *(x.cpu() if isinstance(x, Tensor) else x for x in how)
-        )
+        face_of("cpu").block_map(q, k, thresholds(), *how)
 
 
 @pytest.mark.gpu
