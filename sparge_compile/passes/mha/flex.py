@@ -126,7 +126,7 @@ def written_out(
     score_buffers: Sequence[Any],
     mask_buffers: Sequence[Any],
 ) -> Tensor:
-    """What flex_attention computes, [B, H, L, Dv], except that rows which see no key give NaN here and 0 there.
+    """What flex_attention computes, [B, H, L, Dv]; rows that see no key give 0.
 
     query [B, H, L, D]; key [B or 1, Hk, S, D]; value [B or 1, Hk, S, Dv].
     """
@@ -143,7 +143,7 @@ def written_out(
         visible = visible & listed
         if lists.full_counts is not None:
             visible = visible | _listed(lists.full_counts, lists.full_indices, lists, grid)
-    weights = torch.where(visible, scores, -torch.inf).softmax(-1)
+    weights = torch._safe_softmax(torch.where(visible, scores, -torch.inf), -1)
     return weights.to(value.dtype) @ value
 
 

@@ -387,3 +387,34 @@ def test_frames_that_are_generated_one_after_the_other():
         torch.autograd.grad(got, weights, projection), torch.autograd.grad(want, weights, projection), strict=True
     ):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def never(b, h, i, j):
+    """The first rows see nothing."""
+    return i > j + 4
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mask = block_mask(never, L, L)
+        self.qkv = nn.Linear(D, 3 * H * D)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, H, D)).permute(2, 0, 3, 1, 4)
+        return flex_attention(q, k, v, block_mask=self.mask)
+
+
+def test_it_is_calibrated():
+    model, x = Masked().requires_grad_(False), torch.randn(B, L, D)
+    calibration = sparge_compile.calibrate(model, [(x,)], options={"min_seq_len": 0})
+    assert "(root)" in calibration.table()
+
+
+def test_a_teacher_gives_what_flex_attention_gives():
+    """Rows that see nothing are 0 in the teacher, too, whose attention is written out."""
+    student = torch.compile(Masked(), backend="sparge", options={**OPTIONS, "inner": "aot_eager"})
+    with sparge_compile.DistillationHook(student, layers=1.0) as hook:
+        student(torch.randn(B, L, D))
+        loss = hook.loss()
+    assert loss.item() < 1e-9
