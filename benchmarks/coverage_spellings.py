@@ -39,7 +39,7 @@ class Row:
 
 def tables() -> tuple[list[Any], list[Any]]:
     """The spellings and the look-alikes that tests/whole registers."""
-    for path in sorted(WHOLE.glob("spellings_*.py")):
+    for path in sorted((*WHOLE.glob("spellings_*.py"), *WHOLE.glob("lookalikes_*.py"))):
         import_module(path.stem)
     return import_module("spelling").SPELLINGS, import_module("lookalikes").LOOKALIKES
 
@@ -112,7 +112,7 @@ def markdown(found: Sequence[tuple[str, Row]]) -> list[str]:
         "",
         "## Look-alikes",
         "",
-        f"{len(lookalikes)} functions that look like attention (`tests/whole/lookalikes.py`) and stay as they are.",
+        f"{len(lookalikes)} functions that look like attention (`tests/whole/lookalikes*.py`) and stay as they are.",
         "",
         tabulate(lookalikes, headers=("function", "why"), tablefmt="github", disable_numparse=True),
     ]
