@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 replay = pytest.importorskip("sparge_compile.kernels.triton.replay")
+recording = pytest.importorskip("sparge_compile.kernels.triton.recording")
 
 
 class Compiled:
@@ -64,7 +65,7 @@ KERNEL = Kernel()
 
 
 def add(x: Tensor, y: Tensor, out: Tensor, scale: float) -> None:
-    replay.launch(KERNEL, (1,), x_ptr=x, y_ptr=y, out_ptr=out, n=out.numel(), SCALE=scale)
+    recording.launch(KERNEL, (1,), x_ptr=x, y_ptr=y, out_ptr=out, n=out.numel(), SCALE=scale)
 
 
 class Counted:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import allocate, launch
 from ..how import How
-from . import replay
+from . import recording
 from .backward_key import key_gradients
 from .backward_query import query_gradient
 from .tiles import load_tile, matrix_arguments, tile_offsets
@@ -62,7 +62,7 @@ def _delta(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> Tenso
     rows = DELTA_ELEMENTS // head_pad
     n_tiles = triton.cdiv(length, rows)
     strides = (0, 0, 0) if dlse is None else dlse.stride()
-    replay.launch(
+    recording.launch(
         _delta_kernel, (n_tiles * batch * heads,),
         dout_ptr=dout, out_ptr=out, lse_ptr=lse, dlse_ptr=dlse,
         delta_ptr=delta,

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import allocate, launch
 from ..block_map import KEY_BLOCK, QUERY_BLOCK
 from ..how import How
-from . import lists, replay
+from . import lists, recording
 from .tiles import (
     LOG2_E,
     diagonal_of,
@@ -184,7 +184,7 @@ def key_gradients(
     head_pad = launch.pad_head(head_size)
     counts, indices = (x.expand(batch, heads, *x.shape[2:]) for x in lists.invert(bits, n_query, n_key))
     described, q_source, dout_source = tile_sources(q, dout, tile.rows, head_pad, how.packed)
-    replay.launch(
+    recording.launch(
         _dkv_kernel, (n_key * batch * key_heads,),
         q_ptr=q_source, k_ptr=k, v_ptr=v, dout_ptr=dout_source, lse_ptr=lse, delta_ptr=delta,
         counts_ptr=counts, indices_ptr=indices,

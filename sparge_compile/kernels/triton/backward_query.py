@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import allocate, launch
 from ..block_map import KEY_BLOCK, QUERY_BLOCK, ceil_div
 from ..how import How
-from . import lists, replay
+from . import lists, recording
 from .tiles import (
     LOG2_E,
     dense_prefix,
@@ -166,7 +166,7 @@ def query_gradient(
     head_pad, n_tiles = launch.pad_head(head_size), triton.cdiv(how.length(q), tile.rows)
     counts, indices = (x.expand(batch, heads, *x.shape[2:]) for x in lists.unpack(bits, n_key))
     described, k_source, v_source = tile_sources(k, v, KEY_BLOCK, head_pad, how.packed)
-    replay.launch(
+    recording.launch(
         _dq_kernel, (n_tiles * batch * heads,),
         q_ptr=q, k_ptr=k_source, v_ptr=v_source, dout_ptr=dout, lse_ptr=lse, delta_ptr=delta,
         counts_ptr=counts, indices_ptr=indices,

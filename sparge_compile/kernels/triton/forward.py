@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import allocate, launch
 from ..block_map import KEY_BLOCK, QUERY_BLOCK
 from ..how import How
-from . import replay
+from . import recording
 from .tiles import (
     LOG2_E,
     dense_prefix,
@@ -219,7 +219,7 @@ def _launch_portable(
     counts, indices = (x.expand(batch, heads, *x.shape[2:]) for x in (counts, indices))
     head_pad = launch.pad_head(head_size)
     described, k_source, v_source = tile_sources(k, v, KEY_BLOCK, head_pad, how.packed)
-    replay.launch(
+    recording.launch(
         _forward_kernel, (n_tiles * batch * heads,),
         q_ptr=q, k_ptr=k_source, v_ptr=v_source, counts_ptr=counts, indices_ptr=indices,
         out_ptr=out, lse_ptr=lse,

@@ -29,7 +29,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .. import launch
 from ..block_map import KEY_BLOCK, QUERY_BLOCK, ceil_div
 from ..how import How
-from . import replay, tiles
+from . import recording, tiles
 
 ROWS = QUERY_BLOCK // 2  # of one consumer
 COLUMNS = 64  # elements of 16 bits in the 128 bytes of one swizzled line
@@ -469,9 +469,9 @@ def forward(
     n_tiles = ceil_div(how.length(q), QUERY_BLOCK)
     total = n_tiles * batch * heads
     if counter is None:
-        counter = replay.zero(torch.empty(1, dtype=torch.int32, device=q.device))
+        counter = recording.zero(torch.empty(1, dtype=torch.int32, device=q.device))
     starts = (how.cu_seqlens_q, how.cu_seqlens_k) if packed else (counter, counter)  # else they are not read
-    replay.launch(
+    recording.launch(
         _forward_hopper_kernel, (min(launch.multiprocessors(q.device), total),),
         _descriptor(q, ROWS, COLUMNS, packed), _descriptor(k, KEY_BLOCK, COLUMNS, packed),
         _descriptor(v, KEY_BLOCK, COLUMNS, packed), _descriptor(out, ROWS, head_pad, packed),

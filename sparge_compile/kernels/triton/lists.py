@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import allocate
 from ..block_map import WORD_BITS, BlockMap
-from . import replay
+from . import recording
 
 PACK_ENTRIES = 64  # list entries that a packing program compares at a time
 PACK_WORDS = 64  # words that it writes: 2048 key blocks
@@ -59,7 +59,7 @@ def pack(counts: Tensor, indices: Tensor, *, bits: Tensor | None = None) -> Tens
     counts, indices = counts.expand(batch, heads, -1), indices.expand(batch, heads, -1, -1)
     n_parts = triton.cdiv(words, PACK_WORDS)
     with torch.cuda.device_of(counts):
-        replay.launch(
+        recording.launch(
             _pack_kernel, (batch * heads * rows * n_parts,),
             counts_ptr=counts, indices_ptr=indices,
             bits_ptr=bits,
@@ -101,7 +101,7 @@ def unpack(bits: Tensor, n_key: int) -> BlockMap:
     if indices.numel() == 0:
         return BlockMap(counts.zero_(), indices)
     with torch.cuda.device_of(bits):
-        replay.launch(
+        recording.launch(
             _unpack_kernel, (batch * heads * n_query,),
             bits_ptr=bits,
             counts_ptr=counts, indices_ptr=indices,
@@ -146,7 +146,7 @@ def invert(bits: Tensor, n_query: int, n_key: int) -> tuple[Tensor, Tensor]:
     if indices.numel() == 0:
         return counts.zero_(), indices
     with torch.cuda.device_of(bits):
-        replay.launch(
+        recording.launch(
             _invert_kernel, (batch * heads * words,),
             bits_ptr=bits,
             counts_ptr=counts, indices_ptr=indices,

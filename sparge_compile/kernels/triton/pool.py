@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import allocate, launch, rule
 from ..block_map import KEY_BLOCK, QUERY_BLOCK, ceil_div
 from ..how import How
-from . import replay
+from . import recording
 from .tiles import how_arguments, load_tile, matrix_arguments, sequence, tile_offsets
 
 POOL_ELEMENTS = 4096  # elements of q or k that a pooling program holds at a time
@@ -116,7 +116,7 @@ def pool(q: Tensor, k: Tensor, counted: rule.Counted, how: How) -> tuple[Tensor,
     head_pad = launch.pad_head(head_size)
     all_query = batch * heads * n_query
     with torch.cuda.device_of(q):
-        replay.launch(
+        recording.launch(
             _pool_kernel, (all_query + batch * pooled_heads * n_key,),
             q_ptr=q, k_ptr=k,
             q_mean_ptr=q_mean, k_mean_ptr=k_mean,
@@ -196,7 +196,7 @@ def pool_mask(attn_mask: Tensor, length: int, is_causal: bool, diagonal: int) ->
     seen = torch.zeros((batch, heads, keys), dtype=torch.bool, device=attn_mask.device)
     seeing = None if one_row else torch.zeros((batch, heads, rows), dtype=torch.bool, device=attn_mask.device)
     with torch.cuda.device_of(attn_mask):
-        replay.launch(
+        recording.launch(
             _pool_mask_kernel, (bias.numel(),),
             mask_ptr=attn_mask.view(torch.uint8) if is_bool else attn_mask,
             bias_ptr=bias, sighted_ptr=sighted, keys_ptr=seen.view(torch.uint8),

@@ -19,7 +19,7 @@ from ...keeping import OF_GRAPH, WIDTH, beside_longest
 from .. import allocate, launch, rule
 from ..block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap
 from ..how import How
-from . import replay
+from . import recording
 from .pool import pool, pool_mask
 from .tiles import diagonal_of, how_arguments, sequence
 
@@ -212,7 +212,7 @@ def block_map(query: Tensor, key: Tensor, thresholds: Tensor, *how: Any, counter
     n_pad = triton.next_power_of_2(n_key)
     found_start, found_stop = beside_longest(given.parts)
     with torch.cuda.device_of(query):
-        replay.launch(
+        recording.launch(
             _score_kernel, (batch * heads * row_tiles * key_tiles,),
             q_mean_ptr=q_mean, k_mean_ptr=k_mean,
             scores_ptr=result.indices.view(torch.float32),
@@ -221,7 +221,7 @@ def block_map(query: Tensor, key: Tensor, thresholds: Tensor, *how: Any, counter
             HEAD_SIZE=head_size, HEAD_PAD=max(SCORE_DEPTH, launch.pad_head(head_size)), DEPTH=SCORE_DEPTH,
             ROWS=SCORE_ROWS, KEYS=SCORE_KEYS, PRECISION=launch.score_precision(query.device), num_warps=4, num_stages=2,
         )  # fmt: skip
-        replay.launch(
+        recording.launch(
             _select_kernel, (batch * heads * n_query,),
             thresholds_ptr=thresholds, bias_ptr=bias, cut_ptr=None if cut is None else cut.view(torch.uint8),
             counts_ptr=result.counts, indices_ptr=result.indices, counter_ptr=counter,
