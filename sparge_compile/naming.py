@@ -30,8 +30,9 @@ _GETATTR = re.compile(r"getattr\(([^()]*), '([^']*)'\)")  # below functional_cal
 _ITEM = re.compile(r"\['?([^'\]]*)'?\]")  # blocks[0], layers['a']
 
 _LINE = re.compile(r'File "([^"]+)", line (\d+)')
-# Files of torch itself begin so.
+# Files of torch itself, and of this package, begin so.
 TORCH = os.path.dirname(torch.__file__) + os.sep
+PACKAGE = os.path.dirname(__file__) + os.sep
 
 
 def clean_path(path: str) -> str:
@@ -82,7 +83,7 @@ def code_of(node: Any) -> str | None:
     What torch itself calls on the way (``torch/nn``) is passed over.
     """
     lines = _LINE.findall(node.meta.get("stack_trace") or "")
-    own = [line for line in lines if not line[0].startswith(TORCH)] or lines
+    own = [line for line in lines if not line[0].startswith((TORCH, PACKAGE))] or lines
     return ":".join(own[-1]) if own else None
 
 

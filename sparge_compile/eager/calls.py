@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.fx import Graph, GraphModule, Node
 
 from ..report import Reason
@@ -87,6 +89,12 @@ class Call:
         # FlashAttention 3 gave the log-sum-exp always, before one could ask for it.
         always = self.function.dialect.kind == "flash_attn" and not _RETURNS_MORE & set(parameters)
         return (out, query.new_empty(query.shape[:-1], dtype=torch.float32)) if asked or always else out
+
+
+def unseen() -> AbstractContextManager[Any]:
+    """Where calls are read: a checkpoint must not count what that saves for a backward as the forward's."""
+    is_enabled = getattr(torch._C._autograd, "_saved_tensors_hooks_is_enabled", lambda: True)
+    return saved_tensors_hooks(lambda x: x, lambda x: x) if is_enabled() else nullcontext()
 
 
 def _noted(node: Node, value: Any) -> Node:

@@ -18,6 +18,7 @@ from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ..errors import value_error
+from ..naming import PACKAGE
 from ..passes.pipeline import analyse, find, sheltered
 from ..running.graph import OpenGraph, Slot
 from ..running.places import Fixed, Place
@@ -26,7 +27,7 @@ from ..running.stack import called_module, outward
 from . import functions
 from .calls import Call
 from .functions import Function, replace_functions, restore_functions
-from .sites import PACKAGE, Scope, Where
+from .sites import Scope, Where
 
 
 class Door(Protocol):

@@ -186,7 +186,8 @@ def _entrance_of(original: Any) -> Callable[..., Any]:
             return torch.overrides.handle_torch_function(called, tensors, *args, **kwargs)
         return _serve(function, args, kwargs)
 
-    called.__name__, called.__doc__ = original.__name__, original.__doc__
+    called.__name__ = called.__qualname__ = original.__name__  # by these it is pickled, as what it stands for
+    called.__module__, called.__doc__ = _BUILT_IN[original].__name__, original.__doc__
     _entrances[called] = original
     return called
 

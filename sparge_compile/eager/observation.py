@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..running.observe import Observer, Watched
-from .calls import Call
+from .calls import Call, unseen
 from .door import close_door, open_call, open_door
 from .sites import Scope, Where
 
@@ -33,5 +33,6 @@ class _Watching:
         """Have the observer run the call."""
         if call.refusal is not None:
             return original()
-        graph = Watched(open_call(call, where))
+        with unseen():
+            graph = Watched(open_call(call, where))
         return self._observer.ran(graph, [slot.locator.first for slot in graph.slots], call.tensors)

@@ -21,7 +21,7 @@ from ..report import Decision, Report, Site, SiteReport
 from ..running.graph import OpenGraph, decide_sites
 from ..running.thresholds import read_attached
 from ..user_model import is_compiled, user_model
-from .calls import Call
+from .calls import Call, unseen
 from .door import close_door, open_call, open_door
 from .sites import Scope, Where
 
@@ -135,6 +135,7 @@ class Replacement:
         self._plans: dict[Any, _Plan] = {}
         self._rows: dict[Any, SiteReport] = {}
         self._seen = Report(calls=0)
+        self._is_open = True
         open_door(self)
 
     @property
@@ -154,7 +155,8 @@ class Replacement:
         if plan is None or plan.is_stale:
             if len(self._plans) >= _MOST_PLANS:
                 self._plans.clear()
-            plan = self._plans[key] = _Plan.make(call, where, self._settings)
+            with unseen():
+                plan = self._plans[key] = _Plan.make(call, where, self._settings)
             result = original() if plan.graph.failures else None  # which may be the user's: then it raises
             self._tell(plan.graph, where)
             if plan.graph.failures:
@@ -203,9 +205,17 @@ class Replacement:
     def remove(self) -> None:
         """Have attention be what it was; again is no error."""
         close_door(self)
+        self._is_open = False
         self._plans.clear()
 
     def __enter__(self) -> Replacement:
+        if not self._is_open:
+            raise value_error(
+                "replace_attention: this one was removed",
+                given="a Replacement after remove(), or after its with-block",
+                allowed="one that is at work",
+                todo="Call replace_attention again.",
+            )
         return self
 
     def __exit__(

@@ -96,9 +96,6 @@ def _count(frame: FrameType) -> int:
 def _line(frame: FrameType) -> str | None:
     """The line of the user's code, or of the library that it called, which is outside of torch and of this package."""
     for each in outward(frame):
-        if is_user_code(each) and not each.f_code.co_filename.startswith((TORCH, PACKAGE)):
+        if is_user_code(each) and not each.f_code.co_filename.startswith(TORCH):
             return f"{each.f_code.co_filename}:{each.f_lineno}"
     return None
-
-
-PACKAGE = __file__.rpartition("eager")[0]  # where the files of this package are

@@ -12,6 +12,7 @@ import torch
 from torch.fx import GraphModule
 from torch.nn import Module
 
+from ..naming import PACKAGE
 from ..passes.match.foreign import attends
 from ..user_model import bare, is_compiled
 
@@ -130,9 +131,12 @@ def _is_of_dynamo(module: Module) -> bool:
 
 
 def is_user_code(frame: FrameType) -> bool:
-    """Whether a frame runs code of a user, or of a library that is neither torch nor Python's own."""
+    """Whether a frame runs code of a user, or of a library that is neither torch nor Python's own.
+
+    Code of ours may run among the globals of others (``eager/functions.py``), so its file is asked as well.
+    """
     package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-    return package not in _NO_USER_CODE and not frame.f_code.co_filename.startswith("<eval_with_key>")
+    return package not in _NO_USER_CODE and not frame.f_code.co_filename.startswith((PACKAGE, "<eval_with_key>"))
 
 
 def _is_block(module: Module, outermost: Module) -> bool:

@@ -17,6 +17,7 @@ from sparge_compile import calibrate, explain, replace_attention
 from sparge_compile.report import Reason
 
 DENSE = {"topk": 1.0, "topp": 0.0, "min_seq_len": 0}
+OPTIONS = {"min_seq_len": 0}
 SPARSE = {"topk": 0.2, "topp": 0.0, "min_seq_len": 0}
 FUNCTIONS = [name for name in vars(flash_library) if name.startswith("flash_attn_")]
 
@@ -199,6 +200,25 @@ def test_explain_points_to_the_line_and_to_the_door(wan):
     ]
     assert "test_libraries.py" in str(report.sites[0].site.code)
     assert "replace_attention" in report.sites[0].detail
+
+
+def test_a_graph_break_inside_a_function_of_a_library_does_not_change_names():
+    """Parts of a forward are told by the stack, on which is the code that takes the function's place meanwhile, too."""
+
+    def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        torch._dynamo.graph_break()
+        return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+    class Model(nn.Module):
+        def forward(self, x):
+            return flash_library.flash_attn_func(x, x, x)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flash_library, "flash_attn_func", flash_attn_func)
+        model, x = Model(), torch.randn(1, 512, 2, 16)
+        names = [row.name for row in explain(model, OPTIONS)(x)]
+        assert list(calibrate(model, [x], options=OPTIONS).sites) == names[:1]
 
 
 def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None):

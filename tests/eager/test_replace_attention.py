@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import pickle
 import sys
 import threading
 import types
@@ -328,6 +330,38 @@ def test_other_threads_and_checkpoints(model, x):
     assert torch.equal(got[0], want[0])
     assert names(replaced.report) == ["blocks.0", "blocks.1"]
     assert replaced.report.calls == 2 + 2 + 2 + 2  # once more for the backward of the checkpoints
+
+
+@pytest.mark.parametrize("reentrant", [False, True, None])
+def test_checkpoints_do_not_see_how_a_first_call_is_read(model, x, reentrant):
+    def step(x):
+        for block in model.blocks:
+            x = block(x) if reentrant is None else checkpoint(block, x, use_reentrant=reentrant)
+        return x.sum()
+
+    x.requires_grad_()
+    around = torch.autograd.graph.disable_saved_tensors_hooks("") if reentrant is None else contextlib.nullcontext()
+    with replace_attention(model, SPARSE), around:
+        step(x).backward()
+    got, x.grad = x.grad, None
+    with replace_attention(model, SPARSE):
+        model(x).sum().backward()
+    assert torch.equal(got, x.grad)
+
+
+def test_functions_are_pickled_as_what_they_stand_for(model):
+    with replace_attention(model, SPARSE):
+        pickled = pickle.dumps([F.scaled_dot_product_attention, model])
+        assert pickle.loads(pickled)[0] is F.scaled_dot_product_attention
+    assert pickle.loads(pickled)[0] is SDPA
+
+
+def test_a_replacement_that_was_removed_does_nothing_and_says_so(model):
+    replaced = replace_attention(model, SPARSE)
+    replaced.remove()
+    replaced.remove()
+    with pytest.raises(ValueError, match="removed"), replaced:
+        raise AssertionError
 
 
 def test_modules_that_a_model_got_since(model, x):
