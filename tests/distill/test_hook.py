@@ -17,8 +17,7 @@ from toys import Block
 import sparge_compile
 from sparge_compile import Calibration, DistillationHook, SparsitySchedule, attach
 from sparge_compile.distill.checksum import checksum
-from sparge_compile.kernels import reference
-from sparge_compile.kernels.cpu import attention as cpu
+from sparge_compile.kernels import cpu, reference
 
 LENGTH = 300  # neither 64 nor 128 divides it
 SPARSE = {"min_seq_len": 0, "topk": 0.3, "topp": 0.0, "inner": "eager"}
