@@ -106,6 +106,25 @@ def test_compiled_whole_with_lengths_that_change():
     assert len(graphs) == 1
 
 
+def test_one_training_graph_for_any_number_of_sequences():
+    """Of one sequence, too: nothing that the backward keeps is as long as there are sequences."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+    def call(q, k, v, cu_seqlens, longest):
+        return varlen_attention(q, k, v, cu_seqlens, cu_seqlens, longest, longest, topk=0.3)
+
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True, dynamic=True)
+    for lengths in ((200, 131), (90,), (31, 300, 70)):
+        qkv, (cu_seqlens, *_) = problem(lengths, lengths, grad=True)
+        for x in (*qkv, cu_seqlens):
+            torch._dynamo.mark_dynamic(x, 0)
+        given = (*qkv, cu_seqlens, max(lengths))
+        found, want = (torch.autograd.grad(f(*given).square().sum(), qkv) for f in (compiled, call))
+        torch.testing.assert_close(found, want)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 @pytest.mark.parametrize(
     "change, error",
     [

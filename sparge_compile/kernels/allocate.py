@@ -64,10 +64,11 @@ def new_block_map(q: Tensor, k: Tensor, how: How) -> BlockMap:
 def new_bits(q: Tensor, k: Tensor, how: How) -> Tensor:
     """int32 [B, H, more than Nq, more than ceil(Nk / 32)], for the bits of a map in its first rows and words.
 
-    Its sizes are 2 or more for all lengths: torch guards whether a symbolic size is 0 or 1.
+    Its sizes are 2 or more for all lengths: torch guards whether a symbolic size is 0 or 1. So there is room for one
+    more than N packed sequences.
     """
     rows, words = how.length(q) // QUERY_BLOCK + 2, how.keys(k) // (KEY_BLOCK * WORD_BITS) + 2
-    return q.new_empty((how.sequences(q), q.shape[1], rows, words), dtype=torch.int32)
+    return q.new_empty((how.sequences(q) + how.packed, q.shape[1], rows, words), dtype=torch.int32)
 
 
 def new_counter(q: Tensor) -> Tensor:

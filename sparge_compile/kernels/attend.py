@@ -75,8 +75,8 @@ def attend_for_backward(
 
 def used_bits(bits: Tensor, query: Tensor, key: Tensor, how: How) -> Tensor:
     """The part of a map's bits that is used: a view [B or 1, H or 1, Nq, ceil(Nk / 32)]."""
-    _, _, n_query, n_key = allocate.map_shape(query, key, how)
-    return bits[:, :, :n_query, : ceil_div(n_key, WORD_BITS)]
+    sequences, _, n_query, n_key = allocate.map_shape(query, key, how)
+    return bits[:sequences, :, :n_query, : ceil_div(n_key, WORD_BITS)]
 
 
 def full_map(query: Tensor, key: Tensor, how: How) -> BlockMap:

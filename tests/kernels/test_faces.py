@@ -156,6 +156,17 @@ def test_packed_bits(face: ModuleType, n_key: int, density: float) -> None:
     assert torch.equal(bits, forms.pack(dense))
 
 
+def test_packed_bits_with_room_to_spare(face: ModuleType) -> None:
+    """In rows, words and sequences; where a map holds for all sequences, it is given for each."""
+    dense = torch.rand(2, 3, 5, 40) < 0.3
+    for maps, batch in ((dense, 3), (dense[:1], 2)):
+        room = torch.full((batch, 3, 7, 4), -1, dtype=torch.int32)
+        bits = face.pack(*BlockMap.from_dense(maps), bits=room)
+        used = bits[:2, :, :5, :2]
+        assert bits is room and torch.equal(used, forms.pack(maps).expand_as(used))
+        assert not bits[:, :, 5:].any() and not bits[..., 2:].any() and not bits[2:].any()
+
+
 # ---- attention
 
 CASES = [

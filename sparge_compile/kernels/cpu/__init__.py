@@ -34,12 +34,14 @@ def forward(
 def pack(counts: Tensor, indices: Tensor, *, bits: Tensor | None = None) -> Tensor:
     """int32 [B, H, Nq, ceil(Nk / 32)] from the lists of a map, int32 [B, H, Nq] and [B, H, Nq, Nk].
 
-    They are written to ``bits``, if it is given: int32 with room to spare in rows and words, where zeros go.
+    They are written to ``bits``, if it is given: int32 with room to spare in rows and words, where zeros go. Of the
+    maps of more than one sequence, there may be room for others, too.
     """
     made = forms.pack(forms.BlockMap(counts, indices).to_dense())
     if bits is None:
         return made
-    bits.zero_()[:, :, : made.shape[2], : made.shape[3]] = made
+    batch = len(made) if len(made) > 1 else len(bits)
+    bits.zero_()[:batch, :, : made.shape[2], : made.shape[3]] = made
     return bits
 
 

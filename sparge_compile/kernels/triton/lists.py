@@ -26,7 +26,7 @@ def _pack_kernel(
     counts_ptr, indices_ptr,
     bits_ptr,
     counts_stride_b, counts_stride_h, counts_stride_i, indices_stride_b, indices_stride_h, indices_stride_i,
-    heads, n_query, rows, words, n_parts,
+    batch, heads, n_query, rows, words, n_parts,
     ENTRIES: tl.constexpr, WORDS: tl.constexpr, WORD_SIZE: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
@@ -34,7 +34,7 @@ def _pack_kernel(
     word = (pid % n_parts).to(tl.int32) * WORDS + tl.arange(0, WORDS)
     i, h, b = row % rows, row // rows % heads, row // rows // heads
     count_ptr = counts_ptr + b * counts_stride_b + h * counts_stride_h + i * counts_stride_i
-    count = tl.load(count_ptr, mask=i < n_query, other=0)
+    count = tl.load(count_ptr, mask=(i < n_query) & (b < batch), other=0)
     list_ptr = indices_ptr + b * indices_stride_b + h * indices_stride_h + i * indices_stride_i
     value = tl.zeros([WORDS], tl.int32)
     for first in tl.range(0, count, ENTRIES):
@@ -50,22 +50,23 @@ def pack(counts: Tensor, indices: Tensor, *, bits: Tensor | None = None) -> Tens
     """int32 [B, H, Nq, ceil(Nk / 32)] from the lists of a map, int32 [B, H, Nq] and [B, H, Nq, Nk].
 
     They are written to ``bits``, if it is given: contiguous int32 with room to spare in rows and words, where zeros go.
+    Of the maps of more than one sequence, there may be room for others, too.
     """
     bits = allocate.new_words(counts, indices.shape[-1]) if bits is None else bits
-    batch, heads, rows, words = bits.shape
-    n_query = counts.shape[2]
+    room, heads, rows, words = bits.shape
+    batch, n_query = len(counts) if len(counts) > 1 else room, counts.shape[2]
     if bits.numel() == 0 or indices.numel() == 0:
         return bits.zero_()
     counts, indices = counts.expand(batch, heads, -1), indices.expand(batch, heads, -1, -1)
     n_parts = triton.cdiv(words, PACK_WORDS)
     with torch.cuda.device_of(counts):
         recording.launch(
-            _pack_kernel, (batch * heads * rows * n_parts,),
+            _pack_kernel, (room * heads * rows * n_parts,),
             counts_ptr=counts, indices_ptr=indices,
             bits_ptr=bits,
             counts_stride_b=counts.stride(0), counts_stride_h=counts.stride(1), counts_stride_i=counts.stride(2),
             indices_stride_b=indices.stride(0), indices_stride_h=indices.stride(1), indices_stride_i=indices.stride(2),
-            heads=heads, n_query=n_query, rows=rows, words=words, n_parts=n_parts,
+            batch=batch, heads=heads, n_query=n_query, rows=rows, words=words, n_parts=n_parts,
             ENTRIES=PACK_ENTRIES, WORDS=PACK_WORDS, WORD_SIZE=WORD_BITS, num_warps=4,
         )  # fmt: skip
     return bits
