@@ -33,10 +33,11 @@ _PACKED = (  # the fields of a How after the first three
 )
 
 library = torch.library.Library("sparge", "DEF")
-library.define(
-    f"attention({_QKV}, Tensor thresholds, Tensor? attn_mask=None, bool is_causal=False, float? scale=None, {_LIMIT}, "
-    f"{_PACKED}) -> Tensor"
-)
+for _name in ("attention", "attention.as_given"):
+    library.define(
+        f"{_name}({_QKV}, Tensor thresholds, Tensor? attn_mask=None, bool is_causal=False, float? scale=None, "
+        f"{_LIMIT}, {_PACKED}) -> Tensor"
+    )
 library.define("mark(Tensor thresholds, int index) -> ()")
 library.define("constant(float[] numbers, Device device, int width=2) -> Tensor")
 library.define(f"attend({_QKV}, Tensor thresholds, {_HOW}, {_LIMIT}, {_PACKED}) -> Tensor")
@@ -120,6 +121,8 @@ def _attention(
 
 
 library.impl("attention", _attention, "CompositeImplicitAutograd")
+# Autocast leaves its operands alone, as it does those of other libraries' ops.
+library.impl("attention.as_given", _attention, "CompositeImplicitAutograd")
 
 
 def _autocast(device: str):

@@ -169,7 +169,7 @@ class Recorder(Observer):
         self._turns[name] += 1
         chosen = self._choose(f"{self._seed} {name} {self._number} {self._calls} {turn}", (batch, heads), n_query)
         kind = query.device.type
-        if torch.is_autocast_enabled(kind):  # what autocast does to the arguments of dense attention
+        if attention.autocast and torch.is_autocast_enabled(kind):  # what it does to the arguments of dense attention
             query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
         with torch.autocast(kind, enabled=False):
             mask = None if attn_mask is None else capability.normal_mask(attn_mask, key.shape[2])
@@ -222,7 +222,7 @@ def longest_sequence(
     """Of packed sequences that with the most pairs of queries and keys; others are one sequence."""
     if cu_seqlens_q is None or cu_seqlens_k is None:
         return query, key, value
-    n = int((cu_seqlens_q.diff() * cu_seqlens_k.diff()).argmax())
+    n = int((cu_seqlens_q.diff().long() * cu_seqlens_k.diff()).argmax())  # more pairs than 32 bits count
     rows, keys = (slice(*x[n : n + 2].tolist()) for x in (cu_seqlens_q, cu_seqlens_k))
     return query[:, :, rows], key[:, :, keys], value[:, :, keys]
 

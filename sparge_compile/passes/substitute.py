@@ -16,6 +16,7 @@ from .mha.open import put_inside
 from .write.emit import Emitter, values_like
 
 OP = torch.ops.sparge.attention.default
+OP_AS_GIVEN = torch.ops.sparge.attention.as_given
 
 
 def substitute_match(
@@ -54,7 +55,7 @@ def substitute_match(
             options |= {"least_keys": limit.least_keys, "gain": list(limit.gain)}
         if parts:
             options["parts"] = [emitter.size(part) for part in parts]
-        new = graph.call_function(OP, (query, key, value, thresholds), options)
+        new = graph.call_function(OP if attention.autocast else OP_AS_GIVEN, (query, key, value, thresholds), options)
         new.meta = {**output.meta, **values_like(query)}
         result = emitter.result(new)
     result.meta = dict(output.meta)

@@ -79,3 +79,9 @@ def test_a_tap_hands_over_where_sequences_begin():
     assert number == 0 and mask is None and starts_q is starts_k is STARTS
     longest = longest_sequence(*operands, starts_q, starts_k)
     assert all(torch.equal(x, y[:, :, :200]) for x, y in zip(longest, (q, k, v), strict=True))
+
+
+def test_the_longest_sequence_may_have_more_pairs_than_32_bits_count():
+    x = torch.empty(1, 1, 50_100, 1, device="meta")
+    starts = torch.tensor([0, 100, 50_100], dtype=torch.int32)
+    assert longest_sequence(x, x, x, starts, starts)[0].shape[2] == 50_000

@@ -99,6 +99,7 @@ class Attention:
     ``bottom_right``: the causal diagonal ends at the last query and key (flash-attn), instead of beginning at the first
     ones (SDPA). ``packing``: rows and keys hold several sequences.
 
+    ``autocast``: where it is on, it casts queries, keys and values, as it does those of SDPA and of products.
     ``rewritten``: the result is changed in place later on. ``region`` are the nodes that have no reader but one another
     once the result is replaced, in graph order.
     """
@@ -119,6 +120,7 @@ class Attention:
     dropout: Any = 0.0
     region: tuple[Node, ...] = ()
     rewritten: bool = False
+    autocast: bool = True
 
     @property
     def batch(self) -> Any:

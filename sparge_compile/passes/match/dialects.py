@@ -112,7 +112,8 @@ def _match(node: Node, meaning: Meaning, reader: Reader) -> Attention | Refusal:
     if isinstance(found, Refusal):
         return found
     square = meaning.cu_seqlens_q is meaning.cu_seqlens_k and (packing is not None or same(q["l"], k["l"]))
-    return replace(found, bottom_right=meaning.causal == BOTTOM_RIGHT and not square, packing=packing)
+    bottom_right = meaning.causal == BOTTOM_RIGHT and not square
+    return replace(found, bottom_right=bottom_right, packing=packing, autocast=False)
 
 
 def _packing(meaning: Meaning, reader: Reader) -> Packing | Refusal | None:

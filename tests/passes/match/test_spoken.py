@@ -98,3 +98,14 @@ def test_packed_rows_are_not_taken_for_the_parts_of_one_sequence():
     got = torch.compile(call, backend="sparge", fullgraph=True, options=text)(*inputs)
     plain = torch.compile(call, backend="sparge", fullgraph=True, options={**DENSE, "topk": 0.3})(*inputs)
     torch.testing.assert_close(got, plain)
+
+
+def test_autocast_leaves_operands_alone_as_it_does_those_of_the_call():
+    def call(q, k, v):
+        with torch.autocast("cpu", torch.bfloat16):
+            return torch.ops.sparge_others.memory_efficient_attention_forward(q, k, v, None, 0.0, 0.3)
+
+    inputs = qkv()
+    got = torch.compile(call, backend="sparge", fullgraph=True, options=DENSE)(*inputs)
+    want = torch.ops.sparge_others.memory_efficient_attention_forward(*inputs, None, 0.0, 0.3)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)  # float32, as the graph that was traced has it
