@@ -3,7 +3,7 @@ attention, which must be found; and code that looks like it, which must stay.
 
     python benchmarks/coverage.py                            # all of it
     python benchmarks/coverage.py --only Llama               # names and libraries that hold this text
-    python benchmarks/coverage.py --markdown docs/coverage.md
+    python benchmarks/coverage.py --markdown docs/coverage.md --jobs 8
 
 ``executed`` is counted in eager mode without this project's matcher: calls of torch's fused attention and of the
 libraries' own attention functions. The command fails where found differs from executed, where the sparse op does not
@@ -18,9 +18,11 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -150,6 +152,33 @@ def cover(model: Model) -> Row:
     return row
 
 
+def attempt(model: Model) -> Row:
+    """:func:`cover`, or what went wrong: one broken model must not hide the others."""
+    try:
+        return cover(model)
+    except Exception as error:
+        return Row(model, problems=[f"{type(error).__name__}: {str(error).splitlines()[0]}"])
+
+
+def _attempt_in_process(number: int) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    row = attempt(MODELS[number])
+    return {name: value for name, value in vars(row).items() if name != "model"}  # models do not travel
+
+
+def covered(wanted: Sequence[Model], jobs: int) -> Iterator[Row]:
+    """A row for each model, in their order."""
+    if jobs == 1:
+        yield from map(attempt, wanted)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        numbers = [next(n for n, each in enumerate(MODELS) if each is model) for model in wanted]
+        for model, found in zip(wanted, pool.map(_attempt_in_process, numbers), strict=True):
+            row = Row(model)
+            vars(row).update(found)
+            yield row
+
+
 def count(report: Report, row: Row) -> None:
     """Sites by what became of them. A softmax that is not attention is reported too, and is no attention found."""
     attentions = [site for site in report if site.reason is not Reason.NOT_ATTENTION]
@@ -213,24 +242,20 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--only", nargs="+", help="run models whose library or name holds one of these texts")
     parser.add_argument("--lengths", action="store_true", help="a column with queries × keys")
     parser.add_argument("--markdown", type=Path, help="write the table to this file too")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the models (default 1)")
     given = parser.parse_args(arguments)
     texts = [text.lower() for text in given.only or [""]]
     wanted = [m for m in MODELS if any(text in f"{m.library}: {m.name}".lower() for text in texts)]
     if not wanted:
         parser.error(f"no model holds {' or '.join(texts)}; models: {', '.join(m.name for m in MODELS)}")
 
-    rows, notes = [], []
-    for model in wanted:
-        if model.missing:
-            notes.append(f"left out: {model.library}: {model.name} ({model.missing} is not installed)")
-            print(notes[-1])
-            continue
-        try:
-            row = cover(model)
-        except Exception as error:  # one broken model must not hide the others
-            row = Row(model, problems=[f"{type(error).__name__}: {str(error).splitlines()[0]}"])
+    notes = [f"left out: {m.library}: {m.name} ({m.missing} is not installed)" for m in wanted if m.missing]
+    print(*notes, sep="\n", flush=True)
+    rows = []
+    for row in covered([m for m in wanted if not m.missing], given.jobs):
         rows.append(row)
-        print(f"{row.seconds:6.1f} s  {model.library}: {model.name}  {'; '.join(row.problems) or 'as it should be'}")
+        line = f"{row.seconds:6.1f} s  {row.model.library}: {row.model.name}"
+        print(f"{line}  {'; '.join(row.problems) or 'as it should be'}", flush=True)
     print(table(rows, given.lengths, "simple"))
     functions = [] if given.only else list(coverage_spellings.rows())
     problems = [f"wrong: {row.model.library}: {row.model.name}: {what}" for row in rows for what in row.problems]
