@@ -28,6 +28,7 @@ from ..report import Decision, Failure, Reason, Report, SiteReport
 from . import find as finding
 from .decide import decide, thresholds_for
 from .find import Match
+from .match.joint import Parts
 from .read.fx_utils import value_of, without_guards
 from .substitute import substitute_match
 from .write.outputs import dense_outputs, return_also
@@ -212,22 +213,30 @@ def substitute(work: Work, options: Options, as_input: Callable[[Tensor], Any]) 
     fake tensor).
     """
     replaced: dict[Node, Node] = {}
+    # Before anything is replaced: what they are read from may lie behind another site.
+    parts = {match.node: _parts(work, match, options) for match in work.sparse}
     for match, decision in filter(lambda step: step.is_sparse, work.steps):
         if match.node in work.markers:
             thresholds = attached_thresholds(match, work.markers[match.node])
-            wide = value_of(thresholds).shape[1] == WIDTH
         else:
             assert match.attention is not None
             pairs = thresholds_for(match, options)
             pairs = ((1.0, 0.0),) * len(pairs) if decision.reason is Reason.SHARED else pairs
             rows = options.rows_of(match.site.name, pairs, work.wide)
             values = torch.tensor(rows, dtype=torch.float32, device=match.attention.device)
-            wide = values.shape[1] == WIDTH
             made, thresholds = new_input(match, work.graph_module, values, as_input(values))
             work.threshold_inputs.append(made)
-        parts = match.parts if wide and not isinstance(match.parts, str) else ()
-        work.substituted.append((match, substitute_match(match, thresholds, replaced, decision.limit, parts)))
+        op = substitute_match(match, thresholds, replaced, decision.limit, parts[match.node])
+        work.substituted.append((match, op))
     work.changed |= bool(work.substituted)
+
+
+def _parts(work: Work, match: Match, options: Options) -> Parts:
+    """What a site's sequence is put together of, where its thresholds have room for kept tokens; else nothing."""
+    marker = work.markers.get(match.node)
+    given = None if marker is None else value_of(marker.node.args[0])
+    wide = options.keeps or work.wide if given is None else given.shape[1] == WIDTH
+    return match.parts if wide and not isinstance(match.parts, str) else ()
 
 
 def return_outputs(work: Work) -> None:

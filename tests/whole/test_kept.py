@@ -137,6 +137,41 @@ def test_dense_queries_are_those_of_dense_attention(name: str) -> None:
     assert not torch.allclose(sparse[0], dense[0], atol=1e-4)
 
 
+@pytest.mark.parametrize("is_attached", [False, True])
+def test_numbers_are_kept_in_layers_behind_others(is_attached: bool) -> None:
+    """Nobody asked for the text, so the parts were not read before the first layer was replaced."""
+    model, kept = made("single"), {"keep_keys": TEXT, "dense_queries": True}
+    with torch.no_grad():
+        dense = model(*inputs())
+        if is_attached:
+            attach(model, Calibration({"(root)*": [(0.2, 0.0)]}, kept={"(root)*": kept}))
+        options = {**OPTIONS, **(kept if not is_attached else {"keep_keys": None, "dense_queries": False})}
+        report = explain(model, options)(*inputs())
+        found = torch.compile(model, backend="sparge", options={**options, "inner": "eager"})(*inputs())
+    assert len(report.sparse) == 2
+    assert not torch.allclose(found[1], dense[1], atol=1e-4)
+
+
+class Apart(Dual):
+    """The text attends to itself before it is joined: a part is what another attention gives."""
+
+    def forward(self, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        alone = heads(text)
+        alone = F.scaled_dot_product_attention(alone, alone, alone.exp())
+        joined = torch.cat([alone, heads(image)], 2)
+        out = F.scaled_dot_product_attention(joined, joined, joined).transpose(1, 2).flatten(2)
+        return out[:, : text.shape[1]], out[:, text.shape[1] :]
+
+
+def test_a_part_may_be_what_another_site_gives() -> None:
+    model = Apart(text_first=True, dim=2).eval()
+    options = {**OPTIONS, "topk": 1.0, "inner": "eager", "on_unsupported": "error"}
+    compiled = torch.compile(model, backend="sparge", options=options)
+    with torch.no_grad(), pytest.warns(UserWarning, match="no text is kept at"):
+        for size in [(150, 40), (600, 70), (700, 80)]:
+            torch.testing.assert_close(compiled(*inputs(*size)), model(*inputs(*size)), atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["flux", "single"])
 def test_dynamic_shapes_take_as_many_graphs_as_without_us(name: str) -> None:
     """Traced with a text longer than the image; each call keeps the shorter part of its own."""
