@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from toys import Stack
 
-from sparge_compile import Calibration, attach, explain
+from sparge_compile import Calibration, attach, explain, replace_attention
 from sparge_compile.notices import forget_warnings
 
 TEXT, IMAGE, WIDTH, HEADS = 40, 200, 32, 2
@@ -139,17 +140,18 @@ def test_dense_queries_are_those_of_dense_attention(name: str) -> None:
 
 @pytest.mark.parametrize("is_attached", [False, True])
 def test_numbers_are_kept_in_layers_behind_others(is_attached: bool) -> None:
-    """Nobody asked for the text, so the parts were not read before the first layer was replaced."""
-    model, kept = made("single"), {"keep_keys": TEXT, "dense_queries": True}
+    """Nothing is put together here; the search for it leads through the layer before, which is replaced first."""
+    model, kept = Stack(), {"keep_keys": TEXT, "dense_queries": True}
+    x = torch.randn(1, 300, 32)
     with torch.no_grad():
-        dense = model(*inputs())
+        dense = model(x)
         if is_attached:
-            attach(model, Calibration({"(root)*": [(0.2, 0.0)]}, kept={"(root)*": kept}))
-        options = {**OPTIONS, **(kept if not is_attached else {"keep_keys": None, "dense_queries": False})}
-        report = explain(model, options)(*inputs())
-        found = torch.compile(model, backend="sparge", options={**options, "inner": "eager"})(*inputs())
-    assert len(report.sparse) == 2
-    assert not torch.allclose(found[1], dense[1], atol=1e-4)
+            attach(model, Calibration({"*": [(0.2, 0.0)]}, kept={"*": kept}))
+        options = {"topk": 0.2, "topp": 0.0, "min_seq_len": 0, **({} if is_attached else kept)}
+        found = torch.compile(model, backend="sparge", options={**options, "inner": "eager"})(x)
+    assert not torch.allclose(found, dense, atol=1e-4)
+    with replace_attention(model, options), torch.no_grad():
+        assert torch.equal(found, model(x))
 
 
 class Apart(Dual):
