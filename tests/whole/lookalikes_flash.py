@@ -105,19 +105,24 @@ class OfItsOwn(torch.autograd.Function):
     """Attention in a function of somebody's own: what surrounds it, and its backward, are not the call's."""
 
     @staticmethod
-    def forward(ctx, q, k, v, factor, through):
+    def forward(ctx, q, k, v, factor, gradients):
         out, *_ = flash_3.op(q * factor if factor != 1 else q, k, v, softmax_scale=SCALE)
         ctx.save_for_backward(q, k, v)
-        ctx.through = through
+        ctx.gradients = gradients
         return out
 
     @staticmethod
     def backward(ctx, grad):
         q, k, v = ctx.saved_tensors
-        if ctx.through:
+        if ctx.gradients == "straight through":
             return grad * 2, None, None, None, None
-        gradients = torch.ops.sparge_flash_3._flash_attn_backward(grad, q, k, v, None, None, SCALE, False)
-        return *gradients, None, None
+        dq, dk, dv = torch.ops.sparge_flash_3._flash_attn_backward(grad, q, k, v, None, None, SCALE, False)
+        if ctx.gradients == "scaled":
+            dk = dk * 0.5
+        if ctx.gradients == "filled":
+            dk = torch.empty_like(dk)
+            dk[:, :10] = grad[:, :10]
+        return None if ctx.gradients == "without the query's" else dq, dk, dv, None, None
 
 
 def with_gradients() -> tuple[Tensor, ...]:
@@ -126,12 +131,27 @@ def with_gradients() -> tuple[Tensor, ...]:
 
 @lookalike(Reason.CUSTOM_OP, inputs=with_gradients, **NAMED)
 def a_function_that_scales_the_query(q, k, v):
-    return OfItsOwn.apply(q, k, v, 2.0, False)
+    return OfItsOwn.apply(q, k, v, 2.0, "all")
 
 
 @lookalike(Reason.CUSTOM_OP, inputs=with_gradients, **NAMED)
 def a_function_with_another_backward(q, k, v):
-    return OfItsOwn.apply(q, k, v, 1, True)
+    return OfItsOwn.apply(q, k, v, 1, "straight through")
+
+
+@lookalike(Reason.CUSTOM_OP, inputs=with_gradients, **NAMED)
+def a_function_that_scales_a_gradient(q, k, v):
+    return OfItsOwn.apply(q, k, v, 1, "scaled")
+
+
+@lookalike(Reason.CUSTOM_OP, inputs=with_gradients, **NAMED)
+def a_function_that_fills_a_gradient(q, k, v):
+    return OfItsOwn.apply(q, k, v, 1, "filled")
+
+
+@lookalike(Reason.CUSTOM_OP, inputs=with_gradients, **NAMED)
+def a_function_that_keeps_a_gradient_back(q, k, v):
+    return OfItsOwn.apply(q, k, v, 1, "without the query's")
 
 
 @lookalike(Reason.OUTPUTS_USED, inputs=with_gradients, **GIVEN)

@@ -56,14 +56,14 @@ def from_the_bottom_right(attend, q, k, v, cu_q, cu_k):
     return torch.cat(out)
 
 
-SHAPE = {"product": H, "length": T_Q, "keys": T_K}
+SHAPE = {"product": H, "length": T_Q, "keys": max(LENGTHS_K)}  # keys: of the longest sequence
 PACKED = {"kind": "varlen", "inputs": packed(), "same": same(), **SHAPE}
 EQUAL = {
     "kind": "varlen",
     "inputs": packed(lengths=(LENGTHS_K, LENGTHS_K)),
     "product": H,
     "length": T_K,
-    "keys": T_K,
+    "keys": max(LENGTHS_K),
 }
 BOTTOM_RIGHT = {"kind": "varlen", "inputs": packed(), "same": from_the_bottom_right, "mask": None, **SHAPE}
 LONGEST = (max(LENGTHS_Q), max(LENGTHS_K))
@@ -146,7 +146,7 @@ def flash_3_varlen_causal(q, k, v, cu_q, cu_k, window=(-1, -1)):
     same=lambda attend, *x: attend(*(y.transpose(1, 2) for y in x), scale=SCALE).transpose(1, 2),
     product=H,
     length=300,
-    keys=300,
+    keys=150,
 )
 def flash_3_varlen_of_a_batch(q, k, v, window=(-1, -1)):
     """Wan folds the batch into the rows, and counts the lengths in the graph."""

@@ -2,8 +2,8 @@
 
 Other libraries wrap their kernels in such a function, and with a gradient in sight Dynamo keeps it as one node, with a
 graph for the forward and one for the backward. If the forward only lays out and pads what one known call of attention
-takes and gives, and the backward is that of an attention, then the call alone, replaced by an op with a backward of its
-own, is the whole function.
+takes and gives, and the backward only lays out the gradients of an attention, then the call alone, replaced by an op
+with a backward of its own, is the whole function.
 """
 
 from __future__ import annotations
@@ -20,11 +20,15 @@ from ..match.dialects import Spoken, spoken
 from ..match.foreign import is_backward
 from ..read.axes import COPIES, PERMUTES, RESHAPES
 from ..read.calls import Value
-from ..read.fx_utils import clone, submodule_of
+from ..read.fx_utils import clone, submodule_of, value_of
 from ..read.reader import Reader
 
 # What leaves the values of a tensor as they are, up to zeros around them.
 _LAYOUT = {*RESHAPES, *COPIES, *PERMUTES, "expand", "constant_pad_nd", "detach", "unbind", "split", "split_with_sizes"}
+# Memory that a backward fills, and what puts gradients into it, together, or back to where keys were repeated.
+_FRESH = {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"}
+_FRESH |= {"zeros", "zeros_like", "new_zeros"}
+_GATHERED = {"stack", "cat", "sum", "copy", "copy_", "slice_scatter", "select_scatter"}
 
 
 def is_autograd_function(node: Node) -> bool:
@@ -51,7 +55,7 @@ def open_function(node: Node, owner: GraphModule) -> tuple[GraphModule, Spoken |
         return None
     name = calls[0].signature.name
     inside = _inside(node, forward)
-    if inside is None or len(calls) > 1 or not any(is_backward(x.target) for x in backward.graph.nodes):
+    if inside is None or len(calls) > 1 or not _gives_the_gradients(forward, backward):
         return forward, Refusal(Reason.CUSTOM_OP, name)
     call = next(call for call in map(spoken, inside.graph.nodes) if call is not None)
     return inside, call if _only_lays_out(inside, call) else Refusal(Reason.CUSTOM_OP, name)
@@ -101,4 +105,44 @@ def _only_lays_out(inside: GraphModule, call: Spoken) -> bool:
 
 def _is_laid_out(value: Value) -> bool:
     call = value.call
-    return call is None or (call.name in _LAYOUT and all(_is_laid_out(x) for x in call.inputs))
+    return call is None or (call.name in _LAYOUT and all(map(_is_laid_out, call.inputs)))
+
+
+def _gives_the_gradients(forward: GraphModule, backward: GraphModule) -> bool:
+    """Whether a backward gives what an attention's backward made, and nothing else, to each input that learns."""
+    inputs = forward.graph.find_nodes(op="placeholder")
+    (end,) = backward.graph.find_nodes(op="output")
+    gradients: Any = end.args[0]
+    if not isinstance(gradients, (tuple, list)) or len(gradients) != len(inputs):
+        return False
+    learn = [bool(getattr(value_of(x), "requires_grad", False)) for x in inputs]
+    if any(one and not isinstance(grad, Node) for one, grad in zip(learn, gradients, strict=True)):
+        return False
+    reader, seen = Reader(backward), set[Node]()
+    edge = [x for x in gradients if isinstance(x, Node)]
+    while edge:
+        node = edge.pop()
+        source = node.args[0] if node.target is operator.getitem else node
+        if node in seen or (isinstance(source, Node) and is_backward(source.target)):
+            continue
+        seen.add(node)
+        edge += reader.writers(node)
+        if node.target is operator.setitem:
+            edge += node.all_input_nodes
+            continue
+        value = reader.value(node)
+        made_of = None if value is None or value.call is None else _made_of(value)
+        if made_of is None:
+            return False
+        edge += made_of
+    return True
+
+
+def _made_of(value: Value) -> list[Node] | None:
+    """The nodes whose values, laid out or gathered, are in a value; None where anything else is done to them."""
+    if value.call is None:
+        return [] if value.node is None else [value.node]
+    if value.call.name in _FRESH:
+        return []
+    parts = [_made_of(x) for x in value.call.inputs] if value.call.name in _LAYOUT | _GATHERED else [None]
+    return None if None in parts else [node for part in parts if part for node in part]
