@@ -23,6 +23,13 @@ from .sdpa import mask_term
 from .sdpa_kernels import only_attention_is_read
 
 
+# Up to torch 2.13 at least: the forward is then a graph of its own, which gives what the library's backward needs.
+_ONE_TENSOR_TWICE = (
+    "in training, torch breaks the graph where an autograd function is given one tensor twice; "
+    "let cu_seqlens_k be a copy of cu_seqlens_q"
+)
+
+
 class Spoken(NamedTuple):
     """A call that is known by its name and arguments."""
 
@@ -54,7 +61,8 @@ def match_spoken(call: Spoken, reader: Reader) -> tuple[str, Attention | Refusal
 def _match(node: Node, meaning: Meaning, reader: Reader) -> Attention | Refusal:
     result = reader.fake(node)
     if isinstance(result, (tuple, list)) and not only_attention_is_read(node):
-        return Refusal(Reason.OUTPUTS_USED)
+        twice = meaning.cu_seqlens_q is not None and meaning.cu_seqlens_q is meaning.cu_seqlens_k
+        return Refusal(Reason.OUTPUTS_USED, _ONE_TENSOR_TWICE if twice else "")
     nodes = (meaning.query, meaning.key, meaning.value)
     tensors: list[Any] = [reader.fake(x) if isinstance(x, Node) else None for x in nodes]
     if result is None or not all(isinstance(x, Tensor) for x in tensors):

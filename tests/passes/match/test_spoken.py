@@ -109,3 +109,17 @@ def test_autocast_leaves_operands_alone_as_it_does_those_of_the_call():
     got = torch.compile(call, backend="sparge", fullgraph=True, options=DENSE)(*inputs)
     want = torch.ops.sparge_others.memory_efficient_attention_forward(*inputs, None, 0.0, 0.3)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)  # float32, as the graph that was traced has it
+
+
+def test_one_list_of_lengths_in_training_says_what_to_do():
+    """torch breaks the graph at the function, and what its backward needs is then a result of a graph."""
+
+    def call(q, cu):
+        out, lse, _ = torch.ops.sparge_torch_211._varlen_attn(q, q, q, cu, cu, L, L)
+        return out, lse
+
+    cu = torch.tensor([0, L], dtype=torch.int32)
+    (row,) = sparge_compile.explain(call, LOOK)(torch.randn(L, H, D), cu)
+    assert row.reason is Reason.OUTPUTS_USED and "let cu_seqlens_k be a copy" in row.detail
+    (row,) = sparge_compile.explain(lambda q, cu: call(q, cu)[0], LOOK)(torch.randn(L, H, D), cu)
+    assert row.status == "sparse"
