@@ -22,7 +22,6 @@ from .masks import Term
 from .sdpa import mask_term
 from .sdpa_kernels import only_attention_is_read
 
-
 # Up to torch 2.13 at least: the forward is then a graph of its own, which gives what the library's backward needs.
 _ONE_TENSOR_TWICE = (
     "in training, torch breaks the graph where an autograd function is given one tensor twice; "
