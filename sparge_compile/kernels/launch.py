@@ -73,18 +73,12 @@ _WIDE = {
 }
 
 
-def attention_launch(
-    direction: str, head_size: int, dtype: torch.dtype, device: torch.device, full_mask: bool = False
-) -> Launch:
-    """The table's entry for ``direction`` "forward", "dq" or "dkv", a head size, an item size and an architecture.
-
-    Under a mask with rows, a forward of 128 rows has 8 warps: with 4, the pointers into the mask spill.
-    """
+def attention_launch(direction: str, head_size: int, dtype: torch.dtype, device: torch.device) -> Launch:
+    """The table's entry for ``direction`` "forward", "dq" or "dkv", a head size, an item size and an architecture."""
     row_bytes = max(64, pad_head(head_size) * dtype.itemsize)
     narrow = _LARGE if architecture(device) in MAJORS_WITH_227_KB else _SMALL
     table = _WIDE if dtype.itemsize > 2 else narrow
-    entry = Launch(*table[direction][row_bytes])
-    return entry._replace(warps=8) if full_mask and direction == "forward" and entry.rows == 128 else entry
+    return Launch(*table[direction][row_bytes])
 
 
 def score_precision(device: torch.device) -> str:

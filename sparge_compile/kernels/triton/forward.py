@@ -213,8 +213,7 @@ def _launch_portable(
     """Fill out and lse by the kernel that runs on every GPU."""
     heads, length, keys, head_size = *q.shape[1:3], k.shape[2], q.shape[3]
     batch = how.sequences(q)
-    full_mask = how.attn_mask is not None and how.attn_mask.shape[2] > 1
-    tile = launch.attention_launch("forward", head_size, q.dtype, q.device, full_mask)
+    tile = launch.attention_launch("forward", head_size, q.dtype, q.device)
     tiles = QUERY_BLOCK // tile.rows
     n_tiles = triton.cdiv(how.length(q), tile.rows)
     counts, indices = (x.expand(batch, heads, *x.shape[2:]) for x in (counts, indices))
