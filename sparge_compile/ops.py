@@ -71,14 +71,14 @@ def attend_by_rule(
     # Selection is discrete: thresholds have no gradient.
     arguments = (query, key, value, thresholds.detach(), *how[:3], *limit, *how[3:])
     if with_lse or (torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))):
-        return torch.ops.sparge.attend_for_backward(*arguments)[:2]
-    return torch.ops.sparge.attend(*arguments), None
+        return torch.ops.sparge.attend_for_backward.default(*arguments)[:2]
+    return torch.ops.sparge.attend.default(*arguments), None
 
 
 def build_map(query: Tensor, key: Tensor, value: Tensor, thresholds: Tensor, how: How) -> BlockMap:
     """Check everything and build the block map by the rule."""
     thresholds, how = _checked_by_rule(query, key, value, thresholds, how)
-    return BlockMap(*torch.ops.sparge.block_map(query.detach(), key.detach(), thresholds.detach(), *how))
+    return BlockMap(*torch.ops.sparge.block_map.default(query.detach(), key.detach(), thresholds.detach(), *how))
 
 
 def attend_listed(query: Tensor, key: Tensor, value: Tensor, block_map: BlockMap, how: How) -> tuple[Tensor, Tensor]:
@@ -87,7 +87,7 @@ def attend_listed(query: Tensor, key: Tensor, value: Tensor, block_map: BlockMap
         block_map = BlockMap(*sharding.on_the_mesh_of(query, *block_map))
     how = _checked(query, key, value, how)
     capability.check_block_map(block_map, query, key, how)
-    return torch.ops.sparge.forward(query, key, value, *block_map, *how)
+    return torch.ops.sparge.forward.default(query, key, value, *block_map, *how)
 
 
 def _checked_by_rule(query: Tensor, key: Tensor, value: Tensor, thresholds: Tensor, how: How) -> tuple[Tensor, How]:
@@ -261,7 +261,9 @@ def _keep(ctx, query, key, value, out, lse, bits, *how):
 def _keep_of_forward(ctx, inputs, output):
     query, key, value, counts, indices, *how = inputs
     out, lse = output
-    bits = torch.ops.sparge.pack(counts, indices)  # one bit for each (query block, key block), instead of the lists
+    bits = torch.ops.sparge.pack.default(
+        counts, indices
+    )  # one bit for each (query block, key block), instead of the lists
     _keep(ctx, query, key, value, out, lse, bits, *how)
 
 
@@ -277,7 +279,7 @@ def _differentiate(inputs: int, ctx, grad_out, grad_lse=None, grad_bits=None):
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     how = ctx.how._replace(attn_mask=attn_mask, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    grads = torch.ops.sparge.backward(grad_out, query, key, value, out, lse, grad_lse, bits, *how)
+    grads = torch.ops.sparge.backward.default(grad_out, query, key, value, out, lse, grad_lse, bits, *how)
     return *grads, *(None,) * (inputs - 3)
 
 
@@ -292,9 +294,9 @@ for _name in ("forward", "attend_for_backward"):
 def _attend_under_autograd(query, key, value, *others):
     """``attend`` where it may be differentiated: lowered where no gradient was in sight, and trained after all."""
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        return torch.ops.sparge.attend_for_backward(query, key, value, *others)[0]
+        return torch.ops.sparge.attend_for_backward.default(query, key, value, *others)[0]
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.sparge.attend(query, key, value, *others)
+        return torch.ops.sparge.attend.default(query, key, value, *others)
 
 
 library.impl("attend", _attend_under_autograd, "Autograd")
