@@ -135,13 +135,15 @@ class Replacement:
         self._plans: dict[Any, _Plan] = {}
         self._rows: dict[Any, SiteReport] = {}
         self._seen = Report(calls=0)
+        self._notes: list[str] = []  # once it is removed
         self._is_open = True
         open_door(self)
 
     @property
     def report(self) -> Report:
         """The sites that were met so far, each with what was decided, in the order of their first calls."""
-        return replace(self._seen, sites=list(self._rows.values()), notes=self._not_covered())
+        notes = self._not_covered() if self._is_open else self._notes
+        return replace(self._seen, sites=list(self._rows.values()), notes=notes)
 
     def call(self, call: Call, where: Where, original: Callable[[], Any]) -> Any:
         """Return the result of a call: sparse, or as it was."""
@@ -203,10 +205,11 @@ class Replacement:
         return [f"not looked at: compiled code of {', '.join(outer)}, in which its own backend decides"]
 
     def remove(self) -> None:
-        """Have attention be what it was; again is no error."""
+        """Have attention be what it was, and let go of the model; the report stays. Again is no error."""
         close_door(self)
-        self._is_open = False
+        self._notes, self._is_open = self.report.notes, False
         self._plans.clear()
+        self._model, self.scope = None, Scope(Module())
 
     def __enter__(self) -> Replacement:
         if not self._is_open:
@@ -221,13 +224,14 @@ class Replacement:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        model = self._model
         self.remove()
         if kind is not None:
             return
-        if self._rows and isinstance(self._model, Module):
-            warn_of_unused_in_eager_code(self._settings, self._model, {row.name for row in self._rows.values()})
+        if self._rows and isinstance(model, Module):
+            warn_of_unused_in_eager_code(self._settings, model, {row.name for row in self._rows.values()})
         if not self._rows and self._settings.on_unsupported != "dense":
-            whose = "this process" if self._model is None else type(self._model).__name__
+            whose = "this process" if model is None else type(model).__name__
             warn(
                 f"no attention in eager code of {whose}",
                 f"sparge: replace_attention met no attention in {whose}, so nothing was replaced. It sees calls of "

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import pickle
 import sys
 import threading
 import types
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -362,6 +364,22 @@ def test_a_replacement_that_was_removed_does_nothing_and_says_so(model):
     replaced.remove()
     with pytest.raises(ValueError, match="removed"), replaced:
         raise AssertionError
+
+
+@pytest.mark.parametrize("for_all", [False, True])
+def test_a_replacement_that_was_removed_holds_no_model(x, for_all):
+    model = Stack()
+    model.blocks[1].compile(backend="eager")
+    with replace_attention(None if for_all else model, SPARSE) as replaced:
+        model(x)
+        notes = replaced.report.notes
+        assert bool(notes) != for_all
+    held = weakref.ref(model)
+    torch._dynamo.reset()
+    del model
+    gc.collect()
+    assert held() is None
+    assert names(replaced.report) == ["blocks.0"] and replaced.report.notes == notes
 
 
 def test_modules_that_a_model_got_since(model, x):
