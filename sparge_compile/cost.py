@@ -29,20 +29,21 @@ class Shape:
     length: Any
     keys: Any
     head_size: Any
+    value_head_size: Any
     is_causal: bool = field(default=False, kw_only=True)
 
     @staticmethod
     def symbolic(is_causal: bool = False) -> Shape:
         """Return all sizes as positive sympy symbols, to read the closed forms."""
-        return Shape(*sympy.symbols("B H Hk L S D", positive=True), is_causal=is_causal)
+        return Shape(*sympy.symbols("B H Hk L S D Dv", positive=True), is_causal=is_causal)
 
 
 @dataclass(frozen=True)
 class CostModel:
     """Seconds for one forward.
 
-    dense  = dense_base + dense_pair · pairs · D
-    sparse = sparse_base + pool · B (H L + Hk S) D + select · B H Nq Nk + sparse_pair · density · pairs · D
+    dense  = dense_base + dense_pair · pairs · (D + Dv) / 2
+    sparse = sparse_base + pool · B (H L + Hk S) D + select · B H Nq Nk + sparse_pair · density · pairs · (D + Dv) / 2
 
     with pairs = B H L S (half of it under a causal mask).
     """
@@ -86,13 +87,13 @@ class CostModel:
 
     def dense(self, s: Shape) -> Any:
         """Return the seconds of dense attention: a number, or a sympy expression for symbolic sizes."""
-        return self.dense_base + self.dense_pair * _pairs(s) * s.head_size
+        return self.dense_base + self.dense_pair * _products(s)
 
     def sparse(self, s: Shape, density: Any) -> Any:
         """Return the seconds of sparse attention that keeps this share of the visible blocks; as :meth:`dense`."""
         pooled = s.batch * (s.heads * s.length + s.kv_heads * s.keys) * s.head_size
         scored = s.batch * s.heads * (s.length / QUERY_BLOCK) * (s.keys / KEY_BLOCK)
-        kept = density * _pairs(s) * s.head_size
+        kept = density * _products(s)
         return self.sparse_base + self.pool * pooled + self.select * scored + self.sparse_pair * kept
 
     def limit(self, least_keys: int, density: float, margin: float, is_causal: bool) -> Limit:
@@ -113,9 +114,9 @@ class CostModel:
         return Prediction(float(self.dense(s)), float(self.sparse(s, density)), density)
 
 
-def _pairs(s: Shape) -> Any:
-    pairs = s.batch * s.heads * s.length * s.keys
-    return pairs / 2 if s.is_causal else pairs
+def _products(s: Shape) -> Any:
+    products = s.batch * s.heads * s.length * s.keys * (s.head_size + s.value_head_size) / 2
+    return products / 2 if s.is_causal else products
 
 
 def device_class(device: torch.device) -> str:

@@ -39,7 +39,8 @@ def attention(
 
     Args:
         query: [B, H, L, D] in bfloat16, float16 or float32, D at most 256.
-        key, value: [B, Hk, S, D]; with ``enable_gqa`` H may be a multiple of Hk.
+        key: [B, Hk, S, D]; with ``enable_gqa`` H may be a multiple of Hk.
+        value: [B, Hk, S, Dv], Dv at most 256.
         attn_mask: bool (True attends) or float (added to the scores; what is below half of the dtype's minimum hides a
             key, as -inf does), broadcastable to [B, H, L, S]. Unlike in SDPA it may be combined with ``is_causal``. A
             block without a visible key is never read.
@@ -58,7 +59,7 @@ def attention(
         return_sparsity: also return 1 − kept ÷ visible key blocks, a float32 scalar on the query's device.
 
     Returns:
-        [B, H, L, D] in the query's dtype and stride order; with ``return_lse`` or ``return_sparsity`` a tuple that
+        [B, H, L, Dv] in the query's dtype and stride order; with ``return_lse`` or ``return_sparsity`` a tuple that
         holds them in this order. A row that sees no key gives zeros. topk = 1 equals dense attention to rounding.
 
     Raises:
@@ -137,7 +138,8 @@ def varlen_attention(
 
     Args:
         query: [T, H, D], the rows of all sequences, in bfloat16, float16 or float32, D at most 256.
-        key, value: [Tk, Hk, D]; H is a multiple of Hk.
+        key: [Tk, Hk, D]; H is a multiple of Hk.
+        value: [Tk, Hk, Dv], Dv at most 256.
         cu_seqlens_q, cu_seqlens_k: int32 [N + 1] on the query's device: the row where each sequence begins, and where
             the last one ends. A sequence may be empty.
         max_seqlen_q, max_seqlen_k: no sequence is longer than these (1 or more). On a GPU, rows beyond them are not
@@ -150,7 +152,7 @@ def varlen_attention(
         return_sparsity: also return 1 - kept / visible key blocks, a float32 scalar on the query's device.
 
     Returns:
-        [T, H, D] in the query's dtype and stride order; with ``return_lse`` or ``return_sparsity`` a tuple that holds
+        [T, H, Dv] in the query's dtype and stride order; with ``return_lse`` or ``return_sparsity`` a tuple that holds
         them in this order. A row that sees no key, and a row of no sequence, gives zeros.
 
     Raises:

@@ -66,7 +66,7 @@ def attend_by_rule(
     limit: Limit = NO_LIMIT,
     with_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Check everything and attend by the rule, as one op: (out [B, H, L, D], lse [B, H, L] where it is asked for)."""
+    """Check everything and attend by the rule, as one op: (out [B, H, L, Dv], lse [B, H, L] where it is asked for)."""
     thresholds, how = _checked_by_rule(query, key, value, thresholds, how)
     # Selection is discrete: thresholds have no gradient.
     arguments = (query, key, value, thresholds.detach(), *how[:3], *limit, *how[3:])
@@ -82,7 +82,7 @@ def build_map(query: Tensor, key: Tensor, value: Tensor, thresholds: Tensor, how
 
 
 def attend_listed(query: Tensor, key: Tensor, value: Tensor, block_map: BlockMap, how: How) -> tuple[Tensor, Tensor]:
-    """Check everything and attend to the blocks of a map: (out [B, H, L, D], lse [B, H, L])."""
+    """Check everything and attend to the blocks of a map: (out [B, H, L, Dv], lse [B, H, L])."""
     if sharding.is_sharded(query):
         block_map = BlockMap(*sharding.on_the_mesh_of(query, *block_map))
     how = _checked(query, key, value, how)
@@ -214,13 +214,13 @@ for _key, _face in (("CPU", cpu), ("CUDA", _TritonFace())):
 
 @torch.library.register_fake("sparge::attend", lib=library)
 def _(query, key, value, thresholds, *others):
-    return allocate.dense_like(query)
+    return allocate.new_out(query, value)
 
 
 @torch.library.register_fake("sparge::attend_for_backward", lib=library)
 def _(query, key, value, thresholds, attn_mask, is_causal, scale, least_keys=0, gain=(), *packed):
     bits = allocate.new_bits(query, key, How(attn_mask, is_causal, scale, *packed))
-    return allocate.dense_like(query), allocate.new_lse(query), bits
+    return allocate.new_out(query, value), allocate.new_lse(query), bits
 
 
 @torch.library.register_fake("sparge::constant", lib=library)
@@ -235,7 +235,7 @@ def _(query, key, thresholds, *how):
 
 @torch.library.register_fake("sparge::forward", lib=library)
 def _(query, key, value, counts, indices, *how):
-    return allocate.dense_like(query), allocate.new_lse(query)
+    return allocate.new_out(query, value), allocate.new_lse(query)
 
 
 @torch.library.register_fake("sparge::pack", lib=library)

@@ -59,7 +59,6 @@ class Reason(Enum):
     DTYPE = "dtype"
     DEVICE = "device"
     HEAD_SIZE = "head size"
-    VALUE_HEAD_SIZE = "value head size differs"
     LAYOUT = "not [batch, heads, length, head size]"
     HEADS = "query and key heads do not fit"
     ADDITIVE_MASK = "additive mask changes scores"

@@ -32,9 +32,11 @@ class Case(NamedTuple):
     is_causal: bool = False
     layout: str = "bhld"
     scale: float | None = None
+    value_size: int | None = None
 
     def __str__(self) -> str:
         words = [f"L{self.length}", f"S{self.keys}", f"D{self.head_size}", f"B{self.batch}", f"H{self.heads}"]
+        words += [f"Dv{self.value_size}"] * (self.value_size is not None)
         words += [f"Hk{self.key_heads}", str(self.dtype).removeprefix("torch."), self.mask, self.layout]
         return "-".join(words + ["causal"] * self.is_causal + [f"scale{self.scale}"] * (self.scale is not None))
 
@@ -56,7 +58,8 @@ def random_matrix(batch: int, heads: int, length: int, head_size: int, dtype: to
 def random_qkv(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     q = random_matrix(case.batch, case.heads, case.length, case.head_size, case.dtype, case.layout)
     k, v = (
-        random_matrix(case.batch, case.key_heads, case.keys, case.head_size, case.dtype, case.layout) for _ in range(2)
+        random_matrix(case.batch, case.key_heads, case.keys, size, case.dtype, case.layout)
+        for size in (case.head_size, case.value_size or case.head_size)
     )
     return q, k, v
 
@@ -214,7 +217,7 @@ class Results(NamedTuple):
 def random_problem(case: Case, block_map: BlockMap, with_dlse: bool = True) -> Problem:
     q, k, v = random_qkv(case)
     mask = random_mask(case)
-    dout = random_matrix(*q.shape, case.dtype, case.layout)
+    dout = random_matrix(*q.shape[:3], v.shape[3], case.dtype, case.layout)
     dlse = torch.randn(q.shape[:3]) if with_dlse else None
     return Problem(q, k, v, block_map, mask, case.is_causal, scale_of(case), dout, dlse)
 
@@ -296,7 +299,7 @@ def assert_error_bounded(
 
 def assert_results_bounded(actual: Results, problem: Problem) -> None:
     """Each result has the shape and dtype of its input, and an error that arithmetic explains."""
-    likes = problem.q, actual.lse, problem.q, problem.k, problem.v
+    likes = problem.dout, actual.lse, problem.q, problem.k, problem.v
     for name, x, like in zip(Results._fields, actual, likes, strict=True):
         assert x.dtype == like.dtype and x.shape == like.shape, name
     bounds = exact_results(problem), plain_results(problem), summed_terms(problem)

@@ -70,7 +70,7 @@ def measure(
     """Measure error and density of every pair of the grid over some query blocks of one attention call.
 
     Args:
-        q: [B, H, L, D]; k, v: [B, Hk, S, D], in any floating dtype; computed in float32 on their device.
+        q: [B, H, L, D]; k: [B, Hk, S, D]; v: [B, Hk, S, Dv]; any floating dtype, computed in float32 on their device.
         attn_mask: as the ops take it (``capability.normal_mask``), [B or 1, H or 1, L or 1, S].
         sample: int64 [B, H, n], the query blocks to look at.
         memory: bytes of scratch memory that may be used, about, beside a padded copy of k and v; at least one query
@@ -81,11 +81,11 @@ def measure(
     Returns:
         Sums over the batch and the sampled query blocks, on the device.
     """
-    batch, heads, _, head_size = q.shape
+    batch, heads = q.shape[:2]
     diagonal = k.shape[2] - q.shape[2] if bottom_right else 0
     problem = _Problem(q, k, v, attn_mask, is_causal, scale, diagonal, always)
     steps = ladder(ceil_div(k.shape[2], KEY_BLOCK))
-    at_once = max(1, memory // scratch(steps, head_size))
+    at_once = max(1, memory // scratch(steps, max(q.shape[3], v.shape[3])))
     lead = torch.arange(batch * heads, device=q.device).view(batch, heads, 1).expand_as(sample).flatten()
     parts = [_curves(problem, some, blocks, steps) for some, blocks in _chunks(lead, sample.flatten(), at_once)]
     sums = [
@@ -170,7 +170,7 @@ def _curves(problem: _Problem, lead: Tensor, block: Tensor, steps: list[int]) ->
     query = query * problem.scale
 
     def segment(first: int, last: int) -> tuple[Tensor, Tensor]:
-        """Masked scores [n, 128, s] and values [n, s, D] of the blocks at some places of the order."""
+        """Masked scores [n, 128, s] and values [n, s, Dv] of the blocks at some places of the order."""
         blocks = order[:, first:last]
         keys, values = (
             x[batch.unsqueeze(1), key_head.unsqueeze(1), blocks].float().flatten(1, 2) for x in (problem.k, problem.v)
@@ -182,8 +182,8 @@ def _curves(problem: _Problem, lead: Tensor, block: Tensor, steps: list[int]) ->
             scores += added
         return scores.masked_fill_(~seen, -math.inf), values
 
-    running = _Running(query)
-    outs = query.new_empty(len(steps), *query.shape)  # after each prefix
+    running = _Running(query, problem.v.shape[-1])
+    outs = query.new_empty(len(steps), *running.values.shape)  # after each prefix
     for step, (first, last) in enumerate(zip([0, *steps], steps, strict=False)):
         running.add(*segment(first, last))
         outs[step] = running.out()
@@ -202,14 +202,14 @@ def _curves(problem: _Problem, lead: Tensor, block: Tensor, steps: list[int]) ->
 class _Running:
     """Softmax attention of rows over the keys so far: running maximum, normaliser and weighted values, in float32."""
 
-    def __init__(self, query: Tensor) -> None:
+    def __init__(self, query: Tensor, value_size: int) -> None:
         # A finite lowest score: of rows that see no key, the exponentials are 0 and not NaN.
         self.top = query.new_full((*query.shape[:2], 1), -1e30)
         self.normaliser = torch.zeros_like(self.top)
-        self.values = torch.zeros_like(query)
+        self.values = query.new_zeros((*query.shape[:2], value_size))
 
     def add(self, scores: Tensor, values: Tensor) -> None:
-        """Take more keys in: scores [n, 128, s], which are used up, and values [n, s, D]."""
+        """Take more keys in: scores [n, 128, s], which are used up, and values [n, s, Dv]."""
         top = torch.maximum(self.top, scores.amax(-1, keepdim=True))
         shrink, weights = torch.exp(self.top - top), scores.sub_(top).exp_()
         self.normaliser.mul_(shrink).add_(weights.sum(-1, keepdim=True))

@@ -29,7 +29,7 @@ class GraphCalls:
         autocast: the dtype by device type that the last graph ran in; a wrapper such as accelerate's may have entered
             it.
         names: the sparse sites, in the order in which they ran first.
-        outputs: what each site gave, [B, H, L, D] for each of its calls, where the graphs return it.
+        outputs: what each site gave, [B, H, L, Dv] for each of its calls, where the graphs return it.
     """
 
     def __init__(self) -> None:

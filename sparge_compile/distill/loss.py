@@ -1,6 +1,6 @@
 """The loss between what student and teacher give, and which parts of what they give count.
 
-In: the outputs [B, ...] of both, and those of sites [B, H, L, D]. Out: an error for each sample, float32 [B].
+In: the outputs [B, ...] of both, and those of sites [B, H, L, Dv]. Out: an error for each sample, float32 [B].
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..errors import type_error, value_error
 
 
 class Prediction(NamedTuple):
-    """A training forward by student and teacher: outputs [B, ...], and those of sites [B, H, L, D] by name."""
+    """A training forward by student and teacher: outputs [B, ...], and those of sites [B, H, L, Dv] by name."""
 
     student: Tensor
     teacher: Tensor

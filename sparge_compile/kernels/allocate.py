@@ -15,6 +15,20 @@ from .how import How
 from .sizes import hint
 
 
+def new_out(q: Tensor, v: Tensor) -> Tensor:
+    """[B, H, L, Dv] of q [B, H, L, D] and v [B, Hk, S, Dv]: q's dtype and order of dimensions, v's head size."""
+    return torch.empty_permuted((*q.shape[:3], v.shape[3]), order_of(q), dtype=q.dtype, device=q.device)
+
+
+def out_strides(q: Tensor, v: Tensor) -> tuple[int, ...]:
+    """The strides of :func:`new_out`."""
+    strides, size = [0] * q.dim(), 1
+    shape = (*q.shape[:3], v.shape[3])
+    for d in reversed(order_of(q)):
+        strides[d], size = size, size * max(shape[d], 1)
+    return tuple(strides)
+
+
 def dense_like(x: Tensor) -> Tensor:
     """Fresh dense memory of x's shape and dtype, rows of D in adjacent memory, the other dimensions in x's order.
 
@@ -22,14 +36,6 @@ def dense_like(x: Tensor) -> Tensor:
     real and fake tensors that are not dense (a slice of a fused qkv), so the order is taken from the strides here.
     """
     return torch.empty_permuted(x.shape, order_of(x), dtype=x.dtype, device=x.device)
-
-
-def dense_strides(x: Tensor) -> tuple[int, ...]:
-    """The strides of :func:`dense_like`."""
-    strides, size = [0] * x.dim(), 1
-    for d in reversed(order_of(x)):
-        strides[d], size = size, size * max(x.shape[d], 1)
-    return tuple(strides)
 
 
 def order_of(x: Tensor) -> list[int]:

@@ -33,11 +33,11 @@ def attend(
     gain: Sequence[float] = (),
     *packed: Any,
 ) -> Tensor:
-    """Attention [B, H, L, D] for inference, in the query's dtype and order of dimensions."""
+    """Attention [B, H, L, Dv] for inference, in the query's dtype and order of dimensions."""
     how = How(attn_mask, is_causal, scale, *packed)
     _check(query, key, value, how)
     counter = None
-    if _is_sparse(query, key, how, least_keys, gain):
+    if _is_sparse(query, key, value, how, least_keys, gain):
         counter = allocate.new_counter(query)
         block_map = face.block_map(query, key, thresholds, *how, counter=counter)
     elif _sdpa_computes(query, key, how):
@@ -60,11 +60,11 @@ def attend_for_backward(
     gain: Sequence[float] = (),
     *packed: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(out [B, H, L, D], log-sum-exp [B, H, L], the map as bits): all that the backward needs beside the operands."""
+    """(out [B, H, L, Dv], log-sum-exp [B, H, L], the map as bits): all that the backward needs beside the operands."""
     how = How(attn_mask, is_causal, scale, *packed)
     _check(query, key, value, how)
     counter = None
-    if _is_sparse(query, key, how, least_keys, gain):
+    if _is_sparse(query, key, value, how, least_keys, gain):
         counter = allocate.new_counter(query)
         block_map = face.block_map(query, key, thresholds, *how, counter=counter)
     else:
@@ -104,10 +104,10 @@ def visible_in_sequences(n_query: int, n_key: int, how: How) -> Tensor:
     return visible & rows.unsqueeze(-1) & (torch.arange(n_key, device=device) * KEY_BLOCK < keys).unsqueeze(1)
 
 
-def _is_sparse(query: Tensor, key: Tensor, how: How, least_keys: int, gain: Sequence[float]) -> bool:
+def _is_sparse(query: Tensor, key: Tensor, value: Tensor, how: How, least_keys: int, gain: Sequence[float]) -> bool:
     """What a limit says of the sizes that are known here: of packed sequences, all queries over the longest keys."""
     batch, heads, length, head_size = query.shape
-    sizes = (batch, heads, key.shape[1], length, how.keys(key), head_size)
+    sizes = (batch, heads, key.shape[1], length, how.keys(key), head_size, value.shape[3])
     return Limit(least_keys, tuple(gain)).holds(*sizes)
 
 
@@ -121,7 +121,9 @@ def _dense(query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
     """What torch takes for the fastest dense attention, where the op promises it."""
     shared, (_, is_causal, scale, *_) = query.shape[1] != key.shape[1], how
     found = F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=shared)
-    return found if found.stride() == allocate.dense_strides(query) else allocate.dense_like(query).copy_(found)
+    return (
+        found if found.stride() == allocate.out_strides(query, value) else allocate.new_out(query, value).copy_(found)
+    )
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, how: How) -> None:

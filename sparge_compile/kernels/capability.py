@@ -26,8 +26,8 @@ DEVICES = ("cpu", "cuda")
 MIN_COMPUTE_CAPABILITY = (8, 0)  # older GPUs lack the asynchronous copies that the pipelined loops are built on
 
 
-def refusal(device: torch.device, dtype: torch.dtype, head_size: int) -> tuple[Reason, str] | None:
-    """Why this device, dtype and head size have no sparse kernel, or None where they have one."""
+def refusal(device: torch.device, dtype: torch.dtype, *head_sizes: int) -> tuple[Reason, str] | None:
+    """Why this device, dtype and head sizes (of keys, of values) have no sparse kernel, or None where they have one."""
     if device.type not in DEVICES:
         return Reason.DEVICE, f"{device.type}; kernels exist for {' and '.join(DEVICES)}"
     if device.type == "cuda":
@@ -41,17 +41,18 @@ def refusal(device: torch.device, dtype: torch.dtype, head_size: int) -> tuple[R
     if (
         device.type == "cuda"
         and dtype == torch.float32
-        and head_size > MAX_WIDE_HEAD_SIZE
+        and max(head_sizes) > MAX_WIDE_HEAD_SIZE
         and launch.architecture(device) not in launch.MAJORS_WITH_227_KB
     ):
-        return Reason.HEAD_SIZE, f"{head_size} in float32; this GPU's shared memory holds {MAX_WIDE_HEAD_SIZE}"
-    if not 1 <= head_size <= MAX_HEAD_SIZE:
-        return Reason.HEAD_SIZE, f"{head_size}; kernels exist for 1 to {MAX_HEAD_SIZE}"
+        return Reason.HEAD_SIZE, f"{max(head_sizes)} in float32; this GPU's shared memory holds {MAX_WIDE_HEAD_SIZE}"
+    for head_size in head_sizes:
+        if not 1 <= head_size <= MAX_HEAD_SIZE:
+            return Reason.HEAD_SIZE, f"{head_size}; kernels exist for 1 to {MAX_HEAD_SIZE}"
     return None
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise a ``ValueError`` unless q [B, H, L, D], k and v [B, Hk, S, D] can be attended to."""
+    """Raise a ``ValueError`` unless q [B, H, L, D], k [B, Hk, S, D] and v [B, Hk, S, Dv] can be attended to."""
     if torch.compiler.is_compiling():  # to look into what is remembered would guard it
         return _check_qkv(q, k, v)
     form: Any = tuple((x.shape, x.dtype, x.device) for x in (q, k, v))
@@ -84,7 +85,7 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
             allowed="one device",
             todo="Move them together.",
         )
-    refused = refusal(q.device, q.dtype, q.shape[3])
+    refused = refusal(q.device, q.dtype, q.shape[3], v.shape[3])
     if refused:
         reason, detail = refused
         raise value_error(
@@ -96,7 +97,7 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def check_sizes(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise a ``ValueError`` unless q is [B, H, L, D], k and v are [B, Hk, S, D], and Hk divides H.
+    """Raise a ``ValueError`` unless q is [B, H, L, D], k [B, Hk, S, D], v [B, Hk, S, Dv], and Hk divides H.
 
     Of symbolic sizes only what is known for certain is an error; the others are asked again at run time.
     """
@@ -108,12 +109,12 @@ def check_sizes(q: Tensor, k: Tensor, v: Tensor) -> None:
                 allowed="[batch, heads, length, head size]",
                 todo="Add or fold dimensions.",
             )
-    if differ(k.shape, v.shape):
+    if differ(k.shape[:3], v.shape[:3]):
         raise value_error(
-            "key and value differ in shape",
+            "key and value differ in batch, heads or length",
             given=f"key {tuple(k.shape)}, value {tuple(v.shape)}",
-            allowed="equal shapes",
-            todo="Values of another head size are not supported; use dense attention for them.",
+            allowed="equal shapes, but for the head size",
+            todo="Give one value for each key.",
         )
     if differ((q.shape[0], q.shape[3]), (k.shape[0], k.shape[3])):
         raise value_error(

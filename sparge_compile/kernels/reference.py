@@ -3,8 +3,8 @@
 Slow, readable, good in float64; attention is differentiable by autograd. Of the package only :mod:`check` imports this
 file, and of the package it takes only the forms of a map, so that no code is compared with itself.
 
-Letters: B batch, H query heads, Hk key/value heads, L queries, S keys, D head size, Nq = ceil(L / 128) query blocks,
-Nk = ceil(S / 64) key blocks, i a query block, j a key block.
+Letters: B batch, H query heads, Hk key/value heads, L queries, S keys, D head size, Dv that of the values,
+Nq = ceil(L / 128) query blocks, Nk = ceil(S / 64) key blocks, i a query block, j a key block.
 
 Source: SpargeAttention2 (arXiv 2602.13515), Eq. 9 and Alg. 1; causal, masks and GQA are this project's extension.
 """
@@ -255,9 +255,9 @@ def attention(
     scale: float | None = None,
     bottom_right: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Exact softmax attention over the kept keys.
+    """Exact softmax attention over the kept keys, of values [B, Hk, S, Dv].
 
-    Returns out [B, H, L, D] in q's dtype and the log-sum-exp of the scaled scores, [B, H, L] in float32 at least
+    Returns out [B, H, L, Dv] in q's dtype and the log-sum-exp of the scaled scores, [B, H, L] in float32 at least
     (natural logarithm). A row that sees no key gives zeros and -inf.
     """
     group = q.shape[1] // max(k.shape[1], 1)

@@ -108,7 +108,7 @@ def least_size(attention: Attention, limit: Limit) -> str | None:
 
     Other sizes are taken as they were traced with; a batch that depends on data as 1.
     """
-    names = ("batch", "heads", "kv_heads", "length", "keys", "head_size")
+    names = ("batch", "heads", "kv_heads", "length", "keys", "head_size", "value_head_size")
     sizes = dict(zip(names, sizes_of(attention), strict=True))
     open_sizes = [name for name in ("length", "keys") if isinstance(sizes[name], torch.SymInt)] or ["batch"]
     fixed = {name: size_hint(size) or 1 for name, size in sizes.items()}
@@ -168,13 +168,12 @@ def refusal(match: Match, options: Options) -> Decision | None:
     dropout = value_of(attention.dropout)
     if dropout != 0:
         return Decision(Reason.DROPOUT, f"p = {dropout}")
-    if attention.head_size != attention.value_head_size:
-        return Decision(Reason.VALUE_HEAD_SIZE, f"{attention.value_head_size} after {attention.head_size}")
     if isinstance(attention.heads, torch.SymInt):
         return Decision(Reason.HEADS, "their number is dynamic, and thresholds belong to heads")
-    if isinstance(attention.head_size, torch.SymInt):
+    head_sizes = attention.head_size, attention.value_head_size
+    if any(isinstance(size, torch.SymInt) for size in head_sizes):
         return Decision(Reason.HEAD_SIZE, "dynamic")
-    unsupported = capability.refusal(attention.device, attention.dtype, attention.head_size)
+    unsupported = capability.refusal(attention.device, attention.dtype, *head_sizes)
     if unsupported is not None:
         return Decision(*unsupported)
     if attention.packing is not None and attention.masks:
@@ -202,4 +201,5 @@ def shape_of(attention: Attention) -> Shape | None:
 
 def sizes_of(attention: Attention) -> tuple[Any, ...]:
     """The sizes of :class:`Shape`, in order; symbolic where they are dynamic."""
-    return attention.batch, attention.heads, attention.kv_heads, attention.length, attention.keys, attention.head_size
+    x = attention
+    return x.batch, x.heads, x.kv_heads, x.length, x.keys, x.head_size, x.value_head_size

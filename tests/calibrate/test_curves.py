@@ -27,6 +27,7 @@ CASES = [
     Case(500, 900, 16, mask="add", dtype=torch.bfloat16),
     Case(600, 600, 16, mask="key", is_causal=True),
     Case(130, 1500, 24, heads=1, key_heads=1, scale=0.3),
+    Case(300, 500, 16, is_causal=True, value_size=40),
 ]
 
 

@@ -1,6 +1,8 @@
 """Compile every Triton kernel for GPUs that are not here; print a JSON line for each: shared memory, registers, spills.
 
-    python compile_kernels.py cuda:86 64,128 bfloat16 none,causal,mask
+    python compile_kernels.py cuda:86 64,128,192/128 bfloat16 none,causal,mask
+
+A head size may be two, D/Dv: of queries and keys, and of values.
 
 The launches are the real ones: the kernels' own callers run on a CPU that says it is the GPU, and what they would have
 launched is compiled for it instead. Run by test_kernels_compile.py in a process of its own, without the interpreter.
@@ -62,7 +64,7 @@ def resources(compiled: Any) -> dict[str, Any]:
     return found
 
 
-def main(name: str, head_sizes: list[int], dtypes: list[torch.dtype], kinds: list[str]) -> None:
+def main(name: str, head_sizes: list[tuple[int, int]], dtypes: list[torch.dtype], kinds: list[str]) -> None:
     target = target_of(name)
     major = target.arch // 10 if target.backend == "cuda" else 0
     case: dict[str, Any] = {}
@@ -79,12 +81,11 @@ def main(name: str, head_sizes: list[int], dtypes: list[torch.dtype], kinds: lis
     import_module("sparge_compile.kernels.triton.forward").hopper_refusal = lambda device: "left out"
     device = torch.device("cpu")
     for dtype in dtypes:
-        for head_size in head_sizes:
+        for head_size, value_size in head_sizes:
             for kind in kinds:
-                case |= {"head_size": head_size, "dtype": str(dtype)[6:], "kind": kind}
-                q, k, v, dout = (
-                    torch.randn(1, h, n, head_size).to(dtype) for h, n in ((H, L), (HK, S), (HK, S), (H, L))
-                )
+                case |= {"head_size": head_size, "value_size": value_size, "dtype": str(dtype)[6:], "kind": kind}
+                shapes = ((H, L, head_size), (HK, S, head_size), (HK, S, value_size), (H, L, value_size))
+                q, k, v, dout = (torch.randn(1, *shape).to(dtype) for shape in shapes)
                 mask = torch.ones(1, 1, L, S, dtype=torch.bool) if kind == "mask" else None
                 how = How(mask, kind in ("causal", "packed"), head_size**-0.5)
                 if kind == "packed":
@@ -101,7 +102,7 @@ def main(name: str, head_sizes: list[int], dtypes: list[torch.dtype], kinds: lis
 if __name__ == "__main__":
     main(
         sys.argv[1],
-        [int(n) for n in sys.argv[2].split(",")],
+        [(int(n.split("/")[0]), int(n.split("/")[-1])) for n in sys.argv[2].split(",")],
         [getattr(torch, name) for name in sys.argv[3].split(",")],
         sys.argv[4].split(","),
     )

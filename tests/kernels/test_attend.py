@@ -16,9 +16,9 @@ SPARSE, DENSE = (), (10_000,)  # limits that hold, and that do not, for the size
 ATTEND, KEEPING = torch.ops.sparge.attend, torch.ops.sparge.attend_for_backward
 
 
-def operands(length=300, keys=200, heads=4, kv_heads=2, grad=False):
+def operands(length=300, keys=200, heads=4, kv_heads=2, value_size=16, grad=False):
     """Projections [B, L, H, D] seen as [B, H, L, D], and thresholds."""
-    shapes = [(2, length, heads, 16), (2, keys, kv_heads, 16), (2, keys, kv_heads, 16)]
+    shapes = [(2, length, heads, 16), (2, keys, kv_heads, 16), (2, keys, kv_heads, value_size)]
     qkv = [torch.randn(shape).transpose(1, 2).detach().requires_grad_(grad) for shape in shapes]
     return *qkv, torch.tensor([[0.3, 0.0]] * heads)
 
@@ -30,10 +30,11 @@ def mask(keys=200):
 HOW = {"plain": (None, False), "causal": (None, True), "mask": (mask(), False), "causal and mask": (mask(), True)}
 
 
+@pytest.mark.parametrize("value_size", [16, 24])
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("grad", [False, True])
-def test_below_the_limit_a_call_is_dense(how, grad):
-    q, k, v, thresholds = operands(grad=grad)
+def test_below_the_limit_a_call_is_dense(how, grad, value_size):
+    q, k, v, thresholds = operands(value_size=value_size, grad=grad)
     attn_mask, is_causal = HOW[how]
     call = (lambda *x: KEEPING(*x)[0]) if grad else ATTEND
     out = call(q, k, v, thresholds, attn_mask, is_causal, 0.25, *DENSE)
@@ -41,7 +42,7 @@ def test_below_the_limit_a_call_is_dense(how, grad):
     visible = visible if attn_mask is None else visible & attn_mask
     want = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=0.25, enable_gqa=True)
     torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-5)
-    assert out.stride() == allocate.dense_strides(q) == allocate.dense_like(q).stride()
+    assert out.stride() == allocate.out_strides(q, v) == allocate.new_out(q, v).stride()
     if grad:
         weight = torch.randn_like(out)
         got, true = (torch.autograd.grad((x * weight).sum(), (q, k, v)) for x in (out, want))
@@ -58,9 +59,9 @@ def test_above_the_limit_it_is_sparse():
 
 
 @pytest.mark.parametrize("limit", [SPARSE, DENSE], ids=["sparse", "dense"])
-@pytest.mark.parametrize("how", HOW)
-def test_opcheck(how, limit):
-    *qkv, thresholds = operands(grad=True)
+@pytest.mark.parametrize("how, value_size", [*((how, 16) for how in HOW), ("plain", 8), ("causal", 24)])
+def test_opcheck(how, value_size, limit):
+    *qkv, thresholds = operands(value_size=value_size, grad=True)
     opcheck(KEEPING.default, (*qkv, thresholds, *HOW[how], 0.25, *limit))
     opcheck(ATTEND.default, (*(x.detach() for x in qkv), thresholds, *HOW[how], 0.25, *limit))
 
@@ -100,7 +101,7 @@ def test_bits_have_room_for_every_length():
 
 def test_a_gain_is_linear_in_products_numbers_and_pairs():
     limit = Limit(64, (-1.0, 1e-3, -1e-2, -1e-1))
-    gain = -1.0 + 1e-3 * (2 * 4 * 128 * 64 * 16) - 1e-2 * (2 * (4 * 128 + 2 * 64) * 16) - 1e-1 * (2 * 4 * 128 * 64)
-    assert limit.gained(2, 4, 2, 128, 64, 16) == pytest.approx(gain)
-    assert not limit.holds(2, 4, 2, 128, 64, 16) and limit.holds(2, 4, 2, 128, 64, 200)
-    assert not limit.holds(2, 4, 2, 128, 63, 200)  # too few keys, whatever they gain
+    gain = -1.0 + 1e-3 * (2 * 4 * 128 * 64 * 12) - 1e-2 * (2 * (4 * 128 + 2 * 64) * 16) - 1e-1 * (2 * 4 * 128 * 64)
+    assert limit.gained(2, 4, 2, 128, 64, 16, 8) == pytest.approx(gain)  # a score takes 16 products, a value 8
+    assert not limit.holds(2, 4, 2, 128, 64, 16, 16) and limit.holds(2, 4, 2, 128, 64, 200, 200)
+    assert not limit.holds(2, 4, 2, 128, 63, 200, 200)  # too few keys, whatever they gain

@@ -40,8 +40,9 @@ def nan_in_fresh_memory(monkeypatch):
     was = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     deterministic.fill_uninitialized_memory = True
-    plain = allocate.dense_like
-    monkeypatch.setattr(allocate, "dense_like", lambda x: plain(x).fill_(math.nan))
+    for name in ("dense_like", "new_out"):
+        plain = getattr(allocate, name)
+        monkeypatch.setattr(allocate, name, lambda *x, plain=plain: plain(*x).fill_(math.nan))
     yield
     torch.use_deterministic_algorithms(was[0])
     deterministic.fill_uninitialized_memory = was[1]
@@ -60,16 +61,20 @@ class Case(NamedTuple):
     topp: float = 0.0
     layout: str = "bhld"
     scale: float | None = None
+    value_size: int | None = None  # that of keys
 
     @property
     def heads(self) -> int:
         return self.key_heads * self.group
 
     def inputs(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """q [B, H, L, D], k and v [B, Hk, S, D] of slowly changing rows, so that block scores differ."""
+        """q [B, H, L, D], k [B, Hk, S, D], v [B, Hk, S, Dv] of slowly changing rows, so that block scores differ."""
         torch.manual_seed(sum(self[:6]))
         q = smooth(self.batch, self.heads, self.length, self.head_size)
-        k, v = (smooth(self.batch, self.key_heads, self.keys, self.head_size) for _ in range(2))
+        k, v = (
+            smooth(self.batch, self.key_heads, self.keys, size)
+            for size in (self.head_size, self.value_size or self.head_size)
+        )
         return tuple(in_layout(x.to(dtype), self.layout) for x in (q, k, v))
 
     def thresholds(self) -> Tensor:
@@ -125,6 +130,7 @@ cases = st.builds(
     topp=st.sampled_from((0.0, 0.2, 0.7, 1.0)),
     layout=st.sampled_from(LAYOUTS),
     scale=st.sampled_from((None, 0.3)),
+    value_size=st.sampled_from((None, 8, 24)),
 )
 
 
@@ -167,7 +173,8 @@ def test_forward_is_the_definition_in_float64(case: Case):
     out, lse = cpu.forward(*x, *block_map, *case.options())
     true_out, true_lse = reference.attention(*x, block_map, *case.options())
     assert error(out, true_out) < 1e-12 and error(lse, true_lse) < 1e-12
-    assert out.stride() == allocate.dense_like(x[0]).stride()
+    assert out.shape == (*x[0].shape[:3], x[2].shape[3])
+    assert out.stride() == allocate.new_out(x[0], x[2]).stride()
 
 
 @given(case=cases, with_lse=st.booleans())

@@ -186,6 +186,11 @@ CASES = [
     Case(1, 300, 16, mask="full"),
     Case(129, 65, 16, scale=-0.3),
     Case(129, 65, 16, scale=0.0),
+    Case(129, 200, 16, key_heads=1, layout="fused", dtype=torch.float16, value_size=40),
+    Case(200, 190, 40, batch=2, mask="key", is_causal=True, layout="blhd", value_size=16),
+    Case(150, 130, 24, mask="full", key_heads=1, value_size=17),
+    Case(70, 150, 16, mask="add", layout="bhdl", value_size=72),
+    Case(130, 130, 72, is_causal=True, value_size=1),
 ]
 
 

@@ -56,7 +56,7 @@ def test_kernels_fit_into_a_gpu_with_little_shared_memory(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", SHARED_MEMORY)
-@pytest.mark.parametrize("head_size", ["32", "64", "128", "256"])
+@pytest.mark.parametrize("head_size", ["32", "64", "128", "256", "192/128", "64/128"])
 def test_kernels_fit_into_every_gpu(target, head_size, tmp_path):
     if target.startswith("hip"):
         pytest.importorskip("triton.backends.amd")

@@ -58,6 +58,7 @@ class Packed(NamedTuple):
     dtype: torch.dtype = torch.float32
     spare: int = 7
     longer: int = 0  # how much more than the longest lengths is said
+    value_size: int | None = None  # that of keys
 
     def how(self, scale: float = 0.25) -> How:
         starts = [torch.tensor([0, *itertools.accumulate(x)], dtype=torch.int32) for x in (self.lengths, self.keys)]
@@ -68,8 +69,14 @@ class Packed(NamedTuple):
     def inputs(self) -> list[Tensor]:
         """q, k, v [1, H, T, D] whose memory is [1, T, H, D], and the gradients of out and lse."""
         rows, keys = sum(self.lengths) + self.spare, sum(self.keys) + self.spare
-        sizes = ((rows, 2), (keys, self.key_heads), (keys, self.key_heads), (rows, 2))
-        made = [torch.randn(1, n, heads, self.head_size, dtype=self.dtype).transpose(1, 2) for n, heads in sizes]
+        size, value_size = self.head_size, self.value_size or self.head_size
+        shapes = (
+            (rows, 2, size),
+            (keys, self.key_heads, size),
+            (keys, self.key_heads, value_size),
+            (rows, 2, value_size),
+        )
+        made = [torch.randn(1, *shape, dtype=self.dtype).transpose(1, 2) for shape in shapes]
         return [*made, torch.randn(1, 2, rows)]
 
     def places(self) -> list[tuple[slice, slice]]:
@@ -112,9 +119,9 @@ def check(face: ModuleType, case: Packed, inputs: list[Tensor]) -> None:
     assert (lse == -torch.inf).all() and all((x == 0).all() for x in (out, dq, dk, dv))
 
 
-@pytest.mark.parametrize("causal", CAUSALITY)
-def test_packed_sequences_are_the_loop_over_them(face: ModuleType, causal: str) -> None:
-    case = Packed((200, 1, 130, 256), (70, 300, 64, 250), causal, longer=30)
+@pytest.mark.parametrize("causal, value_size", [("", 16), ("top_left", 16), ("bottom_right", 16), ("bottom_right", 40)])
+def test_packed_sequences_are_the_loop_over_them(face: ModuleType, causal: str, value_size: int) -> None:
+    case = Packed((200, 1, 130, 256), (70, 300, 64, 250), causal, longer=30, value_size=value_size)
     torch.manual_seed(0)
     check(face, case, case.inputs())
 
@@ -209,10 +216,11 @@ def test_lengths_that_do_not_fit_are_errors_on_a_cpu() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("causal", CAUSALITY)
-@pytest.mark.parametrize("head_size", [64, 128])
-def test_packed_sequences_on_tensor_cores(gpu: ModuleType, head_size: int, causal: str) -> None:
-    """bfloat16 through descriptors: on Hopper by the kernel that is specialised by warp."""
+@pytest.mark.parametrize("head_size, value_size", [(64, 64), (128, 128), (192, 128)])
+def test_packed_sequences_on_tensor_cores(gpu: ModuleType, head_size: int, value_size: int, causal: str) -> None:
+    """bfloat16 through descriptors: on Hopper by the kernel that is specialised by warp, if head sizes are equal."""
     case = Packed((1000, 1, 700, 2100), (900, 333, 64, 2500), causal, head_size=head_size, dtype=torch.bfloat16)
+    case = case._replace(value_size=value_size)
     inputs, how = case.inputs(), case.how()
     lists, found = run(gpu, case, inputs, how)
     for n, (rows, keys) in enumerate(case.places()):

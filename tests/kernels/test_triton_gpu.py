@@ -89,6 +89,14 @@ CASES = [
     Case(500, 333, 80, dtype=FP32, mask="none", layout="bhdl"),
     Case(300, 400, 128, dtype=FP32, mask="full", batch=2),
     Case(200, 300, 256, dtype=FP32, mask="none", is_causal=True, key_heads=1, layout="blhd"),
+    Case(1025, 1025, 192, dtype=BF16, is_causal=True, layout="blhd", heads=4, key_heads=4, value_size=128),  # MLA
+    Case(700, 900, 192, dtype=BF16, mask="key", batch=2, key_heads=1, value_size=128),
+    Case(511, 640, 192, dtype=FP16, mask="full", layout="blhd", value_size=128),
+    Case(640, 640, 64, dtype=BF16, is_causal=True, layout="fused", value_size=128),
+    Case(500, 777, 128, dtype=FP16, mask="add", value_size=64),
+    Case(400, 400, 48, dtype=BF16, layout="blhd", value_size=256),
+    Case(300, 400, 256, dtype=BF16, is_causal=True, value_size=24),
+    Case(257, 300, 192, dtype=FP32, is_causal=True, value_size=128),
 ]
 
 
@@ -134,7 +142,8 @@ def test_attention_on_hopper(case: Case, density: float, monkeypatch: pytest.Mon
     "case",
     [Case(300, 300, 128, dtype=BF16, mask="key"), Case(300, 300, 128, dtype=BF16, scale=-0.1), Case(300, 300, 128)]
     + [Case(300, 300, d, dtype=BF16) for d in (32, 160)]
-    + [Case(300, 300, 64, dtype=BF16, layout="bhdl"), Case(300, 300, 44, dtype=BF16, layout="blhd")],
+    + [Case(300, 300, 64, dtype=BF16, layout="bhdl"), Case(300, 300, 44, dtype=BF16, layout="blhd")]
+    + [Case(300, 300, 128, dtype=BF16, value_size=64), Case(300, 300, 64, dtype=BF16, value_size=128)],
     ids=str,
 )
 def test_what_the_hopper_kernel_leaves_to_the_portable_one(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

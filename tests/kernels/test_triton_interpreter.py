@@ -47,6 +47,8 @@ def test_empty_forms_of_a_map(batch: int, n_query: int, n_key: int) -> None:
         Case(65, 63, 24, layout="blhd", dtype=torch.float16),
         Case(129, 200, 32, key_heads=1, layout="fused", dtype=torch.float16),
         Case(257, 100, 72, is_causal=True, layout="fused"),
+        Case(129, 200, 40, key_heads=1, layout="blhd", dtype=torch.float16, value_size=16),
+        Case(150, 130, 16, is_causal=True, layout="blhd", dtype=torch.float16, value_size=48),
     ],
     ids=str,
 )

@@ -51,7 +51,7 @@ def padding(b, rows, keys):
 
 DENSE = {
     "dropout": (Reason.DROPOUT, {"dropout": 0.1}),
-    "values of another size": (Reason.VALUE_HEAD_SIZE, {"value_size": 8}),
+    "large values": (Reason.HEAD_SIZE, {"value_size": 512}),
     "float64": (Reason.DTYPE, {"dtype": torch.float64}),
     "large heads": (Reason.HEAD_SIZE, {"head_size": 512}),
     "additive mask": (Reason.ADDITIVE_MASK, {"mask": bias(False)}),
@@ -59,7 +59,7 @@ DENSE = {
 }
 SPARSE = {
     "no dropout": {"dropout": 0.0},
-    "values of the same size": {"value_size": 4},
+    "values of 256": {"value_size": 256},
     "bfloat16": {"dtype": torch.bfloat16},
     "heads of 256": {"head_size": 256},
     "boolean mask": {"mask": padding},

@@ -251,6 +251,29 @@ def llama(attn_implementation: str = "sdpa") -> tuple[nn.Module, dict[str, Any]]
     return LlamaModel(config), {"input_ids": torch.randint(97, (1, 333)), "use_cache": False}
 
 
+def deepseek() -> tuple[nn.Module, dict[str, Any]]:
+    """Latent attention: keys of 16 + 8 numbers, of which 8 carry the position, and values of 16."""
+    from transformers import DeepseekV3Config, DeepseekV3Model
+
+    config = DeepseekV3Config(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        first_k_dense_replace=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+        max_position_embeddings=512,
+        attn_implementation="sdpa",
+    )
+    return DeepseekV3Model(config), {"input_ids": torch.randint(97, (1, 333)), "use_cache": False}
+
+
 def bert(attn_implementation: str = "sdpa") -> tuple[nn.Module, dict[str, Any]]:
     from transformers import BertConfig, BertModel
 
@@ -408,6 +431,11 @@ CASES = (
         "llama",
         llama,
         tuple(Attention(f"layers.{layer}.self_attn", 333, 333, is_causal=True, enable_gqa=True) for layer in range(2)),
+    ),
+    Case(
+        "deepseek",
+        deepseek,
+        tuple(Attention(f"layers.{layer}.self_attn", 333, 333, is_causal=True) for layer in range(2)),
     ),
     Case(
         "bert",

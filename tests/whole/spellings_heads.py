@@ -90,7 +90,7 @@ def attention_to_another_sequence(x, y, dim=-1):
     return merged(attend(q, k, v, dim))
 
 
-@spelling(twin={"dim": 1}, why=OTHER_AXIS, inputs=qkv(value_size=24), reason=Reason.VALUE_HEAD_SIZE)
+@spelling(twin={"dim": 1}, why=OTHER_AXIS, inputs=qkv(value_size=24))
 def values_of_another_size(q, k, v, dim=-1):
     return attend(q, k, v, dim)
 

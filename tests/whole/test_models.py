@@ -163,7 +163,7 @@ def stand_in(options: dict[str, Any]) -> Any:
     return attention
 
 
-@pytest.mark.parametrize("name", ["wan", "llama"])
+@pytest.mark.parametrize("name", ["wan", "llama", "deepseek"])
 def test_sparse_thresholds_give_what_the_reference_gives(name: str, monkeypatch):
     model, inputs = by_name[name].make()
     report = sparge_compile.explain(model, SPARSE)(**inputs)

@@ -27,7 +27,7 @@ def block_map(
 def forward(
     query: Tensor, key: Tensor, value: Tensor, counts: Tensor, indices: Tensor, *how: Any, counter: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention over the kept keys: out [B, H, L, D] and lse [B, H, L]."""
+    """Softmax attention over the kept keys: out [B, H, L, Dv] and lse [B, H, L]."""
     return _place(how).forward(query, key, value, counts, indices, How(*how))
 
 

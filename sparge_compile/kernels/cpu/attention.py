@@ -3,7 +3,8 @@
 In: queries, keys, values, thresholds, masks. Out: block maps, ``out`` and ``lse``, and the gradients.
 Query blocks that keep about as many key blocks are batched (batches.py); their keys are gathered into dense memory
 and the CPU kernel behind SDPA does the arithmetic, the one that dense attention runs too, so speeds and errors compare.
-float64 stays float64; every other dtype is computed in float32. Letters and shapes: see rule.py.
+float64 stays float64; every other dtype is computed in float32. That kernel knows one head size: where keys and values
+have different ones, the narrower rows are filled up with zeros. Letters and shapes: see rule.py.
 """
 
 from __future__ import annotations
@@ -95,29 +96,33 @@ def for_heads(x: Tensor, at: Heads) -> Tensor:
 def forward(
     query: Tensor, key: Tensor, value: Tensor, counts: Tensor, indices: Tensor, how: How
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention over the kept keys: out [B, H, L, D] in the query's dtype and order of strides, lse [B, H, L].
+    """Softmax attention over the kept keys: out [B, H, L, Dv] in the query's dtype and order of strides, and lse.
 
-    ``counts`` and ``indices`` are a :class:`BlockMap`, of which B and H may be 1. lse (natural logarithm) is float32,
-    or float64 for float64. A row that sees no key gives zeros and -inf.
+    ``counts`` and ``indices`` are a :class:`BlockMap`, of which B and H may be 1. lse [B, H, L] (natural logarithm) is
+    float32, or float64 for float64. A row that sees no key gives zeros and -inf.
     """
-    out, lse = allocate.dense_like(query), allocate.new_lse(query).to(wide_dtype(query))
+    out, lse = allocate.new_out(query, value), allocate.new_lse(query).to(wide_dtype(query))
     if 0 in query.shape or 0 in key.shape:
         return out.zero_(), lse.fill_(-math.inf)
     counts, indices = (over_heads(x, query) for x in (counts, indices))
     attn_mask = None if how.attn_mask is None else over_heads(how.attn_mask, query)
 
-    for at_q, at_k in head_parts(query, key):
-        some_q, some_k, some_v = (widen(x) for x in (query[at_q], key[at_k], value[at_k]))
+    width = max(query.shape[-1], value.shape[-1])
+    for at_q, at_k in head_parts(query, key, value):
+        some_q, some_k, some_v = (widen(x, width) for x in (query[at_q], key[at_k], value[at_k]))
         lists = BlockMap(counts[at_q], indices[at_q])
         part = Part.of(lists, None if attn_mask is None else attn_mask[at_q], how, some_q, some_k)
         attend = attend_all if part.keeps_all() else attend_listed
-        out[at_q], lse[at_q] = attend(some_q, some_k, some_v, part, how.scale)
+        some_out, lse[at_q] = attend(some_q, some_k, some_v, part, how.scale)
+        out[at_q] = some_out[..., : out.shape[-1]]
     return out, lse
 
 
-def widen(x: Tensor) -> Tensor:
-    """x in the dtype of the arithmetic, its rows in adjacent memory as the kernel wants them."""
+def widen(x: Tensor, width: int) -> Tensor:
+    """x in the dtype of the arithmetic, its rows as the kernel wants them: of one width, and in adjacent memory."""
     x = x.to(wide_dtype(x))
+    if x.shape[-1] < width:
+        return F.pad(x, (0, width - x.shape[-1]))
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -186,13 +191,13 @@ def backward(
     grads = dq, dk, dv = allocate.dense_like(query), allocate.dense_like(key), allocate.dense_like(value)
     if 0 in query.shape or 0 in key.shape:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    head_size = query.shape[-1]
+    width = max(query.shape[-1], value.shape[-1])
     bits = over_heads(bits, query)
     attn_mask = None if how.attn_mask is None else over_heads(how.attn_mask, query)
 
-    for at_q, at_k in head_parts(query, key):
-        q_like = [widen(x[at_q]) for x in (grad_out, query, out)]
-        k_like = [widen(x[at_k]) for x in (key, value)]
+    for at_q, at_k in head_parts(query, key, value):
+        q_like = [widen(x[at_q], width) for x in (grad_out, query, out)]
+        k_like = [widen(x[at_k], width) for x in (key, value)]
         some_lse = lse[at_q]
         sees_none = some_lse == -math.inf
         if grad_lse is not None:
@@ -204,7 +209,7 @@ def backward(
         grads_of: Callable[..., tuple[Tensor, ...]] = grads_of_all if part.keeps_all() else grads_of_listed
         some_grads = grads_of(*q_like, *k_like, some_lse, part, how.scale)
         for grad, at, some in zip(grads, (at_q, at_k, at_k), some_grads, strict=True):
-            grad[at] = some[..., :head_size]
+            grad[at] = some[..., : grad.shape[-1]]
     return dq, dk, dv
 
 

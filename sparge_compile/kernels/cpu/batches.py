@@ -28,10 +28,11 @@ def wide_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def head_parts(q: Tensor, k: Tensor) -> Iterator[tuple[Heads, Heads]]:
+def head_parts(q: Tensor, k: Tensor, v: Tensor | None = None) -> Iterator[tuple[Heads, Heads]]:
     """Indices into q and into k that together cover all heads, each of about PART_BYTES or of one key head."""
     (batch, heads, length, head_size), (key_heads, keys) = q.shape, k.shape[1:3]
     group = heads // max(key_heads, 1)
+    head_size = head_size if v is None else max(head_size, v.shape[3])
     head_bytes = 2 * (group * length + keys) * head_size * wide_dtype(q).itemsize
     at_once = max(1, PART_BYTES // max(head_bytes, 1))
     head_step, batch_step = min(at_once, key_heads), max(1, at_once // key_heads)

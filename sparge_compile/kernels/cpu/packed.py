@@ -59,8 +59,8 @@ def block_map(query: Tensor, key: Tensor, thresholds: Tensor, how: How) -> Block
 def forward(
     query: Tensor, key: Tensor, value: Tensor, counts: Tensor, indices: Tensor, how: How
 ) -> tuple[Tensor, Tensor]:
-    """Attention of each sequence: out [1, H, T, D] and lse [1, H, T]."""
-    out = allocate.dense_like(query).zero_()
+    """Attention of each sequence: out [1, H, T, Dv] and lse [1, H, T]."""
+    out = allocate.new_out(query, value).zero_()
     lse = allocate.new_lse(query).to(wide_dtype(query)).fill_(-math.inf)
     for n, rows, keys in sequences(query, key, how):
         part = query[:, :, rows], key[:, :, keys], value[:, :, keys]

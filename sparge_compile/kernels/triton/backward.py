@@ -87,8 +87,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, each in its tensor's dtype and order of dimensions.
 
-    ``grad_out`` [B, H, L, D] may have any strides; ``out`` and ``lse`` come from the forward, ``grad_lse`` [B, H, L] is
-    the gradient of lse or None; ``bits`` is the packed map, of which B and H may be 1. ``how`` are the fields of a
+    ``grad_out`` [B, H, L, Dv] may have any strides; ``out`` and ``lse`` come from the forward, ``grad_lse`` [B, H, L]
+    is the gradient of lse or None; ``bits`` is the packed map, of which B and H may be 1. ``how`` are the fields of a
     :class:`How`.
     """
     if query.numel() == 0 or key.numel() == 0:

@@ -17,6 +17,7 @@ from . import lists, recording
 from .tiles import (
     LOG2_E,
     diagonal_of,
+    head_arguments,
     how_arguments,
     load_block,
     load_lse,
@@ -35,10 +36,10 @@ from .tiles import (
 @triton.jit
 def _dkv_step(
     dk, dv, k, v, q_head, dout_head, q_offsets, dout_offsets, q_step, dout_step, b, head, tile, lse_ptr, delta_ptr,
-    row_lane, key, column, mask_ptr, mask_stride_l, mask_stride_s, q_start, length, keys, scale_log2,
-    HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, ROWS: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    CAUSAL: tl.constexpr, PACKED: tl.constexpr, MASK_KIND: tl.constexpr, MASK_IS_BOOL: tl.constexpr,
-    MASKED: tl.constexpr,
+    row_lane, key, column, v_column, mask_ptr, mask_stride_l, mask_stride_s, q_start, length, keys, scale_log2,
+    HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, VALUE_SIZE: tl.constexpr, VALUE_PAD: tl.constexpr,
+    ROWS: tl.constexpr, DESCRIPTORS: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, MASK_KIND: tl.constexpr,
+    MASK_IS_BOOL: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     # Everything is transposed, keys by rows: P and dS are then left operands as they stand.
     row = tile * ROWS + row_lane
@@ -47,8 +48,8 @@ def _dkv_step(
         HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, ROWS=ROWS, DESCRIPTORS=DESCRIPTORS, CHECK_ROWS=True, PACKED=PACKED,
     )  # fmt: skip
     dout = load_block(
-        dout_head, dout_offsets, dout_step, b, head, tile, row_lane, column, q_start, length,
-        HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, ROWS=ROWS, DESCRIPTORS=DESCRIPTORS, CHECK_ROWS=True, PACKED=PACKED,
+        dout_head, dout_offsets, dout_step, b, head, tile, row_lane, v_column, q_start, length,
+        HEAD_SIZE=VALUE_SIZE, HEAD_PAD=VALUE_PAD, ROWS=ROWS, DESCRIPTORS=DESCRIPTORS, CHECK_ROWS=True, PACKED=PACKED,
     )  # fmt: skip
     lse = load_lse(lse_ptr, row, length)
     delta = tl.load(delta_ptr + row, mask=row < length, other=0.0)
@@ -79,9 +80,10 @@ def _dkv_kernel(
     map_stride_b, map_stride_h,
     mask_stride_b, mask_stride_h, mask_stride_l, mask_stride_s,
     heads, group, length, keys, n_query, n_key, scale, scale_log2,
-    HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, KEYS: tl.constexpr,
-    ALIGN: tl.constexpr, OFFSET: tl.constexpr, DESCRIPTORS: tl.constexpr, CAUSAL: tl.constexpr,
-    PACKED: tl.constexpr, MASK_KIND: tl.constexpr, MASK_IS_BOOL: tl.constexpr, STAGES: tl.constexpr,
+    HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, VALUE_SIZE: tl.constexpr, VALUE_PAD: tl.constexpr,
+    ROWS: tl.constexpr, TILES: tl.constexpr, KEYS: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, MASK_KIND: tl.constexpr,
+    MASK_IS_BOOL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     block = pid % n_key  # under a causal mask the first key blocks have the longest lists, and go first
@@ -94,22 +96,23 @@ def _dkv_kernel(
     k_start, keys = sequence(k_starts_ptr, n, keys, PACKED=PACKED)
 
     row_lane, column, key_lane = tl.arange(0, ROWS), tl.arange(0, HEAD_PAD), tl.arange(0, KEYS)
+    v_column = tl.arange(0, VALUE_PAD)
     first_key = block.to(tl.int64) * KEYS + k_start
     key = block * KEYS + key_lane
     k_tile = k_ptr + (b * k_stride_b + key_head * k_stride_h + first_key * k_stride_l) * ALIGN
     v_tile = v_ptr + (b * v_stride_b + key_head * v_stride_h + first_key * v_stride_l) * ALIGN
     k_ptrs = k_tile + tile_offsets(key_lane, column, k_stride_l, k_stride_d, ALIGN=ALIGN, OFFSET=OFFSET)
-    v_ptrs = v_tile + tile_offsets(key_lane, column, v_stride_l, v_stride_d, ALIGN=ALIGN, OFFSET=OFFSET)
+    v_ptrs = v_tile + tile_offsets(key_lane, v_column, v_stride_l, v_stride_d, ALIGN=ALIGN, OFFSET=OFFSET)
     k = load_tile(k_ptrs, key, column, keys, HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, CHECK_ROWS=True)
-    v = load_tile(v_ptrs, key, column, keys, HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, CHECK_ROWS=True)
+    v = load_tile(v_ptrs, key, v_column, keys, HEAD_SIZE=VALUE_SIZE, HEAD_PAD=VALUE_PAD, CHECK_ROWS=True)
 
     q_offsets = tile_offsets(row_lane, column, q_stride_l, q_stride_d, ALIGN=ALIGN, OFFSET=OFFSET)
-    dout_offsets = tile_offsets(row_lane, column, dout_stride_l, dout_stride_d, ALIGN=ALIGN, OFFSET=OFFSET)
+    dout_offsets = tile_offsets(row_lane, v_column, dout_stride_l, dout_stride_d, ALIGN=ALIGN, OFFSET=OFFSET)
     q_step = tl.cast(q_stride_l, tl.int64) * (ALIGN * ROWS)
     dout_step = tl.cast(dout_stride_l, tl.int64) * (ALIGN * ROWS)
 
     dk = tl.zeros([KEYS, HEAD_PAD], tl.float32)
-    dv = tl.zeros([KEYS, HEAD_PAD], tl.float32)
+    dv = tl.zeros([KEYS, VALUE_PAD], tl.float32)
     for member in tl.range(0, group):
         h = key_head * group + member
         q_head, dout_head = q_ptr, dout_ptr  # descriptors, if they are any
@@ -137,29 +140,31 @@ def _dkv_kernel(
             for turn in tl.range(0, n_masked * TILES, num_stages=STAGES if MASK_KIND != 0 else 1):
                 tile = tl.load(list_ptr + turn // TILES) * TILES + turn % TILES
                 dk, dv = _dkv_step(
-                    dk, dv, k, v, q_head, dout_head, q_offsets, dout_offsets, q_step, dout_step,
-                    b.to(tl.int32), h.to(tl.int32), tile, lse_head, delta_head,
-                    row_lane, key, column, mask_head, mask_stride_l, mask_stride_s, q_start, length, keys, scale_log2,
-                    HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, ROWS=ROWS, DESCRIPTORS=DESCRIPTORS,
-                    CAUSAL=CAUSAL, PACKED=PACKED, MASK_KIND=MASK_KIND, MASK_IS_BOOL=MASK_IS_BOOL, MASKED=True,
+                    dk, dv, k, v, q_head, dout_head, q_offsets, dout_offsets, q_step, dout_step, b.to(tl.int32),
+                    h.to(tl.int32), tile, lse_head, delta_head, row_lane, key, column, v_column, mask_head,
+                    mask_stride_l, mask_stride_s, q_start, length, keys, scale_log2,
+                    HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, VALUE_SIZE=VALUE_SIZE, VALUE_PAD=VALUE_PAD, ROWS=ROWS,
+                    DESCRIPTORS=DESCRIPTORS, CAUSAL=CAUSAL, PACKED=PACKED, MASK_KIND=MASK_KIND,
+                    MASK_IS_BOOL=MASK_IS_BOOL, MASKED=True,
                 )  # fmt: skip
         if MASK_KIND == 0:
             for turn in tl.range(n_masked * TILES, count * TILES, num_stages=STAGES):
                 tile = tl.load(list_ptr + turn // TILES) * TILES + turn % TILES
                 dk, dv = _dkv_step(
-                    dk, dv, k, v, q_head, dout_head, q_offsets, dout_offsets, q_step, dout_step,
-                    b.to(tl.int32), h.to(tl.int32), tile, lse_head, delta_head,
-                    row_lane, key, column, mask_head, mask_stride_l, mask_stride_s, q_start, length, keys, scale_log2,
-                    HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, ROWS=ROWS, DESCRIPTORS=DESCRIPTORS,
-                    CAUSAL=CAUSAL, PACKED=PACKED, MASK_KIND=MASK_KIND, MASK_IS_BOOL=MASK_IS_BOOL, MASKED=False,
+                    dk, dv, k, v, q_head, dout_head, q_offsets, dout_offsets, q_step, dout_step, b.to(tl.int32),
+                    h.to(tl.int32), tile, lse_head, delta_head, row_lane, key, column, v_column, mask_head,
+                    mask_stride_l, mask_stride_s, q_start, length, keys, scale_log2,
+                    HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, VALUE_SIZE=VALUE_SIZE, VALUE_PAD=VALUE_PAD, ROWS=ROWS,
+                    DESCRIPTORS=DESCRIPTORS, CAUSAL=CAUSAL, PACKED=PACKED, MASK_KIND=MASK_KIND,
+                    MASK_IS_BOOL=MASK_IS_BOOL, MASKED=False,
                 )  # fmt: skip
 
     dk_tile = dk_ptr + (b * dk_stride_b + key_head * dk_stride_h + first_key * dk_stride_l) * ALIGN
     dv_tile = dv_ptr + (b * dv_stride_b + key_head * dv_stride_h + first_key * dv_stride_l) * ALIGN
     dk_ptrs = dk_tile + tile_offsets(key_lane, column, dk_stride_l, dk_stride_d, ALIGN=ALIGN, OFFSET=OFFSET)
-    dv_ptrs = dv_tile + tile_offsets(key_lane, column, dv_stride_l, dv_stride_d, ALIGN=ALIGN, OFFSET=OFFSET)
+    dv_ptrs = dv_tile + tile_offsets(key_lane, v_column, dv_stride_l, dv_stride_d, ALIGN=ALIGN, OFFSET=OFFSET)
     store_tile(dk_ptrs, dk * scale, key, column, keys, HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD)
-    store_tile(dv_ptrs, dv, key, column, keys, HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD)
+    store_tile(dv_ptrs, dv, key, v_column, keys, HEAD_SIZE=VALUE_SIZE, HEAD_PAD=VALUE_PAD)
 
 
 def key_gradients(
@@ -173,17 +178,16 @@ def key_gradients(
     how: How,
 ) -> tuple[Tensor, Tensor]:
     """dk and dv [B, Hk, S, D] in the dtypes and orders of dimensions of k and v; ``delta`` is float32 [B, H, L]."""
-    heads, length, head_size = q.shape[1:]
+    heads, length = q.shape[1:3]
     key_heads, keys = k.shape[1:3]
     batch, _, n_query, n_key = allocate.map_shape(q, k, how)
     scale = how.scale
     dk, dv = allocate.dense_like(k), allocate.dense_like(v)
     if how.packed:
         dk.zero_(), dv.zero_()  # there may be rows of no sequence
-    tile = launch.attention_launch("dkv", head_size, q.dtype, q.device)
-    head_pad = launch.pad_head(head_size)
+    tile = launch.attention_launch("dkv", max(q.shape[3], v.shape[3]), q.dtype, q.device)
     counts, indices = (x.expand(batch, heads, *x.shape[2:]) for x in lists.invert(bits, n_query, n_key))
-    described, q_source, dout_source = tile_sources(q, dout, tile.rows, head_pad, how.packed)
+    described, q_source, dout_source = tile_sources(q, dout, tile.rows, how.packed)
     recording.launch(
         _dkv_kernel, (n_key * batch * key_heads,),
         q_ptr=q_source, k_ptr=k, v_ptr=v, dout_ptr=dout_source, lse_ptr=lse, delta_ptr=delta,
@@ -192,7 +196,7 @@ def key_gradients(
         map_stride_b=counts.stride(0), map_stride_h=counts.stride(1),
         heads=heads, group=heads // key_heads, length=length, keys=keys, n_query=n_query, n_key=n_key,
         scale=scale, scale_log2=scale * LOG2_E,
-        HEAD_SIZE=head_size, HEAD_PAD=head_pad, ROWS=tile.rows, TILES=QUERY_BLOCK // tile.rows, KEYS=KEY_BLOCK,
+        **head_arguments(q, v), ROWS=tile.rows, TILES=QUERY_BLOCK // tile.rows, KEYS=KEY_BLOCK,
         DESCRIPTORS=described, STAGES=tile.stages,
         num_warps=tile.warps, num_stages=tile.stages,
         **matrix_arguments(QUERY_BLOCK, q=q, k=k, v=v, dout=dout, dk=dk, dv=dv),

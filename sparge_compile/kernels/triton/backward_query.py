@@ -17,6 +17,7 @@ from .tiles import (
     LOG2_E,
     dense_prefix,
     diagonal_of,
+    head_arguments,
     how_arguments,
     load_block,
     load_lse,
@@ -34,10 +35,10 @@ from .tiles import (
 @triton.jit
 def _dq_step(
     dq, q, dout, lse, delta, k_head, v_head, k_offsets, v_offsets, k_step, v_step, b, key_head, block,
-    row, key_lane, column, mask_ptr, mask_stride_l, mask_stride_s, length, k_start, keys, scale_log2,
-    HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, KEYS: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    CAUSAL: tl.constexpr, PACKED: tl.constexpr, MASK_KIND: tl.constexpr, MASK_IS_BOOL: tl.constexpr,
-    MASKED: tl.constexpr,
+    row, key_lane, column, v_column, mask_ptr, mask_stride_l, mask_stride_s, length, k_start, keys, scale_log2,
+    HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, VALUE_SIZE: tl.constexpr, VALUE_PAD: tl.constexpr,
+    KEYS: tl.constexpr, DESCRIPTORS: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, MASK_KIND: tl.constexpr,
+    MASK_IS_BOOL: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     key = block * KEYS + key_lane
     k = load_block(
@@ -45,8 +46,8 @@ def _dq_step(
         HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, ROWS=KEYS, DESCRIPTORS=DESCRIPTORS, CHECK_ROWS=MASKED, PACKED=PACKED,
     )  # fmt: skip
     v = load_block(
-        v_head, v_offsets, v_step, b, key_head, block, key_lane, column, k_start, keys,
-        HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, ROWS=KEYS, DESCRIPTORS=DESCRIPTORS, CHECK_ROWS=MASKED, PACKED=PACKED,
+        v_head, v_offsets, v_step, b, key_head, block, key_lane, v_column, k_start, keys,
+        HEAD_SIZE=VALUE_SIZE, HEAD_PAD=VALUE_PAD, ROWS=KEYS, DESCRIPTORS=DESCRIPTORS, CHECK_ROWS=MASKED, PACKED=PACKED,
     )  # fmt: skip
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # [R, KEYS]
     if MASKED:
@@ -72,9 +73,10 @@ def _dq_kernel(
     map_stride_b, map_stride_h,
     mask_stride_b, mask_stride_h, mask_stride_l, mask_stride_s,
     heads, group, length, keys, n_tiles, n_key, scale, scale_log2,
-    HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, KEYS: tl.constexpr,
-    ALIGN: tl.constexpr, OFFSET: tl.constexpr, DESCRIPTORS: tl.constexpr, CAUSAL: tl.constexpr,
-    PACKED: tl.constexpr, MASK_KIND: tl.constexpr, MASK_IS_BOOL: tl.constexpr, STAGES: tl.constexpr,
+    HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, VALUE_SIZE: tl.constexpr, VALUE_PAD: tl.constexpr,
+    ROWS: tl.constexpr, TILES: tl.constexpr, KEYS: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, MASK_KIND: tl.constexpr,
+    MASK_IS_BOOL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)  # the order of programs is the forward's
     tile = pid % n_tiles
@@ -90,13 +92,14 @@ def _dq_kernel(
 
     first_row = tile.to(tl.int64) * ROWS + q_start
     row_lane, column, key_lane = tl.arange(0, ROWS), tl.arange(0, HEAD_PAD), tl.arange(0, KEYS)
+    v_column = tl.arange(0, VALUE_PAD)
     row = tile * ROWS + row_lane
     q_tile = q_ptr + (b * q_stride_b + h * q_stride_h + first_row * q_stride_l) * ALIGN
     q_ptrs = q_tile + tile_offsets(row_lane, column, q_stride_l, q_stride_d, ALIGN=ALIGN, OFFSET=OFFSET)
     q = load_tile(q_ptrs, row, column, length, HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, CHECK_ROWS=True)
     dout_tile = dout_ptr + (b * dout_stride_b + h * dout_stride_h + first_row * dout_stride_l) * ALIGN
-    dout_ptrs = dout_tile + tile_offsets(row_lane, column, dout_stride_l, dout_stride_d, ALIGN=ALIGN, OFFSET=OFFSET)
-    dout = load_tile(dout_ptrs, row, column, length, HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, CHECK_ROWS=True)
+    dout_ptrs = dout_tile + tile_offsets(row_lane, v_column, dout_stride_l, dout_stride_d, ALIGN=ALIGN, OFFSET=OFFSET)
+    dout = load_tile(dout_ptrs, row, v_column, length, HEAD_SIZE=VALUE_SIZE, HEAD_PAD=VALUE_PAD, CHECK_ROWS=True)
     lse = load_lse(lse_ptr + q_start, row, length)
     delta = tl.load(delta_ptr + q_start + row, mask=row < length, other=0.0)
 
@@ -107,7 +110,7 @@ def _dq_kernel(
         k_head = k_ptr + (b * k_stride_b + h // group * k_stride_h + first_key * k_stride_l) * ALIGN
         v_head = v_ptr + (b * v_stride_b + h // group * v_stride_h + first_key * v_stride_l) * ALIGN
     k_offsets = tile_offsets(key_lane, column, k_stride_l, k_stride_d, ALIGN=ALIGN, OFFSET=OFFSET)
-    v_offsets = tile_offsets(key_lane, column, v_stride_l, v_stride_d, ALIGN=ALIGN, OFFSET=OFFSET)
+    v_offsets = tile_offsets(key_lane, v_column, v_stride_l, v_stride_d, ALIGN=ALIGN, OFFSET=OFFSET)
     k_step, v_step = tl.cast(k_stride_l, tl.int64) * (ALIGN * KEYS), tl.cast(v_stride_l, tl.int64) * (ALIGN * KEYS)
     if MASK_KIND != 0:
         mask_ptr += b * mask_stride_b + h * mask_stride_h
@@ -128,18 +131,21 @@ def _dq_kernel(
             block = tl.load(list_ptr + entry)
             dq = _dq_step(
                 dq, q, dout, lse, delta, k_head, v_head, k_offsets, v_offsets, k_step, v_step, small_b, key_head, block,
-                row, key_lane, column, mask_ptr, mask_stride_l, mask_stride_s, length, k_start, keys, scale_log2,
-                HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, KEYS=KEYS, DESCRIPTORS=DESCRIPTORS, CAUSAL=CAUSAL,
-                PACKED=PACKED, MASK_KIND=MASK_KIND, MASK_IS_BOOL=MASK_IS_BOOL, MASKED=False,
+                row, key_lane, column, v_column, mask_ptr, mask_stride_l, mask_stride_s, length, k_start, keys,
+                scale_log2,
+                HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, VALUE_SIZE=VALUE_SIZE, VALUE_PAD=VALUE_PAD, KEYS=KEYS,
+                DESCRIPTORS=DESCRIPTORS, CAUSAL=CAUSAL, PACKED=PACKED, MASK_KIND=MASK_KIND, MASK_IS_BOOL=MASK_IS_BOOL,
+                MASKED=False,
             )  # fmt: skip
     # The tail of the keys needs its mask even though k is 0 there: P = exp2(0 - lse) may be infinite.
     for entry in tl.range(n_dense, count, num_stages=STAGES if MASK_KIND != 0 else 1):
         block = tl.load(list_ptr + entry)
         dq = _dq_step(
             dq, q, dout, lse, delta, k_head, v_head, k_offsets, v_offsets, k_step, v_step, small_b, key_head, block,
-            row, key_lane, column, mask_ptr, mask_stride_l, mask_stride_s, length, k_start, keys, scale_log2,
-            HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, KEYS=KEYS, DESCRIPTORS=DESCRIPTORS, CAUSAL=CAUSAL, PACKED=PACKED,
-            MASK_KIND=MASK_KIND, MASK_IS_BOOL=MASK_IS_BOOL, MASKED=True,
+            row, key_lane, column, v_column, mask_ptr, mask_stride_l, mask_stride_s, length, k_start, keys, scale_log2,
+            HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, VALUE_SIZE=VALUE_SIZE, VALUE_PAD=VALUE_PAD, KEYS=KEYS,
+            DESCRIPTORS=DESCRIPTORS, CAUSAL=CAUSAL, PACKED=PACKED, MASK_KIND=MASK_KIND, MASK_IS_BOOL=MASK_IS_BOOL,
+            MASKED=True,
         )  # fmt: skip
     dq_tile = dq_ptr + (b * dq_stride_b + h * dq_stride_h + first_row * dq_stride_l) * ALIGN
     dq_ptrs = dq_tile + tile_offsets(row_lane, column, dq_stride_l, dq_stride_d, ALIGN=ALIGN, OFFSET=OFFSET)
@@ -157,15 +163,15 @@ def query_gradient(
     how: How,
 ) -> Tensor:
     """dq [B, H, L, D] in q's dtype and order of dimensions; ``delta`` is float32 [B, H, L]."""
-    heads, length, head_size = q.shape[1:]
+    heads, length = q.shape[1:3]
     batch, n_key, scale = how.sequences(q), ceil_div(how.keys(k), KEY_BLOCK), how.scale
     dq = allocate.dense_like(q)
     if how.packed:
         dq.zero_()  # there may be rows of no sequence
-    tile = launch.attention_launch("dq", head_size, q.dtype, q.device)
-    head_pad, n_tiles = launch.pad_head(head_size), triton.cdiv(how.length(q), tile.rows)
+    tile = launch.attention_launch("dq", max(q.shape[3], v.shape[3]), q.dtype, q.device)
+    n_tiles = triton.cdiv(how.length(q), tile.rows)
     counts, indices = (x.expand(batch, heads, *x.shape[2:]) for x in lists.unpack(bits, n_key))
-    described, k_source, v_source = tile_sources(k, v, KEY_BLOCK, head_pad, how.packed)
+    described, k_source, v_source = tile_sources(k, v, KEY_BLOCK, how.packed)
     recording.launch(
         _dq_kernel, (n_tiles * batch * heads,),
         q_ptr=q, k_ptr=k_source, v_ptr=v_source, dout_ptr=dout, lse_ptr=lse, delta_ptr=delta,
@@ -174,7 +180,7 @@ def query_gradient(
         map_stride_b=counts.stride(0), map_stride_h=counts.stride(1),
         heads=heads, group=heads // k.shape[1], length=length, keys=k.shape[2], n_tiles=n_tiles, n_key=n_key,
         scale=scale, scale_log2=scale * LOG2_E,
-        HEAD_SIZE=head_size, HEAD_PAD=head_pad, ROWS=tile.rows, TILES=QUERY_BLOCK // tile.rows, KEYS=KEY_BLOCK,
+        **head_arguments(q, v), ROWS=tile.rows, TILES=QUERY_BLOCK // tile.rows, KEYS=KEY_BLOCK,
         DESCRIPTORS=described, STAGES=tile.stages,
         num_warps=tile.warps, num_stages=tile.stages,
         **matrix_arguments(QUERY_BLOCK, q=q, k=k, v=v, dout=dout, dq=dq),

@@ -22,6 +22,7 @@ from .tiles import (
     LOG2_E,
     dense_prefix,
     diagonal_of,
+    head_arguments,
     how_arguments,
     load_block,
     load_tile,
@@ -39,10 +40,10 @@ from .trial import hopper_refusal
 @triton.jit
 def _attend(
     acc, total, top, q, k_head, v_head, k_offsets, v_offsets, k_step, v_step, b, key_head, block,
-    row, key_lane, column, mask_ptr, mask_stride_l, mask_stride_s, length, k_start, keys, scale_log2,
-    HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, KEYS: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    CAUSAL: tl.constexpr, PACKED: tl.constexpr, MASK_KIND: tl.constexpr, MASK_IS_BOOL: tl.constexpr,
-    MASKED: tl.constexpr,
+    row, key_lane, column, v_column, mask_ptr, mask_stride_l, mask_stride_s, length, k_start, keys, scale_log2,
+    HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, VALUE_SIZE: tl.constexpr, VALUE_PAD: tl.constexpr,
+    KEYS: tl.constexpr, DESCRIPTORS: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, MASK_KIND: tl.constexpr,
+    MASK_IS_BOOL: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One key block of the online softmax: the new (acc, total, top)."""
     key = block * KEYS + key_lane
@@ -66,8 +67,8 @@ def _attend(
     fade = tl.exp2(top - shift)
     total = total * fade + tl.sum(p, 1)
     v = load_block(
-        v_head, v_offsets, v_step, b, key_head, block, key_lane, column, k_start, keys,
-        HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, ROWS=KEYS, DESCRIPTORS=DESCRIPTORS, CHECK_ROWS=MASKED, PACKED=PACKED,
+        v_head, v_offsets, v_step, b, key_head, block, key_lane, v_column, k_start, keys,
+        HEAD_SIZE=VALUE_SIZE, HEAD_PAD=VALUE_PAD, ROWS=KEYS, DESCRIPTORS=DESCRIPTORS, CHECK_ROWS=MASKED, PACKED=PACKED,
     )  # fmt: skip
     acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
     return acc, total, new_top
@@ -85,10 +86,10 @@ def _forward_kernel(
     mask_stride_b, mask_stride_h, mask_stride_l, mask_stride_s,
     out_stride_b, out_stride_h, out_stride_l, out_stride_d,
     heads, group, length, keys, n_tiles, scale_log2,
-    HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, KEYS: tl.constexpr,
-    ALIGN: tl.constexpr, OFFSET: tl.constexpr, DESCRIPTORS: tl.constexpr, CAUSAL: tl.constexpr,
-    PACKED: tl.constexpr, MASK_KIND: tl.constexpr, MASK_IS_BOOL: tl.constexpr, NEGATE: tl.constexpr,
-    STAGES: tl.constexpr,
+    HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, VALUE_SIZE: tl.constexpr, VALUE_PAD: tl.constexpr,
+    ROWS: tl.constexpr, TILES: tl.constexpr, KEYS: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, MASK_KIND: tl.constexpr,
+    MASK_IS_BOOL: tl.constexpr, NEGATE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     # Query tiles vary fastest: the programs that run together share one head's keys and values in L2. Under a causal
     # mask the last query blocks have the longest lists and go first.
@@ -107,7 +108,7 @@ def _forward_kernel(
     first_row = tile.to(tl.int64) * ROWS + q_start
     row_lane = tl.arange(0, ROWS)
     row = tile * ROWS + row_lane
-    column = tl.arange(0, HEAD_PAD)
+    column, v_column = tl.arange(0, HEAD_PAD), tl.arange(0, VALUE_PAD)
     key_lane = tl.arange(0, KEYS)
 
     q_tile = q_ptr + (b * q_stride_b + h * q_stride_h + first_row * q_stride_l) * ALIGN
@@ -122,7 +123,7 @@ def _forward_kernel(
         k_head = k_ptr + (b * k_stride_b + h // group * k_stride_h + first_key * k_stride_l) * ALIGN
         v_head = v_ptr + (b * v_stride_b + h // group * v_stride_h + first_key * v_stride_l) * ALIGN
     k_offsets = tile_offsets(key_lane, column, k_stride_l, k_stride_d, ALIGN=ALIGN, OFFSET=OFFSET)
-    v_offsets = tile_offsets(key_lane, column, v_stride_l, v_stride_d, ALIGN=ALIGN, OFFSET=OFFSET)
+    v_offsets = tile_offsets(key_lane, v_column, v_stride_l, v_stride_d, ALIGN=ALIGN, OFFSET=OFFSET)
     k_step, v_step = tl.cast(k_stride_l, tl.int64) * (ALIGN * KEYS), tl.cast(v_stride_l, tl.int64) * (ALIGN * KEYS)
     if MASK_KIND != 0:
         mask_ptr += b * mask_stride_b + h * mask_stride_h
@@ -130,7 +131,7 @@ def _forward_kernel(
     count = tl.load(counts_ptr + n * counts_stride_b + h * counts_stride_h + i.to(tl.int64) * counts_stride_i)
     list_ptr = indices_ptr + n * indices_stride_b + h * indices_stride_h + i.to(tl.int64) * indices_stride_i
 
-    acc = tl.zeros([ROWS, HEAD_PAD], tl.float32)
+    acc = tl.zeros([ROWS, VALUE_PAD], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     top = tl.full([ROWS], float("-inf"), tl.float32)
 
@@ -144,18 +145,20 @@ def _forward_kernel(
         for entry in tl.range(0, n_dense, num_stages=STAGES):
             block = tl.load(list_ptr + entry)
             acc, total, top = _attend(
-                acc, total, top, q, k_head, v_head, k_offsets, v_offsets, k_step, v_step, small_b, key_head, block,
-                row, key_lane, column, mask_ptr, mask_stride_l, mask_stride_s, length, k_start, keys, scale_log2,
-                HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, KEYS=KEYS, DESCRIPTORS=DESCRIPTORS, CAUSAL=CAUSAL,
-                PACKED=PACKED, MASK_KIND=MASK_KIND, MASK_IS_BOOL=MASK_IS_BOOL, MASKED=False,
+                acc, total, top, q, k_head, v_head, k_offsets, v_offsets, k_step, v_step, small_b, key_head, block, row,
+                key_lane, column, v_column, mask_ptr, mask_stride_l, mask_stride_s, length, k_start, keys, scale_log2,
+                HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, VALUE_SIZE=VALUE_SIZE, VALUE_PAD=VALUE_PAD, KEYS=KEYS,
+                DESCRIPTORS=DESCRIPTORS, CAUSAL=CAUSAL, PACKED=PACKED, MASK_KIND=MASK_KIND, MASK_IS_BOOL=MASK_IS_BOOL,
+                MASKED=False,
             )  # fmt: skip
     for entry in tl.range(n_dense, count, num_stages=STAGES if MASK_KIND != 0 else 1):
         block = tl.load(list_ptr + entry)
         acc, total, top = _attend(
             acc, total, top, q, k_head, v_head, k_offsets, v_offsets, k_step, v_step, small_b, key_head, block,
-            row, key_lane, column, mask_ptr, mask_stride_l, mask_stride_s, length, k_start, keys, scale_log2,
-            HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, KEYS=KEYS, DESCRIPTORS=DESCRIPTORS, CAUSAL=CAUSAL, PACKED=PACKED,
-            MASK_KIND=MASK_KIND, MASK_IS_BOOL=MASK_IS_BOOL, MASKED=True,
+            row, key_lane, column, v_column, mask_ptr, mask_stride_l, mask_stride_s, length, k_start, keys, scale_log2,
+            HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, VALUE_SIZE=VALUE_SIZE, VALUE_PAD=VALUE_PAD, KEYS=KEYS,
+            DESCRIPTORS=DESCRIPTORS, CAUSAL=CAUSAL, PACKED=PACKED, MASK_KIND=MASK_KIND, MASK_IS_BOOL=MASK_IS_BOOL,
+            MASKED=True,
         )  # fmt: skip
 
     # total is 0 exactly where no key was seen: then out is 0 and lse is -inf.
@@ -163,8 +166,8 @@ def _forward_kernel(
     lse = (top + tl.log2(total)) * 0.6931471805599453  # LN_2
     tl.store(lse_ptr + q_start + row, lse, mask=row < length)
     out_tile = out_ptr + (b * out_stride_b + h * out_stride_h + first_row * out_stride_l) * ALIGN
-    out_ptrs = out_tile + tile_offsets(row_lane, column, out_stride_l, out_stride_d, ALIGN=ALIGN, OFFSET=OFFSET)
-    store_tile(out_ptrs, acc, row, column, length, HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD)
+    out_ptrs = out_tile + tile_offsets(row_lane, v_column, out_stride_l, out_stride_d, ALIGN=ALIGN, OFFSET=OFFSET)
+    store_tile(out_ptrs, acc, row, v_column, length, HEAD_SIZE=VALUE_SIZE, HEAD_PAD=VALUE_PAD)
 
 
 def forward(
@@ -176,14 +179,14 @@ def forward(
     *how: Any,
     counter: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention over the kept keys: out [B, H, L, D] in the query's dtype and stride order, and lse [B, H, L].
+    """Softmax attention over the kept keys: out [B, H, L, Dv] in the query's dtype and stride order, and lse.
 
-    query [B, H, L, D], key and value [B, Hk, S, D] may have any strides; ``counts`` and ``indices`` are a
-    :class:`BlockMap`, of which B and H may be 1; ``how`` are the fields of a :class:`How`. lse (natural logarithm) is
-    float32. A row that sees no key gives zeros and -inf.
+    query [B, H, L, D], key [B, Hk, S, D] and value [B, Hk, S, Dv] may have any strides; ``counts`` and ``indices`` are
+    a :class:`BlockMap`, of which B and H may be 1; ``how`` are the fields of a :class:`How`. lse [B, H, L] (natural
+    logarithm) is float32. A row that sees no key gives zeros and -inf.
     """
     given = How(*how)
-    out, lse = allocate.dense_like(query), allocate.new_lse(query)
+    out, lse = allocate.new_out(query, value), allocate.new_lse(query)
     nothing = out.numel() == 0 or key.shape[2] == 0
     if nothing or given.packed:  # there may be rows of no sequence
         out.zero_(), lse.fill_(-float("inf"))
@@ -211,14 +214,13 @@ def _launch_portable(
     lse: Tensor,
 ) -> None:
     """Fill out and lse by the kernel that runs on every GPU."""
-    heads, length, keys, head_size = *q.shape[1:3], k.shape[2], q.shape[3]
+    heads, length, keys = *q.shape[1:3], k.shape[2]
     batch = how.sequences(q)
-    tile = launch.attention_launch("forward", head_size, q.dtype, q.device)
+    tile = launch.attention_launch("forward", max(q.shape[3], v.shape[3]), q.dtype, q.device)
     tiles = QUERY_BLOCK // tile.rows
     n_tiles = triton.cdiv(how.length(q), tile.rows)
     counts, indices = (x.expand(batch, heads, *x.shape[2:]) for x in (counts, indices))
-    head_pad = launch.pad_head(head_size)
-    described, k_source, v_source = tile_sources(k, v, KEY_BLOCK, head_pad, how.packed)
+    described, k_source, v_source = tile_sources(k, v, KEY_BLOCK, how.packed)
     recording.launch(
         _forward_kernel, (n_tiles * batch * heads,),
         q_ptr=q, k_ptr=k_source, v_ptr=v_source, counts_ptr=counts, indices_ptr=indices,
@@ -228,7 +230,7 @@ def _launch_portable(
         heads=heads, group=heads // k.shape[1], length=length, keys=keys, n_tiles=n_tiles,
         # A running maximum of scaled scores is the scaled maximum only for a scale that is not negative.
         scale_log2=abs(how.scale) * LOG2_E, NEGATE=how.scale < 0,
-        HEAD_SIZE=head_size, HEAD_PAD=head_pad, ROWS=tile.rows, TILES=tiles, KEYS=KEY_BLOCK,
+        **head_arguments(q, v), ROWS=tile.rows, TILES=tiles, KEYS=KEY_BLOCK,
         DESCRIPTORS=described, STAGES=tile.stages,
         num_warps=tile.warps, num_stages=tile.stages,
         **matrix_arguments(QUERY_BLOCK, q=q, k=k, v=v, out=out),

@@ -76,12 +76,20 @@ def _descriptor_of_sequences(x: Tensor, block_rows: int, head_pad: int) -> Tenso
     return TensorDescriptor(x, shape, strides, [1, 1, 1, block_rows, head_pad])
 
 
-def tile_sources(x: Tensor, y: Tensor, block_rows: int, head_pad: int, packed: bool) -> tuple[bool, Any, Any]:
-    """How a kernel gets tiles of two [B, H, L, D] tensors: (DESCRIPTORS, source of x, source of y)."""
+def tile_sources(x: Tensor, y: Tensor, block_rows: int, packed: bool) -> tuple[bool, Any, Any]:
+    """How a kernel gets tiles of two tensors [B, H, L, D or Dv]: (DESCRIPTORS, source of x, source of y)."""
     wanted = launch.use_descriptors(x.dtype, x.device)
     if wanted and has_descriptor(x) and has_descriptor(y):
-        return True, descriptor(x, block_rows, head_pad, packed), descriptor(y, block_rows, head_pad, packed)
+        made = (descriptor(z, block_rows, launch.pad_head(z.shape[3]), packed) for z in (x, y))
+        return True, *made
     return False, x, y
+
+
+def head_arguments(q: Tensor, v: Tensor) -> dict:
+    """Kernel arguments for the head sizes of queries and keys, and of values: as they are, and padded."""
+    names = {"HEAD": q.shape[3], "VALUE": v.shape[3]}
+    sizes = {f"{name}_SIZE": size for name, size in names.items()}
+    return sizes | {f"{name}_PAD": launch.pad_head(size) for name, size in names.items()}
 
 
 def how_arguments(how: How) -> dict:

@@ -100,7 +100,7 @@ def _fault(device: torch.device) -> str:
     def forward(
         q: Tensor, k: Tensor, v: Tensor, counts: Tensor, indices: Tensor, mask: None, is_causal: bool, scale: float
     ) -> tuple[Tensor, Tensor]:
-        out, lse = allocate.dense_like(q), allocate.new_lse(q)
+        out, lse = allocate.new_out(q, v), allocate.new_lse(q)
         forward_hopper.forward(q, k, v, counts, indices, How(mask, is_causal, scale), out, lse)
         return out, lse
 

@@ -53,7 +53,7 @@ class Emitter:
         return call(self.graph, op, *args, **kwargs)
 
     def operands(self) -> tuple[Node, Node, Node]:
-        """query [B, H, L, D], key and value [B, Hk, S, D], in the dtype that attention is computed in."""
+        """query [B, H, L, D], key [B, Hk, S, D], value [B, Hk, S, Dv], in the dtype that attention is computed in."""
         found = self.attention
         parts = (found.query, found.key, found.value)
         laid_out = [(part, self.operand(part)) for part in parts]
@@ -158,11 +158,12 @@ class Emitter:
         return made
 
     def _has_the_strides_of_the_op(self) -> bool:
-        """A fused call has, unless it broadcasts or is of another rank."""
+        """A fused call has, unless it broadcasts, is of another rank, or has values of another head size."""
         found = self.attention
         as_it_is = found.query.layout == found.query.wanted
         full = all(set(found.axes.batch) <= set(axes_of(part.layout)) for part in (found.key, found.value))
-        return found.region == (found.output,) and as_it_is and full
+        alike = found.head_size == found.value_head_size
+        return found.region == (found.output,) and as_it_is and full and alike
 
     def arrange(self, node: Node, have: Layout, want: Layout) -> Node:
         """A tensor with the axes ``have`` laid out as ``want``.

@@ -40,7 +40,7 @@ def return_also(graph_module: GraphModule, wanted: Iterable[tuple[Match, Node]])
 
 
 def dense_outputs(matches: Iterable[Match]) -> list[tuple[Match, Node]]:
-    """For each attention of a graph that stays as it is, a node with its result as [B, H, L, D]."""
+    """For each attention of a graph that stays as it is, a node with its result as [B, H, L, Dv]."""
     dense = []
     for match in matches:
         attention = match.attention

@@ -14,9 +14,9 @@ from ..find import Match
 from ..mha.open import copy_inside
 from .emit import Emitter
 
-# Called with the number of a match, its query [B, H, L, D], key and value [B, Hk, S, D], its mask, and where its packed
-# sequences begin, in queries and in keys, int32 [N + 1] each, if there are any; with ``parts``, the sizes of the parts
-# of its sequence, where these are wanted and known.
+# Called with the number of a match, its query [B, H, L, D], key [B, Hk, S, D], value [B, Hk, S, Dv], its mask, and
+# where its packed sequences begin, in queries and in keys, int32 [N + 1] each, if there are any; with ``parts``, the
+# sizes of the parts of its sequence, where these are wanted and known.
 Listener = Callable[..., None]
 
 _listener: ContextVar[Listener] = ContextVar("sparge_tap")
