@@ -52,7 +52,7 @@ def test_it_becomes_the_op(dtype):
 
 def test_its_sizes_are_all_rows_and_the_longest_keys():
     _, _, match = packed_match()
-    assert sizes_of(match.attention) == (1, H, H, T, 200, D)
+    assert sizes_of(match.attention) == (1, H, H, T, 200, D, D)
     assert decide(match, Options(min_seq_len=201)).reason is Reason.TOO_SHORT
     assert decide(match, Options(min_seq_len=200)).reason is Reason.LONG_ENOUGH
 

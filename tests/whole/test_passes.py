@@ -96,9 +96,6 @@ DENSE = {
     "float64": (SPELLINGS["positional"], {"dtype": torch.float64}, Reason.DTYPE),
     "head size": (SPELLINGS["positional"], {"head_size": 512}, Reason.HEAD_SIZE),
     "value head size": (SPELLINGS["positional"], {"value_size": 512}, Reason.HEAD_SIZE),
-    "three dimensions": (lambda q, k, v: F.scaled_dot_product_attention(q[0], k[0], v[0]), {}, Reason.LAYOUT),
-    "five dimensions": (lambda q, k, v: F.scaled_dot_product_attention(q[None], k[None], v[None]), {}, Reason.LAYOUT),
-    "batch broadcast": (lambda q, k, v: F.scaled_dot_product_attention(q, k[:1], v[:1]), {}, Reason.LAYOUT),
     "additive mask": (
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=-torch.arange(100.0).expand(100, 100)),
         {},
