@@ -11,7 +11,7 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -207,10 +207,18 @@ def _replace_code(function: FunctionType) -> None:
 
     key = f"{function.__module__}.{function.__qualname__} {id(function)}"
     _codes[key] = function, code, called
-    consts = tuple(key if const == "<key>" else const for const in _entering.__code__.co_consts)
     function.__signature__ = signature  # type: ignore[attr-defined]
-    # A function keeps its closure, and code must have as many free variables as that has cells.
-    function.__code__ = _entering.__code__.replace(co_consts=consts, co_freevars=code.co_freevars, co_name=code.co_name)
+    function.__code__ = _code_of(key, code.co_freevars, code.co_name)
+
+
+@cache
+def _code_of(key: str, cells: tuple[str, ...], name: str) -> CodeType:
+    """The code of a replaced function: one each time, since Dynamo guards it, and compiles anew for another.
+
+    A function keeps its closure, and code must have as many free variables as that has cells.
+    """
+    consts = tuple(key if const == "<key>" else const for const in _entering.__code__.co_consts)
+    return _entering.__code__.replace(co_consts=consts, co_freevars=cells, co_name=name)
 
 
 def _entering(*args: Any, **kwargs: Any) -> Any:

@@ -202,6 +202,20 @@ def test_explain_points_to_the_line_and_to_the_door(wan):
     assert "replace_attention" in report.sites[0].detail
 
 
+def test_compiled_code_is_compiled_once_for_all_doors():
+    class Model(nn.Module):
+        def forward(self, x):
+            return flash_library.flash_attn_func(x, x, x)
+
+    graphs, x = [], torch.randn(1, 300, 2, 16)
+    compiled = torch.compile(Model(), backend=lambda graph, inputs: graphs.append(graph) or graph)
+    for _ in range(4):
+        with replace_attention(nn.Linear(1, 1), on_unsupported="dense"):
+            compiled(x)
+        compiled(x)
+    assert len(graphs) == 2
+
+
 def test_a_graph_break_inside_a_function_of_a_library_does_not_change_names():
     """Parts of a forward are told by the stack, on which is the code that takes the function's place meanwhile, too."""
 
