@@ -20,6 +20,7 @@ from .functions import Function
 
 _CONSTANTS = (bool, int, float, str, type(None))
 _TENSORS = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+_NUMBERS = {"scale", "softmax_scale", "sm_scale"}  # of which a tensor is read on the host
 # Arguments that ask for more than the output.
 _RETURNS_MORE = {"return_attn_probs", "return_lse", "return_softmax_lse", "return_softmax"}
 
@@ -48,7 +49,8 @@ class Call:
         for name, x in self.named:
             if isinstance(x, Tensor) and x.is_nested:
                 return Reason.NESTED, ""
-            plain = type(x) in _TENSORS and x.layout is torch.strided if isinstance(x, Tensor) else _is_constant(x)
+            is_tensor = isinstance(x, Tensor) and name not in _NUMBERS
+            plain = type(x) in _TENSORS and x.layout is torch.strided if is_tensor else _is_constant(x)
             if not plain:
                 return Reason.ARGUMENT, f"{name} is a {type(x).__name__}"
         level = getattr(torch._C._functorch, "maybe_current_level", lambda: None)()

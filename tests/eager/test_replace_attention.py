@@ -230,6 +230,7 @@ def test_a_calibration_for_another_model_is_refused(model, x):
         ({}, {"min_seq_len": None}, Reason.TOO_SHORT),
         ({"dropout_p": 0.5}, {}, Reason.DROPOUT),
         ({"attn_mask": torch.randn(300, 300)}, {}, Reason.ADDITIVE_MASK),
+        ({"scale": torch.tensor(0.5)}, {}, Reason.ARGUMENT),
     ],
 )
 def test_what_stays_dense_is_called_as_it_was(x, how, options, reason):
