@@ -140,8 +140,8 @@ def varlen_attention(
         query: [T, H, D], the rows of all sequences, in bfloat16, float16 or float32, D at most 256.
         key: [Tk, Hk, D]; H is a multiple of Hk.
         value: [Tk, Hk, Dv], Dv at most 256.
-        cu_seqlens_q, cu_seqlens_k: int32 [N + 1] on the query's device: the row where each sequence begins, and where
-            the last one ends. A sequence may be empty.
+        cu_seqlens_q, cu_seqlens_k: contiguous int32 [N + 1] on the query's device: the row where each sequence begins,
+            and where the last one ends. A sequence may be empty.
         max_seqlen_q, max_seqlen_k: no sequence is longer than these (1 or more). On a GPU, rows beyond them are not
             computed: nothing there may read the lengths.
         topk, topp: as in :func:`attention`; of the visible key blocks of each sequence.

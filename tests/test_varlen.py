@@ -130,9 +130,11 @@ def test_one_training_graph_for_any_number_of_sequences():
     [
         ({"causal": True}, "causal is not an alignment"),
         ({"max_seqlen_q": 0}, "the longest sequence has no row"),
+        ({"max_seqlen_k": torch.tensor(300)}, "the longest sequence has no row"),
         ({"max_seqlen_k": 100}, "cu_seqlens_k does not fit"),
         ({"cu_seqlens_q": starts(LENGTHS).long()}, "cu_seqlens do not fit"),
         ({"cu_seqlens_q": starts((331,))}, "cu_seqlens do not fit"),
+        ({"cu_seqlens_q": torch.stack([starts(LENGTHS)] * 2, 1)[:, 0]}, "cu_seqlens do not fit"),
         ({"query": torch.zeros(1, 4, 331, 16)}, "wrong rank"),
     ],
 )

@@ -210,13 +210,17 @@ def check_packing(how: How, q: Tensor, k: Tensor) -> None:
         and x.dtype == torch.int32
         and x.device == q.device
         and not surely(x.shape[0] < 2)
+        and not surely(x.stride(0) != 1)
         for x in given
     )
     if not fit or differ(given[0].shape, given[1].shape):  # type: ignore[union-attr]
         raise value_error(
             "cu_seqlens do not fit",
-            given=" and ".join("None" if x is None else f"{x.dtype} {tuple(x.shape)} on {x.device}" for x in given),
-            allowed=f"two int32 [N + 1] on {q.device}",
+            given=" and ".join(
+                "None" if x is None else f"{x.dtype} {tuple(x.shape)}, strides {tuple(x.stride())}, on {x.device}"
+                for x in given
+            ),
+            allowed=f"two contiguous int32 [N + 1] on {q.device}",
             todo="Give where each sequence begins, and where the last one ends, for queries and for keys.",
         )
     if surely(q.shape[0] != 1) or how.attn_mask is not None:
@@ -226,11 +230,12 @@ def check_packing(how: How, q: Tensor, k: Tensor) -> None:
             allowed="query [1, H, T, D], no mask",
             todo="What a key-padding mask hides is left out of a packed batch.",
         )
-    if surely(how.max_seqlen_q < 1) or surely(how.max_seqlen_k < 1):
+    longest = (how.max_seqlen_q, how.max_seqlen_k)
+    if not all(isinstance(x, (int, torch.SymInt)) for x in longest) or any(surely(x < 1) for x in longest):
         raise value_error(
-            "the longest sequence has no row",
+            "the longest sequence has no row, or no number of rows",
             given=f"max_seqlen_q={how.max_seqlen_q}, max_seqlen_k={how.max_seqlen_k}",
-            allowed="1 or more",
+            allowed="ints, 1 or more",
             todo="Give the longest length of the sequences, or more.",
         )
 
