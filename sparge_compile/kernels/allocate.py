@@ -74,7 +74,7 @@ def new_bits(q: Tensor, k: Tensor, how: How) -> Tensor:
     more than N packed sequences.
     """
     rows, words = how.length(q) // QUERY_BLOCK + 2, how.keys(k) // (KEY_BLOCK * WORD_BITS) + 2
-    return q.new_empty((how.sequences(q) + how.packed, q.shape[1], rows, words), dtype=torch.int32)
+    return q.new_empty((how.sequences(q) + int(how.packed), q.shape[1], rows, words), dtype=torch.int32)
 
 
 def new_counter(q: Tensor) -> Tensor:

@@ -80,16 +80,16 @@ def tile_sources(x: Tensor, y: Tensor, block_rows: int, packed: bool) -> tuple[b
     """How a kernel gets tiles of two tensors [B, H, L, D or Dv]: (DESCRIPTORS, source of x, source of y)."""
     wanted = launch.use_descriptors(x.dtype, x.device)
     if wanted and has_descriptor(x) and has_descriptor(y):
-        made = (descriptor(z, block_rows, launch.pad_head(z.shape[3]), packed) for z in (x, y))
+        pads = launch.pad_heads(x.shape[3], y.shape[3])
+        made = (descriptor(z, block_rows, pad, packed) for z, pad in zip((x, y), pads, strict=True))
         return True, *made
     return False, x, y
 
 
 def head_arguments(q: Tensor, v: Tensor) -> dict:
     """Kernel arguments for the head sizes of queries and keys, and of values: as they are, and padded."""
-    names = {"HEAD": q.shape[3], "VALUE": v.shape[3]}
-    sizes = {f"{name}_SIZE": size for name, size in names.items()}
-    return sizes | {f"{name}_PAD": launch.pad_head(size) for name, size in names.items()}
+    head_pad, value_pad = launch.pad_heads(q.shape[3], v.shape[3])
+    return {"HEAD_SIZE": q.shape[3], "HEAD_PAD": head_pad, "VALUE_SIZE": v.shape[3], "VALUE_PAD": value_pad}
 
 
 def how_arguments(how: How) -> dict:
