@@ -57,7 +57,8 @@ def pad_head(head_size: int) -> int:
 def pad_heads(head_size: int, value_size: int) -> tuple[int, int]:
     """The columns of tiles of queries and keys, and of values.
 
-    Values have at least half of the others' columns: with 256 and 32 in bfloat16, results of Triton 3.6 were wrong on Hopper.
+    Values have at least half of the others' columns: with 256 and 32 in bfloat16, Triton 3.6 computed something else on
+    Hopper.
     """
     head_pad = pad_head(head_size)
     return head_pad, max(pad_head(value_size), head_pad // 2)
