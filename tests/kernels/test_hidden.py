@@ -229,7 +229,12 @@ def test_a_mask_that_is_expanded_over_heads_is_pooled_once(monkeypatch: pytest.M
 
     shapes = []
     real = rule.open_pairs
-    monkeypatch.setattr(rule, "open_pairs", lambda mask, *rest: shapes.append(mask.shape) or real(mask, *rest))
+
+    def noted(mask: Tensor, *rest: object, **more: object) -> object:
+        shapes.append(mask.shape)
+        return real(mask, *rest, **more)
+
+    monkeypatch.setattr(rule, "open_pairs", noted)
     q, k = torch.randn(2, 4, QUERY_BLOCK, 16), torch.randn(2, 2, 2 * KEY_BLOCK, 16)
     mask = (torch.arange(128) < 100).expand(2, 4, 128, 128)
     face_of("cpu").block_map(q, k, torch.ones(4, 2), mask, False, 1.0)

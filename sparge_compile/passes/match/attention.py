@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ...kernels.sizes import surely
 from ...report import Reason
 from ..read.axes import Dim, Layout, axes_of, size_of
 from ..read.fx_utils import value_of
@@ -154,8 +155,9 @@ class Attention:
 
     @property
     def value_head_size(self) -> Any:
-        """The size of a value."""
-        return size_of(self.axes.value_feature)
+        """Dv: the size of a value; a symbol that is surely D is D."""
+        size = size_of(self.axes.value_feature)
+        return self.head_size if isinstance(size, torch.SymInt) and surely(size == self.head_size) else size
 
     @property
     def result(self) -> Tensor:
