@@ -261,9 +261,8 @@ def _keep(ctx, query, key, value, out, lse, bits, *how):
 def _keep_of_forward(ctx, inputs, output):
     query, key, value, counts, indices, *how = inputs
     out, lse = output
-    bits = torch.ops.sparge.pack.default(
-        counts, indices
-    )  # one bit for each (query block, key block), instead of the lists
+    # One bit for each (query block, key block), instead of the lists.
+    bits = torch.ops.sparge.pack.default(counts, indices)
     _keep(ctx, query, key, value, out, lse, bits, *how)
 
 
