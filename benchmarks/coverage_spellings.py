@@ -63,7 +63,7 @@ def spelling_row(spelling: Any) -> Row:
     row.cells = [spelling.name, where, found.kind, text, mask, *(f"{e:.0e}" for e in errors), twin]
     if found.reason is not spelling.reason:
         row.problems.append(f"found as {found.reason.value}")
-    bounds = {torch.float32: (1e-5, 1e-4)}.get(want.dtype, (3e-2, 8e-2))
+    bounds = {torch.float32: (1e-5, 1e-5)}.get(want.dtype, (3e-2, 8e-2))
     if any(not error <= bound for error, bound in zip(errors, bounds, strict=True)):
         row.problems.append(f"errors {errors[0]:.1e}, {errors[1]:.1e}")
     if any(each.status == "sparse" for each in twins):
