@@ -24,6 +24,7 @@ _WHERE = {
     "Calibration": "thresholds.calibration",
     "CostModel": "cost",
     "DistillationHook": "distill.hook",
+    "Grid": "kernels.order",
     "Options": "options",
     "Report": "report",
     "SparsitySchedule": "distill.schedule",
@@ -37,6 +38,7 @@ __all__ = [
     "Calibration",
     "CostModel",
     "DistillationHook",
+    "Grid",
     "Options",
     "Report",
     "SparsitySchedule",
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
     from .eager.replacement import replace_attention
     from .functional import attention, varlen_attention
     from .kernels.block_map import BlockMap
+    from .kernels.order import Grid
     from .options import Options
     from .report import Report
     from .rewriting import rewrite

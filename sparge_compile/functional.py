@@ -12,7 +12,10 @@ from .kernels import capability
 from .kernels.attend import visible_in_sequences
 from .kernels.block_map import BlockMap, visible_blocks
 from .kernels.how import How
+from .kernels.order import TILE, Grid, Orders, parse_grid, parse_tile
+from .kernels.reorder import out_of_order
 from .kernels.rule import default_scale, pool_mask
+from .kernels.sizes import surely
 
 
 def attention(
@@ -29,6 +32,8 @@ def attention(
     topp: float | Tensor | None = None,
     keep_keys: int | tuple[int, int | None] | None = None,
     dense_queries: bool = False,
+    grid: Grid | tuple[int, ...] | None = None,
+    tile: tuple[int, int, int] = TILE,
     block_map: BlockMap | None = None,
     return_lse: bool = False,
     return_sparsity: bool = False,
@@ -51,7 +56,14 @@ def attention(
         keep_keys: tokens whose key blocks are always kept and do not count against topk and topp: n for the first n, -n
             for the last n, or (start, stop), where None is the end and negative positions count from it.
         dense_queries: keep every visible block for the query rows of these tokens, too, if L = S.
-        block_map: which key blocks to read instead of the rule: ``BlockMap.from_dense(bool [B, H, Nq, Nk])``.
+        grid: the tokens are a grid of space and time, raster by raster: (frames, height, width), or
+            ``Grid(prefix, frames, height, width, suffix)`` with the numbers of tokens before and behind it. A block is
+            then a tile of the grid; the result has the order of the tokens as ever. Keys that are as many as the
+            queries have the same grid; others (a text) keep their order. Not with ``is_causal``.
+        tile: frames, rows and columns of a tile, 64 tokens together. Tiles that the edge of the grid cuts are short
+            blocks; ``Grid.padding(tile)`` says how much is computed for tokens that are not there.
+        block_map: which key blocks to read instead of the rule: ``BlockMap.from_dense(bool [B, H, Nq, Nk])``. With a
+            grid, of blocks of 64 slots of ``torch.ops.sparge.order``.
         return_lse: also return the log-sum-exp (natural) of the scaled scores of the kept keys, masks added, float32
             [B, H, L]; −inf for a row that sees no key; differentiable. Two calls over parts of the keys, as in ring
             attention, merge as ``lse = torch.logaddexp(lse1, lse2)`` and ``out = out1 · exp(lse1 − lse) + out2 ·
@@ -100,6 +112,9 @@ def attention(
             todo="Drop one.",
         )
     how = How(attn_mask, is_causal, default_scale(query.shape[-1], scale))
+    orders = Orders() if grid is None else _orders(query, key, grid, tile)
+    if orders.given:
+        query, key, value, how = ops.in_order(query, key, value, how, orders)
     if block_map is None and return_sparsity:
         assert thresholds is not None
         block_map = ops.build_map(query, key, value, thresholds, how)
@@ -108,10 +123,27 @@ def attention(
         out, lse = ops.attend_by_rule(query, key, value, thresholds, how, with_lse=return_lse)
     else:
         out, lse = ops.attend_listed(query, key, value, block_map, how)
-    extra: tuple[Tensor, ...] = (lse,) if return_lse and lse is not None else ()
+    extra: tuple[Tensor, ...] = (out_of_order(lse, orders),) if return_lse and lse is not None else ()
     if return_sparsity and block_map is not None:
-        extra += (sparsity(block_map, query, key, attn_mask, is_causal),)
+        extra += (sparsity(block_map, query, key, how),)
+    out = out_of_order(out, orders)
     return (out, *extra) if extra else out
+
+
+def _orders(query: Tensor, key: Tensor, grid: Grid | tuple[int, ...], tile: tuple[int, int, int]) -> Orders:
+    """The orders of queries that are a grid, and of keys that are as many."""
+    found, of_tile = parse_grid(grid, "attention"), parse_tile(tile, "attention")
+    length, keys = query.shape[2], key.shape[2]
+    if surely(found.tokens != length):
+        raise value_error(
+            "attention: grid has not the query's tokens",
+            given=f"{found}, {found.tokens} tokens, for {length} queries",
+            allowed="prefix + frames × height × width + suffix = queries",
+            todo="Count what stands before and behind the grid: Grid(prefix, frames, height, width, suffix).",
+        )
+    slots, places, sizes = torch.ops.sparge.order(*found, of_tile, query.device)
+    both = surely(length == keys)
+    return Orders(slots, places, sizes, slots if both else None, sizes if both else None)
 
 
 def varlen_attention(
@@ -209,13 +241,18 @@ def _thresholds(
     return make(topk, topp, query.shape[1], query.device, kept)  # type: ignore[arg-type]
 
 
-def sparsity(block_map: BlockMap, query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+def sparsity(block_map: BlockMap, query: Tensor, key: Tensor, how: How) -> Tensor:
     """1 − kept ÷ visible key blocks over the whole tensor: a float32 scalar, computed on the query's device."""
+    attn_mask, is_causal, *_ = how
     batch, heads, length = query.shape[:3]
     n_query, n_key = block_map.indices.shape[-2:]
     visible = visible_blocks(n_query, n_key, length, is_causal, query.device).expand(batch, heads, n_query, n_key)
     if attn_mask is not None:
         bias, _ = pool_mask(capability.normal_mask(attn_mask, key.shape[2]), length, is_causal)
         visible = visible & (bias != float("-inf"))
+    if how.sizes_q is not None:
+        visible = visible & (how.sizes_q.unflatten(0, (n_query, -1)).amax(-1) > 0).unsqueeze(-1)
+    if how.sizes_k is not None:
+        visible = visible & (how.sizes_k > 0)
     kept = block_map.counts.expand(batch, heads, n_query).sum()
     return 1 - kept / visible.sum().clamp(min=1)

@@ -19,40 +19,50 @@ from torch import Tensor
 from . import sharding
 from .errors import explain_error
 from .kernels import allocate, attend, capability, cpu
-from .kernels.block_map import BlockMap
-from .kernels.how import How
+from .kernels.block_map import KEY_BLOCK, BlockMap
+from .kernels.how import TENSORS, How
+from .kernels.order import Grid, Orders, copy_of_order
+from .kernels.reorder import into_order, out_of_order, rows
 from .kernels.rule import default_scale
 from .limit import NO_LIMIT, Limit
 
 _QKV = "Tensor query, Tensor key, Tensor value"
 _HOW = "Tensor? attn_mask, bool is_causal, float scale"
 _LIMIT = "int least_keys=0, float[] gain=[]"  # the two fields of a Limit
-_PACKED = (  # the fields of a How after the first three
+_PACKED = (  # the fields of a How after the first three, but for the last two
     "bool bottom_right=False, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
     "SymInt max_seqlen_q=0, SymInt max_seqlen_k=0, SymInt[] parts=[]"
 )
+_REST = f"{_PACKED}, Tensor? sizes_q=None, Tensor? sizes_k=None"  # the fields of a How after the first three
+_ORDERS = ", ".join(f"Tensor? {name}=None" for name in Orders._fields)
+_PACKED_FIELDS = _PACKED.count(",") + 1
 
 library = torch.library.Library("sparge", "DEF")
 for _name in ("attention", "attention.as_given"):
     library.define(
         f"{_name}({_QKV}, Tensor thresholds, Tensor? attn_mask=None, bool is_causal=False, float? scale=None, "
-        f"{_LIMIT}, {_PACKED}) -> Tensor"
+        f"{_LIMIT}, {_PACKED}, {_ORDERS}) -> Tensor"
     )
+library.define(
+    "order(SymInt prefix, SymInt frames, SymInt height, SymInt width, SymInt suffix, int[] tile, Device device) "
+    "-> (Tensor slots, Tensor places, Tensor sizes)"
+)
+library.define("rows(Tensor x, Tensor index, Tensor inverse) -> Tensor")
 library.define("mark(Tensor thresholds, int index) -> ()")
 library.define("constant(float[] numbers, Device device, int width=2) -> Tensor")
-library.define(f"attend({_QKV}, Tensor thresholds, {_HOW}, {_LIMIT}, {_PACKED}) -> Tensor")
+library.define(f"attend({_QKV}, Tensor thresholds, {_HOW}, {_LIMIT}, {_REST}) -> Tensor")
 library.define(
-    f"attend_for_backward({_QKV}, Tensor thresholds, {_HOW}, {_LIMIT}, {_PACKED}) "
+    f"attend_for_backward({_QKV}, Tensor thresholds, {_HOW}, {_LIMIT}, {_REST}) "
     "-> (Tensor out, Tensor lse, Tensor bits)"
 )
 library.define(
-    f"block_map(Tensor query, Tensor key, Tensor thresholds, {_HOW}, {_PACKED}) -> (Tensor counts, Tensor indices)"
+    f"block_map(Tensor query, Tensor key, Tensor thresholds, {_HOW}, {_REST}) -> (Tensor counts, Tensor indices)"
 )
-library.define(f"forward({_QKV}, Tensor counts, Tensor indices, {_HOW}, {_PACKED}) -> (Tensor out, Tensor lse)")
+library.define(f"forward({_QKV}, Tensor counts, Tensor indices, {_HOW}, {_REST}) -> (Tensor out, Tensor lse)")
 library.define("pack(Tensor counts, Tensor indices) -> Tensor")
 library.define(
     f"backward(Tensor grad_out, {_QKV}, Tensor out, Tensor lse, Tensor? grad_lse, Tensor bits, {_HOW}, "
-    f"{_PACKED}) "
+    f"{_REST}) "
     "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)"
 )
 
@@ -90,6 +100,15 @@ def attend_listed(query: Tensor, key: Tensor, value: Tensor, block_map: BlockMap
     return torch.ops.sparge.forward.default(query, key, value, *block_map, *how)
 
 
+def in_order(query: Tensor, key: Tensor, value: Tensor, how: How, orders: Orders) -> tuple[Tensor, Tensor, Tensor, How]:
+    """Check everything and bring the operands of a call into the order of blocks."""
+    how = _checked(query, key, value, how)
+    if sharding.is_sharded(query):
+        orders = Orders(*sharding.on_the_mesh_of(query, *orders))
+    capability.check_orders(how, query, key, orders)
+    return into_order(query, key, value, how, orders)
+
+
 def _checked_by_rule(query: Tensor, key: Tensor, value: Tensor, thresholds: Tensor, how: How) -> tuple[Tensor, How]:
     """The thresholds and what follows the operands as the ops take them, once all operands are checked."""
     if sharding.is_sharded(query):
@@ -105,6 +124,7 @@ def _checked(query: Tensor, key: Tensor, value: Tensor, how: How) -> How:
         how = How(*sharding.on_the_mesh_of(query, *how))
     capability.check_qkv(query, key, value)
     capability.check_packing(how, query, key)
+    capability.check_sizes_of_blocks(how, query, key)
     mask = how.attn_mask
     if mask is not None:
         capability.check_mask(mask, query, key)
@@ -113,11 +133,15 @@ def _checked(query: Tensor, key: Tensor, value: Tensor, how: How) -> How:
 
 
 def _attention(
-    query, key, value, thresholds, attn_mask=None, is_causal=False, scale=None, least_keys=0, gain=(), *packed
+    query, key, value, thresholds, attn_mask=None, is_causal=False, scale=None, least_keys=0, gain=(), *rest
 ):
     thresholds = thresholds.float()  # as buffers of a module they were cast with it
+    packed, orders = rest[:_PACKED_FIELDS], Orders(*rest[_PACKED_FIELDS:])
     how = How(attn_mask, is_causal, default_scale(query.shape[-1], scale), *packed)
-    return attend_by_rule(query, key, value, thresholds, how, Limit(least_keys, tuple(gain)))[0]
+    if orders.given:
+        query, key, value, how = in_order(query, key, value, how, orders)
+    out, _ = attend_by_rule(query, key, value, thresholds, how, Limit(least_keys, tuple(gain)))
+    return out_of_order(out, orders)
 
 
 library.impl("attention", _attention, "CompositeImplicitAutograd")
@@ -155,6 +179,14 @@ def _held(numbers: tuple[float, ...], device: torch.device, width: int) -> Tenso
 def _constant(numbers, device, width=2):
     return _held(tuple(numbers), device, width).clone()
 
+
+def _order(prefix, frames, height, width, suffix, tile, device):
+    return tuple(copy_of_order(Grid(prefix, frames, height, width, suffix), tile, device))
+
+
+# The token order of a grid: the same numbers for the same sizes, made on the device.
+library.impl("order", _order, "CompositeExplicitAutograd")
+library.impl("rows", rows, "CompositeImplicitAutograd")
 
 # The thresholds of a graph that torch stores: it must be whole. A copy on the device, so that no call waits for it.
 library.impl("constant", _constant, "CompositeExplicitAutograd")
@@ -228,6 +260,13 @@ def _(numbers, device, width=2):
     return torch.empty(len(numbers) // width, width, dtype=torch.float32, device=device)
 
 
+@torch.library.register_fake("sparge::order", lib=library)
+def _(prefix, frames, height, width, suffix, tile, device):
+    grid = Grid(prefix, frames, height, width, suffix)
+    runs = sum(grid.runs(tile))
+    return tuple(torch.empty(n, dtype=torch.int32, device=device) for n in (runs * KEY_BLOCK, grid.tokens, runs))
+
+
 @torch.library.register_fake("sparge::block_map", lib=library)
 def _(query, key, thresholds, *how):
     return allocate.new_block_map(query, key, How(*how))
@@ -253,8 +292,9 @@ def _(grad_out, query, key, value, out, lse, grad_lse, bits, *how):
 
 def _keep(ctx, query, key, value, out, lse, bits, *how):
     how = How(*how)
-    ctx.save_for_backward(query, key, value, out, lse, bits, how.attn_mask, how.cu_seqlens_q, how.cu_seqlens_k)
-    ctx.how = how._replace(attn_mask=None, cu_seqlens_q=None, cu_seqlens_k=None)
+    ctx.save_for_backward(query, key, value, out, lse, bits, *(getattr(how, name) for name in TENSORS))
+    without: dict[str, Any] = dict.fromkeys(TENSORS)
+    ctx.how = how._replace(**without)
     ctx.set_materialize_grads(False)
 
 
@@ -272,12 +312,12 @@ def _keep_of_attend(ctx, inputs, output):
 
 
 def _differentiate(inputs: int, ctx, grad_out, grad_lse=None, grad_bits=None):
-    query, key, value, out, lse, bits, attn_mask, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
+    query, key, value, out, lse, bits, *tensors = ctx.saved_tensors
     if grad_out is None and grad_lse is None:
         return (None,) * inputs
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    how = ctx.how._replace(attn_mask=attn_mask, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    how = ctx.how._replace(**dict(zip(TENSORS, tensors, strict=True)))
     grads = torch.ops.sparge.backward.default(grad_out, query, key, value, out, lse, grad_lse, bits, *how)
     return *grads, *(None,) * (inputs - 3)
 

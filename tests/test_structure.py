@@ -35,9 +35,9 @@ RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
 INNER_ROOMS = {
     "kernels": [
         ["block_map", "how", "launch", "sizes"],
-        ["kept"],
+        ["kept", "order"],
         ["allocate", "capability", "rule", "reference"],
-        ["check", "attend"],
+        ["check", "attend", "reorder"],
         ["cpu", "triton"],
         ["inventory"],
     ],

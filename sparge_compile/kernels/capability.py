@@ -17,6 +17,7 @@ from ..report import Reason
 from . import launch
 from .block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap, ceil_div
 from .how import How
+from .order import Orders
 from .sizes import differ, surely
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -237,6 +238,52 @@ def check_packing(how: How, q: Tensor, k: Tensor) -> None:
             given=f"max_seqlen_q={how.max_seqlen_q}, max_seqlen_k={how.max_seqlen_k}",
             allowed="ints, 1 or more",
             todo="Give the longest length of the sequences, or more.",
+        )
+
+
+def check_sizes_of_blocks(how: How, q: Tensor, k: Tensor) -> None:
+    """Raise a ``ValueError`` unless the sizes of blocks, where an order left padding, fit q over k."""
+    if not how.ordered:
+        return
+    for letter, sizes, x in (("q", how.sizes_q, q), ("k", how.sizes_k, k)):
+        if sizes is not None:
+            _check_whole_numbers(f"sizes_{letter}", sizes, ceil_div(x.shape[2], KEY_BLOCK), q.device)
+    if how.is_causal or how.packed:
+        raise value_error(
+            "an order of tokens does not go with causality or packed sequences",
+            given="is_causal=True" if how.is_causal else "cu_seqlens",
+            allowed="attention in which the order of tokens has no meaning, masks included",
+            todo="Leave the order out: such a call has its blocks in the order of its tokens.",
+        )
+
+
+def check_orders(how: How, q: Tensor, k: Tensor, orders: Orders) -> None:
+    """Raise a ``ValueError`` unless the orders of tokens fit q over k, as far as their sizes say."""
+    slots_q, places_q, sizes_q, slots_k, sizes_k = orders
+    of_query, of_key = (slots_q, places_q, sizes_q), (slots_k, sizes_k)
+    if any(len({x is None for x in some}) > 1 for some in (of_query, of_key)):
+        raise value_error(
+            "an order of tokens is not whole",
+            given=", ".join(name for name, x in zip(orders._fields, orders, strict=True) if x is not None),
+            allowed="slots_q, places_q and sizes_q together, and slots_k and sizes_k together",
+            todo="sparge::order gives all of them.",
+        )
+    if slots_q is not None and places_q is not None and sizes_q is not None:
+        _check_whole_numbers("slots_q", slots_q, sizes_q.shape[0] * KEY_BLOCK, q.device)
+        _check_whole_numbers("places_q", places_q, q.shape[2], q.device)
+    if slots_k is not None and sizes_k is not None:
+        _check_whole_numbers("slots_k", slots_k, sizes_k.shape[0] * KEY_BLOCK, q.device)
+
+
+def _check_whole_numbers(name: str, x: Tensor, length: Any, device: torch.device) -> None:
+    """Raise a ``ValueError`` unless x is contiguous int32 [length] on a device."""
+    fits = x.dim() == 1 and x.dtype == torch.int32 and x.device == device and not surely(x.stride(0) != 1)
+    if not fits or surely(x.shape[0] != length):
+        raise value_error(
+            f"{name} does not fit",
+            given=f"{x.dtype} {tuple(x.shape)} on {x.device}",
+            allowed=f"contiguous int32 [{length}] on {device}",
+            todo="sparge::order gives an order that fits a grid; the grid must have as many tokens as the sequence.",
         )
 
 

@@ -15,6 +15,9 @@ from torch import Tensor
 NOT_CAUSAL, TOP_LEFT, BOTTOM_RIGHT = 0, 1, 2  # what a kernel is told of causality
 
 
+TENSORS = ("attn_mask", "cu_seqlens_q", "cu_seqlens_k", "sizes_q", "sizes_k")  # the fields of a How that are tensors
+
+
 class How(NamedTuple):
     """The arguments of an op behind its operands, in the order of the schemas."""
 
@@ -27,11 +30,20 @@ class How(NamedTuple):
     max_seqlen_q: Any = 0  # no sequence is longer; an int, or a SymInt while tracing
     max_seqlen_k: Any = 0
     parts: Sequence[Any] = ()  # the sizes of what the sequence is put together of, of which thresholds may keep some
+    # int32 [L / 64] and [S / 64]: how many leading rows of each run of 64 hold tokens, where an order left padding. No
+    # query sees a row that is padding, no mean counts it, its output is 0 and its log-sum-exp -inf.
+    sizes_q: Tensor | None = None
+    sizes_k: Tensor | None = None
 
     @property
     def packed(self) -> bool:
         """Whether the rows hold several sequences."""
         return self.cu_seqlens_q is not None
+
+    @property
+    def ordered(self) -> bool:
+        """Whether rows of queries or keys may be padding."""
+        return self.sizes_q is not None or self.sizes_k is not None
 
     @property
     def causality(self) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import block_map as forms
 from ..how import How
-from . import attention, packed
+from . import attention, ordered, packed
 
 __all__ = ["backward", "block_map", "forward", "pack"]
 
@@ -61,5 +61,6 @@ def backward(
 
 
 def _place(how: tuple[Any, ...]) -> Any:
-    """The module that computes a call: packed sequences one after the other, or whole tensors."""
-    return packed if How(*how).packed else attention
+    """The module that computes a call: packed sequences one after the other, padding hidden, or whole tensors."""
+    given = How(*how)
+    return packed if given.packed else ordered if given.ordered else attention

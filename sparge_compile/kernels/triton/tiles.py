@@ -94,6 +94,8 @@ def head_arguments(q: Tensor, v: Tensor) -> dict:
 
 def how_arguments(how: How) -> dict:
     """Kernel arguments that say how causality is aligned, and where the sequences of a packed call begin."""
+    if how.ordered:
+        raise NotImplementedError("the Triton kernels know no order of tokens yet")
     starts = {"q_starts_ptr": how.cu_seqlens_q, "k_starts_ptr": how.cu_seqlens_k}
     return starts | {"CAUSAL": how.causality, "PACKED": how.packed}
 

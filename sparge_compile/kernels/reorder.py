@@ -1,0 +1,71 @@
+"""The operands of a call brought into the order of blocks, and its result back: gathers along the tokens.
+
+They are torch's own ops beside the one op that attends, so that Inductor fuses them into what makes queries and keys
+and into what reads the output. The gradient of a gather is the gather that undoes it: nothing is added up atomically.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .allocate import order_of
+from .how import How
+from .order import Orders, places_of
+
+
+def into_order(
+    query: Tensor, key: Tensor, value: Tensor, how: How, orders: Orders
+) -> tuple[Tensor, Tensor, Tensor, How]:
+    """The operands and the mask [B or 1, H or 1, L or 1, S] of ``how``, in the order of blocks."""
+    slots_q, places_q, sizes_q, slots_k, sizes_k = orders
+    mask, rows = how.attn_mask, torch.ops.sparge.rows.default
+    if slots_k is not None and sizes_k is not None:
+        places_k = places_q if slots_k is slots_q else places_of(slots_k, sizes_k, key.shape[2])
+        key, value = (rows(x, slots_k, places_k) for x in (key, value))
+        mask = None if mask is None else mask.index_select(3, slots_k)
+    if slots_q is not None:
+        query = rows(query, slots_q, places_q)
+        mask = mask if mask is None or mask.shape[2] == 1 else mask.index_select(2, slots_q)
+    return query, key, value, how._replace(attn_mask=mask, sizes_q=sizes_q, sizes_k=sizes_k)
+
+
+def out_of_order(x: Tensor, orders: Orders) -> Tensor:
+    """A result [B, H, slots, ...], of which padding rows have no gradient, in the order of the tokens."""
+    return x if orders.slots_q is None else torch.ops.sparge.rows.default(x, orders.places_q, orders.slots_q)
+
+
+def rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    """Rows ``index`` of x [B, H, L, ...]; ``inverse`` undoes it but for rows that have no gradient.
+
+    The op of this name is what Dynamo puts into a graph, and becomes torch's own ops behind it.
+    """
+    return _Gather.apply(x, index, inverse)
+
+
+class _Gather(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        return _gather(x, index)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        _, inverse = ctx.saved_tensors
+        return _gather(grad, inverse), None, None
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    """Rows ``index`` of x [B, H, L] or [B, H, L, D], whose memory keeps the order of its dimensions."""
+    if x.dim() == 3:
+        return x.index_select(2, index)
+    order = order_of(x)
+    undone = sorted(range(4), key=order.__getitem__)
+    return x.permute(order).index_select(order.index(2), index).permute(undone)
