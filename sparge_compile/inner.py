@@ -52,6 +52,9 @@ def _compile(graph_module: GraphModule, inputs: Sequence[Any], settings: Options
     from torch._inductor import config, list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
+    from .lowering import call_directly
+
+    call_directly()
     patches = {**list_mode_options(settings.inductor_mode or "default"), **settings.inductor}
     # Inductor's caches know our ops by name alone; what they do enters the key here, and the options with it. Not the
     # thresholds: they are run-time inputs, and another pair may use what was compiled for this one.

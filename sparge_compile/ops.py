@@ -82,7 +82,17 @@ def attend_by_rule(
     arguments = (query, key, value, thresholds.detach(), *how[:3], *limit, *how[3:])
     if with_lse or (torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))):
         return torch.ops.sparge.attend_for_backward.default(*arguments)[:2]
-    return torch.ops.sparge.attend.default(*arguments), None
+    attend_op = torch.ops.sparge.attend.direct if _are_plain(query, key, value) else torch.ops.sparge.attend.default
+    return attend_op(*arguments), None
+
+
+def _are_plain(*tensors: Tensor) -> bool:
+    """Whether tensors are what they look like: nobody traces or transforms the call."""
+    return (
+        not torch.compiler.is_compiling()
+        and all(type(x) is Tensor for x in tensors)
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
 
 
 def build_map(query: Tensor, key: Tensor, value: Tensor, thresholds: Tensor, how: How) -> BlockMap:
@@ -230,15 +240,40 @@ def _replayed(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _directly(op: Any, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """``op`` for Inductor's code: the GPU's kernel at once, where no mode, profiler or gradient waits for the op."""
+
+    def call(first: Tensor, *others: Any) -> Any:
+        if (
+            first.is_cuda
+            and not torch.is_grad_enabled()
+            and not torch._C._len_torch_dispatch_stack()
+            and not torch._C._autograd._profiler_enabled()
+        ):
+            return kernel(first, *others)
+        return op(first, *others)
+
+    return call
+
+
+# The ops that Inductor's code calls as ``direct``, which is beside their ``default`` (lowering.py).
+DIRECT = [getattr(torch.ops.sparge, name).default for name in ("attend", "attend_for_backward", "backward")]
+
 for _key, _face in (("CPU", cpu), ("CUDA", _TritonFace())):
-    _kernels = {_name: partial(_run, _face, _name) for _name in ("block_map", "forward", "pack")}
+    _kernels: dict[str, Callable[..., Any]] = {
+        _name: partial(_run, _face, _name) for _name in ("block_map", "forward", "pack")
+    }
     _kernels |= {
         "backward": partial(_backward, _face),
         "attend": partial(attend.attend, _face),
         "attend_for_backward": partial(attend.attend_for_backward, _face),
     }
+    if _key == "CUDA":
+        _kernels = {_name: _replayed(_kernel) for _name, _kernel in _kernels.items()}
     for _name, _kernel in _kernels.items():
-        library.impl(_name, _replayed(_kernel) if _key == "CUDA" else _kernel, _key)
+        library.impl(_name, _kernel, _key)
+for _op in DIRECT:
+    getattr(torch.ops.sparge, _op._opname).direct = _directly(_op, _kernels[_op._opname])
 
 
 # Fake kernels, from the same allocation code as the real ones.
@@ -290,66 +325,86 @@ def _(grad_out, query, key, value, out, lse, grad_lse, bits, *how):
 # Autograd.
 
 
-def _keep(ctx, query, key, value, out, lse, bits, *how):
-    how = How(*how)
-    ctx.save_for_backward(query, key, value, out, lse, bits, *(getattr(how, name) for name in TENSORS))
-    without: dict[str, Any] = dict.fromkeys(TENSORS)
-    ctx.how = how._replace(**without)
-    ctx.set_materialize_grads(False)
+class _Attention(torch.autograd.Function):
+    """An op that attends, with what its backward needs. ``register_autograd`` does the same, in ten times the time."""
+
+    @staticmethod
+    def forward(ctx, op, query, key, value, *others):
+        given = _below_autograd(op, query, key, value, *others)
+        # The dispatcher leaves out what equals its default, from the end on.
+        if op is torch.ops.sparge.forward.default:
+            (out, lse), how = given, How(*others[2:])
+            # One bit for each (query block, key block), instead of the lists.
+            bits = torch.ops.sparge.pack.default(*others[:2])
+        else:
+            (out, lse, bits), how = given, How(*others[1:4], *others[6:])  # without thresholds and limit
+            ctx.mark_non_differentiable(bits)
+        ctx.save_for_backward(query, key, value, out, lse, bits, *(getattr(how, name) for name in TENSORS))
+        without: dict[str, Any] = dict.fromkeys(TENSORS)
+        ctx.how = how._replace(**without)
+        ctx.others = len(others)
+        ctx.set_materialize_grads(False)
+        return given
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_lse, *_):
+        query, key, value, out, lse, bits, *tensors = ctx.saved_tensors
+        if grad_out is None and grad_lse is None:
+            return (None,) * (4 + ctx.others)
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        how = ctx.how._replace(**dict(zip(TENSORS, tensors, strict=True)))
+        grads = torch.ops.sparge.backward.default(grad_out, query, key, value, out, lse, grad_lse, bits, *how)
+        return None, *grads, *(None,) * ctx.others
 
 
-def _keep_of_forward(ctx, inputs, output):
-    query, key, value, counts, indices, *how = inputs
-    out, lse = output
-    # One bit for each (query block, key block), instead of the lists.
-    bits = torch.ops.sparge.pack.default(counts, indices)
-    _keep(ctx, query, key, value, out, lse, bits, *how)
+class _Gradients(torch.autograd.Function):
+    """The op ``backward``, which has no derivative."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        return _below_autograd(torch.ops.sparge.backward.default, *arguments)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise NotImplementedError(
+            explain_error(
+                "sparge attention was differentiated twice",
+                given="a backward through its backward",
+                allowed="first derivatives",
+                todo="Use dense attention where second derivatives are needed (backend option min_seq_len).",
+            )
+        )
 
 
-def _keep_of_attend(ctx, inputs, output):
-    query, key, value, _, attn_mask, is_causal, scale, _, _, *packed = inputs
-    _keep(ctx, query, key, value, *output, attn_mask, is_causal, scale, *packed)
+def _below_autograd(op: Any, *arguments: Any) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
 
 
-def _differentiate(inputs: int, ctx, grad_out, grad_lse=None, grad_bits=None):
-    query, key, value, out, lse, bits, *tensors = ctx.saved_tensors
-    if grad_out is None and grad_lse is None:
-        return (None,) * inputs
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    how = ctx.how._replace(**dict(zip(TENSORS, tensors, strict=True)))
-    grads = torch.ops.sparge.backward.default(grad_out, query, key, value, out, lse, grad_lse, bits, *how)
-    return *grads, *(None,) * (inputs - 3)
-
-
-for _name in ("forward", "attend_for_backward"):
-    _save = _keep_of_forward if _name == "forward" else _keep_of_attend
-    _inputs = len(getattr(torch.ops.sparge, _name).default._schema.arguments)
-    torch.library.register_autograd(
-        f"sparge::{_name}", partial(_differentiate, _inputs), setup_context=_save, lib=library
-    )
+def _any_requires_grad(*arguments: Any) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
 
 
 def _attend_under_autograd(query, key, value, *others):
     """``attend`` where it may be differentiated: lowered where no gradient was in sight, and trained after all."""
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+    if _any_requires_grad(query, key, value):
         return torch.ops.sparge.attend_for_backward.default(query, key, value, *others)[0]
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.sparge.attend.default(query, key, value, *others)
+    return _below_autograd(torch.ops.sparge.attend.default, query, key, value, *others)
+
+
+def _attention_under_autograd(op: Any, *arguments: Any) -> Any:
+    run = partial(_Attention.apply, op) if _any_requires_grad(*arguments[:3]) else partial(_below_autograd, op)
+    return run(*arguments)
+
+
+def _backward_under_autograd(*arguments: Any) -> Any:
+    if _any_requires_grad(*arguments):
+        return _Gradients.apply(*arguments)
+    return _below_autograd(torch.ops.sparge.backward.default, *arguments)
 
 
 library.impl("attend", _attend_under_autograd, "Autograd")
-
-
-def _refuse_second_derivative(ctx, *grads):
-    raise NotImplementedError(
-        explain_error(
-            "sparge attention was differentiated twice",
-            given="a backward through its backward",
-            allowed="first derivatives",
-            todo="Use dense attention where second derivatives are needed (backend option min_seq_len).",
-        )
-    )
-
-
-torch.library.register_autograd("sparge::backward", _refuse_second_derivative, lib=library)
+library.impl("backward", _backward_under_autograd, "Autograd")
+for _op in (torch.ops.sparge.forward.default, torch.ops.sparge.attend_for_backward.default):
+    library.impl(_op, partial(_attention_under_autograd, _op), "Autograd")

@@ -19,7 +19,7 @@ ROOMS = [
     ["pair", "keeping", "report", "naming", "sharding"],
     ["kernels", "dialects"],
     ["ops", "cost"],
-    ["functional", "thresholds"],
+    ["functional", "lowering", "thresholds"],
     ["options"],
     ["passes"],
     ["running", "inner"],

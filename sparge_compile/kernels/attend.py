@@ -63,14 +63,15 @@ def attend_for_backward(
     """(out [B, H, L, Dv], log-sum-exp [B, H, L], the map as bits): all that the backward needs beside the operands."""
     how = How(attn_mask, is_causal, scale, *packed)
     _check(query, key, value, how)
-    counter = None
+    counter, bits = None, allocate.new_bits(query, key, how)
     if _is_sparse(query, key, value, how, least_keys, gain):
         counter = allocate.new_counter(query)
-        block_map = face.block_map(query, key, thresholds, *how, counter=counter)
+        block_map = face.block_map(query, key, thresholds, *how, counter=counter, bits=bits)
     else:
         block_map = full_map(query, key, how)
+        face.pack(*block_map, bits=bits)
     out, lse = face.forward(query, key, value, *block_map, *how, counter=counter)
-    return out, lse, face.pack(*block_map, bits=allocate.new_bits(query, key, how))
+    return out, lse, bits
 
 
 def used_bits(bits: Tensor, query: Tensor, key: Tensor, how: How) -> Tensor:

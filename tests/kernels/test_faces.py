@@ -6,7 +6,6 @@ Without a GPU, the Triton kernels run in Triton's interpreter, in float32 and fl
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -28,29 +27,13 @@ from helpers import (
 from torch import Tensor
 
 from sparge_compile import ops  # noqa: F401  importing it defines the ops
+from sparge_compile.kernels import allocate, attend, reference
 from sparge_compile.kernels import block_map as forms
-from sparge_compile.kernels import reference
 from sparge_compile.kernels.block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap, ceil_div
 from sparge_compile.kernels.how import How
 
 THRESHOLDS = [[0.34, 0.55], [0.12, 0.81]]
 OPS = ("block_map", "forward", "pack", "backward")
-
-
-@pytest.fixture(
-    params=[
-        "cpu",
-        pytest.param("triton", marks=pytest.mark.interpreter, id="interpreter"),
-        pytest.param("triton", marks=pytest.mark.gpu, id="gpu"),
-    ]
-)
-def face(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
-    """The four functions of a device, on which tensors are born; float32 products are float32."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    with torch.device("cuda" if request.param == "triton" and torch.cuda.is_available() else "cpu"):
-        yield face_of(request.param)
-    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def map_of(
@@ -282,3 +265,22 @@ def test_nothing_to_do(face: ModuleType, batch: int, length: int, keys: int, is_
     assert bits.shape == (*block_map.counts.shape, ceil_div(ceil_div(keys, KEY_BLOCK), 32))
     assert (out == 0).all() and (lse == -torch.inf).all()
     assert all((x == 0).all() and x.shape == like.shape for x, like in zip(grads, (q, k, v), strict=True))
+
+
+@pytest.mark.parametrize("lengths", [None, (150, 0, 97)])
+@pytest.mark.parametrize("keys", [65, 2049])
+def test_the_map_writes_its_bits_and_zeros_behind_them(
+    face: ModuleType, lengths: tuple[int, ...] | None, keys: int
+) -> None:
+    length = sum(lengths or (200,))
+    q, k = block_constant(1, 2, length, 4, QUERY_BLOCK), block_constant(1, 2, keys, 4, KEY_BLOCK)
+    how = How(None, False, 0.25)
+    if lengths is not None:
+        starts, key_starts = torch.tensor([0, 150, 150, 247]).int(), torch.tensor([0, 64, 64, keys]).int()
+        how = How(None, False, 0.25, False, starts, key_starts, 150, keys)
+    with poisoned_memory():
+        bits = allocate.new_bits(q, k, how)
+        block_map = face.block_map(q, k, torch.tensor(THRESHOLDS), *how, bits=bits)
+    want = forms.pack(block_map.to_dense())
+    assert torch.equal(attend.used_bits(bits, q, k, how), want)
+    assert bits.ne(0).sum() == want.ne(0).sum()  # and zeros in the room to spare

@@ -24,22 +24,6 @@ THRESHOLDS = [[0.34, 0.55], [0.12, 0.81]]
 CAUSALITY = {"": (False, False), "top_left": (True, False), "bottom_right": (True, True)}
 
 
-@pytest.fixture(
-    params=[
-        "cpu",
-        pytest.param("triton", marks=pytest.mark.interpreter, id="interpreter"),
-        pytest.param("triton", marks=pytest.mark.gpu, id="gpu"),
-    ]
-)
-def face(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
-    """The four functions of a device, on which tensors are born; float32 products are float32."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    with torch.device("cuda" if request.param == "triton" and torch.cuda.is_available() else "cpu"):
-        yield face_of(request.param)
-    torch.backends.cuda.matmul.allow_tf32 = before
-
-
 @pytest.fixture
 def gpu() -> Iterator[ModuleType]:
     """The functions of the GPU, where tensors are born."""

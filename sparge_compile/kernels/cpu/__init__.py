@@ -18,10 +18,17 @@ __all__ = ["backward", "block_map", "forward", "pack"]
 
 
 def block_map(
-    query: Tensor, key: Tensor, thresholds: Tensor, *how: Any, counter: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    thresholds: Tensor,
+    *how: Any,
+    counter: Tensor | None = None,
+    bits: Tensor | None = None,
 ) -> forms.BlockMap:
     """The block map of query [B, H, L, D] over key [B, Hk, S, D], by the rule (rule.py)."""
-    return _place(how).block_map(query, key, thresholds, How(*how))
+    made = _place(how).block_map(query, key, thresholds, How(*how))
+    _ = bits is None or pack(*made, bits=bits)
+    return made
 
 
 def forward(

@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import allocate, launch
-from ..block_map import KEY_BLOCK, QUERY_BLOCK
+from ..block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap
 from ..how import How
-from . import lists, recording
+from . import recording
 from .tiles import (
     LOG2_E,
     diagonal_of,
@@ -174,10 +174,13 @@ def key_gradients(
     v: Tensor,
     lse: Tensor,
     delta: Tensor,
-    bits: Tensor,
+    readers: BlockMap,
     how: How,
 ) -> tuple[Tensor, Tensor]:
-    """dk and dv [B, Hk, S, D] in the dtypes and orders of dimensions of k and v; ``delta`` is float32 [B, H, L]."""
+    """dk and dv [B, Hk, S, D] in the dtypes and orders of dimensions of k and v.
+
+    ``delta`` is float32 [B, H, L]; ``readers`` says which query blocks read each key block.
+    """
     heads, length = q.shape[1:3]
     key_heads, keys = k.shape[1:3]
     batch, _, n_query, n_key = allocate.map_shape(q, k, how)
@@ -186,7 +189,7 @@ def key_gradients(
     if how.packed:
         dk.zero_(), dv.zero_()  # there may be rows of no sequence
     tile = launch.attention_launch("dkv", max(q.shape[3], v.shape[3]), q.dtype, q.device)
-    counts, indices = (x.expand(batch, heads, *x.shape[2:]) for x in lists.invert(bits, n_query, n_key))
+    counts, indices = (x.expand(batch, heads, *x.shape[2:]) for x in readers)
     described, q_source, dout_source = tile_sources(q, dout, tile.rows, how.packed)
     recording.launch(
         _dkv_kernel, (n_key * batch * key_heads,),

@@ -1,18 +1,20 @@
 """The gradient of the queries: each query block walks its list of key blocks, as in the forward.
 
-P is recomputed from lse: dS = P * (dout v^T - delta), dq = scale * dS k. Calls come from :mod:`backward`.
+P is recomputed from lse: dS = P * (dout v^T - delta), dq = scale * dS k. delta = rowsum(dout * out) - dlse of each row
+is made on the way, for :mod:`backward_key`. Calls come from :mod:`backward`.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import allocate, launch
-from ..block_map import KEY_BLOCK, QUERY_BLOCK, ceil_div
+from ..block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap, ceil_div
 from ..how import How
-from . import lists, recording
+from . import recording
 from .tiles import (
     LOG2_E,
     dense_prefix,
@@ -63,12 +65,15 @@ def _dq_step(
 
 @triton.jit(do_not_specialize=["heads", "group", "length", "keys", "n_tiles", "map_stride_b", "map_stride_h"])
 def _dq_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, counts_ptr, indices_ptr, mask_ptr, q_starts_ptr, k_starts_ptr,
-    dq_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, out_ptr, lse_ptr, dlse_ptr, counts_ptr, indices_ptr, mask_ptr, q_starts_ptr,
+    k_starts_ptr,
+    dq_ptr, delta_ptr,
     q_stride_b, q_stride_h, q_stride_l, q_stride_d,
     k_stride_b, k_stride_h, k_stride_l, k_stride_d,
     v_stride_b, v_stride_h, v_stride_l, v_stride_d,
     dout_stride_b, dout_stride_h, dout_stride_l, dout_stride_d,
+    out_stride_b, out_stride_h, out_stride_l, out_stride_d,
+    dlse_stride_b, dlse_stride_h, dlse_stride_l,
     dq_stride_b, dq_stride_h, dq_stride_l, dq_stride_d,
     map_stride_b, map_stride_h,
     mask_stride_b, mask_stride_h, mask_stride_l, mask_stride_s,
@@ -87,6 +92,7 @@ def _dq_kernel(
     b = n if not PACKED else n * 0
     lse_ptr += (b * heads + h) * length
     delta_ptr += (b * heads + h) * length
+    dlse_head = b * dlse_stride_b + h * dlse_stride_h
     q_start, length = sequence(q_starts_ptr, n, length, PACKED=PACKED)
     k_start, keys = sequence(k_starts_ptr, n, keys, PACKED=PACKED)
 
@@ -101,7 +107,15 @@ def _dq_kernel(
     dout_ptrs = dout_tile + tile_offsets(row_lane, v_column, dout_stride_l, dout_stride_d, ALIGN=ALIGN, OFFSET=OFFSET)
     dout = load_tile(dout_ptrs, row, v_column, length, HEAD_SIZE=VALUE_SIZE, HEAD_PAD=VALUE_PAD, CHECK_ROWS=True)
     lse = load_lse(lse_ptr + q_start, row, length)
-    delta = tl.load(delta_ptr + q_start + row, mask=row < length, other=0.0)
+    out_tile = out_ptr + (b * out_stride_b + h * out_stride_h + first_row * out_stride_l) * ALIGN
+    out_ptrs = out_tile + tile_offsets(row_lane, v_column, out_stride_l, out_stride_d, ALIGN=ALIGN, OFFSET=OFFSET)
+    out = load_tile(out_ptrs, row, v_column, length, HEAD_SIZE=VALUE_SIZE, HEAD_PAD=VALUE_PAD, CHECK_ROWS=True)
+    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
+    if dlse_ptr is not None:
+        dlse_ptrs = dlse_ptr + dlse_head + (first_row + row_lane) * dlse_stride_l
+        delta -= tl.load(dlse_ptrs, mask=row < length, other=0.0).to(tl.float32)
+    delta = tl.where(lse == float("inf"), 0.0, delta)  # a row without keys: its dlse may be anything, even NaN
+    tl.store(delta_ptr + q_start + row, delta, mask=row < length)
 
     small_b, key_head = b.to(tl.int32), (h // group).to(tl.int32)
     k_head, v_head = k_ptr, v_ptr  # descriptors, if they are any
@@ -157,34 +171,37 @@ def query_gradient(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    out: Tensor,
     lse: Tensor,
-    delta: Tensor,
-    bits: Tensor,
+    dlse: Tensor | None,
+    kept: BlockMap,
     how: How,
-) -> Tensor:
-    """dq [B, H, L, D] in q's dtype and order of dimensions; ``delta`` is float32 [B, H, L]."""
+) -> tuple[Tensor, Tensor]:
+    """dq [B, H, L, D] in q's dtype and order of dimensions, and delta, float32 [B, H, L]."""
     heads, length = q.shape[1:3]
     batch, n_key, scale = how.sequences(q), ceil_div(how.keys(k), KEY_BLOCK), how.scale
-    dq = allocate.dense_like(q)
+    dq, delta = allocate.dense_like(q), torch.empty_like(lse)
     if how.packed:
         dq.zero_()  # there may be rows of no sequence
     tile = launch.attention_launch("dq", max(q.shape[3], v.shape[3]), q.dtype, q.device)
     n_tiles = triton.cdiv(how.length(q), tile.rows)
-    counts, indices = (x.expand(batch, heads, *x.shape[2:]) for x in lists.unpack(bits, n_key))
+    counts, indices = (x.expand(batch, heads, *x.shape[2:]) for x in kept)
+    dlse_strides = (0, 0, 0) if dlse is None else dlse.stride()
     described, k_source, v_source = tile_sources(k, v, KEY_BLOCK, how.packed)
     recording.launch(
         _dq_kernel, (n_tiles * batch * heads,),
-        q_ptr=q, k_ptr=k_source, v_ptr=v_source, dout_ptr=dout, lse_ptr=lse, delta_ptr=delta,
+        q_ptr=q, k_ptr=k_source, v_ptr=v_source, dout_ptr=dout, out_ptr=out, lse_ptr=lse, dlse_ptr=dlse,
         counts_ptr=counts, indices_ptr=indices,
-        dq_ptr=dq,
+        dq_ptr=dq, delta_ptr=delta,
+        dlse_stride_b=dlse_strides[0], dlse_stride_h=dlse_strides[1], dlse_stride_l=dlse_strides[2],
         map_stride_b=counts.stride(0), map_stride_h=counts.stride(1),
         heads=heads, group=heads // k.shape[1], length=length, keys=k.shape[2], n_tiles=n_tiles, n_key=n_key,
         scale=scale, scale_log2=scale * LOG2_E,
         **head_arguments(q, v), ROWS=tile.rows, TILES=QUERY_BLOCK // tile.rows, KEYS=KEY_BLOCK,
         DESCRIPTORS=described, STAGES=tile.stages,
         num_warps=tile.warps, num_stages=tile.stages,
-        **matrix_arguments(QUERY_BLOCK, q=q, k=k, v=v, dout=dout, dq=dq),
+        **matrix_arguments(QUERY_BLOCK, q=q, k=k, v=v, dout=dout, out=out, dq=dq),
         **mask_arguments(how.attn_mask, batch, heads),
         **how_arguments(how),
     )  # fmt: skip
-    return dq
+    return dq, delta

@@ -1,7 +1,7 @@
-"""Forms of a block map, converted on the GPU: lists to bits, bits to lists, bits to the inverted lists.
+"""Forms of a block map, converted on the GPU: lists to bits, and bits to lists, both ways.
 
 The forms are those of :mod:`block_map`. Each program writes its own words or list in a fixed order: no atomics, so
-equal input gives equal memory. The inverted lists say for each key block which query blocks read it.
+equal input gives equal memory.
 """
 
 from __future__ import annotations
@@ -73,14 +73,11 @@ def pack(counts: Tensor, indices: Tensor, *, bits: Tensor | None = None) -> Tens
 
 
 @triton.jit
-def _unpack_kernel(
-    bits_ptr,
-    counts_ptr, indices_ptr,
-    bits_stride_b, bits_stride_h, bits_stride_i,
-    heads, n_query, n_key,
+def _unpack_row(
+    bits_ptr, counts_ptr, indices_ptr, bits_stride_b, bits_stride_h, bits_stride_i, row, heads, n_query, n_key,
     BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    """The list of one query block."""
     i, h, b = row % n_query, row // n_query % heads, row // n_query // heads
     bits_ptr += b * bits_stride_b + h * bits_stride_h + i * bits_stride_i
     count = 0
@@ -94,35 +91,12 @@ def _unpack_kernel(
     tl.store(counts_ptr + row, count)
 
 
-def unpack(bits: Tensor, n_key: int) -> BlockMap:
-    """The lists of a map from its bits, whose words are adjacent."""
-    batch, heads, n_query, _ = bits.shape
-    counts = bits.new_empty((batch, heads, n_query))
-    indices = bits.new_empty((batch, heads, n_query, n_key))
-    if indices.numel() == 0:
-        return BlockMap(counts.zero_(), indices)
-    with torch.cuda.device_of(bits):
-        recording.launch(
-            _unpack_kernel, (batch * heads * n_query,),
-            bits_ptr=bits,
-            counts_ptr=counts, indices_ptr=indices,
-            bits_stride_b=bits.stride(0), bits_stride_h=bits.stride(1), bits_stride_i=bits.stride(2),
-            heads=heads, n_query=n_query, n_key=n_key,
-            BLOCKS=min(UNPACK_BLOCKS, max(32, triton.next_power_of_2(n_key))), num_warps=4,
-        )  # fmt: skip
-    return BlockMap(counts, indices)
-
-
 @triton.jit
-def _invert_kernel(
-    bits_ptr,
-    counts_ptr, indices_ptr,
-    bits_stride_b, bits_stride_h, bits_stride_i,
-    heads, words, n_query, n_key,
-    ROWS: tl.constexpr, WORD_SIZE: tl.constexpr,
+def _invert_word(
+    bits_ptr, counts_ptr, indices_ptr, bits_stride_b, bits_stride_h, bits_stride_i, bh, word_number, heads, n_query,
+    n_key, ROWS: tl.constexpr, WORD_SIZE: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    bh, word_number = pid // words, pid % words
+    """The lists of the key blocks of one word."""
     bits_ptr += bh // heads * bits_stride_b + bh % heads * bits_stride_h + word_number
     lane = tl.arange(0, WORD_SIZE)  # one word holds this many key blocks
     j = word_number * WORD_SIZE + lane
@@ -139,20 +113,51 @@ def _invert_kernel(
     tl.store(counts_ptr + bh * n_key + j, count, mask=j < n_key)
 
 
-def invert(bits: Tensor, n_query: int, n_key: int) -> tuple[Tensor, Tensor]:
-    """Which query blocks read each key block: counts int32 [B, H, Nk] and ascending lists int32 [B, H, Nk, Nq]."""
+@triton.jit
+def _unpack_kernel(
+    bits_ptr,
+    counts_ptr, indices_ptr, reader_counts_ptr, reader_indices_ptr,
+    bits_stride_b, bits_stride_h, bits_stride_i,
+    heads, words, n_query, n_key, inverting,
+    BLOCKS: tl.constexpr, ROWS: tl.constexpr, WORD_SIZE: tl.constexpr,
+):  # fmt: skip
+    """The first ``inverting`` programs, which take longer, make the lists of key blocks, the others those of rows."""
+    pid = tl.program_id(0).to(tl.int64)
+    if pid < inverting:
+        _invert_word(
+            bits_ptr, reader_counts_ptr, reader_indices_ptr, bits_stride_b, bits_stride_h, bits_stride_i,
+            pid // words, pid % words, heads, n_query, n_key, ROWS=ROWS, WORD_SIZE=WORD_SIZE,
+        )  # fmt: skip
+    else:
+        _unpack_row(
+            bits_ptr, counts_ptr, indices_ptr, bits_stride_b, bits_stride_h, bits_stride_i, pid - inverting, heads,
+            n_query, n_key, BLOCKS=BLOCKS,
+        )  # fmt: skip
+
+
+def unpack(bits: Tensor, n_query: int, n_key: int) -> tuple[BlockMap, BlockMap]:
+    """The lists of a map from its bits, and the inverted ones; a row's words are adjacent.
+
+    The inverted lists say which query blocks read each key block, ascending: counts int32 [B, H, Nk] and indices int32
+    [B, H, Nk, Nq].
+    """
     batch, heads, _, words = bits.shape
-    counts = bits.new_empty((batch, heads, n_key))
-    indices = bits.new_empty((batch, heads, n_key, n_query))
-    if indices.numel() == 0:
-        return counts.zero_(), indices
+    kept, readers = (
+        BlockMap(bits.new_empty((batch, heads, rows)), bits.new_empty((batch, heads, rows, columns)))
+        for rows, columns in ((n_query, n_key), (n_key, n_query))
+    )
+    if kept.indices.numel() == 0:
+        return BlockMap(kept.counts.zero_(), kept.indices), BlockMap(readers.counts.zero_(), readers.indices)
+    inverting = batch * heads * words
     with torch.cuda.device_of(bits):
         recording.launch(
-            _invert_kernel, (batch * heads * words,),
+            _unpack_kernel, (inverting + batch * heads * n_query,),
             bits_ptr=bits,
-            counts_ptr=counts, indices_ptr=indices,
+            counts_ptr=kept.counts, indices_ptr=kept.indices,
+            reader_counts_ptr=readers.counts, reader_indices_ptr=readers.indices,
             bits_stride_b=bits.stride(0), bits_stride_h=bits.stride(1), bits_stride_i=bits.stride(2),
-            heads=heads, words=words, n_query=n_query, n_key=n_key,
-            ROWS=INVERT_ROWS, WORD_SIZE=WORD_BITS, num_warps=4,
+            heads=heads, words=words, n_query=n_query, n_key=n_key, inverting=inverting,
+            BLOCKS=min(UNPACK_BLOCKS, max(32, triton.next_power_of_2(n_key))), ROWS=INVERT_ROWS, WORD_SIZE=WORD_BITS,
+            num_warps=4,
         )  # fmt: skip
-    return counts, indices
+    return kept, readers

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .recording import Recorder
 
+_UNKNOWN = object()
 FORMS = 1024  # how many are kept for an op; the oldest goes first
 ALIGNMENT = 256  # bytes, of a piece of the workspace
 
@@ -102,7 +103,7 @@ def _form(arguments: Sequence[Any]) -> tuple[tuple[Any, ...], list[Tensor], list
     for x in arguments:
         if isinstance(x, Tensor):
             address = x.data_ptr()
-            form += (x.dtype, x.shape, x.stride(), address & 15)
+            form += (x.dtype, x.shape, x.stride(), address & 15, x.get_device())
             tensors.append(x)
             addresses.append(address)
         else:
@@ -114,25 +115,22 @@ def _form(arguments: Sequence[Any]) -> tuple[tuple[Any, ...], list[Tensor], list
 
 def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function``, a kernel of an op on tensors of a GPU, which replays calls of a form that it has met."""
-    tapes: dict[Any, _Tape | None] = {}
+    tapes: dict[Any, Any] = {}  # a tape, or None for a form that cannot be replayed
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
         form, tensors, addresses = _form(arguments)
-        device = tensors[0].device
-        key = (device.index, form)
-        if key not in tapes:
-            result, tape = _record(function, arguments, tensors)
-            if len(tapes) >= FORMS:
+        tape = tapes.get(form, _UNKNOWN)
+        if tape is _UNKNOWN:
+            result, tapes[form] = _record(function, arguments, tensors)
+            if len(tapes) > FORMS:
                 tapes.pop(next(iter(tapes)), None)
-            tapes[key] = tape
             return result
-        tape = tapes.get(key)
         if tape is None:
             return function(*arguments)
-        if torch._C._cuda_getDevice() == device.index:
+        if torch._C._cuda_getDevice() == tape.device.index:
             return tape.run(addresses)
-        with torch.cuda.device(device):
+        with torch.cuda.device(tape.device):
             return tape.run(addresses)
 
     return call

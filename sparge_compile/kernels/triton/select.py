@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...keeping import OF_GRAPH, WIDTH, beside_longest
 from .. import allocate, launch, rule
-from ..block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap
+from ..block_map import KEY_BLOCK, QUERY_BLOCK, WORD_BITS, BlockMap
 from ..how import How
 from . import recording
 from .pool import pool, pool_mask
@@ -87,14 +87,24 @@ def _holds(block, ROWS: tl.constexpr, start, stop):
 
 
 @triton.jit
+def _store_words(bits_ptr, word, b, h, i, heads, rows, words, N_WORDS: tl.constexpr):
+    """The words of one row, and zeros in the room for one or two more."""
+    row_ptr = bits_ptr + ((b * heads + h) * rows + i) * words
+    lane = tl.arange(0, N_WORDS)
+    tl.store(row_ptr + lane, word, mask=lane < words)
+    spare = N_WORDS + tl.arange(0, 2)
+    tl.store(row_ptr + spare, tl.zeros([2], tl.int32), mask=spare < words)
+
+
+@triton.jit
 def _select_kernel(
     thresholds_ptr, bias_ptr, cut_ptr, q_starts_ptr, k_starts_ptr,
-    counts_ptr, indices_ptr, counter_ptr,
+    counts_ptr, indices_ptr, counter_ptr, bits_ptr,
     thresholds_stride_h, thresholds_stride_t, bias_stride_b, bias_stride_h, bias_stride_i,
-    heads, length, keys, n_query, n_key, found_start, found_stop,
+    batch, heads, length, keys, n_query, n_key, found_start, found_stop, bit_batch, bit_rows, bit_words,
     N_PAD: tl.constexpr, QUERY_ROWS: tl.constexpr, KEY_ROWS: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr,
     HAS_MASK: tl.constexpr, ANCHOR: tl.constexpr, CEIL_SLACK: tl.constexpr, LINEAR_STEPS: tl.constexpr,
-    KEEPS: tl.constexpr, OF_GRAPH: tl.constexpr,
+    KEEPS: tl.constexpr, OF_GRAPH: tl.constexpr, WORD_SIZE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # of [B, H, Nq]
     if counter_ptr is not None:  # noqa: SIM102  (a constant and a number)
@@ -188,13 +198,35 @@ def _select_kernel(
     place = tl.cumsum(kept.to(tl.int32), 0) - 1
     tl.store(row_ptr + place, j, mask=kept)
     tl.store(counts_ptr + row, tl.sum(kept.to(tl.int32), 0))
+    if bits_ptr is not None:
+        value = kept.to(tl.int32) << (j & (WORD_SIZE - 1))
+        word = tl.sum(tl.reshape(value, [N_PAD // WORD_SIZE, WORD_SIZE]), 1)  # every bit comes once: a sum is an or
+        _store_words(bits_ptr, word, b, h, i, heads, bit_rows, bit_words, N_WORDS=N_PAD // WORD_SIZE)
+        # Zeros in the room to spare: of rows, and of sequences.
+        if i == n_query - 1:
+            for extra in range(n_query, bit_rows):
+                _store_words(bits_ptr, word * 0, b, h, extra, heads, bit_rows, bit_words, N_WORDS=N_PAD // WORD_SIZE)
+        if b == batch - 1:
+            for extra_b in range(batch, bit_batch):
+                for extra in range(i, tl.where(i == n_query - 1, bit_rows, i + 1)):
+                    _store_words(
+                        bits_ptr, word * 0, extra_b, h, extra, heads, bit_rows, bit_words, N_WORDS=N_PAD // WORD_SIZE
+                    )
 
 
-def block_map(query: Tensor, key: Tensor, thresholds: Tensor, *how: Any, counter: Tensor | None = None) -> BlockMap:
+def block_map(
+    query: Tensor,
+    key: Tensor,
+    thresholds: Tensor,
+    *how: Any,
+    counter: Tensor | None = None,
+    bits: Tensor | None = None,
+) -> BlockMap:
     """The block map of query [B, H, L, D] over key [B, Hk, S, D], by the rule (rule.py).
 
     ``thresholds`` is float32 [H, 2 or 6] on the query's device; ``how`` are the fields of a :class:`How`.
-    ``counter`` is set to 0 on the way.
+    On the way ``counter`` is set to 0, and the map's bits are written to ``bits``, contiguous int32 with at most two
+    rows and words to spare, where zeros go.
     """
     given = How(*how)
     attn_mask, is_causal, scale, *_ = given
@@ -202,6 +234,7 @@ def block_map(query: Tensor, key: Tensor, thresholds: Tensor, *how: Any, counter
     result = allocate.new_block_map(query, key, given)
     batch, heads, n_query, n_key = result.indices.shape
     if result.indices.numel() == 0:
+        _ = bits is None or bits.zero_()
         return BlockMap(result.counts.zero_(), result.indices)
     bias, cut, counted = None, None, rule.Counted(None, None)
     if attn_mask is not None:
@@ -209,7 +242,8 @@ def block_map(query: Tensor, key: Tensor, thresholds: Tensor, *how: Any, counter
         bias, cut, counted = pool_mask(rule.without_copies(attn_mask), length, is_causal, diagonal)
     q_mean, k_mean = pool(query, key, counted, given)
     row_tiles, key_tiles = triton.cdiv(n_query, SCORE_ROWS), triton.cdiv(n_key, SCORE_KEYS)
-    n_pad = triton.next_power_of_2(n_key)
+    n_pad = max(WORD_BITS, triton.next_power_of_2(n_key))
+    bit_batch, _, bit_rows, bit_words = (0, 0, 0, 0) if bits is None else bits.shape
     found_start, found_stop = beside_longest(given.parts)
     with torch.cuda.device_of(query):
         recording.launch(
@@ -224,17 +258,18 @@ def block_map(query: Tensor, key: Tensor, thresholds: Tensor, *how: Any, counter
         recording.launch(
             _select_kernel, (batch * heads * n_query,),
             thresholds_ptr=thresholds, bias_ptr=bias, cut_ptr=None if cut is None else cut.view(torch.uint8),
-            counts_ptr=result.counts, indices_ptr=result.indices, counter_ptr=counter,
+            counts_ptr=result.counts, indices_ptr=result.indices, counter_ptr=counter, bits_ptr=bits,
             thresholds_stride_h=thresholds.stride(0), thresholds_stride_t=thresholds.stride(1),
             bias_stride_b=0 if bias is None or bias.shape[0] == 1 else bias.stride(0),
             bias_stride_h=0 if bias is None or bias.shape[1] == 1 else bias.stride(1),
             bias_stride_i=0 if bias is None or bias.shape[2] == 1 else bias.stride(2),
-            heads=heads, length=length, keys=keys, n_query=n_query, n_key=n_key,
+            batch=batch, heads=heads, length=length, keys=keys, n_query=n_query, n_key=n_key,
             found_start=found_start, found_stop=found_stop,
+            bit_batch=bit_batch, bit_rows=bit_rows, bit_words=bit_words,
             N_PAD=n_pad, QUERY_ROWS=QUERY_BLOCK, KEY_ROWS=KEY_BLOCK,
             HAS_MASK=bias is not None, ANCHOR=rule.needs_anchor(attn_mask, is_causal), **how_arguments(given),
             CEIL_SLACK=rule.CEIL_SLACK, LINEAR_STEPS=LINEAR_STEPS,
-            KEEPS=thresholds.shape[1] == WIDTH, OF_GRAPH=OF_GRAPH,
+            KEEPS=thresholds.shape[1] == WIDTH, OF_GRAPH=OF_GRAPH, WORD_SIZE=WORD_BITS,
             num_warps=launch.select_warps(n_pad), num_stages=1,
             enable_fp_fusion=False,  # topk * n - slack must round as torch does, before the ceiling
         )  # fmt: skip

@@ -1,0 +1,68 @@
+"""Inductor's code calls our kernels themselves, unless somebody waits for the op."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._inductor.utils import run_and_get_code
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sparge_compile import lowering, ops
+
+OPTIONS = {"topk": 0.5, "min_seq_len": 0}
+
+
+class Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def call() -> Any:
+    return ops._directly(lambda *given: "op", lambda *given: "kernel")(SimpleNamespace(is_cuda=True), 1)
+
+
+def test_the_kernel_is_called_where_nobody_waits_for_the_op():
+    with torch.no_grad():
+        assert call() == "kernel"
+    assert call() == "op"  # a gradient may be wanted
+
+
+def test_a_mode_and_a_profiler_see_the_op():
+    with torch.no_grad():
+        with Mode():
+            assert call() == "op"
+        with torch.profiler.profile():
+            assert call() == "op"
+        assert call() == "kernel"
+
+
+def test_a_cpu_has_no_direct_kernel():
+    q, thresholds = torch.randn(1, 2, 256, 8), torch.tensor([[0.5, 0.0]] * 2)
+    arguments = (q, q, q, thresholds, None, False, 0.25)
+    with torch.no_grad():
+        assert torch.equal(torch.ops.sparge.attend.direct(*arguments), torch.ops.sparge.attend(*arguments))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_code_of_inductor_names_the_kernels(training: bool):
+    def attend(q, k, v):
+        return F.scaled_dot_product_attention(q * 2, k, v)
+
+    inputs = [torch.randn(1, 2, 256, 8, requires_grad=training) for _ in range(3)]
+    compiled = torch.compile(attend, backend="sparge", options=OPTIONS)
+    run = (lambda: compiled(*inputs).sum().backward()) if training else (lambda: compiled(*inputs))
+    _, code = run_and_get_code(run)
+    names = ("attend_for_backward", "backward") if training else ("attend",)
+    assert all(f" torch.ops.sparge.{name}.direct(" in "".join(code) for name in names)
+    assert not any(f" torch.ops.sparge.{name}.default(" in "".join(code) for name in names)
+
+
+def test_other_insides_of_inductor_leave_the_ops(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    monkeypatch.delattr("torch._inductor.lowering.tag_to_layout_constraint")
+    with caplog.at_level("INFO", "sparge_compile"):
+        lowering.call_directly.__wrapped__()
+    assert "through the dispatcher" in caplog.text
