@@ -27,6 +27,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from sparge_compile.kernels import launch
 from sparge_compile.kernels import triton as face
+from sparge_compile.kernels.block_map import KEY_BLOCK, ceil_div
 from sparge_compile.kernels.how import How
 
 KINDS = {"cuda": 32, "hip": 64}  # threads of a warp
@@ -91,6 +92,9 @@ def main(name: str, head_sizes: list[tuple[int, int]], dtypes: list[torch.dtype]
                 if kind == "packed":
                     starts = [torch.tensor([0, n // 3, n], dtype=torch.int32) for n in (L, S)]
                     how = How(*how[:3], True, *starts, L, S)
+                if kind == "order":
+                    sizes = (torch.full((ceil_div(n, KEY_BLOCK),), 60, dtype=torch.int32) for n in (L, S))
+                    how = How(*how[:3], **dict(zip(("sizes_q", "sizes_k"), sizes, strict=True)))
                 counts, indices = face.block_map(q, k, torch.ones(H, 2, device=device), *how)
                 # lists of whole blocks, since no kernel ran
                 indices.copy_(torch.arange(indices.shape[-1]).expand_as(indices))

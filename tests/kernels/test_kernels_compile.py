@@ -25,7 +25,7 @@ SHARED_MEMORY = {
 }
 # Bytes that a thread may spill: most where launches were not measured. A mask with rows needs pointers: the forward of
 # 128 rows spills them on Hopper, and was slower with 8 warps, which spill nothing (H200: 1.37 ms, not 1.21).
-STACK = {"none": 400, "causal": 400, "mask": 1536, "packed": 400}
+STACK = {"none": 400, "causal": 400, "mask": 1536, "packed": 400, "order": 400}
 KERNELS = {"pool", "score", "select", "forward", "pack", "delta", "unpack", "dq", "invert", "dkv"}
 
 
@@ -60,7 +60,7 @@ def test_kernels_fit_into_a_gpu_with_little_shared_memory(tmp_path):
 def test_kernels_fit_into_every_gpu(target, head_size, tmp_path):
     if target.startswith("hip"):
         pytest.importorskip("triton.backends.amd")
-    check_fits(target, head_size, "bfloat16", "none,causal,mask,packed", tmp_path)
+    check_fits(target, head_size, "bfloat16", "none,causal,mask,packed,order", tmp_path)
 
 
 @pytest.mark.slow

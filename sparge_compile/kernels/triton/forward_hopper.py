@@ -443,6 +443,7 @@ def takes(q: Tensor, k: Tensor, v: Tensor, out: Tensor, how: How) -> bool:
     """Whether :func:`forward` computes this call: 16 bits, one head size of 33 to 128, no mask, memory for TMA."""
     return (
         how.attn_mask is None
+        and not how.ordered
         and how.scale > 0  # a scaled maximum is the maximum of scaled scores
         and launch.pad_head(q.shape[3]) in STAGES
         and q.shape[3] == v.shape[3]

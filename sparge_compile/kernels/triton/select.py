@@ -21,7 +21,7 @@ from ..block_map import KEY_BLOCK, QUERY_BLOCK, WORD_BITS, BlockMap
 from ..how import How
 from . import recording
 from .pool import pool, pool_mask
-from .tiles import diagonal_of, how_arguments, sequence
+from .tiles import diagonal_of, holds_token, how_arguments, sequence
 
 SCORE_ROWS, SCORE_KEYS, SCORE_DEPTH = 64, 64, 16  # the tile of a score program, and its step along D
 LINEAR_STEPS = 16  # halvings of scores, before halvings of their images
@@ -98,7 +98,7 @@ def _store_words(bits_ptr, word, b, h, i, heads, rows, words, N_WORDS: tl.conste
 
 @triton.jit
 def _select_kernel(
-    thresholds_ptr, bias_ptr, cut_ptr, q_starts_ptr, k_starts_ptr,
+    thresholds_ptr, bias_ptr, cut_ptr, q_starts_ptr, k_starts_ptr, q_sizes_ptr, k_sizes_ptr,
     counts_ptr, indices_ptr, counter_ptr, bits_ptr,
     thresholds_stride_h, thresholds_stride_t, bias_stride_b, bias_stride_h, bias_stride_i,
     batch, heads, length, keys, n_query, n_key, found_start, found_stop, bit_batch, bit_rows, bit_words,
@@ -118,6 +118,11 @@ def _select_kernel(
     # Visibility.
     visible = j < n_key
     forced = j < 0  # none
+    if k_sizes_ptr is not None:  # blocks without tokens
+        visible = visible & (tl.load(k_sizes_ptr + j, mask=j < n_key, other=0) > 0)
+    if q_sizes_ptr is not None:
+        first_row = i * QUERY_ROWS + tl.arange(0, QUERY_ROWS // KEY_ROWS) * KEY_ROWS  # of each run
+        visible = visible & (tl.max(holds_token(q_sizes_ptr, first_row, length).to(tl.int32), 0) > 0)
     if PACKED:
         _, length = sequence(q_starts_ptr, b, length, PACKED=PACKED)
         _, keys = sequence(k_starts_ptr, b, keys, PACKED=PACKED)
@@ -239,7 +244,7 @@ def block_map(
     bias, cut, counted = None, None, rule.Counted(None, None)
     if attn_mask is not None:
         diagonal = given.diagonal(length, keys)
-        bias, cut, counted = pool_mask(rule.without_copies(attn_mask), length, is_causal, diagonal)
+        bias, cut, counted = pool_mask(rule.without_copies(attn_mask), length, given, diagonal)
     q_mean, k_mean = pool(query, key, counted, given)
     row_tiles, key_tiles = triton.cdiv(n_query, SCORE_ROWS), triton.cdiv(n_key, SCORE_KEYS)
     n_pad = max(WORD_BITS, triton.next_power_of_2(n_key))
