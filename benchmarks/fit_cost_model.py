@@ -1,12 +1,13 @@
-"""Measures dense and sparse attention on this device and fits the coefficients of sparge_compile/cost.py.
+"""Measures dense and sparse attention on this device and fits the tables of sparge_compile/cost_table.py.
 
     dense  = dense_base  + dense_pair · pairs · D
     sparse = sparse_base + pool · B (H L + Hk S) D + select · B H Nq Nk + sparse_pair · density · pairs · D
 
-in seconds of one forward, with pairs = B H L S, half of it when causal. The map and the attention are measured and
-fitted apart and then added, so that the small map does not drown in the attention's noise. Relative errors are fitted.
+in seconds of one forward, and of one forward with its backward, with pairs = B H L S, half of it when causal. A GPU's
+times are its own, of calls queued in a CUDA graph. Relative errors are fitted. The host's times are those of host.py.
 
-    python benchmarks/fit_cost_model.py --device cuda
+    python benchmarks/fit_cost_model.py                         # a GPU: under five minutes; prints what to paste
+    python benchmarks/fit_cost_model.py --device cpu --tiny     # that everything runs
 """
 
 from __future__ import annotations
@@ -14,21 +15,41 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import harness
+import host
 import numpy as np
+import rivals
 import torch
-import torch.nn.functional as F
 
+from sparge_compile.cost_table import Six
+from sparge_compile.host import time_dense_call
 from sparge_compile.kernels.block_map import KEY_BLOCK, QUERY_BLOCK, ceil_div, visible_blocks
 from sparge_compile.passes.decide import MARGIN
 
-LENGTHS = {"cuda": (1024, 2048, 4096, 8192, 16384, 32768, 65536), "cpu": (512, 1024, 2048, 4096, 8192)}
-HEADS = {"cuda": (1, 8, 32), "cpu": (1, 4, 8)}
-MOST_FLOPS = {"cuda": 6e13, "cpu": 4e10}  # of one dense call: some 0.1 s and 0.4 s
-DENSITIES = (0.05, 0.2, 0.5)
+# What is measured for each entry of a table, the most wanted first: dtype, head sizes, and whether all shapes are.
+KINDS = {
+    "cuda": {
+        ("half", 128): (torch.bfloat16, (128,), True),
+        ("half", 64): (torch.bfloat16, (64,), True),
+        ("half", 256): (torch.bfloat16, (256,), False),
+        ("float32", 64): (torch.float32, (64,), False),
+        ("float32", 128): (torch.float32, (128,), False),
+    },
+    "cpu": {("float32", 128): (torch.float32, (64, 128), True)},
+}
+LENGTHS = {"cuda": (1024, 1536, 2048, 3072, 4096, 6144, 8192, 16384, 32768), "cpu": (1024, 2048, 4096)}
+HEADS = {"cuda": (10, 24), "cpu": (1, 4)}
+MOST_FLOPS = {  # of one dense forward: some 25 ms of a GPU, 0.4 s of a CPU
+    ("cuda", "half"): 1.4e13,
+    ("cuda", "float32"): 1e12,
+    ("cpu", "float32"): 2e10,
+}
+DENSITIES = {"forward": (0.05, 0.25, 0.5, 0.8), "step": (0.1, 0.3, 0.8)}
+TITLES = {"forward": "forward", "step": "forward + backward"}
 
 
 class Shape(NamedTuple):
@@ -54,54 +75,51 @@ class Shape(NamedTuple):
 
 class Sample(NamedTuple):
     shape: Shape
+    what: str  # "forward" or "step"
     density: float
     dense: float  # seconds
-    map: float
-    forward: float
+    sparse: float
 
 
-def shapes(device: str) -> Iterator[Shape]:
-    for length, heads, head_size in itertools.product(LENGTHS[device], HEADS[device], (64, 128)):
-        yield Shape(heads, heads, length, length, head_size)
-        if heads > 1 and head_size == 64:
-            yield Shape(heads, heads, length, length, head_size, is_causal=True)
-            yield Shape(heads, heads // 4, length, length // 4, head_size)
-            yield Shape(heads, heads, length // 4, length, head_size)
+def shapes(device: str, head_size: int, is_whole: bool) -> Iterator[Shape]:
+    """Self-attention; where all shapes are wanted, causal, grouped and cross-attention too."""
+    for length, heads in itertools.product(LENGTHS[device], HEADS[device]):
+        if is_whole or (length >= 2048 and heads > 10):
+            yield Shape(heads, heads, length, length, head_size)
+    for length in LENGTHS[device][::2] if is_whole else ():
+        heads = HEADS[device][-1]
+        yield Shape(heads, max(1, heads // 4), length, length, head_size, is_causal=True)
+        if length >= 4096:
+            yield Shape(heads, heads, length, length // 4, head_size)
 
 
-def samples(shape: Shape, device: torch.device, dtype: torch.dtype) -> list[Sample]:
-    ours, scale = harness.kernels(device), shape.head_size**-0.5
-    q = harness.smooth(1, shape.heads, shape.length, shape.head_size, dtype, device)
-    k, v = (harness.smooth(1, shape.kv_heads, shape.keys, shape.head_size, dtype, device) for _ in range(2))
-    gqa = shape.heads != shape.kv_heads
-    calls = {"dense": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=shape.is_causal, enable_gqa=gqa)}
+def samples(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
+    """The fastest dense attention, and sparse attention at each density: forward, then forward and backward."""
+    ours = harness.kernels(device)
+    sizes = [(shape.heads, shape.length), *[(shape.kv_heads, shape.keys)] * 2]
+    q, k, v = (rivals.projected(harness.smooth(1, *size, shape.head_size, dtype, device)) for size in sizes)
     n_query, n_key = ceil_div(shape.length, QUERY_BLOCK), ceil_div(shape.keys, KEY_BLOCK)
     visible = int(visible_blocks(n_query, n_key, shape.length, shape.is_causal, torch.device("cpu")).sum())
-    options, reached = (None, shape.is_causal, scale), {}
-    for density in DENSITIES:
-        thresholds = torch.tensor([[density, 0.0]] * shape.heads, device=device)
-        block_map = ours.block_map(q, k, thresholds, *options)
-        reached[density] = harness.density(block_map, visible)
-        calls["map"] = lambda thresholds=thresholds: ours.block_map(q, k, thresholds, *options)
-        calls[f"{density}"] = lambda block_map=block_map: ours.forward(q, k, v, *block_map, *options)
+    for what, densities in DENSITIES.items():
+        dense = rivals.dense_calls(q, k, v, shape.is_causal, what)
+        calls: dict[str, Callable[[], object]] = {**dense}
+        reached = {}
+        for density in densities:
+            thresholds = torch.tensor([[density, 0.0]] * shape.heads, device=device)
+            block_map = ours.block_map(q, k, thresholds, None, shape.is_causal, shape.head_size**-0.5)
+            reached[f"{density}"] = harness.density(block_map, visible)
+            calls[f"{density}"] = rivals.sparse_call(q, k, v, thresholds, shape.is_causal, what)
+        times = seconds_each(calls, device)
+        best = min(times[name] for name in dense)
+        for name, density in reached.items():
+            yield Sample(shape, what, density, best, times[name])
+
+
+def seconds_each(calls: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
     if device.type == "cuda":
-        calls = {name: captured(call) for name, call in calls.items()}
+        return {name: rivals.queued_seconds(call, device) for name, call in calls.items()}
     # A fit compares times of different minutes: on a CPU, the least of the runs is the least disturbed.
-    times = harness.seconds_each(calls, device, budget=0.05 if device.type == "cuda" else 0.15, pick=min)
-    return [Sample(shape, reached[d], times["dense"], times["map"], times[f"{d}"]) for d in DENSITIES]
-
-
-def captured(call):
-    """The call's kernels as a CUDA graph, so that the host's launch cost is not in the time."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+    return harness.seconds_each(calls, device, budget=0.05, pick=min)
 
 
 def fit(columns: np.ndarray, times: np.ndarray) -> np.ndarray:
@@ -121,56 +139,89 @@ def fit(columns: np.ndarray, times: np.ndarray) -> np.ndarray:
     return best
 
 
-def fit_all(found: list[Sample]) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
-    """Coefficients by name, and what the form predicts for dense and for map + forward."""
+def fit_six(found: Sequence[Sample]) -> tuple[Six, np.ndarray, np.ndarray]:
+    """The coefficients in the table's order, and what the forms predict for dense and for sparse attention."""
     one = np.ones(len(found))
     pair = np.array([s.shape.pairs * s.shape.head_size for s in found])
     pool, select = (np.array([getattr(s.shape, name) for s in found], float) for name in ("pool", "select"))
     share = np.array([s.density for s in found])
-    dense, maps, forward = (np.array([getattr(s, name) for s in found]) for name in ("dense", "map", "forward"))
-
-    columns_dense = np.stack([one, pair], 1)
-    columns_map = np.stack([one, pool, select], 1)
-    columns_forward = np.stack([one, pool, share * pair], 1)
-    d, m, f = fit(columns_dense, dense), fit(columns_map, maps), fit(columns_forward, forward)
-    named = {"dense_base": d[0], "dense_pair": d[1], "sparse_base": m[0] + f[0], "pool": m[1] + f[1]}
-    named |= {"select": m[2], "sparse_pair": f[2]}
-    return {k: float(f"{v:.4g}") for k, v in named.items()}, columns_dense @ d, columns_map @ m + columns_forward @ f
+    dense, sparse = (np.array([getattr(s, name) for s in found]) for name in ("dense", "sparse"))
+    columns, more = np.stack([one, pair], 1), np.stack([one, pool, select, share * pair], 1)
+    d, s = fit(columns, dense), fit(more, sparse)
+    return tuple(float(f"{x:.3e}") for x in (*d, *s)), columns @ d, more @ s  # type: ignore[return-value]
 
 
-def report(found: list[Sample]) -> None:
-    coefficients, dense, sparse = fit_all(found)
-    print(coefficients)
-    for name, predicted, measured in (
-        ("dense", dense, [s.dense for s in found]),
-        ("map + forward", sparse, [s.map + s.forward for s in found]),
-    ):
-        errors = [abs(p / t - 1) for p, t in zip(predicted, measured, strict=True)]
-        worst = found[int(np.argmax(errors))]
-        print(
-            f"{name}: relative error median {statistics.median(errors):.1%}, worst {max(errors):.0%} at {worst.shape}"
+def report(kind: tuple[str, int], found: Sequence[Sample]) -> None:
+    """Print an entry of the table, and how well it predicts and decides what was measured."""
+    sixes = []
+    for what, title in TITLES.items():
+        some = [s for s in found if s.what == what]
+        six, *predicted = fit_six(some)
+        sixes.append(six)
+        for name, guess, measured in zip(
+            ("dense", "sparse"), predicted, ([s.dense for s in some], [s.sparse for s in some]), strict=True
+        ):
+            errors = [abs(p / t - 1) for p, t in zip(guess, measured, strict=True)]
+            worst = some[int(np.argmax(errors))]
+            print(
+                f"# {title}, {name}: relative error median {statistics.median(errors):.1%}, worst {max(errors):.0%} at "
+                f"{tuple(worst.shape)}, density {worst.density:.2f}"
+            )
+        chosen = [d >= MARGIN * s for d, s in zip(*predicted, strict=True)]
+        lost = sorted(
+            s.dense / s.sparse for s, is_sparse in zip(some, chosen, strict=True) if is_sparse and s.dense < s.sparse
         )
-    gain = [s.dense / (s.map + s.forward) for s in found]
-    wrong = sorted(g for g, d, s in zip(gain, dense, sparse, strict=True) if (d >= MARGIN * s) != (g >= 1))
-    gains = ", ".join(f"{g:.2f}x" for g in wrong)
-    print(f"decided wrongly: {len(wrong)} of {len(found)} (their speed-ups over dense: {gains or '–'})")
+        missed = sorted(
+            s.dense / s.sparse
+            for s, is_sparse in zip(some, chosen, strict=True)
+            if not is_sparse and s.dense > 1.2 * s.sparse
+        )
+        for title_of, gains in (("sparse, and slower", lost), ("dense, though more than 1.2x", missed)):
+            print(f"#   decided {title_of}: {len(gains)} of {len(some)} {[f'{g:.2f}' for g in gains]}")
+    print(f'        ("{kind[0]}", {kind[1]}): (')
+    for six in sixes:
+        print(f"            ({', '.join(f'{x:g}' for x in six)}),")
+    print("        ),", flush=True)
+
+
+def report_host(device: torch.device) -> None:
+    """Print the host's times: eager and compiled, a forward and a forward with its backward, dense and sparse."""
+    print(f"REFERENCE = {time_dense_call(device):.2e}")
+    rows = {name: (dense / 1e6, sparse / 1e6) for name, dense, sparse in host.host_rows(device.type)}
+    for launched in ("compiled", "eager"):
+        pairs = (rows[f"{launched}, inference"], rows[f"{launched}, training"])
+        print(f'    "{launched}": ({", ".join("({:.1e}, {:.1e})".format(*pair) for pair in pairs)}),', flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     harness.add_arguments(parser)
+    parser.add_argument("--tiny", action="store_true", help="the shortest sequences alone, to see that everything runs")
+    parser.add_argument("--seconds", type=float, default=210, help="no other kind is begun after this time (210)")
+    parser.add_argument("--no-host", action="store_true", help="leave the host's times out")
     parser.add_argument("--csv", help="write the samples to this file")
     args = parser.parse_args()
-    device, dtype = harness.start(args)
+    start = time.perf_counter()
+    device, _ = harness.start(args)
     torch.manual_seed(0)
-    found: list[Sample] = []
-    for shape in shapes(device.type):
-        if 4 * shape.pairs * shape.head_size <= MOST_FLOPS[device.type]:
-            found += samples(shape, device, dtype)
-    print(f"{len(found)} samples of {dtype}")
-    report(found)
-    if args.csv:
-        harness.write_csv(args.csv, [s.shape._asdict() | s._replace(shape=None)._asdict() for s in found])
+    if device.type == "cuda" and not args.no_host:
+        report_host(device)
+    rows: list[dict[str, object]] = []
+    for kind, (dtype, head_sizes, is_whole) in KINDS[device.type].items():
+        if time.perf_counter() - start > args.seconds:
+            print(f"# {kind}: not measured, since {args.seconds:.0f} s are over")
+            continue
+        found: list[Sample] = []
+        for shape in itertools.chain(*(shapes(device.type, size, is_whole) for size in head_sizes)):
+            small = 4 * shape.pairs * shape.head_size <= MOST_FLOPS[device.type, kind[0]]
+            if small and not (args.tiny and shape.length > 2048):
+                found += samples(shape, device, dtype)
+        print(f"# {kind}: {len(found)} samples, at {time.perf_counter() - start:.0f} s")
+        report(kind, found)
+        rows += [{"dtype": str(dtype), **s.shape._asdict(), **s._replace(shape=None)._asdict()} for s in found]
+        if args.csv:
+            harness.write_csv(args.csv, rows)
+    print(f"# {time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":

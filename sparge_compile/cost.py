@@ -1,22 +1,29 @@
 """The cost model: seconds of dense and of sparse attention, in closed form over shapes.
 
 Sizes may be ints or sympy expressions; block counts are taken as L / 128 and S / 64, so that the forms stay smooth.
-Coefficients are fitted by ``benchmarks/fit_cost_model.py``, one set for each class of device.
+Coefficients stand in ``cost_table.py``: the GPU's by device, dtype and head size, the host's by who launches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import sympy
 import torch
 
+from .cost_table import GPU, HOST
 from .errors import value_error
+from .host import slowness
 from .kernels.block_map import KEY_BLOCK, QUERY_BLOCK
+from .kernels.launch import pad_head, pad_heads
 from .limit import Limit
 from .report import Prediction
+
+_DIAGONAL = QUERY_BLOCK / 2  # keys of the diagonal for a query, for what is pooled of both
+
+_OPTIONAL = ("dense_host", "sparse_host", "training")
 
 
 @dataclass(frozen=True)
@@ -40,12 +47,15 @@ class Shape:
 
 @dataclass(frozen=True)
 class CostModel:
-    """Seconds for one forward.
+    """Seconds of the GPU for one forward, of the host to launch it, and both for a forward with its backward.
 
     dense  = dense_base + dense_pair · pairs · (D + Dv) / 2
     sparse = sparse_base + pool · B (H L + Hk S) D + select · B H Nq Nk + sparse_pair · density · pairs · (D + Dv) / 2
 
-    with pairs = B H L S (half of it under a causal mask).
+    with pairs = B H L S. Under a causal mask it is half of that, and the blocks on the diagonal, of as many keys as
+    queries, add 64 · sparse_pair · (1 - density) · B (H L + Hk S) D. A call takes the longer of the GPU's time and the
+    host's.
+    ``training`` has the same for a forward with its backward; None: what holds for a forward holds for both.
     """
 
     dense_base: float
@@ -54,9 +64,14 @@ class CostModel:
     pool: float
     select: float
     sparse_pair: float
+    dense_host: float = 0.0
+    sparse_host: float = 0.0
+    training: CostModel | None = None
 
     def __post_init__(self) -> None:
-        for f in fields(self):
+        if isinstance(self.training, Mapping):
+            object.__setattr__(self, "training", CostModel.parse(self.training))
+        for f in fields(self)[:-1]:
             value = getattr(self, f.name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
                 raise value_error(
@@ -67,51 +82,62 @@ class CostModel:
                 )
 
     @classmethod
-    def parse(cls, coefficients: Mapping[str, float] | CostModel) -> CostModel:
-        """Return a model from a complete set of coefficients by name, in seconds.
+    def parse(cls, coefficients: Mapping[str, Any] | CostModel) -> CostModel:
+        """Return a model from coefficients by name, in seconds: the six of the GPU, and what else there is.
 
         Raises:
-            ValueError: another set of names, or a coefficient that is negative or no number.
+            ValueError: a name that is missing or unknown, or a coefficient that is negative or no number.
         """
         if isinstance(coefficients, cls):
             return coefficients
-        known = {f.name for f in fields(cls)}
-        if not isinstance(coefficients, Mapping) or set(coefficients) != known:
+        needed = {f.name for f in fields(cls)}.difference(_OPTIONAL)
+        if not isinstance(coefficients, Mapping) or not needed <= set(coefficients) <= needed.union(_OPTIONAL):
             raise value_error(
                 "option 'costs' is not a set of cost coefficients",
                 given=repr(coefficients)[:80],
-                allowed=f"a dict with {', '.join(sorted(known))}, in seconds",
+                allowed=f"a dict with {', '.join(sorted(needed))}, in seconds, and perhaps {', '.join(_OPTIONAL)}",
                 todo="benchmarks/fit_cost_model.py prints one for your device.",
             )
         return cls(**coefficients)
 
+    def of(self, trains: bool) -> CostModel:
+        """Return the coefficients of a forward with its backward where attention is trained, else of a forward."""
+        return self.training if trains and self.training is not None else self
+
     def dense(self, s: Shape) -> Any:
-        """Return the seconds of dense attention: a number, or a sympy expression for symbolic sizes."""
+        """Return the GPU's seconds of dense attention: a number, or a sympy expression for symbolic sizes."""
         return self.dense_base + self.dense_pair * _products(s)
 
     def sparse(self, s: Shape, density: Any) -> Any:
-        """Return the seconds of sparse attention that keeps this share of the visible blocks; as :meth:`dense`."""
+        """Return those of sparse attention that keeps this share of the visible blocks; as :meth:`dense`."""
         pooled = s.batch * (s.heads * s.length + s.kv_heads * s.keys) * s.head_size
         scored = s.batch * s.heads * (s.length / QUERY_BLOCK) * (s.keys / KEY_BLOCK)
-        kept = density * _products(s)
+        kept = density * _products(s) + (1 - density) * _DIAGONAL * s.is_causal * pooled
         return self.sparse_base + self.pool * pooled + self.select * scored + self.sparse_pair * kept
 
     def limit(self, least_keys: int, density: float, margin: float, is_causal: bool) -> Limit:
-        """Return from which sizes on: ``least_keys`` keys, and ``dense`` at least ``margin`` times ``sparse``."""
-        pairs = 0.5 if is_causal else 1.0
-        return Limit(
-            least_keys,
-            (
-                self.dense_base - margin * self.sparse_base,
-                pairs * (self.dense_pair - margin * density * self.sparse_pair),
-                -margin * self.pool,
-                -margin * self.select / (QUERY_BLOCK * KEY_BLOCK),
-            ),
-        )
+        """Return from which sizes on sparse attention is ``margin`` times as fast, with ``least_keys`` keys or more.
 
-    def predict(self, s: Shape, density: float) -> Prediction:
-        """Return both, in seconds, for sizes that are numbers."""
-        return Prediction(float(self.dense(s)), float(self.sparse(s, density)), density)
+        Sparse attention must win by its time on the GPU, as beside other work; and the host's for it, unless dense
+        attention takes the host as long, must be less than what dense attention takes the GPU, as alone in a queue.
+        """
+        multiplied = self.dense_pair * (0.5 if is_causal else 1.0)
+        kept = density * self.sparse_pair * (0.5 if is_causal else 1.0)
+        diagonal = self.sparse_pair * (1 - density) * _DIAGONAL * is_causal
+        gain = [
+            self.dense_base - margin * self.sparse_base,
+            multiplied - margin * kept,
+            -margin * (self.pool + diagonal),
+            -margin * self.select / (QUERY_BLOCK * KEY_BLOCK),
+        ]
+        if margin * self.sparse_host > self.dense_host:
+            gain += [self.dense_base - margin * self.sparse_host, multiplied, 0.0, 0.0]
+        return Limit(least_keys, tuple(gain))
+
+    def predict(self, s: Shape, density: float, trains: bool = False) -> Prediction:
+        """Return all of it, in seconds, for sizes that are numbers."""
+        c = self.of(trains)
+        return Prediction(float(c.dense(s)), float(c.sparse(s, density)), density, c.dense_host, c.sparse_host, trains)
 
 
 def _products(s: Shape) -> Any:
@@ -127,26 +153,29 @@ def device_class(device: torch.device) -> str:
     return device.type
 
 
-def cost_model(device: torch.device) -> CostModel:
-    """Return the coefficients of a device's class; an unmeasured GPU is taken to be like the measured one."""
-    return COST_MODELS.get(device_class(device), COST_MODELS["sm90"])
+def cost_model(
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    head_size: int = 128,
+    value_head_size: int | None = None,
+    launched: str = "compiled",
+) -> CostModel:
+    """Return the coefficients for attention on a device; an unmeasured GPU is taken to be like the measured one.
 
-
-COST_MODELS = {
-    "cpu": CostModel(  # two cores of a server, float32, torch 2.13
-        dense_base=4.11e-5,
-        dense_pair=3.90e-11,
-        sparse_base=1.22e-3,
-        pool=8.52e-10,
-        select=1.18e-7,
-        sparse_pair=6.39e-11,
-    ),
-    "sm90": CostModel(  # H200, bfloat16, torch 2.11, cuDNN 9.19
-        dense_base=1.395e-05,
-        dense_pair=7.32e-15,
-        sparse_base=2.901e-05,
-        pool=1.125e-12,
-        select=1.155e-11,
-        sparse_pair=7.378e-15,
-    ),
-}
+    Args:
+        device: where. On a GPU, the first call in a process measures how fast its host is (``host.py``).
+        dtype, head_size, value_head_size: of the operands. Rows of a size that tiles do not have are padded there.
+        launched: by whom: ``"compiled"`` code, ``"eager"`` code, or a CUDA ``"graph"``, which needs no host.
+    """
+    sizes = head_size, head_size if value_head_size is None else value_head_size
+    table = GPU.get(device_class(device), GPU["sm90"])
+    width = "float32" if dtype.itemsize > 2 else "half"
+    kinds = sorted((head, kind) for kind, head in table if kind == width) or sorted((h, k) for k, h in table)
+    kind = next((k for k in kinds if k[0] >= pad_head(max(sizes))), kinds[-1])
+    padding = sum(pad_heads(*sizes)) / sum(sizes) if device.type == "cuda" else 1.0
+    slow = slowness(device) if device.type == "cuda" and launched in HOST else 0.0
+    inference, training = (
+        CostModel(*six[:5], six[5] * padding, slow * dense, slow * sparse)
+        for six, (dense, sparse) in zip(table[kind[1], kind[0]], HOST.get(launched, HOST["eager"]), strict=True)
+    )
+    return replace(inference, training=training)

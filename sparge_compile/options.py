@@ -51,8 +51,9 @@ class Options:
     """Sites with fewer keys stay dense. `None` lets the cost model decide from 1,024 keys on; a number (0 too) replaces
     both."""
     costs: CostModel | None = None
-    """Coefficients of the cost model for your device, as `benchmarks/fit_cost_model.py` prints them. `None` takes a
-    measured set."""
+    """Coefficients of the cost model for your device, dtype and head size, as `benchmarks/fit_cost_model.py` prints
+    them; of the host (`dense_host`, `sparse_host`) and of `training`, where you give them. `None` takes measured sets
+    and times the host."""
     additive_masks: bool = False
     """Replace attention with a float mask that changes scores, too. Blocks are then ranked by pooled scores that
     include the mask."""
@@ -120,6 +121,16 @@ class Options:
                 todo="Remove it or mend its spelling; Inductor's own options go into 'inductor'.",
             )
         return cls(**given)
+
+    @property
+    def launched(self) -> str:
+        """Who launches the kernels: ``"compiled"`` code, ``"eager"`` code, or a CUDA ``"graph"``."""
+        if self.inner != "inductor":
+            return "eager"
+        from torch._inductor import config, list_mode_options
+
+        patches = {**list_mode_options(self.inductor_mode or "default"), **self.inductor}
+        return "graph" if patches.get("triton.cudagraphs", config.triton.cudagraphs) else "compiled"
 
     def thresholds_of(self, name: str, heads: int, head_size: int) -> tuple[Pair, ...]:
         """One (topk, topp) for each query head of a site: from the calibration, else ``topk`` and ``topp``.

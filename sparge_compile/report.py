@@ -100,16 +100,27 @@ class Reason(Enum):
 
 @dataclass(frozen=True)
 class Prediction:
-    """The cost model's answer for one forward, in seconds. ``density`` is the upper bound it was asked for."""
+    """The cost model's answer, in seconds: of a forward, or where ``trains`` of a forward with its backward.
+
+    ``dense`` and ``sparse`` are the GPU's (a CPU's all), ``dense_host`` and ``sparse_host`` what launching takes the
+    host meanwhile. ``density`` is the upper bound that it was asked for.
+    """
 
     dense: float
     sparse: float
     density: float
+    dense_host: float = 0.0
+    sparse_host: float = 0.0
+    trains: bool = False
 
     @property
     def speedup(self) -> float:
-        """Dense seconds over sparse seconds."""
-        return self.dense / self.sparse
+        """Dense seconds over sparse seconds, each the longer of device and host: in a queue of such calls alone."""
+        return max(self.dense, self.dense_host) / max(self.sparse, self.sparse_host)
+
+    def __str__(self) -> str:
+        bound = ["host"] * (self.sparse_host > self.sparse) + ["training"] * self.trains
+        return f"{self.speedup:.2f}x" + (f" ({', '.join(bound)})" if bound else "")
 
 
 @dataclass(frozen=True)
@@ -263,5 +274,5 @@ def _row(row: SiteReport) -> list[str]:
     heads = site.heads if site.heads == site.kv_heads else f"{site.heads}/{site.kv_heads}"
     shape = "" if site.length is None else f"{site.batch} {heads} {site.length}×{site.keys} {site.head_size}"
     mask = "causal" if site.is_causal and site.mask == "none" else site.mask
-    predicted = f"{prediction.speedup:.2f}x" if prediction else ""
+    predicted = str(prediction or "")
     return [site.name, site.kind, row.status, reason, shape, site.dtype or "", mask, predicted]

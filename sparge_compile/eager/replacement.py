@@ -82,7 +82,7 @@ def _options(options: Mapping[str, Any] | Options | None, named: Mapping[str, An
             allowed="the options that say what becomes sparse: calibration, topk, topp, min_seq_len, …",
             todo="Leave it out: nothing is compiled here.",
         )
-    return settings
+    return replace(settings, inner="eager")
 
 
 @dataclass(frozen=True)

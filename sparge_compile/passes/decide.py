@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..cost import Shape, cost_model
+from ..cost import CostModel, Shape, cost_model
 from ..keeping import NOTHING, Kept, beside_longest
 from ..kernels import capability
 from ..kernels.sizes import surely
@@ -77,9 +77,9 @@ def verdict(attention: Attention, density: float, options: Options) -> Decision:
         return Decision(Reason.TOO_SHORT, f"{size_text(attention.keys)} of at least {limit.least_keys}")
     shape, prediction = shape_of(attention), None
     if options.min_seq_len is None and shape is not None:
-        costs = options.costs or cost_model(attention.device)
-        prediction = costs.predict(shape, density)
-    pays = _known(limit.gained(*sizes) >= 0)
+        prediction = costs_of(attention, options).predict(shape, density, attention.trains)
+    gained = [_known(seconds >= 0) for seconds in limit.gained(*sizes)]
+    pays = False if False in gained else all(gained) or None
     least = None if long and pays else least_size(attention, limit)
     if pays is False or (least is None and not (long and pays)):
         return Decision(Reason.SLOWER, "", prediction)
@@ -99,8 +99,14 @@ def limit_of(attention: Attention, density: float, options: Options) -> Limit:
     """From which sizes on an attention is sparse."""
     if options.min_seq_len is not None:
         return Limit(least_keys(options))
-    costs = options.costs or cost_model(attention.device)
+    costs = costs_of(attention, options).of(attention.trains)
     return costs.limit(least_keys(options), density, MARGIN, attention.is_causal)
+
+
+def costs_of(attention: Attention, options: Options) -> CostModel:
+    """The coefficients for an attention, as the options give them or as they were measured."""
+    x = attention
+    return options.costs or cost_model(x.device, x.dtype, x.head_size, x.value_head_size, options.launched)
 
 
 def least_size(attention: Attention, limit: Limit) -> str | None:

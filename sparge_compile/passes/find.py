@@ -9,12 +9,14 @@ calls are opened (:mod:`.mha.open`, :mod:`.mha.autograd_function`), and what att
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves
 
 from ..naming import SiteNames, code_of, join, module_path
 from ..report import Reason, Site
@@ -27,7 +29,7 @@ from .match.sdpa import is_sdpa, match_sdpa
 from .mha.autograd_function import is_autograd_function, open_function
 from .mha.flex import flex_refusal, flex_site, in_words_of_flex, is_flex
 from .mha.open import OPENABLE, holds_attention, open_up, why_closed
-from .read.fx_utils import size_text, submodule_of
+from .read.fx_utils import size_text, submodule_of, value_of
 from .read.reader import Reader
 
 # Higher-order operators whose body runs once, with the operands after it as its inputs.
@@ -195,4 +197,13 @@ def _match(
         is_causal=found.is_causal,
         code=code_of(where["node"]),
     )
+    found = replace(found, trains=_trains(where["node"], found))
     return Match(site, attention=found, refusal=Refusal(around) if around else None, **where)
+
+
+def _trains(node: Node, found: Attention) -> bool:
+    """Whether a backward will follow: by the result as it was traced, or by the operands where nothing computed it."""
+    values = (value_of(x.node) for x in (found.query, found.key, found.value))
+    results = tree_leaves(value_of(node))
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in values)
+    return wanted or any(isinstance(x, Tensor) and x.requires_grad for x in results)

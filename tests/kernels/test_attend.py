@@ -102,6 +102,8 @@ def test_bits_have_room_for_every_length():
 def test_a_gain_is_linear_in_products_numbers_and_pairs():
     limit = Limit(64, (-1.0, 1e-3, -1e-2, -1e-1))
     gain = -1.0 + 1e-3 * (2 * 4 * 128 * 64 * 12) - 1e-2 * (2 * (4 * 128 + 2 * 64) * 16) - 1e-1 * (2 * 4 * 128 * 64)
-    assert limit.gained(2, 4, 2, 128, 64, 16, 8) == pytest.approx(gain)  # a score takes 16 products, a value 8
+    assert limit.gained(2, 4, 2, 128, 64, 16, 8) == [pytest.approx(gain)]  # a score takes 16 products, a value 8
     assert not limit.holds(2, 4, 2, 128, 64, 16, 16) and limit.holds(2, 4, 2, 128, 64, 200, 200)
     assert not limit.holds(2, 4, 2, 128, 63, 200, 200)  # too few keys, whatever they gain
+    both = Limit(0, (*limit.gain, 1.0, 0.0, 0.0, -1e-4))
+    assert both.holds(1, 1, 1, 64, 64, 200, 200) and not both.holds(2, 4, 2, 128, 64, 200, 200)  # every form must hold

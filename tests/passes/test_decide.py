@@ -128,6 +128,31 @@ def test_fewer_blocks_pay_sooner():
     assert decide(match, Options(costs=costs, topk=0.5, topp=0.8)).status == "dense"
 
 
+def test_training_is_decided_by_what_a_backward_takes_too():
+    costs = {**FREE, "sparse_pair": 1e-10, "training": {**FREE, "sparse_pair": 2e-9}}
+    options = Options(costs=costs, topk=1.0)
+    inference, training = (attention(length=64, keys=MIN_KEYS, requires_grad=grad) for grad in (False, True))
+    assert decide(inference, options).reason is Reason.PAYS
+    decision = decide(training, options)
+    assert decision.reason is Reason.SLOWER and decision.prediction.trains
+    assert decide(training, replace(options, topk=0.1, topp=0.0)).reason is Reason.PAYS
+    with torch.no_grad():
+        assert decide(attention(length=64, keys=MIN_KEYS, requires_grad=True), options).reason is Reason.PAYS
+
+
+def test_the_host_must_be_worth_it_too():
+    host = {"dense_host": 1e-5, "sparse_host": 1e-4}
+    match = attention(length=64, keys=MIN_KEYS)  # 64 · 1024 · 4 · 2 products: 0.5 ms of dense attention
+    assert decide(match, Options(costs={**FREE, **host}, topk=0.1)).reason is Reason.PAYS
+    assert decide(match, Options(costs={**FREE, **host, "sparse_host": 1e-3}, topk=0.1)).reason is Reason.SLOWER
+    even = {"dense_host": 1e-3, "sparse_host": 5e-4}  # where it takes the host less, nothing is asked
+    assert decide(match, Options(costs={**FREE, **even}, topk=0.1)).reason is Reason.PAYS
+    match, environment = dynamic()
+    decision = decide(match, Options(costs={**FREE, "sparse_pair": 1e-10, **host, "sparse_host": 1e-1}, topk=0.1))
+    assert decision.reason is Reason.AT_EACH_CALL and len(decision.limit.gain) == 8
+    assert "from 2141 keys on" in decision.detail and not environment.guards
+
+
 def test_kept_tokens_raise_the_bound_of_the_density():
     match = attention(length=1000, keys=1000)
     pairs = ((0.2, 0.0),)

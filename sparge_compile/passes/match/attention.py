@@ -102,7 +102,7 @@ class Attention:
 
     ``autocast``: where it is on, it casts queries, keys and values, as it does those of SDPA and of products.
     ``rewritten``: the result is changed in place later on. ``region`` are the nodes that have no reader but one another
-    once the result is replaced, in graph order.
+    once the result is replaced, in graph order. ``trains``: a backward will follow, by what was traced.
     """
 
     axes: Axes
@@ -122,6 +122,7 @@ class Attention:
     region: tuple[Node, ...] = ()
     rewritten: bool = False
     autocast: bool = True
+    trains: bool = False
 
     @property
     def batch(self) -> Any:

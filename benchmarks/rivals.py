@@ -1,0 +1,130 @@
+"""Dense and sparse attention as calls to be timed: a forward, or a step (a forward with its backward).
+
+Dense attention is SDPA by each of its fast kernels; sparse attention are our ops, called as Inductor's code calls them.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import sparge_compile.ops  # noqa: F401  importing it registers the ops
+
+Call = Callable[[], object]
+FAST = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)
+LONG = 1e-3  # seconds that a queue of calls should take the GPU
+MOST_CALLS = 20
+
+
+def projected(x: Tensor) -> Tensor:
+    """[B, H, L, D] as a projection leaves it: in memory of [B, L, H, D]."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def dense_calls(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, what: str) -> dict[str, Call]:
+    """SDPA by each kernel that takes these operands, by its name."""
+    if q.device.type != "cuda":
+        backends: tuple[SDPBackend, ...] = (SDPBackend.FLASH_ATTENTION,)
+    else:
+        backends = FAST if q.dtype != torch.float32 else (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+    shared = q.shape[1] != k.shape[1]
+    # Only some kernels take grouped heads; repeated ones are what models give to the others.
+    if shared and q.dtype == torch.float32:
+        k, v, shared = *(x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v)), False
+    inputs = [x.detach().requires_grad_(what == "step") for x in (q, k, v)]
+    grad_out = projected(torch.ones_like(q)) if what == "step" else None
+    found: dict[str, Call] = {}
+    for backend in backends:
+
+        def call(backend: SDPBackend = backend) -> object:
+            with sdpa_kernel(backend), torch.set_grad_enabled(what == "step"):
+                out = F.scaled_dot_product_attention(*inputs, is_causal=is_causal, enable_gqa=shared)
+                return torch.autograd.grad(out, inputs, grad_out) if what == "step" else out
+
+        try:
+            call()
+        except RuntimeError:  # this kernel does not take them
+            continue
+        found[backend.name.lower()] = call
+    return found
+
+
+def sparse_call(q: Tensor, k: Tensor, v: Tensor, thresholds: Tensor, is_causal: bool, what: str) -> Call:
+    """Map and attention as one op, and its backward as another."""
+    ops, how = torch.ops.sparge, (None, is_causal, q.shape[-1] ** -0.5)
+    grad_out = projected(torch.ones_like(q)) if what == "step" else None
+
+    def forward() -> object:
+        return ops.attend.default(q, k, v, thresholds, *how)
+
+    def step() -> object:
+        out, lse, bits = ops.attend_for_backward.default(q, k, v, thresholds, *how)
+        return ops.backward.default(grad_out, q, k, v, out, lse, None, bits, *how)
+
+    return forward if what == "forward" else step
+
+
+def queued_seconds(call: Call, device: torch.device) -> float:
+    """The GPU's seconds of one call among others in a CUDA graph, where the host has no part: the median of replays."""
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        call()  # compiles and records
+        call()
+        once = _gpu_seconds(call)
+        calls = max(1, min(MOST_CALLS, round(LONG / once)))
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(device)
+        graph.capture_begin()  # torch.cuda.graph collects garbage and empties the cache each time
+        for _ in range(calls):
+            call()
+        graph.capture_end()
+        graph.replay()
+        times = [_gpu_seconds(graph.replay) for _ in range(3 if once > 10 * LONG else 7)]
+    graph.reset()
+    return statistics.median(times) / calls
+
+
+def _gpu_seconds(call: Call) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.current_stream().synchronize()
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def wall_seconds(call: Call, device: torch.device, budget: float = 0.02, most: int = 10) -> float:
+    """Wall time of one call in a queue of some that is waited for at its end: the median of three queues."""
+    times = []
+    call()
+    call()
+    once = _waited(call, 1, device)
+    calls = max(1, min(most, round(budget / 3 / once)))
+    for _ in range(3 if once < 0.1 else 1):
+        times.append(_waited(call, calls, device))
+    return statistics.median(times)
+
+
+def fastest(calls: Mapping[str, Call], device: torch.device) -> Call:
+    """The fastest of some calls, by a glance."""
+    if len(calls) == 1:
+        return next(iter(calls.values()))
+    return min(calls.values(), key=lambda call: wall_seconds(call, device, 0.003))
+
+
+def _waited(call: Call, calls: int, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) / calls
