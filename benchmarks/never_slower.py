@@ -182,7 +182,7 @@ def compiled_row(seen: Seen, device: torch.device, dtype: torch.dtype) -> dict[s
             q = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=shared)
         return q
 
-    grad_out = rivals.projected(torch.ones_like(inputs[0]))
+    grad_out = rivals.ones_for(inputs[0], inputs[2])
 
     def call(function: Callable[..., Tensor]) -> None:
         with torch.set_grad_enabled(seen.case.trains):
@@ -235,7 +235,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for case in sorted(decided, key=lambda case: case.work):  # what is short is what might lose
         wanted = [x for x in decided[case] if args.all or x.decision.status == "sparse"]
         if wanted and time.perf_counter() - start < args.seconds:
-            found = {x.sparsity: x for x in measured(wanted, device, dtype, args.most_ms / 1000)}
+            try:
+                found = {x.sparsity: x for x in measured(wanted, device, dtype, args.most_ms / 1000)}
+            except RuntimeError as error:  # as of memory
+                print(f"{case.name}: {str(error).splitlines()[0]}")
+                continue
             decided[case] = [found.get(x.sparsity, x) for x in decided[case]]
     seen = [x for each in decided.values() for x in each]
     if not args.quiet:
@@ -255,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(harness.table(rows_of(bad)))
     if args.csv:
         harness.write_csv(args.csv, rows_of(seen))
-    some = [x for x in sparse if x.speedup is not None]
+    some = [x for x in sparse if x.speedup is not None and x.case.row.head_size == x.case.row.value_head_size]
     if args.compiled and some:
         picked = some[:: max(1, len(some) // args.compiled)][: args.compiled]
         print(harness.table([compiled_row(x, device, dtype) for x in picked]))

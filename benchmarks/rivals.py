@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping
 
 import torch
@@ -18,6 +19,7 @@ import sparge_compile.ops  # noqa: F401  importing it registers the ops
 
 Call = Callable[[], object]
 FAST = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)
+REST = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 LONG = 1e-3  # seconds that a queue of calls should take the GPU
 MOST_CALLS = 20
 
@@ -28,44 +30,57 @@ def projected(x: Tensor) -> Tensor:
 
 
 def dense_calls(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, what: str) -> dict[str, Call]:
-    """SDPA by each kernel that takes these operands, by its name."""
-    if q.device.type != "cuda":
-        backends: tuple[SDPBackend, ...] = (SDPBackend.FLASH_ATTENTION,)
-    else:
-        backends = FAST if q.dtype != torch.float32 else (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
-    shared = q.shape[1] != k.shape[1]
-    # Only some kernels take grouped heads; repeated ones are what models give to the others.
-    if shared and q.dtype == torch.float32:
-        k, v, shared = *(x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v)), False
-    inputs = [x.detach().requires_grad_(what == "step") for x in (q, k, v)]
-    grad_out = projected(torch.ones_like(q)) if what == "step" else None
-    found: dict[str, Call] = {}
-    for backend in backends:
-
-        def call(backend: SDPBackend = backend) -> object:
-            with sdpa_kernel(backend), torch.set_grad_enabled(what == "step"):
-                out = F.scaled_dot_product_attention(*inputs, is_causal=is_causal, enable_gqa=shared)
-                return torch.autograd.grad(out, inputs, grad_out) if what == "step" else out
-
-        try:
-            call()
-        except RuntimeError:  # this kernel does not take them
-            continue
-        found[backend.name.lower()] = call
+    """SDPA by each of its fast kernels that takes these operands, by name; else by the next best that does."""
+    fast = FAST if q.device.type == "cuda" else FAST[1:]
+    found = {x.name: call for x in fast if (call := _dense_call(q, k, v, is_causal, what, x)) is not None}
+    for backend in () if found else REST:
+        call = _dense_call(q, k, v, is_causal, what, backend)
+        if call is not None:
+            return {backend.name: call}
     return found
 
 
+def _dense_call(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, what: str, backend: SDPBackend) -> Call | None:
+    """SDPA by one kernel, or None where it does not take these operands."""
+    shared = q.shape[1] != k.shape[1]
+    if shared and backend not in FAST:  # only these take grouped heads; models repeat them for the others
+        k, v, shared = *(x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v)), False
+    trains = what == "step"
+    inputs = [x.detach().requires_grad_(trains) for x in (q, k, v)]
+    grad_out = ones_for(q, v) if trains else None
+
+    def call() -> object:
+        with sdpa_kernel(backend), torch.set_grad_enabled(trains):
+            out = F.scaled_dot_product_attention(*inputs, is_causal=is_causal, enable_gqa=shared)
+            return torch.autograd.grad(out, inputs, grad_out) if trains else out
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            call()
+        except RuntimeError:
+            return None
+    return call
+
+
+def ones_for(q: Tensor, v: Tensor) -> Tensor:
+    """A gradient of the result [B, H, L, Dv], in memory as a projection's."""
+    return projected(q.new_ones(*q.shape[:3], v.shape[3]))
+
+
 def sparse_call(q: Tensor, k: Tensor, v: Tensor, thresholds: Tensor, is_causal: bool, what: str) -> Call:
-    """Map and attention as one op, and its backward as another."""
+    """Map and attention as one op, and its backward as another, called as Inductor's code calls them."""
     ops, how = torch.ops.sparge, (None, is_causal, q.shape[-1] ** -0.5)
-    grad_out = projected(torch.ones_like(q)) if what == "step" else None
+    grad_out = ones_for(q, v) if what == "step" else None
 
+    @torch.no_grad()
     def forward() -> object:
-        return ops.attend.default(q, k, v, thresholds, *how)
+        return ops.attend.direct(q, k, v, thresholds, *how)
 
+    @torch.no_grad()
     def step() -> object:
-        out, lse, bits = ops.attend_for_backward.default(q, k, v, thresholds, *how)
-        return ops.backward.default(grad_out, q, k, v, out, lse, None, bits, *how)
+        out, lse, bits = ops.attend_for_backward.direct(q, k, v, thresholds, *how)
+        return ops.backward.direct(grad_out, q, k, v, out, lse, None, bits, *how)
 
     return forward if what == "forward" else step
 
@@ -77,7 +92,8 @@ def queued_seconds(call: Call, device: torch.device) -> float:
         call()  # compiles and records
         call()
         once = _gpu_seconds(call)
-        calls = max(1, min(MOST_CALLS, round(LONG / once)))
+        is_long = once > 10 * LONG
+        calls = 1 if is_long else max(5, min(MOST_CALLS, round(LONG / once)))  # once is the host's where that is longer
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(device)
         graph.capture_begin()  # torch.cuda.graph collects garbage and empties the cache each time
@@ -85,19 +101,21 @@ def queued_seconds(call: Call, device: torch.device) -> float:
             call()
         graph.capture_end()
         graph.replay()
-        times = [_gpu_seconds(graph.replay) for _ in range(3 if once > 10 * LONG else 7)]
+        replays = 1 if is_long else 4
+        times = [_gpu_seconds(graph.replay, replays) for _ in range(3 if is_long else 5)]
     graph.reset()
     return statistics.median(times) / calls
 
 
-def _gpu_seconds(call: Call) -> float:
+def _gpu_seconds(call: Call, calls: int = 1) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.current_stream().synchronize()
     start.record()
-    call()
+    for _ in range(calls):
+        call()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1000
+    return start.elapsed_time(end) / 1000 / calls
 
 
 def wall_seconds(call: Call, device: torch.device, budget: float = 0.02, most: int = 10) -> float:

@@ -122,3 +122,30 @@ def test_kept_text_is_measured_beside_the_plain_rule():
     for name, sparsity, _, of_text, ms in rows[1:]:
         assert 0 < sparsity < 1 and ms > 0
         assert (of_text < 1e-5) == ("queries dense" in name)
+
+
+def test_the_cost_model_is_fitted_to_what_was_measured():
+    import fit_cost_model as fitting
+
+    six = (1e-5, 7e-15, 3e-5, 1e-12, 1e-11, 8e-15)
+    shapes = [*fitting.shapes("cuda", 64, True), *fitting.shapes("cuda", 128, False)]
+    found = []
+    for shape in shapes:
+        for density in fitting.DENSITIES["forward"]:
+            dense = six[0] + six[1] * shape.pairs * shape.head_size
+            kept = six[5] * density * shape.pairs * shape.head_size
+            sparse = six[2] + six[3] * shape.pool + six[4] * shape.select + kept
+            found.append(fitting.Sample(shape, "forward", density, dense, sparse))
+    assert fitting.fit_six(found)[0] == pytest.approx(six, rel=1e-2)
+
+
+def test_real_shapes_are_decided_and_measured(tmp_path, capsys):
+    import never_slower
+    from real_shapes import ROWS
+
+    assert len(list(never_slower.cases(ROWS))) >= 300
+    path = tmp_path / "rows.csv"
+    never_slower.main(["--device", "cpu", "--tiny", "--only", "97 frames: 1×", "--csv", str(path)])
+    printed = capsys.readouterr().out
+    assert "2 cases, 6 decisions" in printed and "decided sparse and not measured: 0" in printed
+    assert path.read_text().count("training") == 3
