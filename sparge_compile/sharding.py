@@ -56,9 +56,7 @@ def _register() -> None:
             return Shard(at) if at >= 0 and attn_mask.shape[at] > 1 else whole
 
         found: list[tuple[Any, Any, Any, list[Any]]] = [(whole, whole, None if attn_mask is None else whole, rest)]
-        if (
-            whole not in rest[:-2]
-        ):  # a packed call has the sequences where its map has a batch; last are sizes of blocks
+        if whole not in rest[:-4]:  # a packed call has the sequences where its map has a batch; last is an order
             found.append((batch, whole, of_mask(0), rest))
         if all(key.shape[1] % size == 0 for size in key.mesh.shape):  # the query heads of a key head stay together
             found.append((heads, Shard(0), of_mask(1), rest))

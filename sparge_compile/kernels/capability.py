@@ -245,9 +245,11 @@ def check_sizes_of_blocks(how: How, q: Tensor, k: Tensor) -> None:
     """Raise a ``ValueError`` unless the sizes of blocks, where an order left padding, fit q over k."""
     if not how.ordered:
         return
-    for letter, sizes, x in (("q", how.sizes_q, q), ("k", how.sizes_k, k)):
+    for letter, sizes, slots, x in (("q", how.sizes_q, how.slots_q, q), ("k", how.sizes_k, how.slots_k, k)):
         if sizes is not None:
             _check_whole_numbers(f"sizes_{letter}", sizes, ceil_div(x.shape[2], KEY_BLOCK), q.device)
+        if slots is not None:
+            _check_whole_numbers(f"slots_{letter}", slots, x.shape[2], q.device)
     if how.is_causal or how.packed:
         raise value_error(
             "an order of tokens does not go with causality or packed sequences",

@@ -15,7 +15,8 @@ from torch import Tensor
 NOT_CAUSAL, TOP_LEFT, BOTTOM_RIGHT = 0, 1, 2  # what a kernel is told of causality
 
 
-TENSORS = ("attn_mask", "cu_seqlens_q", "cu_seqlens_k", "sizes_q", "sizes_k")  # the fields of a How that are tensors
+# The fields of a How that are tensors.
+TENSORS = ("attn_mask", "cu_seqlens_q", "cu_seqlens_k", "sizes_q", "sizes_k", "slots_q", "slots_k")
 
 
 class How(NamedTuple):
@@ -34,6 +35,8 @@ class How(NamedTuple):
     # query sees a row that is padding, no mean counts it, its output is 0 and its log-sum-exp -inf.
     sizes_q: Tensor | None = None
     sizes_k: Tensor | None = None
+    slots_q: Tensor | None = None  # int32 [L] and [S]: the token of each row, where there is an order
+    slots_k: Tensor | None = None
 
     @property
     def packed(self) -> bool:

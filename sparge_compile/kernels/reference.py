@@ -167,6 +167,22 @@ def tokens_of(numbers: Sequence[float], length: int, parts: Sequence[int] = ()) 
     return set(range(first)) if last == ends[-1] else set(range(last, ends[-1])) if first == 0 else set()
 
 
+def rows_of(
+    numbers: Sequence[float],
+    length: int,
+    parts: Sequence[int],
+    slots: Tensor | None = None,
+    sizes: Tensor | None = None,
+) -> set[int]:
+    """The rows of :func:`tokens_of`: the tokens, or where they stand among so many rows in another order."""
+    if slots is None:
+        return tokens_of(numbers, length, parts)
+    held = tokens_in(sizes, length, slots.device).tolist()
+    token_of = {row: token for row, token in enumerate(slots.tolist()) if held[row]}
+    tokens = tokens_of(numbers, len(token_of), parts)
+    return {row for row, token in token_of.items() if token in tokens}
+
+
 def holds(tokens: set[int], first: int, block: int) -> bool:
     """Whether a block that begins at a row holds one of these tokens."""
     return any(row in tokens for row in range(first, first + block))
@@ -235,19 +251,23 @@ def block_map(
     bottom_right: bool = False,
     sizes_q: Tensor | None = None,
     sizes_k: Tensor | None = None,
+    slots_q: Tensor | None = None,
+    slots_k: Tensor | None = None,
 ) -> BlockMap:
     """The block map of q [B, H, L, D] over k [B, Hk, S, D] for thresholds float32 [H, 2 or 6].
 
     ``attn_mask`` is bool or float [B or 1, H or 1, L or 1, S], and may be combined with ``is_causal``. ``parts`` are
-    the sizes of the parts of the sequence: see :func:`tokens_of`.
+    the sizes of the parts of the sequence: see :func:`tokens_of`. ``slots_q`` [L] and ``slots_k`` [S] say which token
+    a row is, where rows are in another order; of one sequence in two orders no rows are dense.
     """
     scores, visible, forced, anchor = block_scores(q, k, attn_mask, is_causal, scale, bottom_right, sizes_q, sizes_k)
     if thresholds.shape[-1] == 2:
         return BlockMap.from_dense(select(scores, visible, thresholds, forced, anchor))
     kept = torch.zeros_like(visible)
     for h, (topk, topp, *ranges) in enumerate(thresholds.tolist()):
-        tokens = tokens_of(ranges[:2], k.shape[2], parts)
-        rows = tokens_of(ranges[2:], q.shape[2], parts) if q.shape[2] == k.shape[2] else set()
+        tokens = rows_of(ranges[:2], k.shape[2], parts, slots_k, sizes_k)
+        dense = q.shape[2] == k.shape[2] and (slots_q is None) == (slots_k is None)
+        rows = rows_of(ranges[2:], q.shape[2], parts, slots_q, sizes_q) if dense else set()
         always = [j for j, first in enumerate(starts(k.shape[2], KEY_BLOCK)) if holds(tokens, first, KEY_BLOCK)]
         for b, (i, first) in itertools.product(range(len(q)), enumerate(starts(q.shape[2], QUERY_BLOCK))):
             at = b, h, i

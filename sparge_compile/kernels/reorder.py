@@ -29,7 +29,12 @@ def into_order(
     if slots_q is not None:
         query = rows(query, slots_q, places_q)
         mask = mask if mask is None or mask.shape[2] == 1 else mask.index_select(2, slots_q)
-    return query, key, value, how._replace(attn_mask=mask, sizes_q=sizes_q, sizes_k=sizes_k)
+    return (
+        query,
+        key,
+        value,
+        how._replace(attn_mask=mask, sizes_q=sizes_q, sizes_k=sizes_k, slots_q=slots_q, slots_k=slots_k),
+    )
 
 
 def out_of_order(x: Tensor, orders: Orders) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from sparge_compile import Grid, attention
+from sparge_compile.keeping import END, OF_GRAPH
 from sparge_compile.kernels import reference
 from sparge_compile.kernels.block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap
 from sparge_compile.kernels.how import How
@@ -128,6 +129,25 @@ def test_maps_are_the_rules(face: ModuleType, grid: Grid, mask: str) -> None:
     assert not (got.to_dense() & (order.sizes == 0)).any()  # blocks without tokens are invisible
 
 
+RANGES = ([0, 3, 0, 3], [-20, END, 0, 0], [OF_GRAPH, OF_GRAPH, OF_GRAPH, OF_GRAPH], [40, 44, 41, 43])
+
+
+@pytest.mark.parametrize("sides", ("both", "queries", "keys"))
+def test_kept_tokens_are_tokens_in_any_order(face: ModuleType, sides: str) -> None:
+    torch.manual_seed(1)
+    order = make_order(SMALL[1], (2, 4, 8), torch.get_default_device())
+    (q, k, _), _ = ordered_problem(order, "none")
+    limits = torch.cat([thresholds(4), torch.tensor(RANGES)], 1)
+    q = q.nan_to_num().repeat(1, 2, 1, 1)
+    k = k.nan_to_num()
+    given = {"parts": (5, SMALL[1].tokens - 5)}
+    for side, letter in (("queries", "q"), ("keys", "k")):
+        if sides in ("both", side):
+            given |= {f"sizes_{letter}": order.sizes, f"slots_{letter}": order.slots}
+    got = BlockMap(*face.block_map(q, k, limits, *How(None, False, 0.25, **given)))
+    assert_same_map(got, reference.block_map(q, k, limits, None, False, 0.25, **given))
+
+
 @pytest.mark.parametrize(
     "sides, mask", [("both", "none"), ("both", "row"), ("both", "pairs"), ("queries", "none"), ("keys", "none")]
 )
@@ -198,6 +218,16 @@ def test_sparse_is_the_rule_on_permuted_tokens(grid: Grid, mask: str) -> None:
     torch.testing.assert_close(got, true, atol=1e-4, rtol=1e-4)
     again = torch.autograd.grad((out * weight).sum(), (q, k, v))
     assert all(map(torch.equal, got, again))
+
+
+def test_kept_tokens_of_a_grid() -> None:
+    torch.manual_seed(0)
+    q, k, v = operands(GRIDS[1])
+    options = {"enable_gqa": True, "topk": 0.1, "grid": GRIDS[1], "keep_keys": 80}
+    want = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)[:, :, :80]
+    found = attention(q, k, v, dense_queries=True, **options)[:, :, :80]  # type: ignore[arg-type]
+    torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(attention(q, k, v, **options)[:, :, :80], want, atol=1e-3)  # type: ignore[arg-type]
 
 
 def test_a_text_keeps_its_order() -> None:

@@ -64,7 +64,8 @@ def block_map(query: Tensor, key: Tensor, thresholds: Tensor, how: How) -> Block
     forced = diagonal_blocks(n_query, n_key, query.device, diagonal) if is_causal else torch.zeros_like(visible)
     anchor = rule.needs_anchor(attn_mask, is_causal)
     thresholds = thresholds.expand(query.shape[1], -1)
-    always = always_read(thresholds, length, key.shape[2], beside_longest(how.parts))
+    slots = how.slots_q, how.slots_k
+    always = always_read(thresholds, length, key.shape[2], beside_longest(how.parts), *slots)
     attn_mask = None if attn_mask is None else rule.without_copies(attn_mask)
     counted = rule.counted_rows(attn_mask, length, key.shape[2], is_causal, query.device, diagonal)
     if how.sizes_q is not None:

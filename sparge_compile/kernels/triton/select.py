@@ -20,6 +20,7 @@ from .. import allocate, launch, rule
 from ..block_map import KEY_BLOCK, QUERY_BLOCK, WORD_BITS, BlockMap
 from ..how import How
 from . import recording
+from .kept import holds_tokens, kept_arguments, tokens_of_range
 from .pool import pool, pool_mask
 from .tiles import diagonal_of, holds_token, how_arguments, sequence
 
@@ -67,26 +68,6 @@ def _unordered(image):
 
 
 @triton.jit
-def _tokens(range_ptr, stride, found_start, found_stop, length, OF_GRAPH: tl.constexpr):
-    """(start, stop) of a range of tokens, float32, within a sequence of this length."""
-    start, stop = tl.load(range_ptr), tl.load(range_ptr + stride)
-    of_graph = start == OF_GRAPH
-    start = tl.where(of_graph, found_start * 1.0, start)
-    stop = tl.where(of_graph, found_stop * 1.0, stop)
-    end = length * 1.0  # not .to: a length of 1 is a constant
-    start = tl.minimum(tl.maximum(tl.where(start < 0, start + end, start), 0.0), end)
-    stop = tl.minimum(tl.maximum(tl.where(stop < 0, stop + end, stop), 0.0), end)
-    return start, tl.where(start < stop, stop, -1.0)  # an empty range stops before every block
-
-
-@triton.jit
-def _holds(block, ROWS: tl.constexpr, start, stop):
-    """Whether a block of so many rows holds a token of a range."""
-    first = (block * ROWS).to(tl.float32)
-    return (first < stop) & (first + ROWS > start)
-
-
-@triton.jit
 def _store_words(bits_ptr, word, b, h, i, heads, rows, words, N_WORDS: tl.constexpr):
     """The words of one row, and zeros in the room for one or two more."""
     row_ptr = bits_ptr + ((b * heads + h) * rows + i) * words
@@ -98,7 +79,7 @@ def _store_words(bits_ptr, word, b, h, i, heads, rows, words, N_WORDS: tl.conste
 
 @triton.jit
 def _select_kernel(
-    thresholds_ptr, bias_ptr, cut_ptr, q_starts_ptr, k_starts_ptr, q_sizes_ptr, k_sizes_ptr,
+    thresholds_ptr, bias_ptr, cut_ptr, q_starts_ptr, k_starts_ptr, q_sizes_ptr, k_sizes_ptr, q_kept_ptr, k_kept_ptr,
     counts_ptr, indices_ptr, counter_ptr, bits_ptr,
     thresholds_stride_h, thresholds_stride_t, bias_stride_b, bias_stride_h, bias_stride_i,
     batch, heads, length, keys, n_query, n_key, found_start, found_stop, bit_batch, bit_rows, bit_words,
@@ -142,11 +123,17 @@ def _select_kernel(
     always = j < 0  # none
     if KEEPS:
         ranges_ptr = thresholds_ptr + h * thresholds_stride_h + 2 * thresholds_stride_t
-        start, stop = _tokens(ranges_ptr, thresholds_stride_t, found_start, found_stop, keys, OF_GRAPH)
-        always = visible & _holds(j, KEY_ROWS, start, stop)
-        ranges_ptr += 2 * thresholds_stride_t
-        start, stop = _tokens(ranges_ptr, thresholds_stride_t, found_start, found_stop, length, OF_GRAPH)
-        whole = whole | ((length == keys) & _holds(i, QUERY_ROWS, start, stop))
+        if k_kept_ptr is not None:
+            always = visible & (tl.load(k_kept_ptr + h * n_key + j, mask=j < n_key, other=0) != 0)
+        else:
+            start, stop = tokens_of_range(ranges_ptr, thresholds_stride_t, found_start, found_stop, keys, OF_GRAPH)
+            always = visible & holds_tokens(j, KEY_ROWS, start, stop)
+        if q_kept_ptr is not None:
+            whole = whole | (tl.load(q_kept_ptr + h * n_query + i) != 0)
+        elif q_sizes_ptr is None and k_sizes_ptr is None:
+            ranges_ptr += 2 * thresholds_stride_t
+            start, stop = tokens_of_range(ranges_ptr, thresholds_stride_t, found_start, found_stop, length, OF_GRAPH)
+            whole = whole | ((length == keys) & holds_tokens(i, QUERY_ROWS, start, stop))
         visible = visible & ~always  # the rule is over the others
     n = tl.sum(visible.to(tl.int32), 0)
 
@@ -271,6 +258,7 @@ def block_map(
             batch=batch, heads=heads, length=length, keys=keys, n_query=n_query, n_key=n_key,
             found_start=found_start, found_stop=found_stop,
             bit_batch=bit_batch, bit_rows=bit_rows, bit_words=bit_words,
+            **kept_arguments(thresholds, given, length, keys),
             N_PAD=n_pad, QUERY_ROWS=QUERY_BLOCK, KEY_ROWS=KEY_BLOCK,
             HAS_MASK=bias is not None, ANCHOR=rule.needs_anchor(attn_mask, is_causal), **how_arguments(given),
             CEIL_SLACK=rule.CEIL_SLACK, LINEAR_STEPS=LINEAR_STEPS,
