@@ -24,6 +24,7 @@ from .passes.pipeline import decide_sites as decide_with
 from .passes.read.fx_utils import value_of
 from .passes.write.threshold_inputs import make_constants
 from .report import Report
+from .running.fine_tuning import as_to_run
 from .running.first_forward import expect_first_forward, forget_first_forwards, note_first_forward
 from .running.frames import hear_of_left_frames, is_whole_call
 from .running.graph import decide_sites, open_graph
@@ -192,7 +193,7 @@ class _Seen(Observer):
     def report(self, settings: Options) -> Report:
         report = Report()
         for graph, matches, attached in self.graphs.values():
-            work = Work(graph.graph_module, matches)
+            work = Work(graph.graph_module, as_to_run(matches, self.names))
             analyse(work, partial(decide_with, options=settings, attached=attached))
             work.add_to(report).failures += graph.failures
         report.graphs = len({number for number, *_ in self.graphs})

@@ -18,6 +18,7 @@ from torch.nn import Module
 
 from ..errors import type_error, value_error
 from ..options import Options
+from ..running.fine_tuning import fine_tune
 from ..running.listeners import want_outputs
 from ..user_model import unwrapped
 from .forwards import GraphCalls, TrainingForwards
@@ -96,6 +97,7 @@ class DistillationHook:
         self._parts: dict[str, Tensor] = {}
         if self._layers:
             want_outputs(1)
+        fine_tune(student, 1)
         self._forwards: TrainingForwards | None = TrainingForwards.of(student)
         self._forwards.add(self._teach)
         self._guard = None if self._teacher.is_student else refuse_in_optimizers(self._teacher)
@@ -178,6 +180,7 @@ class DistillationHook:
         self._forwards = None
         if self._layers:
             want_outputs(-1)
+        fine_tune(self._student, -1)
         if self._guard is not None:
             self._guard.remove()
         self._prediction = None

@@ -18,6 +18,7 @@ from ..passes import pipeline
 from ..passes.find import Match
 from ..passes.read.fx_utils import clone
 from ..thresholds.buffers import Attached, attached_to
+from .fine_tuning import as_to_run
 from .numbers import Part, part_of, sites_before, start_of
 from .places import Frame, Locator, Names, Place
 
@@ -90,6 +91,7 @@ class OpenGraph(pipeline.Work):
 
 def decide_sites(work: OpenGraph, options: Options) -> None:
     """Sparse or dense, for each match, under what is attached to the model and in the other places of the graph."""
+    work.matches = as_to_run(work.matches, work.names)
     pipeline.decide_sites(work, options, work.attached, work.alike)
 
 

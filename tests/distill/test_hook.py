@@ -474,6 +474,20 @@ def test_nothing_sparse():
         run(DistillationHook(student), student)
 
 
+def test_what_is_fine_tuned_is_decided_as_the_inference_that_it_is_for():
+    """Alone, a training step would be dense where sparse attention does not pay with its backward."""
+    six = {"dense_base": 0.0, "dense_pair": 1e-9, "sparse_base": 0.0, "pool": 0.0, "select": 0.0, "sparse_pair": 1e-9}
+    options = {"inner": "eager", "topk": 0.3, "topp": 0.0, "costs": {**six, "training": {**six, "sparse_base": 1.0}}}
+    model, x = Plain(), torch.randn(1, 1100, 32)
+    student = torch.compile(model, backend="sparge", options=options)
+    assert not sparge_compile.explain(model, options)(x).sparse
+    with DistillationHook(student) as hook:
+        student(x)
+        hook.loss().backward()
+        assert len(sparge_compile.explain(model, options)(x).sparse) == 2
+    assert not sparge_compile.explain(model, options)(x).sparse
+
+
 def test_the_teacher_in_the_optimizer():
     student = compiled(Plain())
     hook = DistillationHook(student)
