@@ -16,7 +16,8 @@ from ..naming import PACKAGE
 from ..passes.match.foreign import attends
 from ..user_model import bare, is_compiled
 
-_CALLS = (Module._wrapped_call_impl.__code__, Module._call_impl.__code__)
+# By identity: code that holds a slice has no hash before Python 3.12.
+_CALLS = frozenset(id(call.__code__) for call in (Module._wrapped_call_impl, Module._call_impl))
 # Dynamo's name of the rest of a function behind a graph break.
 _RESUMED = re.compile(r"^torch_dynamo_resume_in_(.*)_at_\d+$")
 _ATTENDS = re.compile(r"flash_attn_\w*func|sageattn\w*|memory_efficient_attention|varlen_attn")
@@ -116,8 +117,7 @@ def find_root() -> Module | None:
 
 def called_module(frame: FrameType) -> Module | None:
     """The user's module whose call a frame is."""
-    # By identity: code that holds a slice has no hash before Python 3.12.
-    if not any(frame.f_code is code for code in _CALLS):
+    if id(frame.f_code) not in _CALLS:
         return None
     module = frame.f_locals.get("self")
     return module if isinstance(module, Module) and not _is_of_dynamo(module) else None

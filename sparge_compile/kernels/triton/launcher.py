@@ -23,29 +23,35 @@ _lock = threading.Lock()
 
 
 class Launcher:
-    """One launch: a kernel, its grid, its arguments, and gaps where these are tensors, or descriptors of tensors."""
+    """One launch: a kernel, its grid, its arguments, and gaps where these are tensors, or descriptors of tensors.
 
-    def __init__(self, compiled: Any, grid: tuple[int, ...], arguments: Sequence[Any]) -> None:
+    ``sources`` says for each gap where its address comes from: its place in a list of addresses, and bytes from there.
+    """
+
+    def __init__(
+        self, compiled: Any, grid: tuple[int, ...], arguments: Sequence[Any], sources: Sequence[tuple[int, int]]
+    ) -> None:
         self.compiled = compiled
+        self.sources = sources
         self.grid = (*grid, 1, 1)[:3]
         self.gaps = [place for place, x in enumerate(arguments) if tensor_of(x) is not None]
         self.arguments = [_emptied(x) for x in arguments]  # no tensor is kept
         self.sent: list[Any] | None = None  # what the driver was given, or of it the kernel's own arguments
         self.head: list[Any] | None = None  # what comes before these, where they are a list
-        self.addresses: list[tuple[int, int]] = []  # (place in ``sent``, number of the gap)
-        self.descriptors: list[tuple[int, int, dict[int, Any]]] = []  # and what is encoded for an address
+        self.moves: list[tuple[int, int, int]] = []  # place in ``sent``, and the source of its address
+        self.descriptors: list[tuple[int, int, int, dict[int, Any]]] = []  # and what is encoded for an address
         self.send: Callable[..., Any] | None = None
         self.direct = _is_bare(compiled.run)
 
     def __call__(self, addresses: list[int], stream: int) -> None:
-        """Launch with one address for each gap."""
+        """Launch with the addresses that the sources count."""
         if self.sent is None or self.send is None:
             return self._launch(addresses, stream)
         arguments = self.sent.copy()
-        for place, number in self.addresses:
-            arguments[place] = addresses[number]
-        for place, number, encoded in self.descriptors:
-            found = encoded.get(addresses[number])
+        for place, number, offset in self.moves:
+            arguments[place] = addresses[number] + offset
+        for place, number, offset, encoded in self.descriptors:
+            found = encoded.get(addresses[number] + offset)
             if found is None:
                 return self._launch(addresses, stream)
             arguments[place] = found
@@ -60,7 +66,8 @@ class Launcher:
     def _launch(self, addresses: list[int], stream: int) -> None:
         """Launch through Triton, and look at what the driver gets."""
         arguments = self.arguments.copy()
-        addresses = [(address ^ 1) ^ 1 for address in addresses]  # objects of their own, to be known again
+        # Objects of their own, to be known again.
+        addresses = [((addresses[number] + offset) ^ 1) ^ 1 for number, offset in self.sources]
         for place, address in zip(self.gaps, addresses, strict=True):
             given = arguments[place]
             arguments[place] = address if given is None else _moved(given, address)
@@ -89,12 +96,13 @@ class Launcher:
         if sorted(n for _, n in found) != sorted(plain.values()) or len(encoded) != len(described):
             return False
         if not self.descriptors:
-            self.descriptors = [(place, n, {}) for place, n in zip(encoded, described, strict=True)]
-        for place, n, seen in self.descriptors:
+            self.descriptors = [(place, *self.sources[n], {}) for place, n in zip(encoded, described, strict=True)]
+        for n, (place, _, _, seen) in zip(described, self.descriptors, strict=True):
             if len(seen) >= DESCRIPTORS:
                 seen.clear()
             seen[addresses[n]] = sent[place]
-        self.addresses, self.send, self.head = found, watch.send, given[:-1] if nested else None
+        self.moves = [(place, *self.sources[n]) for place, n in found]
+        self.send, self.head = watch.send, given[:-1] if nested else None
         self.sent = sent
         return True
 

@@ -81,9 +81,7 @@ class Recorder(TorchDispatchMode):
         self.given = {x.untyped_storage().data_ptr() for x in inputs}
         self.fresh: list[Fresh] = []
         self.numbers: dict[int, int] = {}  # by the address of a storage
-        self.steps: list[
-            tuple[Any, Any]
-        ] = []  # a launcher and its sources, or fresh memory and a number to fill it with
+        self.steps: list[Launcher | tuple[int, Any]] = []  # a launch, or fresh memory and a number to fill it with
         self.held: list[Any] = []  # what was taken: no address comes twice
         self.faithful = True
 
@@ -133,4 +131,4 @@ class Recorder(TorchDispatchMode):
         if self.faithful:
             ordered = [arguments.get(name) for name in kernel.arg_names]
             tensors = (x for x in map(tensor_of, ordered) if x is not None)
-            self.steps.append((Launcher(compiled, grid, ordered), [self.source(x) for x in tensors]))
+            self.steps.append(Launcher(compiled, grid, ordered, [self.source(x) for x in tensors]))

@@ -22,8 +22,17 @@ from torch import Tensor
 from .recording import Recorder
 
 _UNKNOWN = object()
+_NUMBERS = {type(None), bool, int, float, tuple}
 FORMS = 1024  # how many are kept for an op; the oldest goes first
 ALIGNMENT = 256  # bytes, of a piece of the workspace
+
+
+def _empty(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(shape, stride, dtype=dtype, device="cuda")
+
+
+# Memory of the current device: the call by which Inductor's code takes it is the quicker one.
+_take = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", _empty)
 
 
 class _Output(NamedTuple):
@@ -48,7 +57,7 @@ class _Tape:
         self.pieces: list[tuple[int, int]] = []  # number, offset
         self.workspace = 0
         # What is filled is taken by itself, as it is.
-        filled = (number for number, _ in self.steps if isinstance(number, int) and recorder.faithful)
+        filled = (step[0] for step in self.steps if isinstance(step, tuple) and recorder.faithful)
         self.taken += [(n, recorder.fresh[n - recorder.first]) for n in set(filled) if n not in dict(self.taken)]
         for number, fresh in enumerate(recorder.fresh, recorder.first):
             if number not in dict(self.taken):
@@ -68,23 +77,23 @@ class _Tape:
         return _Output(source.number, (tuple(x.shape), x.stride(), source.offset // x.dtype.itemsize))
 
     def run(self, inputs: list[int]) -> Any:
-        """The call on other tensors of the same form, which begin there."""
+        """The call on other tensors of the same form, which begin there, on the current device."""
         addresses = inputs + self.room
         taken = {}
         for number, (shape, stride, dtype, *_) in self.taken:
-            taken[number] = torch.empty_strided(shape, stride, dtype=dtype, device=self.device)
-            addresses[number] = taken[number].data_ptr()
+            taken[number] = fresh = _take(shape, stride, dtype)
+            addresses[number] = fresh.data_ptr()
         if self.workspace:
-            workspace = torch.empty(self.workspace, dtype=torch.uint8, device=self.device)
+            workspace = _take((self.workspace,), (1,), torch.uint8)
             start = workspace.data_ptr()
             for number, offset in self.pieces:
                 addresses[number] = start + offset
         stream = torch._C._cuda_getCurrentRawStream(self.device.index)
-        for launcher, sources in self.steps:
-            if isinstance(launcher, int):
-                taken[launcher].fill_(sources)
+        for step in self.steps:
+            if isinstance(step, tuple):
+                taken[step[0]].fill_(step[1])
             else:
-                launcher([addresses[number] + offset for number, offset in sources], stream)
+                step(addresses, stream)
         if self.single:
             return self._result(taken, self.outputs[0])
         return tuple([self._result(taken, output) for output in self.outputs])
@@ -101,13 +110,17 @@ def _form(arguments: Sequence[Any]) -> tuple[tuple[Any, ...], list[Tensor], list
     tensors: list[Tensor] = []
     addresses: list[int] = []
     for x in arguments:
-        if isinstance(x, Tensor):
+        kind = type(x)
+        if kind in _NUMBERS:
+            form.append(x)
+        elif kind is list:
+            form.append(tuple(x))
+        else:
             address = x.data_ptr()
-            form += (x.dtype, x.shape, x.stride(), address & 15, x.get_device())
+            form += (x.dtype, x.shape, x.stride(), address & 15)
             tensors.append(x)
             addresses.append(address)
-        else:
-            form.append(tuple(x) if isinstance(x, list) else x)
+    form.append(tensors[0].get_device())
     if len(set(addresses)) < len(addresses):  # which tensors begin where another does is a part of the form
         form.append(tuple(map(addresses.index, addresses)))
     return tuple(form), tensors, addresses
