@@ -60,7 +60,15 @@ def test_what_no_site_used_is_named_after_the_first_forward(way, how):
 
 
 @pytest.mark.parametrize("how", ["calibration", "attach"])
-@pytest.mark.parametrize("entries", [NAMES, ["*"], ["blocks.?.attn.*", "blocks.1*.*"], [*NAMES, "*"]])
+@pytest.mark.parametrize(
+    "entries",
+    [
+        NAMES,
+        pytest.param(["*"], marks=pytest.mark.slow),
+        pytest.param(["blocks.?.attn.*", "blocks.1*.*"], marks=pytest.mark.slow),
+        [*NAMES, "*"],
+    ],
+)
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "function"])
 def test_what_sites_used_is_not(way, entries, how):
     build, compile_it, _ = WAYS[way]

@@ -98,7 +98,9 @@ def test_a_table_knows_its_rows_again_and_refuses_other_columns(tmp_path) -> Non
         lab.Table(path, ("seed",), ("error",))
 
 
-@pytest.mark.parametrize("rule", reproduce.RULES)
+@pytest.mark.parametrize(
+    "rule", [pytest.param(rule, marks=pytest.mark.slow) if rule == "topp" else rule for rule in reproduce.RULES]
+)
 def test_a_pair_of_each_rule_keeps_as_many_blocks_as_it_is_asked_for(rule, tmp_path) -> None:
     settings = argparse.Namespace(out=tmp_path, batch=2, rounds=1, frames=4, sample_steps=1)
     small = lab.Lab(settings, torch.device("cpu"))
@@ -145,6 +147,7 @@ def test_the_page_holds_what_its_results_say() -> None:
         assert f"<!-- {name} -->\n{table}\n<!-- /{name} -->" in text, name
 
 
+@pytest.mark.slow
 def test_the_study_measures_what_is_missing(tmp_path, monkeypatch, capsys) -> None:
     command = "reproduce.py --parts floor --seeds 0 --batch 2 --rounds 1 --sample-steps 2 --frames 4 --out"
     monkeypatch.setattr(sys, "argv", [*command.split(), str(tmp_path / "found")])
@@ -177,6 +180,7 @@ def test_pairs_are_drawn_in_random_order_and_answers_to_them_are_counted(tmp_pat
         blind.score(answers, tmp_path / "key.csv")
 
 
+@pytest.mark.slow
 def test_pairs_to_judge_are_of_the_same_noise(tmp_path, monkeypatch) -> None:
     for name, value in {"SEEDS": (0,), "FIRST": 1, "CONTROLS": 1, "PAIRS": 1}.items():
         monkeypatch.setattr(blind, name, value)

@@ -44,8 +44,15 @@ def plain():
     return model, inputs, want
 
 
-@pytest.mark.parametrize("buffers", [True, False], ids=["with-buffers", "without-buffers"])
-@pytest.mark.parametrize("first", [True, False], ids=["attached-before", "attached-after"])
+@pytest.mark.parametrize(
+    "first, buffers",
+    [
+        pytest.param(True, True, id="attached-before-with-buffers"),
+        pytest.param(True, False, id="attached-before-without-buffers", marks=pytest.mark.slow),
+        pytest.param(False, True, id="attached-after-with-buffers", marks=pytest.mark.slow),
+        pytest.param(False, False, id="attached-after-without-buffers"),
+    ],
+)
 def test_sequential_offloading(plain, first, buffers):
     accelerate = pytest.importorskip("accelerate")
     model, inputs, want = plain

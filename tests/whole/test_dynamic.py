@@ -171,7 +171,12 @@ def graphs_of(case: Case, backend: str) -> tuple[int, list[Tensor]]:
     return counters["stats"]["unique_graphs"], results
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = ("training by cost", "after two shapes", "opened call")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES]
+)
 def test_as_many_graphs_as_without_us(name, caplog):
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         want, _ = graphs_of(CASES[name], "aot_eager")
