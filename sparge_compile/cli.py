@@ -12,6 +12,7 @@ _CALIBRATE = """Find thresholds for every attention head of a model from the mod
 
 examples:
   sparge calibrate --model my_models:build --inputs my_models:batches --out model.json
+  sparge calibrate --model my_models:build --inputs my_models:batches --target-output-error 0.05 --out model.json
   sparge calibrate --pipeline ./Wan2.1-T2V-1.3B-Diffusers --prompts prompts.txt --steps 50 --every 13 --out wan.json
   torchrun --nproc-per-node 4 -m sparge_compile.calibrate --model ... --inputs ... --out model.json
 
@@ -19,6 +20,11 @@ A run that was interrupted goes on where it stopped, at a batch boundary, if the
 
 _ERROR = "most relative L1 error of each head's attention, with as few blocks as it allows (0.05)"
 _SPARSITY = "share of key blocks that the whole model skips, where it hurts least"
+_OUTPUT = "most relative L2 error of the model's output, a mean over inputs, with as few blocks as it allows"
+_INFLUENCE = (
+    "spare heads on which the model's output depends, by as many forwards as there are heads, 256 at most (on for a "
+    "sparsity and for the output's error)"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,7 +82,9 @@ def _calibrate_arguments(parser: argparse.ArgumentParser) -> None:
     aim = parser.add_mutually_exclusive_group()
     aim.add_argument("--target-error", type=float, help=_ERROR)
     aim.add_argument("--target-sparsity", type=float, help=_SPARSITY)
-    by = "which error of a head counts, over samples (worst with --target-error, mean with --target-sparsity)"
+    aim.add_argument("--target-output-error", type=float, help=_OUTPUT)
+    parser.add_argument("--influence", action=argparse.BooleanOptionalAction, help=_INFLUENCE)
+    by = "which error of a head counts, over samples (worst with --target-error, else mean)"
     parser.add_argument("--by", choices=("worst", "mean"), help=by)
     parser.add_argument(
         "--mode",
@@ -107,6 +115,7 @@ def _show_arguments(parser: argparse.ArgumentParser) -> None:
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--target-error", type=float, help="aim anew: the most relative L1 error of each head")
     again.add_argument("--target-sparsity", type=float, help="aim anew: the share of key blocks to skip")
+    again.add_argument("--target-output-error", type=float, help="aim anew: the most error of the output")
     parser.add_argument("--out", help="write the calibration, aimed anew, to this file")
     parser.set_defaults(run=_show)
 
@@ -204,6 +213,8 @@ def _calibrate(args: argparse.Namespace) -> int:
         call=call,
         target_error=args.target_error,
         target_sparsity=args.target_sparsity,
+        target_output_error=args.target_output_error,
+        influence=args.influence,
         by=args.by,
         mode=args.mode,
         phases=args.phases,
@@ -232,10 +243,12 @@ def _join_processes() -> None:
 
 def _show(args: argparse.Namespace) -> int:
     from .thresholds.calibration import Calibration
+    from .thresholds.checks import AIMS
 
     calibration = Calibration.load(args.file)
-    if args.target_error is not None or args.target_sparsity is not None:
-        calibration = calibration.at(target_error=args.target_error, target_sparsity=args.target_sparsity)
+    aims = {name: getattr(args, name) for name in AIMS if getattr(args, name) is not None}
+    if aims:
+        calibration = calibration.at(**aims)
     if args.out:
         calibration.save(args.out)
     print(calibration.table())
@@ -255,7 +268,7 @@ def _explain(args: argparse.Namespace) -> int:
     import torch
 
     from .backend import explain
-    from .calibrate.run import arguments
+    from .calibrate.inputs import arguments
     from .thresholds.calibration import Calibration
 
     model, call, batches = _source(args)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from ..errors import value_error
-from .record import Batch
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 
 class Processes:
@@ -41,10 +43,10 @@ class Processes:
         """Whether the batch with this number is for this process."""
         return number % self.number == self._rank
 
-    def gather(self, batches: dict[int, Batch]) -> dict[int, Batch]:
-        """Return the batches of all processes, in each of them."""
+    def gather(self, own: dict[Key, Value]) -> dict[Key, Value]:
+        """Return what all processes have, in each of them."""
         if self._group is None:
-            return batches
+            return own
         parts: list[Any] = [None] * self.number
-        torch.distributed.all_gather_object(parts, batches, group=self._group)
-        return {number: batch for part in parts for number, batch in part.items()}
+        torch.distributed.all_gather_object(parts, own, group=self._group)
+        return {key: value for part in parts for key, value in part.items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,6 +32,7 @@ from ..passes.write.taps import listening
 from ..running.observe import Observer, Watched, calls_through, watching
 from ..running.places import Place
 from ..user_model import user_model
+from .calls import NotedCalls
 from .curves import Sums, measure
 
 
@@ -74,17 +75,26 @@ class Recorder(Observer):
         every: in a batch, every so many calls of the model one is measured, beginning with the first.
         memory: bytes of scratch memory on the device.
         seed: of the choice of query blocks.
+        noted: keeps those calls of the model that are measured.
     """
 
     def __init__(
-        self, model: Module, *, options: Options, query_blocks: int, every: int, memory: int, seed: int
+        self,
+        model: Module,
+        *,
+        options: Options,
+        query_blocks: int,
+        every: int,
+        memory: int,
+        seed: int,
+        noted: NotedCalls | None = None,
     ) -> None:
         target = user_model(model)
         assert isinstance(target, Module)
         super().__init__(target)
         self._model, self._called = target, model
         self._options, self._query_blocks, self._every = options, query_blocks, every
-        self._memory, self._seed = memory, seed
+        self._memory, self._seed, self._noted = memory, seed, noted
         self._watched = watching(target, self)
         self._batch, self._number = Batch(), 0
         self._ended = 0  # steps of this batch
@@ -101,6 +111,22 @@ class Recorder(Observer):
         samples = [_to_host(sample) for sample in self._batch.samples]
         return Batch(samples, _without_gaps(self._batch.steps) if self._ended else list(range(self._calls)))
 
+    def note(self, number: int, run: Callable[[], Any]) -> None:
+        """Have the calls of a batch kept that was recorded before."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._note(args, kwargs)
+            self._batch.steps.append(0)
+            return self._model(*args, **kwargs)
+
+        self._batch, self._number = Batch(), number
+        with calls_through(self._called, call), torch.no_grad():
+            run()
+
+    def _note(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if self._noted is not None and self._calls % self._every == 0:
+            self._noted.note(self._number, self._calls, args, kwargs)
+
     def end_step(self) -> None:
         """Say that a step of a denoising run is over: phases are shares of steps, however many calls each has."""
         self._ended += 1
@@ -114,6 +140,7 @@ class Recorder(Observer):
         """One call of the model."""
         measured = self._calls % self._every == 0
         self._turns.clear()
+        self._note(args, kwargs)
         try:
             if not measured:
                 return self._model(*args, **kwargs)

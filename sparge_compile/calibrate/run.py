@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,23 @@ from torch import nn
 
 from ..errors import value_error
 from ..kernels.block_map import KEY_BLOCK, QUERY_BLOCK
+from ..notices import warn
 from ..options import Options
 from ..thresholds.calibration import Calibration
-from ..thresholds.checks import check_aim
-from ..thresholds.fronts import BY, MODES
 from ..thresholds.measured import Origin
 from ..user_model import user_model
-from ..version import __version__
+from .calls import ModelCall, NotedCalls
+from .inputs import arguments, batches_and_call
+from .inquiry import Inquiry
+from .output import ask
 from .processes import Processes
 from .record import Batch, Recorder
-from .search import search, table
+from .search import Table, curves_of, search, table
+from .settings import DEFAULT_ERROR, Settings, parse_aim
+from .stages import Stages
 from .state import Folder
 from .steps import with_step_ends
-
-DEFAULT_ERROR = 0.05  # of a head's attention output: below it, images of video models were seen not to change
+from .trial import on_trial
 
 
 def calibrate(
@@ -39,6 +43,8 @@ def calibrate(
     call: Callable[..., Any] | None = None,
     target_error: float | None = None,
     target_sparsity: float | None = None,
+    target_output_error: float | None = None,
+    influence: bool | None = None,
     by: str | None = None,
     mode: str = "hybrid",
     phases: Sequence[float] = (),
@@ -64,10 +70,18 @@ def calibrate(
         call: runs a batch's arguments; default: the model. As in ``calibrate(pipe.transformer, prompts, call=pipe)``.
             If it takes ``callback_on_step_end``, as diffusers pipelines do, it is asked so where its steps end.
         target_error: bound of each head's relative L1 error Σ|O_sparse − O_dense| ÷ Σ|O_dense|, with as few blocks as
-            it allows; a head that cannot keep it stays dense. Default 0.05, unless target_sparsity is given.
+            it allows; a head that cannot keep it stays dense. Default 0.05, unless another aim is given.
         target_sparsity: share of the visible key blocks that the model skips in all, where it hurts least.
+        target_output_error: bound of the relative L2 error ‖u − v‖ ÷ ‖v‖ of the model's output, a mean over inputs,
+            with as few blocks as it allows. The model runs some hundred times more; of four batches one is held out and
+            only checked. Give eight or more that are alike: the more their errors differ, the farther it stays below
+            the bound. What was reached is in ``table()``.
+        influence: whether heads on which the model's output depends are spared (``head_influence``), by as many more
+            forwards as there are heads, 256 at most. Default: for a sparsity by the mean, with a warning where the
+            model does not allow it; True: an error there. The output's error always needs it. It is in the file, so
+            that ``Calibration.at`` aims with it.
         by: a head's error is its ``"worst"`` sample, the default for a bound on it, or the ``"mean"`` of all, the
-            default for a sparsity. A sample is one call of the site.
+            default otherwise. A sample is one call of the site.
         mode: ``"hybrid"``, or for comparison ``"topk"`` or ``"topp"`` alone.
         phases: where other thresholds begin, for denoising: shares in (0, 1) of those steps of a batch in which the
             model is called. Where nothing says how many calls a step has, each call is one.
@@ -81,99 +95,22 @@ def calibrate(
             the same settings goes on. What interrupts a run is raised after the file has what there is, marked so.
         share_batches: divide the batches among the processes of ``torch.distributed``, which must be initialised; all
             return the same calibration, and the first one writes it.
-        progress: show a bar.
+        progress: show a bar, and in the end what took how long.
 
     Raises:
-        ValueError: an aim or setting out of range, no site that may become sparse, inputs that are not finite, batches
-            in ``<out>.partial`` of another run.
+        ValueError: an aim or setting out of range or out of reach, no site that may become sparse, inputs that are not
+            finite, batches in ``<out>.partial`` of another run; for the output's error, a model that cannot be asked:
+            in training mode, with thresholds attached, or not the same from one call to the next.
     """
-    aim = _aim(target_error, target_sparsity, by, mode)
-    settings = _Settings(aim, phases, Options.parse(options), query_blocks, every, memory, seed)
+    aims = {
+        "target_error": target_error,
+        "target_sparsity": target_sparsity,
+        "target_output_error": target_output_error,
+    }
+    aim = parse_aim(aims, by, mode)
+    settings = Settings(aim, phases, Options.parse(options), query_blocks, every, memory, seed, influence)
     run = _Run(model, settings, out, share_batches, progress)
-    return run(*_inputs(run.model, batches, forward_loop, call))
-
-
-def _aim(target_error: float | None, target_sparsity: float | None, by: str | None, mode: str) -> dict[str, Any]:
-    """The fields of an ``Origin`` that say what is aimed at; the rest by default."""
-    if target_error is None and target_sparsity is None:
-        target_error = DEFAULT_ERROR
-    by = by or ("worst" if target_sparsity is None else "mean")
-    for name, value, allowed in (("by", by, BY), ("mode", mode, MODES)):
-        if value not in allowed:
-            raise value_error(
-                f"calibrate: {name}",
-                given=repr(value),
-                allowed=", ".join(map(repr, allowed)),
-                todo=f"Give one of them, or leave {name} out.",
-            )
-    return check_aim(target_error, target_sparsity, by, mode)
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """The checked settings of a run beside the model and its inputs; see the arguments of ``calibrate``."""
-
-    aim: Mapping[str, Any]
-    phases: Sequence[float]
-    options: Options
-    query_blocks: int
-    every: int
-    memory: int  # MiB
-    seed: int
-
-    def __post_init__(self) -> None:
-        for name in ("query_blocks", "every", "memory"):
-            number = getattr(self, name)
-            if type(number) is not int or number < 1:
-                raise value_error(
-                    f"calibrate: {name}",
-                    given=repr(number),
-                    allowed="a whole number, at least 1",
-                    todo=f"Leave {name} out for a value that suits most models.",
-                )
-        starts = [float(start) for start in self.phases]
-        if starts != sorted(set(starts)) or not all(0 < start < 1 for start in starts):
-            raise value_error(
-                "calibrate: phases",
-                given=self.phases,
-                allowed="ascending numbers in (0, 1)",
-                todo="Give where each later phase begins.",
-            )
-        object.__setattr__(self, "phases", starts)
-
-    def _kept(self) -> list[Any]:
-        """What the options keep; nothing where they keep nothing."""
-        options = self.options
-        own = [options.keep_keys, options.dense_queries] if options.keep_keys is not None else []
-        return own or ([dict(options.calibration.kept)] if options.calibration and options.calibration.kept else [])
-
-    def of_samples(self, model: nn.Module) -> dict[str, Any]:
-        """Return all that the samples of a batch depend on, for a folder of finished batches."""
-        return {
-            "version": __version__,
-            "model": type(model).__qualname__,
-            "options": [self.options.min_seq_len, self.options.additive_masks, *self._kept()],
-            "numbers": [self.query_blocks, self.every, self.seed],
-        }
-
-
-def _inputs(
-    model: nn.Module,
-    batches: Iterable[Any] | None,
-    forward_loop: Callable[[nn.Module], Any] | None,
-    call: Callable[..., Any] | None,
-) -> tuple[Iterable[Any], Callable[..., Any]]:
-    """The batches, and what runs one."""
-    if forward_loop is not None and batches is None:
-        return [(model,)], forward_loop
-    if batches is None or forward_loop is not None:
-        raise value_error(
-            "calibrate: inputs",
-            given="none" if batches is None else "batches and a forward_loop",
-            allowed="batches, or a forward_loop",
-            todo="Give one of the two.",
-        )
-    return batches, call or model
+    return run(*batches_and_call(run.model, batches, forward_loop, call))
 
 
 class _Run:
@@ -182,7 +119,7 @@ class _Run:
     def __init__(
         self,
         model: nn.Module,
-        settings: _Settings,
+        settings: Settings,
         out: str | os.PathLike[str] | None,
         share_batches: bool,
         progress: bool,
@@ -197,6 +134,7 @@ class _Run:
             )
         self.model = target
         self._settings = settings
+        self._noted = NotedCalls() if settings.asks_model else None
         self._recorder = Recorder(
             model,
             options=settings.options,
@@ -204,6 +142,7 @@ class _Run:
             every=settings.every,
             memory=settings.memory << 20,
             seed=settings.seed,
+            noted=self._noted,
         )
         self._processes = Processes(share_batches)
         self._out = out
@@ -211,29 +150,35 @@ class _Run:
         self._folder = Folder(partial_folder, settings.of_samples(target)) if partial_folder else None
         self._done = self._folder.load() if self._folder else {}
         self._progress = progress
+        self._stages = Stages()
 
     def __call__(self, batches: Iterable[Any], call: Callable[..., Any]) -> Calibration:
         call = with_step_ends(call, self._recorder.end_step)
         whole = False
         try:
-            count = self._measure(batches, call)
+            with self._stages("samples"):
+                count = self._measure(batches, call)
+            done = self._processes.gather(self._done)
+            calibration = self._aimed({n: batch for n, batch in done.items() if n < count}) if count else None
             whole = True
         finally:
             # Whatever ended it, an interruption above all: what was measured is worth a file.
             if not whole and self._out is not None and self._folder and self._processes.is_first:
                 saved = self._folder.load()
                 if saved:
-                    self._calibration(saved, complete=False).save(self._out)
-        done = self._processes.gather(self._done)
-        if not count:
+                    part = table(saved, self._settings.phases)
+                    self._searched(saved, part, self._origin(saved, complete=False)).save(self._out)
+        if calibration is None:
             raise value_error(
                 "calibrate: batches", given="none", allowed="at least one", todo="Is the iterable used up? Give a list."
             )
-        calibration = self._calibration({n: batch for n, batch in done.items() if n < count}, complete=True)
-        if self._out is not None and self._processes.is_first:
-            calibration.save(self._out)
-            assert self._folder is not None
-            self._folder.remove()
+        if self._processes.is_first:
+            if self._progress:
+                print(self._stages, file=sys.stderr)
+            if self._out is not None:
+                calibration.save(self._out)
+                assert self._folder is not None
+                self._folder.remove()
         return calibration
 
     def _measure(self, batches: Iterable[Any], call: Callable[..., Any]) -> int:
@@ -242,9 +187,13 @@ class _Run:
         with _bar(batches, self._done, self._progress and self._processes.is_first) as bar:
             for number, batch in enumerate(batches):
                 count = number + 1
-                if number in self._done or not self._processes.owns(number):
+                if not self._processes.owns(number):
                     continue
                 args, kwargs = arguments(batch)
+                if number in self._done:
+                    if self._noted is not None:
+                        self._recorder.note(number, partial(call, *args, **kwargs))
+                    continue
                 recorded = self._recorder.record(number, partial(call, *args, **kwargs))
                 self._done[number] = recorded
                 if self._folder:
@@ -253,11 +202,57 @@ class _Run:
                 bar.update(min(at_once, bar.total - bar.n) if at_once > 1 and bar.total else at_once)
         return count
 
-    def _calibration(self, done: Mapping[int, Batch], complete: bool) -> Calibration:
-        measured = table(done, self._settings.phases)
+    def _aimed(self, done: Mapping[int, Batch]) -> Calibration:
+        """The calibration of a run that is complete; its model is asked, if it shall be."""
+        measured: Table = table(done, self._settings.phases)
+        origin = self._origin(done, complete=True)
         if not measured:
             raise _nothing_measured(done)
-        origin = Origin(
+        if self._noted is not None:
+            with self._stages("the model's output"):
+                measured, origin = self._asked(done, measured, origin, self._noted.calls())
+        with self._stages("search"):
+            return self._searched(done, measured, origin)
+
+    def _asked(
+        self, done: Mapping[int, Batch], measured: Table, origin: Origin, calls: Sequence[ModelCall]
+    ) -> tuple[Table, Origin]:
+        """What the model says of its output; samples of runs that are held out are left out."""
+        settings = self._settings
+        sites = {name: phases[0].error.shape[1] for name, phases in measured.items()}
+        keeping = {name: settings.options.kept_of(name) for name in sites}
+        try:
+            with on_trial(self.model, sites, keeping, settings.options.additive_masks) as trial:
+                inquiry = Inquiry(
+                    trial,
+                    calls,
+                    settings.phases,
+                    lambda call: done[call.batch].progress(call.number),
+                    self._processes.gather,
+                    self._progress and self._processes.is_first,
+                )
+                if origin.target_output_error is not None and len(done) > 1:
+                    held = inquiry.held_out()
+                    measured = table({n: batch for n, batch in done.items() if n not in held}, settings.phases)
+                curves = curves_of(measured, origin.mode, origin.by)
+                asked = ask(replace(origin, curves=curves), inquiry)
+                self._stages.note("the model's output", f"{trial.forwards} forwards")
+        except ValueError as error:
+            if settings.influence or origin.target_output_error is not None:
+                raise
+            warn(
+                "influence",
+                f"sparge: a sparsity is aimed at without asking which heads the model's output depends on: {error} "
+                "influence=False says so without a warning.",
+            )
+            return measured, origin
+        return measured, replace(asked, curves={})
+
+    def _origin(self, done: Mapping[int, Batch], complete: bool) -> Origin:
+        aim = self._settings.aim
+        if not complete and "target_output_error" in aim:  # the model cannot be asked yet
+            aim = {**aim, "target_output_error": None, "target_error": DEFAULT_ERROR}
+        return Origin(
             model=type(self.model).__qualname__,
             created_with=f"torch {torch.__version__}",
             device=_device_name(self.model),
@@ -267,8 +262,12 @@ class _Run:
             query_blocks=self._settings.query_blocks,
             batches=len(done),
             complete=complete,
-            **self._settings.aim,
+            **aim,
         )
+
+    def _searched(self, done: Mapping[int, Batch], measured: Table, origin: Origin) -> Calibration:
+        if not measured:
+            raise _nothing_measured(done)
         keeping = {site: self._settings.options.kept_of(site) for site in measured}
         firsts = [sample for batch in done.values() for sample in batch.samples if sample.plain is not None]
         return search(measured, self._settings.phases, origin, keeping, firsts)
@@ -288,15 +287,6 @@ def _nothing_measured(done: Mapping[int, Batch]) -> ValueError:
         allowed="attention of at least min_seq_len keys",
         todo="sparge_compile.explain(model)(...) says why sites stay dense; options={'min_seq_len': 0} lets all in.",
     )
-
-
-def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the positional and the keyword arguments that a batch stands for."""
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    if isinstance(batch, tuple) and len(batch) == 2 and isinstance(batch[0], tuple) and isinstance(batch[1], Mapping):
-        return batch[0], dict(batch[1])
-    return (tuple(batch), {}) if isinstance(batch, (tuple, list)) else ((batch,), {})
 
 
 def _device_name(model: nn.Module) -> str:

@@ -17,7 +17,8 @@ from ..keeping import Kept
 from ..thresholds.calibration import Calibration, from_points
 from ..thresholds.choice import Key, choose
 from ..thresholds.fronts import MODES, Point, error_of, pareto, thin
-from ..thresholds.measured import Origin, PhaseCurves, SiteCurves
+from ..thresholds.measured import Origin
+from ..thresholds.site_curves import PhaseCurves, SiteCurves
 from .curves import TOPK, TOPP
 from .record import Batch, Sample
 
@@ -121,7 +122,7 @@ def search(
     """
     margin, held_out = _check(measured, origin)
     origin = replace(origin, margin=margin, held_out=held_out)
-    curves = {mode: _curves(measured, mode, origin.by) for mode in MODES}
+    curves = {mode: curves_of(measured, mode, origin.by) for mode in MODES}
     chosen = {mode: choose(replace(origin, curves=curves[mode])) for mode in MODES}
     modes = {mode: _rounded(_sparsity(curves[mode], points)) for mode, points in chosen.items()}
     own, points = curves[origin.mode], chosen[origin.mode]
@@ -148,7 +149,8 @@ def _gain(sample: Sample, points: Mapping[Key, Point], origin: Origin) -> tuple[
     return _rounded(sum(e for e, _ in errors) / len(errors)), _rounded(sum(e for _, e in errors) / len(errors))
 
 
-def _curves(measured: Table, mode: str, by: str) -> dict[str, SiteCurves]:
+def curves_of(measured: Table, mode: str, by: str) -> dict[str, SiteCurves]:
+    """Return the front of each head under a mode, with all of its points."""
     return {
         site: SiteCurves(
             phases[0].head_size,
@@ -175,21 +177,22 @@ def _sparsity(curves: Mapping[str, SiteCurves], points: Mapping[Key, Point]) -> 
 def _check(measured: Table, origin: Origin) -> tuple[float, dict[str, float]]:
     """The share of a bound to search with, and how thresholds do on samples that they were not chosen by.
 
-    With fewer samples of some site than there are folds, nothing is known: (1.0, {}). Otherwise, over heads and samples
-    that were left out: ``samples`` of a site, ``sparsity``, ``mean_error``, ``worst_error``; what the other samples had
-    promised, ``expected_mean_error`` and ``expected_worst_error``; for a ``target_error``, ``within``: the share that
-    keeps it, of heads with their mean or worst sample as the aim says.
+    Only that of an error of heads is found here. With fewer samples of some site than there are folds, nothing is
+    known: {}. Otherwise, over heads and samples that were left out: ``samples`` of a site, ``sparsity``,
+    ``mean_error``, ``worst_error``; what the other samples had promised, ``expected_mean_error`` and
+    ``expected_worst_error``; for a ``target_error``, ``within``: the share that keeps it, of heads with their mean or
+    worst sample as the aim says.
     """
     least = min((len(m.error) for phases in measured.values() for m in phases), default=0)
     if least < FOLDS:
-        return 1.0, {}
+        return origin.margin, {}
     folds = []
     for number in range(FOLDS):
         seen = {site: [m.fold(number, left_out=False) for m in phases] for site, phases in measured.items()}
         fresh = {site: [m.fold(number, left_out=True) for m in phases] for site, phases in measured.items()}
-        folds.append((_curves(seen, origin.mode, origin.by), fresh))
+        folds.append((curves_of(seen, origin.mode, origin.by), fresh))
     if origin.target_error is None:
-        return 1.0, {"samples": least, **_on_others(measured, folds, origin)}
+        return origin.margin, {"samples": least, **_on_others(measured, folds, origin)}
     for margin in MARGINS:
         result = _on_others(measured, folds, replace(origin, margin=margin))
         if result["within"] >= KEPT:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import type_error, value_error
 from ..keeping import NOTHING, Kept
@@ -15,7 +15,9 @@ from . import calibration_file, json_file
 from .checks import check_aim, check_influence, check_kept, check_phases, check_sites
 from .choice import Key, choose, thresholds_of
 from .fronts import DENSE, Point
-from .measured import Origin, SitePoints, Summary, summarise
+from .measured import Origin
+from .output import ModelOutput
+from .site_curves import SitePoints, Summary, summarise
 from .table import kept_lines, measured_table, thresholds_table
 
 
@@ -112,22 +114,27 @@ class Calibration:
         *,
         target_error: float | None = None,
         target_sparsity: float | None = None,
+        target_output_error: float | None = None,
         by: str | None = None,
-        influence: Mapping[str, Sequence[float]] | None = None,
+        influence: Mapping[str, Sequence[float]] | Literal[False] | None = None,
     ) -> Calibration:
         """Choose thresholds for another aim from the same measurements; the model does not run.
 
         Args:
             target_error: each head keeps as few key blocks as leave its relative L1 error within this bound.
             target_sparsity: the whole model keeps this share fewer blocks, where it hurts least.
-            by: ``"worst"``: the error is the largest of the samples; ``"mean"``: their mean. Default: as before.
-            influence: with a sparsity, what the squared mean error of each head counts, by site, as
-                ``sparge_compile.head_influence`` measures it. The file does not keep it. Default: as many as the head
-                has blocks.
+            target_output_error: the model's output has at most this relative L2 error, as far as what was tried when
+                it was calibrated tells; with as few blocks as it allows.
+            by: ``"worst"``: the error is the largest of the samples; ``"mean"``: their mean. Default: as before, or the
+                mean where influence counts.
+            influence: what the squared mean error of each head counts for a sparsity or the output's error, by site, as
+                ``sparge_compile.head_influence`` measures it; False: as many as it has blocks. Default: what was
+                measured when it was calibrated, if it was, and by is ``"mean"``.
 
         Raises:
             ValueError: no measurements, not exactly one aim, one out of range, or one that cannot be reached; an
-                influence without a sparsity as aim, with phases, for other sites or heads, or of a negative number.
+                influence with an error of heads as aim, for other sites or heads, or of a negative number; an output's
+                error without influence.
         """
         if self.origin is None:
             raise value_error(
@@ -136,11 +143,29 @@ class Calibration:
                 allowed="what sparge_compile.calibrate or `sparge calibrate` made",
                 todo="Calibrate the model.",
             )
-        if influence is not None:
-            check_influence(influence, self.sites, has_phases=bool(self.phases), target_sparsity=target_sparsity, by=by)
-            by = "mean"
-        origin = self.origin.aimed(check_aim(target_error, target_sparsity, by or self.origin.by, self.origin.mode))
-        return from_points(origin, list(self.phases), choose(origin, influence), self.kept)
+        origin = self.origin
+        if influence is False:
+            origin = replace(origin.aimed({"target_sparsity": 0.0}), output=None)
+        elif influence is not None:
+            check_influence(influence, self.sites, target_error=target_error, by=by)
+            given = ModelOutput({name: tuple(each) for name, each in influence.items()})
+            origin = replace(origin, output=given)
+        if target_output_error is not None and origin.output is None:
+            raise value_error(
+                "this calibration says nothing of the model's output",
+                given=f"target_output_error={target_output_error}",
+                allowed="one that was made with target_output_error, or target_sparsity by the mean",
+                todo="Calibrate with target_output_error, or give the influence of heads.",
+            )
+        if influence or target_output_error is not None:
+            by = by or "mean"
+        aims = {
+            "target_error": target_error,
+            "target_sparsity": target_sparsity,
+            "target_output_error": target_output_error,
+        }
+        origin = origin.aimed(check_aim(aims, by or origin.by, origin.mode))
+        return from_points(origin, list(self.phases), choose(origin), self.kept)
 
     def points(self) -> Iterator[SitePoints]:
         """Yield the measured point of each head, for each calibrated site and phase; nothing without measurements."""

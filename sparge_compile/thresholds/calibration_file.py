@@ -1,7 +1,7 @@
 """A calibration as a JSON document and back. In and out: thresholds by site and phase, and where they come from.
 
-Version 1 is a table of sites and nothing else, and may be written by hand; version 2 is what is written, and version 3
-where tokens are kept.
+Version 1 is a table of sites and nothing else, and may be written by hand. A file has the lowest version whose readers
+know all that it says: 2, 3 where tokens are kept, 4 where the model's output was asked.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from ..keeping import Kept
 from ..pair import Sites
 from ..version import __version__
 from . import json_file
-from .measured import Origin, SiteCurves
+from .measured import Origin
+from .site_curves import SiteCurves
 
 FORMAT = "sparge-calibration"
 FORMAT_VERSION = 2
-_PLAIN_VERSION, _KEPT_VERSION = 1, 3
-_VERSIONS = (_PLAIN_VERSION, FORMAT_VERSION, _KEPT_VERSION)
+_PLAIN_VERSION, _KEPT_VERSION, _OUTPUT_VERSION = 1, 3, 4
+_VERSIONS = (_PLAIN_VERSION, FORMAT_VERSION, _KEPT_VERSION, _OUTPUT_VERSION)
 _FIELDS = {
     1: {"format", "format_version", "created_by", "sites"},
     2: {"format", "format_version", "created_by", "phases", "origin", "sites", json_file.CHECKSUM},
@@ -41,7 +42,7 @@ def to_document(phases: Mapping[float, Sites], origin: Origin | None, kept: Mapp
     """Return the document, without its checksum. ``phases`` are all, by the progress they hold from; the first is 0."""
     return {
         "format": FORMAT,
-        "format_version": _KEPT_VERSION if kept else FORMAT_VERSION,
+        "format_version": _version(origin, kept),
         "created_by": f"sparge_compile {__version__}",
         "phases": list(phases),
         "origin": None if origin is None else origin.to_dict(),
@@ -54,6 +55,12 @@ def to_document(phases: Mapping[float, Sites], origin: Origin | None, kept: Mapp
             for name in phases[0.0]
         },
     }
+
+
+def _version(origin: Origin | None, kept: Mapping[str, Kept]) -> int:
+    if origin is not None and origin.output is not None:
+        return _OUTPUT_VERSION
+    return _KEPT_VERSION if kept else FORMAT_VERSION
 
 
 def write(path: str | os.PathLike[str], document: dict[str, Any]) -> None:
@@ -99,7 +106,7 @@ def _parse(document: dict[str, Any], sites: dict[str, Any]) -> Contents:
     if not isinstance(starts, list) or not starts or starts[0] != 0 or starts != sorted(set(starts)):
         raise ValueError("phases that do not ascend from 0")
     has_curves, curves, kept = document["origin"] is not None, {}, {}
-    if document["format_version"] == _KEPT_VERSION:
+    if document["format_version"] >= _KEPT_VERSION:
         kept = {name: entry["kept"] for name, entry in sites.items() if "kept" in entry}
         sites = {name: {k: v for k, v in entry.items() if k != "kept"} for name, entry in sites.items()}
     for name, entry in sites.items():

@@ -103,41 +103,47 @@ def _bad_phases(given: str) -> ValueError:
     )
 
 
-def check_aim(target_error: float | None, target_sparsity: float | None, by: str, mode: str) -> dict[str, Any]:
-    """Return an aim as the fields of an ``Origin``.
+AIMS = ("target_error", "target_sparsity", "target_output_error")
+
+
+def check_aim(aims: Mapping[str, float | None], by: str, mode: str) -> dict[str, Any]:
+    """Return an aim as the fields of an ``Origin``; ``aims`` are the values of ``AIMS``, by name.
 
     Raises:
-        ValueError: no aim, both, or one outside [0, 1).
+        ValueError: no aim, several, one outside [0, 1), or a worst sample of the output's error.
     """
-    aims = {"target_error": target_error, "target_sparsity": target_sparsity}
-    aims = {name: value for name, value in aims.items() if value is not None}
-    if len(aims) != 1:
+    given = {name: value for name, value in aims.items() if value is not None}
+    if len(given) != 1:
         raise value_error(
             "a calibration needs one aim",
-            given=", ".join(aims) or "none",
-            allowed="target_error or target_sparsity",
-            todo="Give one of the two.",
+            given=", ".join(given) or "none",
+            allowed=" or ".join(AIMS),
+            todo="Give one of them.",
         )
-    name, value = next(iter(aims.items()))
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+    name, value = next(iter(given.items()))
+    least = 0 if name != "target_output_error" else math.ulp(0)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < 1:
         raise value_error(
             f"{name} is out of range",
             given=repr(value),
-            allowed="a share in [0, 1)",
+            allowed="a share in [0, 1), above 0 for the output",
             todo="Give a share, not a percentage: target_error=0.05 allows 5 %, target_sparsity=0.8 skips 80 %.",
+        )
+    if name == "target_output_error" and by != "mean":
+        raise value_error(
+            "the error of the output is a mean",
+            given=f"by={by!r}",
+            allowed="by='mean', the default: over the inputs",
+            todo="Leave `by` out; the table says what the worst of the held-out inputs has.",
         )
     return {name: float(value), "by": by, "mode": mode}
 
 
-def check_influence(
-    influence: Any, sites: Sites, *, has_phases: bool, target_sparsity: float | None, by: str | None
-) -> None:
+def check_influence(influence: Any, sites: Sites, *, target_error: float | None, by: str | None) -> None:
     """Raise a ``ValueError`` unless there is a weight >= 0 for each head of each site, and an aim that uses them."""
     wrong = None
-    if target_sparsity is None:
-        wrong = "one without target_sparsity"
-    elif has_phases:
-        wrong = "one for thresholds with phases"
+    if target_error is not None:
+        wrong = "one with target_error"
     elif by == "worst":
         wrong = 'one with by="worst"; it is a factor of mean errors'
     elif not isinstance(influence, Mapping) or not all(isinstance(each, Sequence) for each in influence.values()):
@@ -152,6 +158,6 @@ def check_influence(
         raise value_error(
             "the influence of heads does not fit",
             given=wrong,
-            allowed="with target_sparsity, a weight >= 0 for each head of each calibrated site",
+            allowed="with target_sparsity or target_output_error, a weight >= 0 for each head of each calibrated site",
             todo="Measure it with sparge_compile.head_influence(model, calibration, batches).",
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from ..errors import value_error
@@ -84,21 +84,62 @@ def spread(units: Sequence[Unit], sparsity: float, by: str) -> list[Point]:
             allowed=f"at most {math.floor(most * 1e4) / 1e4:g}: each query block keeps one, and what a mask cuts",
             todo="Ask for less, or calibrate with longer inputs.",
         )
-    at = [0] * len(units)
-    # What a step gains is counted for a block; a unit without blocks takes its steps for nothing, in any order.
-    worth = [1.0 if unit.weight is None or not unit.cost else unit.weight / unit.cost for unit in units]
-    steps = [(-worth[i] * _gain(hulls[i], 0, by), i) for i in range(len(units)) if len(hulls[i]) > 1]
-    heapq.heapify(steps)
-    while steps:
-        _, i = heapq.heappop(steps)
-        extra = units[i].cost * (hulls[i][at[i] + 1].density - hulls[i][at[i]].density)
-        if extra > budget:
-            continue
-        budget -= extra
-        at[i] += 1
-        if at[i] + 1 < len(hulls[i]):
-            heapq.heappush(steps, (-worth[i] * _gain(hulls[i], at[i], by), i))
-    return [hull[place] for hull, place in zip(hulls, at, strict=True)]
+    climb = _Climb(units, hulls, by)
+    for i, extra in climb.steps():
+        if extra <= budget:
+            budget -= extra
+            climb.take(i)
+    return climb.points()
+
+
+def within(units: Sequence[Unit], bound: float, by: str) -> list[Point]:
+    """Choose a point for each unit, with about the fewest blocks for which √Σ weight · error² keeps a bound.
+
+    The steps are those of :func:`spread`, and they end where the bound is kept. Dense, where none keeps it.
+    """
+    hulls = [_hull(unit, by) for unit in units]
+    climb = _Climb(units, hulls, by)
+    left = sum((unit.weight or 0.0) * _square(hull[0], by) for unit, hull in zip(units, hulls, strict=True))
+    for i, _ in climb.steps():
+        if left <= bound**2:
+            break
+        before = hulls[i][climb.at[i]]
+        climb.take(i)
+        left -= (units[i].weight or 0.0) * (_square(before, by) - _square(hulls[i][climb.at[i]], by))
+    return climb.points()
+
+
+class _Climb:
+    """Units on their way up their hulls, from the sparsest points, always by the step that gains most for a block."""
+
+    def __init__(self, units: Sequence[Unit], hulls: Sequence[Sequence[Point]], by: str) -> None:
+        self._units, self._hulls, self._by = units, hulls, by
+        self.at = [0] * len(units)
+        # What a step gains is counted for a block; a unit without blocks takes its steps for nothing, in any order.
+        self._worth = [1.0 if unit.weight is None or not unit.cost else unit.weight / unit.cost for unit in units]
+
+    def steps(self) -> Iterator[tuple[int, float]]:
+        """Yield the number of a unit and the blocks that its next step costs. A step that is not taken ends its unit's
+        way."""
+        queue = [self._step(i) for i, hull in enumerate(self._hulls) if len(hull) > 1]
+        heapq.heapify(queue)
+        while queue:
+            _, i = heapq.heappop(queue)
+            hull, before = self._hulls[i], self.at[i]
+            yield i, self._units[i].cost * (hull[before + 1].density - hull[before].density)
+            if before < self.at[i] < len(hull) - 1:
+                heapq.heappush(queue, self._step(i))
+
+    def take(self, i: int) -> None:
+        """Take the next step of a unit."""
+        self.at[i] += 1
+
+    def points(self) -> list[Point]:
+        """Return where each unit is."""
+        return [hull[place] for hull, place in zip(self._hulls, self.at, strict=True)]
+
+    def _step(self, i: int) -> tuple[float, int]:
+        return -self._worth[i] * _gain(self._hulls[i], self.at[i], self._by), i
 
 
 def thin(points: Sequence[Point], most: int, keep: Iterable[Point], by: str) -> tuple[Point, ...]:

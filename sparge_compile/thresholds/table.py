@@ -10,7 +10,8 @@ from tabulate import tabulate
 from ..keeping import Kept
 from ..pair import Pair, Sites
 from .fronts import Point, error_of
-from .measured import WITHIN, Origin, SitePoints, Summary
+from .measured import WITHIN, Origin
+from .site_curves import SitePoints, Summary
 
 NAMED = 3  # heads that are named in a row, sparsest and densest
 _HEADERS = (
@@ -62,9 +63,8 @@ def measured_table(origin: Origin, summary: Summary, starts: Sequence[float], si
 
 def _about(origin: Origin, summary: Summary) -> list[str]:
     """The lines above the rows."""
-    aim = (
-        f"error {origin.target_error:g}" if origin.target_error is not None else f"sparsity {origin.target_sparsity:g}"
-    )
+    names = {"target_error": "error", "target_sparsity": "sparsity", "target_output_error": "error of the output"}
+    aim = next(f"{text} {value:g}" for name, text in names.items() if (value := getattr(origin, name)) is not None)
     lines = [
         f"{origin.model}, {origin.created_with}, {origin.device}; fingerprint {origin.fingerprint}",
         f"aim: {aim}, by the {origin.by} sample, mode {origin.mode}; {origin.batches} batches, "
@@ -88,7 +88,27 @@ def _about(origin: Origin, summary: Summary) -> list[str]:
         )
     elif origin.modes:
         lines.append("not checked on held-out samples: that takes four of each site")
-    return lines
+    return lines + _about_output(origin)
+
+
+def _about_output(origin: Origin) -> list[str]:
+    """What is known of the model's output; nothing where it was not asked."""
+    output = origin.output
+    if output is None:
+        return []
+    tried = "" if output.density is None else f", tried at {1 - output.density:.0%} sparsity"
+    lines = [f"influence of heads on the output: known{tried}"]
+    reached = output.reached
+    if not reached:
+        return [*lines, "the error of the output was not measured with these thresholds"]
+    error = f"error of the output: {reached['error']:.4f} over {reached['runs']:.0f} runs"
+    if held := reached["held_out_runs"]:
+        error += (
+            f", {reached['held_out_error']:.4f} over {held:.0f} held-out ones, worst {reached['held_out_worst']:.4f}"
+        )
+    elif origin.target_output_error is not None:
+        error += "; not checked on held-out ones: that takes four"
+    return [*lines, error]
 
 
 def _row(points: Sequence[Point], by: str) -> tuple[object, ...]:

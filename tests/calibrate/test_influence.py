@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 import sparge_compile
 from sparge_compile import Calibration, head_influence
+from sparge_compile.calibrate import influence
+from sparge_compile.notices import forget_warnings
 
 HEADS, SIZE, LENGTH = 3, 16, 1024
 OPTIONS = {"min_seq_len": 0}
@@ -112,7 +114,7 @@ def test_blocks_that_are_compiled_on_their_own_run_plain(measured) -> None:
 def test_thresholds_follow_the_influence(measured) -> None:
     """A head that counts for nothing keeps least, one that counts for all keeps more; the sum is as asked."""
     _, _, calibration = measured
-    alike = calibration.at(target_sparsity=0.7)
+    alike = calibration.at(target_sparsity=0.7, influence=False)
     weights = {name: [1.0] * HEADS for name in calibration.sites}
     assert calibration.at(target_sparsity=0.7, influence=weights).sites == alike.sites
     weights["layers.0"] = [1.0, 0.0, 1e6]
@@ -130,7 +132,7 @@ def test_thresholds_follow_the_influence(measured) -> None:
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"target_error": 0.1, "target_sparsity": None}, "without target_sparsity"),
+        ({"target_error": 0.1, "target_sparsity": None}, "with target_error"),
         ({"influence": {"layers.0": [1.0] * HEADS}}, "other sites"),
         ({"influence": {name: [1.0] for name in ("layers.0", "layers.1")}}, "other numbers of heads"),
         ({"influence": {"layers.0": [1.0] * HEADS, "layers.1": [1.0, -1.0, 1.0]}}, "negative"),
@@ -169,8 +171,46 @@ def test_what_cannot_be_measured_is_an_error(measured) -> None:
     )
     with pytest.raises(ValueError, match="phases"):
         head_influence(model, phases, batches)
-    with pytest.raises(ValueError, match="phases"):
-        phases.at(target_sparsity=0.5, influence={name: [1.0] * HEADS for name in phases.sites})
+    unlike = phases.at(target_sparsity=0.5, influence={name: [1.0, 0.0, 1.0] for name in phases.sites})
+    for name, _, points, _ in unlike.points():
+        assert points[1].density == min(point.density for point in points), f"{name}: in every phase"
+
+
+def test_a_sparsity_is_aimed_at_by_influence_unless_told_otherwise(measured, tmp_path) -> None:
+    """The file has the weights, and aims with them, without another pass over the model."""
+    model, batches, calibration = measured
+    said = calibration.origin.output
+    assert said.density == 0.2 and said.influence["layers.0"][1] == 0
+    assert said.influence["layers.0"] == pytest.approx(
+        head_influence(model, calibration, batches)["layers.0"], rel=1e-3
+    )
+    calibration.save(tmp_path / "c.json")
+    loaded = Calibration.load(tmp_path / "c.json")
+    assert loaded == calibration and loaded.to_dict()["format_version"] == 4
+    assert loaded.at(target_sparsity=0.7).sites == calibration.sites
+    plain = sparge_compile.calibrate(model, batches, target_sparsity=0.7, options=OPTIONS, influence=False)
+    assert plain.origin.output is None and plain.to_dict()["format_version"] == 2
+    again = loaded.at(target_sparsity=0.7, influence=False)
+    assert again.origin.output is None and calibration.sites not in (plain.sites, again.sites)
+    assert again.summary().mean_error == pytest.approx(plain.summary().mean_error, rel=0.1)
+    by_worst = sparge_compile.calibrate(model, batches[:1], target_sparsity=0.7, options=OPTIONS, by="worst")
+    assert by_worst.origin.output is None
+    assert loaded.at(target_error=0.3).origin.output.influence == said.influence
+
+
+@pytest.mark.parametrize("arguments", [{"target_error": 0.1, "influence": True, "by": "worst"}, {"influence": 3}])
+def test_an_influence_without_a_use_is_refused(measured, arguments) -> None:
+    with pytest.raises(ValueError, match="influence"):
+        sparge_compile.calibrate(*measured[:2], **arguments)
+
+
+def test_many_heads_are_tried_together(measured, monkeypatch) -> None:
+    """At most so many forwards as are allowed; heads that are tried together share a weight."""
+    model, batches, _ = measured
+    monkeypatch.setattr(influence, "FORWARDS", 4)
+    found = sparge_compile.calibrate(model, batches, target_sparsity=0.7, options=OPTIONS)
+    for first, second, _ in found.origin.output.influence.values():
+        assert first == second > 0
 
 
 def test_weights_are_means_over_batches(measured) -> None:
@@ -202,7 +242,7 @@ class Unsteady(Model):
 
 @pytest.mark.parametrize("how", ["noise", "in place", "buffer"])
 def test_models_that_do_not_repeat_themselves(measured, how) -> None:
-    """Noise is refused; inputs that are changed, and an output that is always the same tensor, do no harm."""
+    """Noise is refused, or warned of; changed inputs, and an output that is always the same tensor, do no harm."""
     model, batches, calibration = measured
     unsteady = Unsteady().eval()
     unsteady.load_state_dict(model.state_dict())
@@ -211,6 +251,12 @@ def test_models_that_do_not_repeat_themselves(measured, how) -> None:
     if how == "noise":
         with pytest.raises(ValueError, match="differ by"):
             head_influence(unsteady, calibration, batches)
+        forget_warnings()
+        with pytest.warns(UserWarning, match="differ by"):
+            found = sparge_compile.calibrate(unsteady, batches[:1], target_sparsity=0.7, options=OPTIONS)
+        assert found.origin.output is None
+        with pytest.raises(ValueError, match="differ by"):
+            sparge_compile.calibrate(unsteady, batches[:1], target_sparsity=0.7, options=OPTIONS, influence=True)
     else:
         expected = head_influence(model, calibration, batches[:1])
         found = head_influence(unsteady, calibration, batches[:1])

@@ -67,7 +67,9 @@ def test_what_is_kept_is_in_the_calibration_and_its_file(tmp_path: Path) -> None
     assert "(root) keeps text with dense queries; error 0." in text and "at equal sparsity without them 0." in text
     loaded = Calibration.load(tmp_path / "kept.json")
     assert loaded == found and loaded.table() == text
-    assert json.loads((tmp_path / "kept.json").read_text())["format_version"] == 3
+    assert json.loads((tmp_path / "kept.json").read_text())["format_version"] == 4, "the model's output was asked"
+    kept = Calibration(found.sites, kept=found.kept)
+    assert kept.to_dict()["format_version"] == 3
     again = found.at(target_sparsity=0.4)
     assert again.kept == found.kept and not again.origin.gains  # type: ignore[union-attr]
     assert found.at_progress(0.5).kept == found.kept
@@ -76,11 +78,12 @@ def test_what_is_kept_is_in_the_calibration_and_its_file(tmp_path: Path) -> None
 
 
 def test_files_that_keep_nothing_are_those_of_before(tmp_path: Path) -> None:
-    found = calibrate(Joint().eval(), batches(1), target_sparsity=0.5, options={"min_seq_len": 0})
+    found = calibrate(Joint().eval(), batches(1), target_sparsity=0.5, options={"min_seq_len": 0}, influence=False)
     found.save(tmp_path / "plain.json")
     document = json.loads((tmp_path / "plain.json").read_text())
     assert document["format_version"] == 2
-    assert "gains" not in document["origin"] and "kept" not in document["sites"]["(root)"]
+    assert not {"gains", "output", "target_output_error"} & set(document["origin"])
+    assert "kept" not in document["sites"]["(root)"]
     assert not found.kept and Calibration.load(tmp_path / "plain.json") == found
 
 

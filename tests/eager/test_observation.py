@@ -44,11 +44,12 @@ def batches():
 
 @pytest.mark.parametrize("make", [lambda: Stack(block=Disabled), lambda: Stack(block=Broken), Half])
 def test_calibrations_are_those_of_graphs(make, batches):
-    plain, model = Stack(), make()
+    plain, model = Stack().eval(), make().eval()
     model.load_state_dict(plain.state_dict())
     want = calibrate(plain, batches, target_sparsity=0.4, options=OPTIONS)
     got = calibrate(model, batches, target_sparsity=0.4, options=OPTIONS)
     assert got.sites == want.sites
+    assert got.origin.output.influence.keys() == want.sites.keys(), "heads in eager code are tried, too"
     assert F.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
     with replace_attention(model, calibration=got, min_seq_len=0) as replaced:
         eager = model(batches[0])

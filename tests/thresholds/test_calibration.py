@@ -19,7 +19,8 @@ from sparge_compile.thresholds import json_file
 from sparge_compile.thresholds.calibration import from_points
 from sparge_compile.thresholds.choice import choose
 from sparge_compile.thresholds.fronts import Point
-from sparge_compile.thresholds.measured import CHECKED, Origin, PhaseCurves, SiteCurves
+from sparge_compile.thresholds.measured import CHECKED, Origin
+from sparge_compile.thresholds.site_curves import PhaseCurves, SiteCurves
 
 FAST = {"min_seq_len": 0, "inner": "eager"}
 
@@ -220,7 +221,7 @@ def test_a_duplicate_key_a_newer_format_and_another_file_say_what_they_are(tmp_p
     measured_calibration().save(path)
     text = path.read_text()
     for content, words in (
-        (text.replace('"format_version": 2', '"format_version": 4'), "newer version"),
+        (text.replace('"format_version": 2', '"format_version": 5'), "newer version"),
         (text.replace('"phases"', '"format": "x", "phases"'), "stands twice"),
         ('{"a": 1}', "format name"),
         ("[" * 100_000, "not JSON"),

@@ -1,0 +1,38 @@
+"""What a user gives a model: batches, the arguments that each stands for, and what runs one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from ..errors import value_error
+
+
+def batches_and_call(
+    model: nn.Module,
+    batches: Iterable[Any] | None,
+    forward_loop: Callable[[nn.Module], Any] | None,
+    call: Callable[..., Any] | None,
+) -> tuple[Iterable[Any], Callable[..., Any]]:
+    """The batches, and what runs one."""
+    if forward_loop is not None and batches is None:
+        return [(model,)], forward_loop
+    if batches is None or forward_loop is not None:
+        raise value_error(
+            "calibrate: inputs",
+            given="none" if batches is None else "batches and a forward_loop",
+            allowed="batches, or a forward_loop",
+            todo="Give one of the two.",
+        )
+    return batches, call or model
+
+
+def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the positional and the keyword arguments that a batch stands for."""
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if isinstance(batch, tuple) and len(batch) == 2 and isinstance(batch[0], tuple) and isinstance(batch[1], Mapping):
+        return batch[0], dict(batch[1])
+    return (tuple(batch), {}) if isinstance(batch, (tuple, list)) else ((batch,), {})

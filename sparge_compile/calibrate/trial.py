@@ -1,0 +1,205 @@
+"""A model that runs with thresholds on trial, and how far what it returns lies from what it returns without.
+
+In: a model, its calibrated sites, calls of it. Out: relative errors of its output. The model is left as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..backend import sparge
+from ..distill.forwards import GraphCalls
+from ..eager.replacement import Replacement, replace_attention
+from ..errors import value_error
+from ..keeping import Kept
+from ..pair import Sites
+from ..running.listeners import heard_by
+from ..running.observe import uncompiled
+from ..thresholds.attachment import Attachment, attach
+from ..thresholds.buffers import attached_to
+from ..thresholds.calibration import Calibration
+from ..thresholds.fronts import DENSE
+from .calls import ModelCall
+
+REPEATS = 1e-6  # relative squared error up to which two dense runs count as the same
+_HELD = 1 << 30  # bytes of dense outputs that are kept; others are computed anew
+
+
+class Trial:
+    """Runs calls of a model under thresholds. Made by :func:`on_trial`.
+
+    ``open_eagerly`` has attention in eager code take thresholds, and returns what reports of it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sparse: Callable[..., Any],
+        attached: Attachment,
+        open_eagerly: Callable[[], Replacement],
+    ) -> None:
+        self._model, self._sparse, self._attached, self._open_eagerly = model, sparse, attached, open_eagerly
+        start = attached.get()
+        self._sites, self._kept = {name: len(pairs) for name, pairs in start.sites.items()}, start.kept
+        self._eager: Replacement | None = None
+        self._outputs: dict[tuple[int, int], list[Tensor]] = {}
+        self._held = 0
+        self._repeats = False
+        self.forwards = 0
+
+    def everything_kept(self, call: ModelCall) -> list[Tensor]:
+        """What the model returns by the op, with all blocks kept, float32.
+
+        Raises:
+            ValueError: a calibrated site did not become sparse, or the model does not return the same twice.
+        """
+        missing, exact = self._heard(call)
+        if missing and self._eager is None:
+            self._eager = self._open_eagerly()
+            missing, exact = self._heard(call)
+        if missing:
+            raise value_error(
+                "calibrate: sites on trial",
+                given=f"{', '.join(sorted(missing))}: not replaced or not run",
+                allowed="sparse ones",
+                todo="Give inputs that reach them, and the options of the calibration (additive_masks).",
+            )
+        self._check_repeats(self._sparse, call, exact)
+        return exact
+
+    def _heard(self, call: ModelCall) -> tuple[set[str], list[Tensor]]:
+        """The sites that are not sparse in a call, and what it returns."""
+        graphs = GraphCalls()
+        with heard_by(graphs):
+            outputs = self._run(self._sparse, call)
+        eager = [row.name for row in self._eager.report.sparse] if self._eager else []
+        return set(self._sites).difference(graphs.names, eager), outputs
+
+    def sparse(self, call: ModelCall, sites: Sites) -> list[Tensor]:
+        """What it returns under thresholds; sites that are not named keep all blocks."""
+        kept = {name: what for name, what in self._kept.items() if name in sites}
+        self._attached.set(Calibration(sites, kept=kept))
+        try:
+            return self._run(self._sparse, call)
+        finally:
+            self._attached.set(Calibration({name: dense_pairs(self._sites[name]) for name in sites}, kept=kept))
+
+    def error(self, call: ModelCall, sites: Sites) -> float:
+        """The relative L2 error ‖u − v‖ ÷ ‖v‖ of the output u under these thresholds; v is that of the model as it is.
+
+        Raises:
+            ValueError: the model does not return the same twice.
+        """
+        exact = self._outputs.get(call[:2])
+        if exact is None:
+            exact = self._run(self._model, call)
+            self._check_repeats(self._model, call, exact)
+            size = sum(x.nbytes for x in exact)
+            if self._held + size <= _HELD:
+                self._outputs[call[:2]], self._held = exact, self._held + size
+        return float(squared_error(self.sparse(call, sites), exact) ** 0.5)
+
+    def _run(self, model: Callable[..., Any], call: ModelCall) -> list[Tensor]:
+        self.forwards += 1
+        return _floats(call.run(model))
+
+    def _check_repeats(self, model: Callable[..., Any], call: ModelCall, first: Sequence[Tensor]) -> None:
+        if self._repeats:
+            return
+        if (error := squared_error(self._run(model, call), first)) > REPEATS:
+            raise value_error(
+                "calibrate: the model",
+                given=f"outputs that differ by {error:.2g} between two calls",
+                allowed="the same ones",
+                todo="Switch off what is random in it, or keeps something from one call to the next (a cache).",
+            )
+        self._repeats = True
+
+
+@contextmanager
+def on_trial(
+    model: nn.Module, sites: Mapping[str, int], kept: Mapping[str, Kept], additive_masks: bool
+) -> Iterator[Trial]:
+    """A model that takes thresholds, by the names of its sites and their numbers of heads.
+
+    What this process has compiled, of this model or others, is compiled anew when it is used next.
+
+    Raises:
+        ValueError: a model in training mode, or with thresholds attached.
+    """
+    _check_model(model)
+    options: dict[str, Any] = {
+        "topk": 1.0,
+        "topp": 0.0,
+        "min_seq_len": 0,
+        "on_unsupported": "dense",
+        "additive_masks": additive_masks,
+    }
+    start = Calibration({name: dense_pairs(heads) for name, heads in sites.items()}, kept=kept)
+    with attach(model, start) as attached, uncompiled(model), torch.no_grad(), ExitStack() as stack:
+        sparse = torch.compile(model, backend=sparge, options={**options, "inner": "eager"})
+        yield Trial(model, sparse, attached, lambda: stack.enter_context(replace_attention(model, options)))
+
+
+def dense_pairs(heads: int) -> tuple[tuple[float, float], ...]:
+    """Thresholds that keep all blocks."""
+    return (DENSE[:2],) * heads
+
+
+def squared_error(changed: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """‖u − v‖² ÷ ‖v‖².
+
+    Raises:
+        ValueError: other shapes, or numbers that are not finite or all 0.
+    """
+    if [u.shape for u in changed] != [v.shape for v in exact]:
+        raise value_error(
+            "calibrate: the model",
+            given="outputs whose shapes differ between calls",
+            allowed="the same ones",
+            todo="Give other inputs.",
+        )
+    norm = sum(float(v.square().sum()) for v in exact)
+    error = sum(float((u - v).square().sum()) for u, v in zip(changed, exact, strict=True))
+    if not (0 < norm < float("inf") and error < float("inf")):
+        raise value_error(
+            "calibrate: the model",
+            given=f"outputs with squares of {norm:g}",
+            allowed="finite numbers, not all 0",
+            todo="Check model and inputs.",
+        )
+    return error / norm
+
+
+def _check_model(model: nn.Module) -> None:
+    if model.training:
+        raise value_error(
+            "calibrate: model", given="one in training mode", allowed="evaluation mode", todo="Call model.eval()."
+        )
+    if any(attached_to(module) is not None for module in model.modules()):
+        raise value_error(
+            "calibrate: model",
+            given="one with thresholds attached",
+            allowed="one without",
+            todo="Call remove() of what attach returned.",
+        )
+
+
+def _floats(output: Any) -> list[Tensor]:
+    """The floating tensors in what a model returned, in float32 on their device, as they are now."""
+    tensors = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
+    floats = [x.to(torch.float32, copy=True) for x in tensors if x.is_floating_point()]
+    if not floats:
+        raise value_error(
+            "calibrate: the model",
+            given=f"{type(output).__name__} without floating tensors",
+            allowed="tensors",
+            todo="Have it return them.",
+        )
+    return floats
