@@ -16,37 +16,36 @@ GPU: dict[str, dict[tuple[str, int], tuple[Six, Six]]] = {
             (1.64e-4, 1.56e-10, 4.88e-3, 3.41e-9, 4.72e-7, 2.56e-10),
         ),
     },
-    # H200, torch 2.11, cuDNN 9.19. Measured are forwards in bfloat16, head sizes 64 and 128 together; all others are
-    # estimated from rates of the single kernels.
+    # H200, torch 2.11, cuDNN 9.19. Head size 128 in float32 is estimated from 64.
     "sm90": {
         ("half", 64): (
-            (1.395e-5, 7.32e-15, 2.901e-5, 1.125e-12, 1.155e-11, 7.378e-15),
-            (4.5e-5, 2.86e-14, 9.0e-5, 1.5e-12, 2.4e-11, 4.5e-14),
+            (9.38e-06, 8.578e-15, 1.796e-05, 9.288e-13, 4.176e-11, 8.679e-15),
+            (3.621e-05, 3.1e-14, 4.556e-05, 4.711e-12, 1.013e-10, 4.092e-14),
         ),
         ("half", 128): (
-            (1.395e-5, 7.32e-15, 2.901e-5, 1.125e-12, 1.155e-11, 7.378e-15),
-            (4.5e-5, 2.51e-14, 9.0e-5, 1.5e-12, 2.4e-11, 3.35e-14),
+            (1.09e-05, 6.254e-15, 2.12e-05, 9.372e-13, 3.421e-11, 5.996e-15),
+            (4.683e-05, 2.464e-14, 5.453e-05, 4.768e-12, 7.005e-11, 3.059e-14),
         ),
         ("half", 256): (
-            (1.395e-5, 7.32e-15, 2.901e-5, 1.125e-12, 1.155e-11, 1.14e-14),
-            (4.5e-5, 2.6e-14, 9.0e-5, 1.5e-12, 2.4e-11, 5.5e-14),
+            (2.864e-07, 5.881e-15, 2.392e-05, 1.559e-12, 0, 7.2e-15),
+            (0.0001018, 3.199e-14, 9.456e-05, 5.486e-12, 0, 6.212e-14),
         ),
         ("float32", 64): (
-            (1.4e-5, 1.0e-13, 3.0e-5, 2.25e-12, 1.155e-11, 2.0e-13),
-            (5.0e-5, 4.0e-13, 1.0e-4, 3.0e-12, 2.4e-11, 8.0e-13),
+            (2.841e-05, 1.151e-13, 9.13e-06, 4.858e-12, 0, 3.688e-13),
+            (4.823e-05, 4.049e-13, 0.0001737, 3.006e-11, 0, 1.834e-12),
         ),
         ("float32", 128): (
-            (1.4e-5, 1.0e-13, 3.0e-5, 2.25e-12, 1.155e-11, 2.0e-13),
-            (5.0e-5, 4.0e-13, 1.0e-4, 3.0e-12, 2.4e-11, 8.0e-13),
+            (2.841e-05, 1.151e-13, 9.13e-06, 4.858e-12, 0, 3.688e-13),
+            (4.823e-05, 4.049e-13, 0.0001737, 3.006e-11, 0, 1.834e-12),
         ),
     },
 }
 
 # An eager call of dense attention takes the host so long (host.py measures it), where the times below were measured.
-REFERENCE = 15e-6
+REFERENCE = 2.88e-05
 
 # Dense and sparse seconds of the host for one call: of a forward, and of a forward with its backward.
 HOST: dict[str, tuple[tuple[float, float], tuple[float, float]]] = {
-    "compiled": ((23e-6, 65e-6), (167e-6, 340e-6)),
-    "eager": ((15e-6, 77e-6), (180e-6, 900e-6)),
+    "compiled": ((4.2e-05, 7.2e-05), (2.0e-04, 2.5e-04)),
+    "eager": ((2.8e-05, 9.7e-05), (2.6e-04, 7.3e-04)),
 }
