@@ -149,3 +149,12 @@ def test_real_shapes_are_decided_and_measured(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "2 cases, 6 decisions" in printed and "decided sparse and not measured: 0" in printed
     assert path.read_text().count("training") == 3
+
+
+def test_whole_models_are_measured(capsys):
+    pytest.importorskip("diffusers")
+    import whole_models
+
+    whole_models.main(["--device", "cpu", "--tiny", "--layers", "1", "--inner", "eager", "--models", "wan", "--check"])
+    printed = capsys.readouterr().out
+    assert "error against dense" in printed and "sparge, 75 %" in printed and "Error" not in printed
