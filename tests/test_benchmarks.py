@@ -124,6 +124,16 @@ def test_kept_text_is_measured_beside_the_plain_rule():
         assert (of_text < 1e-5) == ("queries dense" in name)
 
 
+def test_token_order_is_measured_beside_raster_order(monkeypatch):
+    import token_order
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    grid = ["--grid", "3", "5", "7", "--heads", "1", "--head-size", "16"]
+    rows = token_order.main(["--device", "cpu", *grid, "--budget", "0"])
+    assert len(rows) == 2 * 3 * len(token_order.SHARES) and all(min(row[3:]) > 0 for row in rows)
+    assert all(row[5:] == [1.0, 1.0] for row in rows if row[1] == "raster")
+
+
 def test_the_cost_model_is_fitted_to_what_was_measured():
     import fit_cost_model as fitting
 
