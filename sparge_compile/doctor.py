@@ -14,19 +14,20 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from importlib import import_module, metadata
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .cost import cost_model
 from .errors import value_error
 from .functional import attention
+from .host import slowness, time_dense_call
+from .installed import versions
 from .kernels import check, inventory, launch
-from .version import __version__
 
-PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "accelerate", "numpy")
 SMALL = {"length": 300, "keys": 330, "heads": 2, "key_heads": 1}  # a CPU and Triton's interpreter do it in a moment
 SHAPES = {"cuda": (1, 12, 16_384, 128), "cpu": (1, 2, 4_096, 64)}  # what is timed unless a shape is given
 REPEATS = 5
@@ -56,6 +57,16 @@ class Timing(NamedTuple):
         return self.dense / self.sparse
 
 
+class Host(NamedTuple):
+    """How long the host of a GPU takes, in seconds: an eager call of SDPA as it was measured, and how many times the
+    cost model's reference that is, rounded; what the model therefore takes for a compiled call, dense and sparse."""
+
+    eager_call: float
+    slowness: float
+    dense: float
+    sparse: float
+
+
 @dataclass
 class Examination:
     """What was found on one device. Printed, it is what a bug report should contain."""
@@ -65,6 +76,7 @@ class Examination:
     kernels: list[inventory.Kernel]
     launches: str
     checks: list[Check] = field(default_factory=list)
+    host: Host | None = None  # of a GPU
     timing: Timing | None = None
     trouble: str = ""  # why nothing was timed
 
@@ -95,6 +107,7 @@ class Examination:
         found = {**asdict(self), "kernels": [x._asdict() for x in self.kernels], "verdict": self.verdict}
         found["checks"] = [x._asdict() for x in self.checks]
         found["timing"] = self.timing and self.timing._asdict()
+        found["host"] = self.host and self.host._asdict()
         return {**found, "healthy": self.healthy}
 
     def __str__(self) -> str:
@@ -102,6 +115,12 @@ class Examination:
         lines += [f"device\n  {self.device}, launches {self.launches}", "kernels"]
         lines += [f"  {kernel.name:26}{kernel.refusal or 'runs'}" for kernel in self.kernels]
         lines += ["checks", *(f"  {c.kernel:22}{c.problem:28}{c.fault or 'right'}" for c in self.checks)]
+        if self.host:
+            eager, slow, dense, sparse = self.host
+            lines += [
+                f"host\n  {1e6 * eager:.1f} us for an eager call of SDPA, {slow:.2g} times the reference: the cost "
+                f"model takes {1e6 * dense:.0f} us for a compiled call, {1e6 * sparse:.0f} us for a sparse one",
+            ]
         if self.timing:
             t = self.timing
             shape = "×".join(map(str, t.shape))
@@ -139,33 +158,13 @@ def examine(
     found = Examination(versions(), _name(device), kernels, _launches(device))
     if any(not kernel.refusal for kernel in kernels):
         found.checks = _checks(device)
+        found.host = _host(device) if device.type == "cuda" else None
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         try:
             found.timing = _time(device, shape or SHAPES[device.type], sparsity, dtype, is_causal)
         except (RuntimeError, ValueError) as error:  # out of memory, no kernel for this dtype and head size
             found.trouble = str(error).strip().splitlines()[0]
     return found
-
-
-def versions() -> dict[str, str]:
-    """What is installed, by name."""
-    found = {"sparge-compile": __version__, "python": platform.python_version(), "system": platform.platform()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    found["torch"] = torch.__version__  # with what it was built for
-    if torch.cuda.is_available():
-        found["CUDA" if torch.version.hip is None else "ROCm"] = str(torch.version.cuda or torch.version.hip)
-        found["driver"] = "unknown" if torch.version.hip else _driver()
-    return found
-
-
-def _driver() -> str:
-    """The version of CUDA up to which the driver goes, which torch knows by a private name."""
-    ask = getattr(torch._C, "_cuda_getDriverVersion", None)
-    return f"up to CUDA {ask() // 1000}.{ask() % 1000 // 10}" if ask else "unknown"
 
 
 def _name(device: torch.device) -> str:
@@ -215,6 +214,11 @@ def _fault(wrong: Callable[..., str], *args: Any) -> str:
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         return f"{type(error).__name__} in {where.name}: {' '.join(str(error).split())[:200]}"
+
+
+def _host(device: torch.device) -> Host:
+    costs = cost_model(device)
+    return Host(time_dense_call(device), slowness(device), costs.dense_host, costs.sparse_host)
 
 
 def _time(device: torch.device, shape: tuple[int, ...], sparsity: float, dtype: torch.dtype, is_causal: bool) -> Timing:

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from sparge_compile import doctor
+from sparge_compile import CostModel, doctor
 from sparge_compile.cli import main
 from sparge_compile.kernels import cpu
 from sparge_compile.kernels.inventory import Kernel
@@ -56,6 +56,19 @@ def test_a_wrong_kernel_and_one_that_fails(capsys, monkeypatch):
     text = capsys.readouterr().out
     assert "out is off by" in text and "RuntimeError in fails: no such instruction" in text
     assert "forward, map is wrong" in text.splitlines()[-1] and "report" in text.splitlines()[-1]
+
+
+def test_the_host_of_a_gpu(monkeypatch):
+    """It is timed, and what the cost model makes of it is said; a CPU has none beside itself."""
+    found = doctor.examine(torch.device("cpu"), (1, 1, 300, 16))
+    assert found.host is None and "\nhost\n" not in str(found) and found.to_dict()["host"] is None
+    monkeypatch.setattr(doctor, "time_dense_call", lambda device: 21e-6)
+    monkeypatch.setattr(doctor, "slowness", lambda device: 2**0.5)
+    monkeypatch.setattr(doctor, "cost_model", lambda device: CostModel(0, 0, 0, 0, 0, 0, 32e-6, 64e-6))
+    found.host = doctor._host(torch.device("cuda"))
+    assert "host\n  21.0 us for an eager call of SDPA, 1.4 times the reference" in str(found)
+    assert "32 us for a compiled call, 64 us for a sparse one" in str(found)
+    assert found.to_dict()["host"]["sparse"] == 64e-6
 
 
 def test_where_no_kernel_runs_nothing_is_tried(capsys, monkeypatch):
