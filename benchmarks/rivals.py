@@ -29,18 +29,22 @@ def projected(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def dense_calls(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, what: str) -> dict[str, Call]:
+def dense_calls(
+    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, what: str, mask: Tensor | None = None
+) -> dict[str, Call]:
     """SDPA by each of its fast kernels that takes these operands, by name; else by the next best that does."""
     fast = FAST if q.device.type == "cuda" else FAST[1:]
-    found = {x.name: call for x in fast if (call := _dense_call(q, k, v, is_causal, what, x)) is not None}
+    found = {x.name: call for x in fast if (call := _dense_call(q, k, v, is_causal, what, mask, x)) is not None}
     for backend in () if found else REST:
-        call = _dense_call(q, k, v, is_causal, what, backend)
+        call = _dense_call(q, k, v, is_causal, what, mask, backend)
         if call is not None:
             return {backend.name: call}
     return found
 
 
-def _dense_call(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, what: str, backend: SDPBackend) -> Call | None:
+def _dense_call(
+    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, what: str, mask: Tensor | None, backend: SDPBackend
+) -> Call | None:
     """SDPA by one kernel, or None where it does not take these operands."""
     shared = q.shape[1] != k.shape[1]
     if shared and backend not in FAST:  # only these take grouped heads; models repeat them for the others
@@ -51,7 +55,7 @@ def _dense_call(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, what: str, bac
 
     def call() -> object:
         with sdpa_kernel(backend), torch.set_grad_enabled(trains):
-            out = F.scaled_dot_product_attention(*inputs, is_causal=is_causal, enable_gqa=shared)
+            out = F.scaled_dot_product_attention(*inputs, mask, is_causal=is_causal, enable_gqa=shared)
             return torch.autograd.grad(out, inputs, grad_out) if trains else out
 
     with warnings.catch_warnings():
@@ -68,9 +72,11 @@ def ones_for(q: Tensor, v: Tensor) -> Tensor:
     return projected(q.new_ones(*q.shape[:3], v.shape[3]))
 
 
-def sparse_call(q: Tensor, k: Tensor, v: Tensor, thresholds: Tensor, is_causal: bool, what: str) -> Call:
+def sparse_call(
+    q: Tensor, k: Tensor, v: Tensor, thresholds: Tensor, is_causal: bool, what: str, mask: Tensor | None = None
+) -> Call:
     """Map and attention as one op, and its backward as another, called as Inductor's code calls them."""
-    ops, how = torch.ops.sparge, (None, is_causal, q.shape[-1] ** -0.5)
+    ops, how = torch.ops.sparge, (mask, is_causal, q.shape[-1] ** -0.5)
     grad_out = ones_for(q, v) if what == "step" else None
 
     @torch.no_grad()

@@ -165,7 +165,8 @@ def cost_model(
     Args:
         device: where. On a GPU, the first call in a process measures how fast its host is (``host.py``).
         dtype, head_size, value_head_size: of the operands. Rows of a size that tiles do not have are padded there.
-        launched: by whom: ``"compiled"`` code, ``"eager"`` code, or a CUDA ``"graph"``, which needs no host.
+        launched: by whom: ``"compiled"`` code, ``"eager"`` code, or a CUDA ``"graph"``, which needs no host;
+            ``"masked"``: by the first two under a mask, where nothing is prepared.
     """
     sizes = head_size, head_size if value_head_size is None else value_head_size
     table = GPU.get(device_class(device), GPU["sm90"])

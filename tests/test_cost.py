@@ -150,5 +150,5 @@ def test_the_tables_are_whole():
         for forward, step in kinds.values():
             assert len(forward) == len(step) == 6
             assert all(s >= f >= 0 for f, s in zip(forward, step, strict=True)), "a step is more than its forward"
-    assert set(cost_table.HOST) == {"compiled", "eager"}
+    assert set(cost_table.HOST) == {"compiled", "eager", "masked"}
     assert cost.GPU["sm90"], "what stands for every other GPU"

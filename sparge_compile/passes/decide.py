@@ -105,8 +105,11 @@ def limit_of(attention: Attention, density: float, options: Options) -> Limit:
 
 def costs_of(attention: Attention, options: Options) -> CostModel:
     """The coefficients for an attention, as the options give them or as they were measured."""
-    x = attention
-    return options.costs or cost_model(x.device, x.dtype, x.head_size, x.value_head_size, options.launched)
+    if options.costs is not None:
+        return options.costs
+    x, launched = attention, options.launched
+    launched = "masked" if x.masks and launched != "graph" else launched
+    return cost_model(x.device, x.dtype, x.head_size, x.value_head_size, launched)
 
 
 def least_size(attention: Attention, limit: Limit) -> str | None:

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from graphs import Builder
 
-from sparge_compile import Calibration
+from sparge_compile import Calibration, CostModel
 from sparge_compile.keeping import Kept
 from sparge_compile.limit import Limit
 from sparge_compile.options import Options
+from sparge_compile.passes import decide as decide_module
 from sparge_compile.passes.decide import MARGIN, MIN_KEYS, decide, expected_density, shape_of, thresholds_for, verdict
 from sparge_compile.passes.find import find
 from sparge_compile.passes.match.attention import Refusal
@@ -151,6 +152,21 @@ def test_the_host_must_be_worth_it_too():
     decision = decide(match, Options(costs={**FREE, "sparse_pair": 1e-10, **host, "sparse_host": 1e-1}, topk=0.1))
     assert decision.reason is Reason.AT_EACH_CALL and len(decision.limit.gain) == 8
     assert "from 2141 keys on" in decision.detail and not environment.guards
+
+
+@pytest.mark.parametrize(
+    "mode, mask, launched",
+    [
+        (None, None, "compiled"),
+        (None, padding, "masked"),
+        ("reduce-overhead", padding, "graph"),
+    ],
+)
+def test_who_launches_an_attention(monkeypatch, mode, mask, launched):
+    asked = []
+    monkeypatch.setattr(decide_module, "cost_model", lambda *given: asked.append(given) or CostModel(**FREE))
+    decide(attention(length=64, keys=MIN_KEYS, mask=mask, dtype=torch.bfloat16), Options(inductor_mode=mode, topk=0.1))
+    assert set(asked) == {(torch.device("cpu"), torch.bfloat16, 4, 4, launched)}
 
 
 def test_kept_tokens_raise_the_bound_of_the_density():
