@@ -203,7 +203,7 @@ def check_thresholds(thresholds: Tensor, q: Tensor) -> None:
 def check_packing(how: How, q: Tensor, k: Tensor) -> None:
     """Raise a ``ValueError`` unless the sequences of a packed call fit q over k. Where they begin is not read."""
     given = (how.cu_seqlens_q, how.cu_seqlens_k)
-    if given == (None, None):
+    if given[0] is None and given[1] is None:
         return
     fit = all(
         x is not None
