@@ -6,11 +6,13 @@ import logging
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from toys import Block, Stack
 
 from sparge_compile import Calibration, attention, backend, explain, inner
@@ -147,6 +149,48 @@ def test_report_as_table_and_dict():
     assert (first["batch"], first["heads"], first["length"], first["keys"], first["head_size"]) == (1, 4, 1100, 1100, 8)
     assert "blocks.1" in str(report) and "1100×1100" in str(report)
     assert report.sites[0].shapes["kv_heads"] == 4
+
+
+def decomposed(q, k, v):
+    return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
+
+
+def checkpointed(q, k, v):
+    return checkpoint(F.scaled_dot_product_attention, q, k, v, use_reentrant=False)
+
+
+class Projected(torch.nn.Module):
+    def __init__(self, attend):
+        super().__init__()
+        self.attend, self.qkv = attend, torch.nn.Linear(16, 48)
+
+    def forward(self, x):
+        return self.attend(*self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4))
+
+
+TRAINED = {
+    "sdpa": partial(Projected, F.scaled_dot_product_attention),
+    "decomposed": partial(Projected, decomposed),
+    "checkpointed": partial(Projected, checkpointed),
+    "opened": partial(torch.nn.TransformerEncoderLayer, 16, 2, 16, dropout=0.0, batch_first=True),
+}
+
+
+@pytest.mark.parametrize("made", TRAINED.values(), ids=TRAINED)
+def test_whether_an_attention_trains_is_read_off_the_graph(made):
+    six = {"dense_base": 0, "dense_pair": 1e-9, "sparse_base": 0, "pool": 0, "select": 0, "sparse_pair": 1e-10}
+    costs, model = {**six, "training": {**six, "sparse_base": 1}}, made()
+
+    def decided():
+        (site,) = explain(model, {"costs": costs})(torch.randn(1, 1100, 16))
+        return site.status, site.decision.prediction.trains
+
+    assert decided() == ("dense", True)
+    model.requires_grad_(False)
+    assert decided() == ("sparse", False)
+    model.requires_grad_(True)
+    with torch.no_grad():
+        assert decided() == ("sparse", False)
 
 
 def test_dynamic_lengths_take_one_compilation():

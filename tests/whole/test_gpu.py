@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from spelling import SPELLINGS
 from torch.library import opcheck
 
-from sparge_compile import Calibration, attention, explain
+from sparge_compile import Calibration, attention, explain, host
 from sparge_compile.kernels import reference
 from sparge_compile.report import Reason
 
@@ -157,6 +157,15 @@ def test_the_report_predicts_a_gain_for_long_sequences_and_none_for_short_ones()
     long, short = (explain(call)(*qkv(heads=8, kv_heads=8, length=n, keys=n)).sites[0] for n in (20000, 200))
     assert long.status == "sparse" and long.decision.prediction.speedup > 1.1
     assert short.status == "dense" and short.reason is Reason.TOO_SHORT
+
+
+def test_the_host_is_timed_but_not_in_a_capture(monkeypatch):
+    monkeypatch.setattr(host, "_measured", {})
+    device, x = torch.device("cuda", torch.cuda.current_device()), torch.zeros(1, device="cuda")
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        assert host.slowness(device) == 1 and not host._measured
+        x.add_(1)
+    assert 1 / 32 < host.slowness(device) < 32 and device in host._measured
 
 
 def test_both_devices_keep_the_same_blocks():
