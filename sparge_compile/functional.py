@@ -60,8 +60,9 @@ def attention(
             ``Grid(prefix, frames, height, width, suffix)`` with the numbers of tokens before and behind it. A block is
             then a tile of the grid; the result has the order of the tokens as ever. Keys that are as many as the
             queries have the same grid; others (a text) keep their order. Not with ``is_causal``.
-        tile: frames, rows and columns of a tile, 64 tokens together. Tiles that the edge of the grid cuts are short
-            blocks; ``Grid.padding(tile)`` says how much is computed for tokens that are not there.
+        tile: frames, rows and columns of a tile, at most 64 tokens together. What a tile lacks of 64 tokens, and what
+            the edge of the grid cuts off, is computed for nothing: ``Grid.padding(tile)`` says how much that is. It is
+            little where a tile fits the grid, as (3, 5, 4) fits 21 x 30 x 52.
         block_map: which key blocks to read instead of the rule: ``BlockMap.from_dense(bool [B, H, Nq, Nk])``. With a
             grid, of blocks of 64 slots of ``torch.ops.sparge.order``.
         return_lse: also return the log-sum-exp (natural) of the scaled scores of the kept keys, masks added, float32

@@ -1,6 +1,6 @@
 """Token order: which tokens form a block where a sequence is a grid of space and time.
 
-In: a :class:`Grid`, and a tile of it that has as many tokens as a key block. Out: an :class:`Order`, which puts the
+In: a :class:`Grid`, and a tile of it with at most as many tokens as a key block. Out: an :class:`Order`, which puts the
 tokens of each tile into one block. Nothing but numbers goes in, so an order is made on its device, without a copy.
 """
 
@@ -117,19 +117,19 @@ def parse_grid(grid: Any, where: str) -> Grid:
 
 
 def parse_tile(tile: Any, where: str) -> tuple[int, int, int]:
-    """A tile as a user gives it: frames, rows and columns, 64 tokens together.
+    """A tile as a user gives it: frames, rows and columns, at most 64 tokens together.
 
     Raises:
         ValueError: it is something else. The message begins with ``where``.
     """
     numbers = tuple(tile) if isinstance(tile, (tuple, list)) else ()
     whole = len(numbers) == 3 and all(type(x) is int and x > 0 for x in numbers)
-    if not whole or numbers[0] * numbers[1] * numbers[2] != KEY_BLOCK:
+    if not whole or numbers[0] * numbers[1] * numbers[2] > KEY_BLOCK:
         raise value_error(
-            f"{where}: tile does not fill a key block",
+            f"{where}: tile is no box of tokens that a key block holds",
             given=repr(tile),
-            allowed=f"(frames, rows, columns) with {KEY_BLOCK} tokens, such as {TILE}, (4, 4, 4) or (1, 8, 8)",
-            todo=f"Choose three numbers whose product is {KEY_BLOCK}.",
+            allowed=f"(frames, rows, columns), at most {KEY_BLOCK} tokens, such as {TILE}, (3, 5, 4) or (1, 8, 8)",
+            todo=f"Choose three numbers whose product is {KEY_BLOCK}, or little less: Grid.padding says what it costs.",
         )
     return numbers
 

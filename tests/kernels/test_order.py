@@ -25,7 +25,7 @@ from sparge_compile.kernels.how import How
 from sparge_compile.kernels.order import Order, held_slots, make_order
 
 CPU = torch.device("cpu")
-TILES = [(2, 4, 8), (4, 4, 4), (1, 8, 8), (4, 8, 2), (1, 1, 64)]
+TILES = [(2, 4, 8), (4, 4, 4), (1, 8, 8), (4, 8, 2), (1, 1, 64), (3, 5, 4), (1, 2, 3)]
 GRIDS = [Grid(0, 3, 5, 7, 0), Grid(70, 5, 6, 13, 9), Grid(3, 2, 4, 8, 0)]
 SMALL = [GRIDS[0], Grid(5, 2, 4, 15, 0)]
 MASKS = ("none", "row", "pairs", "float")
@@ -89,6 +89,7 @@ def test_what_padding_costs() -> None:
     padding = Grid(0, 21, 30, 52, 0).padding((2, 4, 8))
     assert padding == (32760, 11 * 8 * 7 * 64)
     assert padding.share == pytest.approx(0.169, abs=1e-3)
+    assert Grid(0, 21, 30, 52, 0).padding((3, 5, 4)).share == pytest.approx(1 - 60 / 64)
     assert Grid(0, 2, 4, 8, 0).padding().share == 0
 
 
@@ -285,7 +286,7 @@ WRONG = {
     "tokens": ({"grid": (3, 5, 8)}, "grid has not the query's tokens"),
     "axes": ({"grid": (105,)}, "grid cannot be read"),
     "nothing": ({"grid": (0, 5, 7)}, "grid has no tokens"),
-    "tile": ({"grid": GRIDS[0], "tile": (2, 4, 4)}, "tile does not fill a key block"),
+    "tile": ({"grid": GRIDS[0], "tile": (2, 4, 9)}, "tile is no box of tokens"),
 }
 
 
