@@ -114,8 +114,6 @@ def attend_listed(query: Tensor, key: Tensor, value: Tensor, block_map: BlockMap
 def in_order(query: Tensor, key: Tensor, value: Tensor, how: How, orders: Orders) -> tuple[Tensor, Tensor, Tensor, How]:
     """Check everything and bring the operands of a call into the order of blocks."""
     how = _checked(query, key, value, how)
-    if sharding.is_sharded(query):
-        orders = Orders(*sharding.on_the_mesh_of(query, *orders))
     capability.check_orders(how, query, key, orders)
     return into_order(query, key, value, how, orders)
 

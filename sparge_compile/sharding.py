@@ -22,18 +22,18 @@ def is_sharded(x: Tensor) -> bool:
 def on_the_mesh_of(query: Any, *values: Any) -> list[Any]:
     """Plain tensors as DTensors on the query's mesh, whole on every device; registers the rules below.
 
-    What is no tensor stays as it is.
+    What is no tensor stays as it is; a tensor that is given twice is the same one.
     """
     from torch.distributed.tensor import DTensor, Replicate
 
     _register()
     whole = [Replicate()] * query.device_mesh.ndim
-    return [
-        DTensor.from_local(x, query.device_mesh, whole, run_check=False)
-        if isinstance(x, Tensor) and not is_sharded(x)
-        else x
+    made = {
+        id(x): DTensor.from_local(x, query.device_mesh, whole, run_check=False)
         for x in values
-    ]
+        if isinstance(x, Tensor) and not is_sharded(x)
+    }
+    return [made.get(id(x), x) for x in values]
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import sharding
 from .allocate import order_of
 from .how import How
 from .order import Orders, places_of
@@ -20,7 +21,7 @@ def into_order(
     query: Tensor, key: Tensor, value: Tensor, how: How, orders: Orders
 ) -> tuple[Tensor, Tensor, Tensor, How]:
     """The operands and the mask [B or 1, H or 1, L or 1, S] of ``how``, in the order of blocks."""
-    slots_q, places_q, sizes_q, slots_k, sizes_k = orders
+    slots_q, places_q, sizes_q, slots_k, sizes_k = _beside(query, orders)
     mask, rows = how.attn_mask, torch.ops.sparge.rows.default
     if slots_k is not None and sizes_k is not None:
         places_k = places_q if slots_k is slots_q else places_of(slots_k, sizes_k, key.shape[2])
@@ -39,7 +40,13 @@ def into_order(
 
 def out_of_order(x: Tensor, orders: Orders) -> Tensor:
     """A result [B, H, slots, ...], of which padding rows have no gradient, in the order of the tokens."""
-    return x if orders.slots_q is None else torch.ops.sparge.rows.default(x, orders.places_q, orders.slots_q)
+    slots, places, *_ = _beside(x, orders)
+    return x if slots is None else torch.ops.sparge.rows.default(x, places, slots)
+
+
+def _beside(x: Tensor, orders: Orders) -> Orders:
+    """Orders as tensors of the kind that x is."""
+    return Orders(*sharding.on_the_mesh_of(x, *orders)) if sharding.is_sharded(x) else orders
 
 
 def rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Run by test_parallel.py. Every scenario gives its losses, or the text of what we
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import sys
 import traceback
@@ -243,16 +244,20 @@ def dtensor() -> list[float]:
     thresholds = torch.tensor([[0.2, 0.0], [0.4, 0.0], [0.3, 0.2], [0.9, 0.1]])
     mask = torch.arange(300)[None, None, None] < 290
 
-    def run(tensors: list[Tensor]) -> list[Tensor]:
+    order = torch.ops.sparge.order(0, 3, 10, 10, 0, [2, 4, 8], mask.device)
+    tiles = {"slots_q": order[0], "places_q": order[1], "sizes_q": order[2], "slots_k": order[0], "sizes_k": order[2]}
+
+    def run(tensors: list[Tensor], **of_tokens: Tensor) -> list[Tensor]:
         leaves = [x.detach().requires_grad_() for x in tensors]
-        out = torch.ops.sparge.attention(*leaves, thresholds, mask)
+        out = torch.ops.sparge.attention(*leaves, thresholds, mask, **of_tokens)
         (out * out).sum().backward()
         found = [out, *(x.grad for x in leaves)]
         return [x.full_tensor() if hasattr(x, "full_tensor") else x for x in found]
 
-    want, apart = run(list(qkv)), []
-    for placement in (Shard(1), Shard(2), Replicate()):
-        got = run([distribute_tensor(x, mesh, [placement]) for x in qkv])
+    apart = []
+    for placement, of_tokens in itertools.product((Shard(1), Shard(2), Replicate()), ({}, tiles)):
+        want = run(list(qkv), **of_tokens)
+        got = run([distribute_tensor(x, mesh, [placement]) for x in qkv], **of_tokens)
         apart.append(max((a - b).abs().max().item() for a, b in zip(got, want, strict=True)))
     heads = [distribute_tensor(x, mesh, [Shard(1)]) for x in qkv]
     out = torch.ops.sparge.attention(*heads, thresholds)
