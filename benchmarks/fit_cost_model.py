@@ -17,7 +17,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import harness
 import host
@@ -187,23 +187,23 @@ def report(kind: tuple[str, int], found: Sequence[Sample]) -> None:
 def report_host(device: torch.device) -> None:
     """Print the host's times: eager and compiled, a forward and a forward with its backward, dense and sparse."""
     print(f"REFERENCE = {time_dense_call(device):.2e}")
-    rows = {name: (dense / 1e6, sparse / 1e6) for name, dense, sparse in host.host_rows(device.type)}
-    rows |= masked_rows(device.type)
-    for launched in ("compiled", "eager", "masked"):
-        pairs = (rows[f"{launched}, inference"], rows[f"{launched}, training"])
+    timed = host.host_rows(device.type) + host.replaced_rows(device.type) + masked_rows(device.type)
+    rows = {name: (dense / 1e6, sparse / 1e6) for name, dense, sparse in timed}
+    for launched, name in {"compiled": "compiled", "eager": "replaced", "masked": "masked"}.items():
+        pairs = (rows[f"{name}, inference"], rows[f"{name}, training"])
         print(f'    "{launched}": ({", ".join("({:.1e}, {:.1e})".format(*pair) for pair in pairs)}),', flush=True)
 
 
-def masked_rows(device: str) -> dict[str, tuple[float, float]]:
-    """The host's seconds for a call under a mask: eager SDPA, and our ops as Inductor's code calls them."""
-    rows = {}
+def masked_rows(device: str) -> list[list[Any]]:
+    """The host's microseconds for a call under a mask: eager SDPA, and our ops as Inductor's code calls them."""
+    rows: list[list[Any]] = []
     for what, title in (("forward", "inference"), ("step", "training")):
         q, k, v = host.operands(host.SMALL, device)
         mask = torch.arange(k.shape[2], device=device).view(1, 1, 1, -1) < k.shape[2] - 7
         thresholds = torch.tensor([[host.KEPT, 0.0]] * q.shape[1], device=device)
         dense = next(iter(rivals.dense_calls(q, k, v, False, what, mask).values()))
         sparse = rivals.sparse_call(q, k, v, thresholds, False, what, mask)
-        rows[f"masked, {title}"] = tuple(host.host_time(call, device, calls=20) / 1e6 for call in (dense, sparse))
+        rows.append([f"masked, {title}", *(host.host_time(call, device, calls=20) for call in (dense, sparse))])
     return rows
 
 

@@ -82,6 +82,13 @@ def sparse(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return sparge_compile.attention(q, k, v, topk=KEPT, topp=0.0)
 
 
+class One(torch.nn.Module):
+    """One attention, as eager code calls it."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v)
+
+
 class Layers(torch.nn.Module):
     """Attention after attention, with nothing between."""
 
@@ -129,6 +136,20 @@ def host_rows(device: str) -> list[list[Any]]:
     return rows
 
 
+def replaced_rows(device: str) -> list[list[Any]]:
+    """Host times of one call in eager code, as it is and with ``replace_attention``, inference and training."""
+    rows: list[list[Any]] = []
+    options = {"topk": KEPT, "topp": 0.0, "min_seq_len": 0}
+    for what in ("inference", "training"):
+        model, inputs = One(), operands(SMALL, device, grad=what == "training")
+        call: Callable[[], Any] = _step(model, inputs) if what == "training" else partial(model, *inputs)
+        with torch.set_grad_enabled(what == "training"):
+            dense = host_time(call, device, calls=20)
+            with sparge_compile.replace_attention(model, options):
+                rows.append([f"replaced, {what}", dense, host_time(call, device, calls=20)])
+    return rows
+
+
 def part_rows(device: str) -> list[list[Any]]:
     """Host times of the parts of an eager call."""
     q, k, v = operands(SMALL, device)
@@ -172,7 +193,7 @@ def main() -> None:
 
     print(torch.__version__, torch.cuda.get_device_name() if device == "cuda" else device, flush=True)
     table(part_rows(device), "part", "host, us")
-    table(host_rows(device), "one call", "SDPA, us", "sparse, us")
+    table(host_rows(device) + replaced_rows(device), "one call", "SDPA, us", "sparse, us")
     if device == "cuda":
         head = ("shape", "dense eager", "dense compiled", "eager", "gain", "compiled", "gain", "CUDA graph", "gain")
         table([wall_row(name, shape, device) for name, shape in SHAPES.items()], *head)

@@ -1,7 +1,8 @@
 """Is what the cost model calls sparse ever slower than dense attention? Asked of real shapes (real_shapes.py).
 
     python benchmarks/never_slower.py                                # a GPU: under four minutes
-    python benchmarks/never_slower.py --all                          # what is decided dense is measured as well
+    python benchmarks/never_slower.py --all --seconds 500            # what is decided dense is measured as well
+    python benchmarks/never_slower.py --eager                        # of eager code, by replace_attention
     python benchmarks/never_slower.py --compiled 12                  # and twelve cases by torch.compile itself
     python benchmarks/never_slower.py --device cpu --tiny            # that everything runs
 
@@ -38,6 +39,7 @@ from sparge_compile.report import Decision
 PAIRS = {"default": (DEFAULT_TOPK, DEFAULT_TOPP), "75 %": (0.25, 0.0), "90 %": (0.1, 0.0)}
 SLOWER, MISSED = 0.95, 1.2  # speed-ups: what a sparse case must not fall below, what a dense one should not have had
 WHAT = {False: "forward", True: "step"}
+LONGER = (0.2, 100)  # seconds and calls where a case looks bad
 
 
 class Case(NamedTuple):
@@ -81,8 +83,10 @@ def cases(rows: Sequence[Row]) -> Iterator[Case]:
                 yield Case(row, batch * row.times_batch, trains)
 
 
-def decision(case: Case, pair: tuple[float, float], device: torch.device, dtype: torch.dtype) -> Decision:
-    """What the backend decides of a graph with this attention in it."""
+def decision(
+    case: Case, pair: tuple[float, float], device: torch.device, dtype: torch.dtype, inner: str = "inductor"
+) -> Decision:
+    """What the backend decides of a graph with this attention in it, which ``inner`` compiles."""
     row, graph = case.row, Graph()
     sizes = (row.heads, row.length, row.head_size), (row.kv_heads, row.keys, row.head_size)
     nodes = []
@@ -99,7 +103,7 @@ def decision(case: Case, pair: tuple[float, float], device: torch.device, dtype:
     graph.output(node)
     (match,) = find(GraphModule({}, graph))
     with torch.set_grad_enabled(case.trains):
-        return decide(match, Options(topk=pair[0], topp=pair[1]))
+        return decide(match, Options(topk=pair[0], topp=pair[1], inner=inner))
 
 
 def operands(case: Case, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
@@ -111,24 +115,28 @@ def operands(case: Case, device: torch.device, dtype: torch.dtype) -> list[Tenso
     ]
 
 
-def measured(seen: list[Seen], device: torch.device, dtype: torch.dtype, most_seconds: float) -> list[Seen]:
+def measured(seen: list[Seen], device: torch.device, dtype: torch.dtype, args: argparse.Namespace) -> list[Seen]:
     """The case of these, with wall times: of dense attention once, and of sparse attention for each that is here."""
-    case = seen[0].case
-    predicted = seen[0].decision.prediction
-    if predicted is not None and predicted.dense > most_seconds:
+    case, predicted = seen[0].case, seen[0].decision.prediction
+    if predicted is not None and 1000 * predicted.dense > args.most_ms:
         return seen
-    q, k, v = operands(case, device, dtype)
-    causal, what = case.row.is_causal, WHAT[case.trains]
-    dense = rivals.dense_calls(q, k, v, causal, what)
-    best = rivals.fastest(dense, device)
-    dense_seconds = rivals.wall_seconds(best, device)
+    given = operands(case, device, dtype)
+    how = case.row.is_causal, WHAT[case.trains]
+    best = rivals.fastest(rivals.dense_calls(*given, *how), device)
+    dense = rivals.wall_seconds(best, device)
+
+    def sparse(pair: tuple[float, float], *longer: float) -> float:
+        if args.eager:
+            with rivals.replaced_call(*given, pair, *how) as call:
+                return rivals.wall_seconds(call, device, *longer)
+        thresholds = torch.tensor([pair] * case.row.heads, device=device)
+        return rivals.wall_seconds(rivals.sparse_call(*given, thresholds, *how), device, *longer)
+
     found = []
     for each in seen:
-        thresholds = torch.tensor([PAIRS[each.sparsity]] * case.row.heads, device=device)
-        call = rivals.sparse_call(q, k, v, thresholds, causal, what)
-        found.append(each._replace(dense=dense_seconds, sparse=rivals.wall_seconds(call, device)))
+        found.append(each._replace(dense=dense, sparse=sparse(PAIRS[each.sparsity])))
         if is_bad(found[-1]):
-            again = [rivals.wall_seconds(x, device, 0.2, 100) for x in (best, call)]
+            again = rivals.wall_seconds(best, device, *LONGER), sparse(PAIRS[each.sparsity], *LONGER)
             found[-1] = each._replace(dense=again[0], sparse=again[1])
     return found
 
@@ -210,56 +218,68 @@ def tiny() -> list[Row]:
     ]
 
 
+def measure_all(decided: dict[Case, list[Seen]], device: torch.device, dtype: torch.dtype, args: Any) -> None:
+    """Measure what was decided sparse, or all, until the time is over; what is short first, since it might lose."""
+    start = time.perf_counter()
+    for case in sorted(decided, key=lambda case: case.work):
+        wanted = [x for x in decided[case] if args.all or x.decision.status == "sparse"]
+        if not wanted or time.perf_counter() - start > args.seconds:
+            continue
+        try:
+            found = {x.sparsity: x for x in measured(wanted, device, dtype, args)}
+        except RuntimeError as error:  # as of memory
+            print(f"{case.name}: {str(error).splitlines()[0]}")
+            continue
+        decided[case] = [found.get(x.sparsity, x) for x in decided[case]]
+
+
+def judge(seen: Sequence[Seen], with_dense: bool) -> None:
+    """Print how many were measured, and those that were decided wrongly."""
+    sparse = [x for x in seen if x.decision.status == "sparse"]
+    left = [x.decision.prediction.speedup for x in sparse if x.speedup is None and x.decision.prediction]
+    least = f", predicted at least {min(left):.2f}x" if left else ""
+    print(f"{len({x.case for x in seen})} cases, {len(seen)} decisions, {len(sparse)} of them sparse")
+    print(f"measured: {sum(x.speedup is not None for x in seen)}; decided sparse and not measured: {len(left)}{least}")
+    titles = {"sparse": "decided sparse, and slower by more than 5 %", "dense": "decided dense, and 20 % missed"}
+    for status, title in titles.items():
+        bad = [x for x in seen if x.decision.status == status and is_bad(x)]
+        print(f"{title}: {len(bad)}" + ("" if status == "sparse" or with_dense else " (not measured; --all does)"))
+        if bad:
+            print(harness.table(rows_of(bad)))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     harness.add_arguments(parser)
     parser.add_argument("--tiny", action="store_true", help="a few short shapes, to see that everything runs")
     parser.add_argument("--all", action="store_true", help="measure what is decided dense as well")
+    parser.add_argument("--eager", action="store_true", help="decide and measure eager code (replace_attention)")
     parser.add_argument("--compiled", type=int, default=0, help="measure so many cases by torch.compile itself (0)")
     parser.add_argument("--only", default="", help="shapes whose name has this in it")
     parser.add_argument(
         "--most-ms", type=float, default=150, help="longer dense calls, as predicted, are left out (150)"
     )
-    parser.add_argument("--seconds", type=float, default=225, help="nothing is measured after this time (225)")
+    parser.add_argument("--seconds", type=float, default=220, help="nothing is measured after this time (220)")
     parser.add_argument("--quiet", action="store_true", help="print no row for each shape")
     parser.add_argument("--csv", help="write the rows to this file as well")
     args = parser.parse_args(argv)
     start = time.perf_counter()
     device, dtype = harness.start(args)
+    how = device, dtype, "eager" if args.eager else "inductor"
     decided = {
-        case: [Seen(case, name, decision(case, pair, device, dtype)) for name, pair in PAIRS.items()]
+        case: [Seen(case, name, decision(case, pair, *how)) for name, pair in PAIRS.items()]
         for case in cases(tiny() if args.tiny else ROWS)
         if args.only in case.name
     }
-    print(f"{len(decided)} cases decided, at {time.perf_counter() - start:.0f} s", flush=True)
-    for case in sorted(decided, key=lambda case: case.work):  # what is short is what might lose
-        wanted = [x for x in decided[case] if args.all or x.decision.status == "sparse"]
-        if wanted and time.perf_counter() - start < args.seconds:
-            try:
-                found = {x.sparsity: x for x in measured(wanted, device, dtype, args.most_ms / 1000)}
-            except RuntimeError as error:  # as of memory
-                print(f"{case.name}: {str(error).splitlines()[0]}")
-                continue
-            decided[case] = [found.get(x.sparsity, x) for x in decided[case]]
+    measure_all(decided, device, dtype, args)
     seen = [x for each in decided.values() for x in each]
     if not args.quiet:
         print(harness.table(summary(seen)))
-    sparse = [x for x in seen if x.decision.status == "sparse"]
-    left = [x.decision.prediction.speedup for x in sparse if x.speedup is None and x.decision.prediction]
-    least = f", predicted at least {min(left):.2f}x" if left else ""
-    print(f"{len(decided)} cases, {len(seen)} decisions, {len(sparse)} of them sparse")
-    print(f"measured: {sum(x.speedup is not None for x in seen)}; decided sparse and not measured: {len(left)}{least}")
-    for title, status in (
-        ("decided sparse, and slower by more than 5 %", "sparse"),
-        ("decided dense, and 20 % missed", "dense"),
-    ):
-        bad = [x for x in seen if x.decision.status == status and is_bad(x)]
-        print(f"{title}: {len(bad)}" + ("" if status == "sparse" or args.all else " (not measured; --all does)"))
-        if bad:
-            print(harness.table(rows_of(bad)))
+    judge(seen, args.all)
     if args.csv:
         harness.write_csv(args.csv, rows_of(seen))
-    some = [x for x in sparse if x.speedup is not None and x.case.row.head_size == x.case.row.value_head_size]
+    some = [x for x in seen if x.speedup and x.decision.status == "sparse"]
+    some = [x for x in some if x.case.row.head_size == x.case.row.value_head_size]
     if args.compiled and some:
         picked = some[:: max(1, len(some) // args.compiled)][: args.compiled]
         print(harness.table([compiled_row(x, device, dtype) for x in picked]))

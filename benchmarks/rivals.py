@@ -8,14 +8,16 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import sparge_compile.ops  # noqa: F401  importing it registers the ops
+import sparge_compile
+import sparge_compile.ops
 
 Call = Callable[[], object]
 FAST = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)
@@ -89,6 +91,35 @@ def sparse_call(
         return ops.backward.direct(grad_out, q, k, v, out, lse, None, bits, *how)
 
     return forward if what == "forward" else step
+
+
+class Attend(nn.Module):
+    """A module that attends, as eager code does."""
+
+    def __init__(self, is_causal: bool, shared: bool) -> None:
+        super().__init__()
+        self.is_causal, self.shared = is_causal, shared
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=self.is_causal, enable_gqa=self.shared)
+
+
+@contextmanager
+def replaced_call(
+    q: Tensor, k: Tensor, v: Tensor, pair: tuple[float, float], is_causal: bool, what: str
+) -> Iterator[Call]:
+    """A call in eager code, sparse by ``replace_attention`` for as long as this is open."""
+    trains, model = what == "step", Attend(is_causal, q.shape[1] != k.shape[1])
+    inputs = [x.detach().requires_grad_(trains) for x in (q, k, v)]
+    grad_out = ones_for(q, v) if trains else None
+
+    def call() -> object:
+        with torch.set_grad_enabled(trains):
+            out = model(*inputs)
+            return torch.autograd.grad(out, inputs, grad_out) if trains else out
+
+    with sparge_compile.replace_attention(model, topk=pair[0], topp=pair[1], min_seq_len=0):
+        yield call
 
 
 def queued_seconds(call: Call, device: torch.device) -> float:
