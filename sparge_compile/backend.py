@@ -31,6 +31,7 @@ from .running.graph import decide_sites, open_graph
 from .running.listeners import Outlet, outputs_wanted, refuse_outputs, with_outlet
 from .running.observe import Observer, Watched, calls_through, watching
 from .running.outside import Outside
+from .running.phases import DenseCalls, by_plan, dense_copy
 from .running.places import Place, find_names
 from .running.thresholds import RunTime
 from .thresholds.buffers import has_attached
@@ -82,6 +83,9 @@ def sparge(
     sites = [(graph.slots[match.node], match.node in graph.markers) for match in graph.matches if match.is_attention]
     with_outputs = outputs_wanted()
     as_input = faker(example_inputs)
+    is_dense = DenseCalls([graph.slots[match.node] for match in graph.sparse], settings)
+    two_graphs = is_dense.there_are_some and not with_outputs and not is_stored(graph_module)
+    dense = compile_graph(dense_copy(graph), example_inputs, settings) if two_graphs else None
     run(graph, *rewriting_passes(settings, as_input, with_outputs))
     logger.debug("rewritten graph:\n%s", graph.graph_module.graph)
     thresholds = RunTime(graph.threshold_inputs, graph.slots, settings, partial(_new_place, settings))
@@ -94,6 +98,7 @@ def sparge(
     compiled = with_outlet(compile_graph(graph.graph_module, inputs, settings), outlet)
     if is_stored(graph_module):
         return compiled
+    compiled = compiled if dense is None else by_plan(compiled, dense, is_dense, len(example_inputs))
     compiled = note_first_forward(compiled, settings, sites)
     compiled = _with_thresholds(compiled, thresholds) if graph.threshold_inputs else compiled
     if settings.calibration is None or settings.calibration.source is None:
@@ -186,7 +191,7 @@ class _Seen(Observer):
             self.graphs[key] = graph, [], set()
             with sheltered(graph.failures, "decide_sites"):
                 attached = {match.node for slot, match, place in seen if slot.attached(place) is not None}
-                matches = [slot.at(place, match) for slot, match, place in seen]
+                matches = [slot.planned(place, slot.at(place, match)) for slot, match, place in seen]
                 self.graphs[key] = graph, matches, graph.marked | attached
         return graph.run(args)
 

@@ -107,6 +107,7 @@ def _calibrate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", type=int, default=1024, help="MiB of scratch memory on the device (1024)")
     parser.add_argument("--seed", type=int, default=0, help="of the random choice of query blocks (0)")
     parser.add_argument("--batches", type=int, help="use only the first so many batches")
+    _schedule_arguments(parser)
     parser.set_defaults(run=_calibrate)
 
 
@@ -116,8 +117,36 @@ def _show_arguments(parser: argparse.ArgumentParser) -> None:
     again.add_argument("--target-error", type=float, help="aim anew: the most relative L1 error of each head")
     again.add_argument("--target-sparsity", type=float, help="aim anew: the share of key blocks to skip")
     again.add_argument("--target-output-error", type=float, help="aim anew: the most error of the output")
-    parser.add_argument("--out", help="write the calibration, aimed anew, to this file")
+    _schedule_arguments(parser)
+    parser.add_argument("--out", help="write the calibration, aimed anew or with another plan, to this file")
     parser.set_defaults(run=_show)
+
+
+def _schedule_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dense-steps",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="for denoising: dense in the first N steps, the last -N, or from one to another, as 2 10",
+    )
+    parser.add_argument(
+        "--dense-layers", nargs="+", metavar="NAME", help="dense in every step: N for blocks 0 to N - 1, or patterns"
+    )
+    parser.add_argument(
+        "--sparsities", type=float, nargs="+", metavar="SHARE", help="for denoising: a target sparsity for each step"
+    )
+
+
+def _schedule(args: argparse.Namespace) -> dict[str, Any]:
+    """The plan that is asked for, as ``Calibration.scheduled`` takes it; nothing where none is."""
+    steps, layers = args.dense_steps, args.dense_layers
+    given = {
+        "dense_steps": steps[0] if steps and len(steps) == 1 else steps,
+        "dense_layers": int(layers[0]) if layers and len(layers) == 1 and layers[0].isdigit() else layers,
+        "sparsities": args.sparsities,
+    }
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _plot_arguments(parser: argparse.ArgumentParser) -> None:
@@ -228,6 +257,9 @@ def _calibrate(args: argparse.Namespace) -> int:
         progress=True,
     )
     if not shared or int(os.environ["RANK"]) == 0:
+        if planned := _schedule(args):
+            calibration = calibration.scheduled(**planned)
+            calibration.save(args.out)
         print(calibration.table())
     return 0
 
@@ -249,6 +281,8 @@ def _show(args: argparse.Namespace) -> int:
     aims = {name: getattr(args, name) for name in AIMS if getattr(args, name) is not None}
     if aims:
         calibration = calibration.at(**aims)
+    if planned := _schedule(args):
+        calibration = calibration.scheduled(**planned)
     if args.out:
         calibration.save(args.out)
     print(calibration.table())

@@ -19,6 +19,7 @@ from .cost import CostModel
 from .errors import type_error, value_error
 from .keeping import NOTHING, Kept, parse_kept
 from .pair import Pair, check_pair
+from .schedule import parse_schedule
 from .thresholds.calibration import Calibration
 
 # Untuned, nothing is known of a model, so half of the blocks and 80 % of the pooled mass are kept: heads that look
@@ -41,6 +42,9 @@ class Options:
     """Sites that the calibration does not name keep this share of their visible key blocks, in (0, 1]."""
     topp: float = DEFAULT_TOPP
     """They keep at least this much of the pooled probability mass, in [0, 1]: the larger set of the two is kept."""
+    dense_layers: int | str | tuple[str, ...] | None = None
+    """Layers that stay dense: `2` for the blocks 0 and 1 (by the first number in a site's name), or names and patterns
+    of sites or modules (`"blocks.5"`, `["*.attn2"]`). `None` leaves it to the calibration."""
     keep_keys: int | tuple[int, int | None] | str | None = None
     """Tokens whose key blocks are always kept and do not count against the thresholds: `512` for the first, `-512` for
     the last, `(start, stop)`, or `"text"`: the shorter part, where the graph puts the sequence together of a short and
@@ -72,6 +76,9 @@ class Options:
             object.__setattr__(self, "calibration", Calibration.parse(self.calibration))
         _expect("calibration", self.calibration, (Calibration, type(None)), "a path or a Calibration")
         check_pair(self.topk, self.topp, "options")
+        if isinstance(self.dense_layers, list):
+            object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
+        parse_schedule(None, self.dense_layers, "options")
         if isinstance(self.keep_keys, list):
             object.__setattr__(self, "keep_keys", tuple(self.keep_keys))
         parse_kept(self.keep_keys, self.dense_queries, "options")
@@ -138,8 +145,16 @@ class Options:
         Raises:
             ValueError: the calibration has thresholds for another number of heads or another head size.
         """
+        if self.is_dense_layer(name):
+            return ((1.0, 0.0),) * heads
         found = self.calibration.lookup(name, heads, head_size) if self.calibration is not None else None
         return found or ((self.topk, self.topp),) * heads
+
+    def is_dense_layer(self, name: str) -> bool:
+        """Whether a site stays dense by plan: that of the options, else that of the calibration."""
+        if self.dense_layers is not None:
+            return parse_schedule(None, self.dense_layers).is_dense_layer(name)
+        return self.calibration is not None and self.calibration.schedule.is_dense_layer(name)
 
     def kept_of(self, name: str) -> Kept:
         """What is kept of a site's tokens: as the options say, else as its calibration does."""
@@ -157,8 +172,9 @@ class Options:
         return [(*pair, *ranges) for pair in pairs]
 
     def with_thresholds(self, topk: float, topp: float) -> Options:
-        """The same options with one pair of thresholds for all sites, and nothing kept."""
-        return replace(self, calibration=None, topk=topk, topp=topp, keep_keys=None, dense_queries=False)
+        """The same options with one pair of thresholds for all sites, nothing kept, and nothing dense by plan."""
+        pair: dict[str, Any] = {"topk": topk, "topp": topp}
+        return replace(self, calibration=None, dense_layers=None, keep_keys=None, dense_queries=False, **pair)
 
     def digest(self) -> str:
         """A hash over all fields: equal for equal options, in any process."""

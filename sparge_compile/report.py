@@ -53,6 +53,7 @@ class Reason(Enum):
     # dense, because sparse would not be faster
     SLOWER = "predicted not to be faster"
     TOO_SHORT = "too few keys"
+    BY_PLAN = "dense by plan"
     # dense, because it cannot be replaced
     NO_SHAPES = "the graph carries no shapes"
     DROPOUT = "dropout is active"
@@ -95,7 +96,10 @@ class Reason(Enum):
     @property
     def unsupported(self) -> bool:
         """Whether a site stays dense although sparse attention might be faster."""
-        return not self.sparse and self not in (Reason.SLOWER, Reason.TOO_SHORT, Reason.NOT_ATTENTION)
+        return not self.sparse and self not in _INTENDED
+
+
+_INTENDED = (Reason.SLOWER, Reason.TOO_SHORT, Reason.BY_PLAN, Reason.NOT_ATTENTION)
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,12 @@ class _Plan:
         """Whether thresholds were attached to the module since, or taken off it."""
         return bool(_attached(self.graph)) != self.is_attached
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether the thresholds that are attached are dense by plan now."""
+        held = _attached(self.graph)
+        return bool(held) and all(each.is_dense(self.graph.slots[node].number) for node, each in held.items())
+
     def __call__(self, tensors: list[Tensor]) -> Any:
         assert self.compute is not None
         held = _attached(self.graph)
@@ -163,7 +169,7 @@ class Replacement:
             self._tell(plan.graph, where)
             if plan.graph.failures:
                 return result
-        return original() if plan.compute is None else plan(call.tensors)
+        return original() if plan.compute is None or plan.is_dense else plan(call.tensors)
 
     def _refuse(self, call: Call, where: Where, decision: Decision) -> None:
         name = numbered(where.prefix or ROOT, where.number)

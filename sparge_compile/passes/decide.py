@@ -44,6 +44,8 @@ def decide(match: Match, options: Options) -> Decision:
     refused = refusal(match, options)
     if refused is not None:
         return refused
+    if match.by_plan or options.is_dense_layer(match.site.name):
+        return Decision(Reason.BY_PLAN)
     assert match.attention is not None
     kept = options.kept_of(match.site.name)
     density = expected_density(thresholds_for(match, options), kept, match)

@@ -53,7 +53,8 @@ class Match:
 
     ``node`` belongs to ``graph_module``, which the ``callers`` (outermost first) run. Where attention is inside a
     larger call, ``inside`` is that call as a graph. ``attention`` is None where it cannot be replaced; ``refusal`` says
-    why, or names what is around it that forbids a rewrite. ``path`` is the module that it belongs to.
+    why, or names what is around it that forbids a rewrite. ``path`` is the module that it belongs to. ``by_plan``: the
+    thresholds that are attached for it say that it is dense.
     """
 
     site: Site
@@ -65,6 +66,7 @@ class Match:
     inside: GraphModule | None = None
     attention: Attention | None = None
     refusal: Refusal | None = None
+    by_plan: bool = False
 
     @cached_property
     def parts(self) -> Parts | str:

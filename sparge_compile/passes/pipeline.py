@@ -179,7 +179,7 @@ def decided(
     steps = []
     for match in matches:
         decision = _decide(match, options, match.node in attached)
-        if decision.reason is Reason.SLOWER:
+        if decision.reason in (Reason.SLOWER, Reason.BY_PLAN):
             for other, other_attached in alike(match):
                 there = _decide(other, options, other_attached)
                 if there.status == "sparse":
@@ -201,6 +201,8 @@ def _note(report: Report, steps: Iterable[Step]) -> None:
 def _decide(match: Match, options: Options, attached: bool) -> Decision:
     if not attached:
         return decide(match, options)
+    if options.is_dense_layer(match.site.name):
+        match = replace(match, by_plan=True)
     decision = decide(match, options.with_thresholds(_ATTACHED_TOPK, 0.0))
     detail = "; ".join(filter(None, (decision.detail, "thresholds attached")))
     return replace(decision, detail=detail)

@@ -56,6 +56,11 @@ class Slot:
         held = attached_to(place.module(self.path))
         return held if held is not None and held.get(self.number_at(place)) is not None else None
 
+    def planned(self, place: Place, match: Match) -> Match:
+        """The match as what is attached there plans it: dense in every step, or not."""
+        held = self.attached(place)
+        return replace(match, by_plan=bool(held is not None and held.is_planned(self.number_at(place))))
+
     def others(self) -> Iterator[Place]:
         """The other modules that may run the graph."""
         return (place for place in self.locator.places() if place is not self.locator.first)
@@ -86,12 +91,16 @@ class OpenGraph(pipeline.Work):
     def alike(self, match: Match) -> Iterator[tuple[Match, bool]]:
         """The match in the other modules that may run the graph, and whether its thresholds are attached there."""
         slot = self.slots[match.node]
-        return ((slot.at(place, match), slot.attached(place) is not None) for place in slot.others())
+        return (
+            (slot.planned(place, slot.at(place, match)), slot.attached(place) is not None) for place in slot.others()
+        )
 
 
 def decide_sites(work: OpenGraph, options: Options) -> None:
     """Sparse or dense, for each match, under what is attached to the model and in the other places of the graph."""
     work.matches = as_to_run(work.matches, work.names)
+    slots = ((match, work.slots[match.node]) for match in work.matches)
+    work.matches = [slot.planned(slot.locator.first, match) for match, slot in slots]
     pipeline.decide_sites(work, options, work.attached, work.alike)
 
 

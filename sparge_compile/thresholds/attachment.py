@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -17,12 +17,22 @@ from ..pair import check_pair, check_progress
 from ..user_model import user_model, was_compiled
 from .buffers import CHILD, Attached, attached_to, mark
 from .calibration import Calibration
+from .fronts import DENSE
 from .targets import Target, find_targets, is_exact, modules_of, site_name
 
 logger = logging.getLogger("sparge_compile")
 
+_DENSE = -1  # the number of the phase in which all sites are dense, whatever the calibration says
 
-def attach(model: nn.Module, calibration: Calibration | str | os.PathLike[str]) -> Attachment:
+
+def attach(
+    model: nn.Module,
+    calibration: Calibration | str | os.PathLike[str],
+    *,
+    dense_steps: int | Sequence[int | None] | None = None,
+    dense_layers: int | str | Sequence[str] | None = None,
+    sparsities: Sequence[float] = (),
+) -> Attachment:
     """Put thresholds on a model's modules as float32 buffers, and have the backend read them there at run time.
 
     For compilation block by block (one graph serves equal blocks, each with its own thresholds), for thresholds that
@@ -37,13 +47,17 @@ def attach(model: nn.Module, calibration: Calibration | str | os.PathLike[str]) 
             building blocks of torch.nn (``nn.MultiheadAttention`` is none of those). A single pair is a buffer [1, 2]
             for any number of heads, several are [H, 2]; with kept tokens there are 6 columns. Of its phases the first
             one holds; see ``set_progress``.
+        dense_steps, dense_layers, sparsities: a plan of what is dense, and how sparse each step is, instead of that of
+            the calibration: ``calibration.scheduled(…)``. Dense steps and layers run the kernel of the dense model,
+            from a second graph that is compiled together with the sparse one.
 
     Returns:
         An :class:`Attachment`: change the values with ``set``, take them off with ``remove`` or as a context manager.
 
     Raises:
         TypeError: no module, or no calibration.
-        ValueError: a name or pattern that fits no module; the message lists names that are near.
+        ValueError: a name or pattern that fits no module; the message lists names that are near. As
+            ``Calibration.scheduled``.
     """
     if not isinstance(model, nn.Module):
         raise type_error(
@@ -53,7 +67,10 @@ def attach(model: nn.Module, calibration: Calibration | str | os.PathLike[str]) 
             todo="Pass the model, or what torch.compile(model) returned.",
         )
     root: Any = user_model(model)
-    return Attachment(root, Calibration.parse(calibration))
+    calibration = Calibration.parse(calibration)
+    if dense_steps is not None or dense_layers is not None or sparsities:
+        calibration = calibration.scheduled(dense_steps=dense_steps, dense_layers=dense_layers, sparsities=sparsities)
+    return Attachment(root, calibration)
 
 
 class Attachment:
@@ -64,8 +81,12 @@ class Attachment:
         modules = modules_of(model)
         entries = find_targets(model, calibration)
         self._sites = {(name, index): modules[name] for name, index in entries}
+        self._schedule = calibration.schedule
         self._phases = [
-            (start, {target: _tensor(phase, entry) for target, entry in find_targets(model, phase).items()})
+            (
+                start,
+                {target: self._values(target, phase, entry) for target, entry in find_targets(model, phase).items()},
+            )
             for start, phase in _phases(calibration)
         ]
         for (name, index), values in self._phases[0][1].items():
@@ -73,7 +94,12 @@ class Attachment:
             child = _child(modules[name], name)
             child.put(index, values.to(_device(modules[name], model)).expand(most, -1))
             child.entries[index] = entries[name, index]
-        self._phase = 0
+            at_times = self._schedule.dense_steps is not None or any(
+                _keeps_all(phase[name, index]) for _, phase in self._phases
+            )
+            if self._is_dense_layer((name, index)) or (at_times and self.has_phases):
+                child.planned[index] = self._is_dense_layer((name, index))
+        self._begin(self._first_phase())
         _compile_anew(model)
 
     @property
@@ -121,10 +147,15 @@ class Attachment:
         check_pair(1.0 if topk is None else topk, 0.0 if topp is None else topp, "set")
         numbers = [(column, number) for column, number in enumerate((topk, topp)) if number is not None]
         present = {target: values.clone() for target, values in self._buffers().items()}
-        for values in (*present.values(), *(v for _, phase in self._phases for v in phase.values())):
-            for column, number in numbers:
-                values[:, column] = number
-        self._write(present)
+        for phase in (present, *(phase for _, phase in self._phases)):
+            for target, values in phase.items():
+                for column, number in numbers if not self._is_dense_layer(target) else ():
+                    values[:, column] = number
+        if self._phase == _DENSE:
+            return
+        for (name, index), values in present.items():
+            if not self._is_dense_layer((name, index)):
+                self._held(name, index).write(index, values)
 
     def _set_calibration(self, calibration: Calibration) -> None:
         buffers = self._buffers()
@@ -145,8 +176,15 @@ class Attachment:
                 allowed="thresholds alone: what is kept enters the compiled code",
                 todo="Attach a calibration with kept tokens to begin with.",
             )
+        if calibration.schedule.dense_layers not in ((), self._schedule.dense_layers):
+            raise value_error(
+                "set: other dense layers than those that were attached",
+                given=calibration.schedule,
+                allowed="those that were attached, or none: which layers are dense enters the compiled code",
+                todo="Attach it anew, with dense_layers.",
+            )
         phases = [
-            (start, {key: _tensor(phase, entry, wide) for key, entry in entries.items() if entry is not None})
+            (start, {key: self._values(key, phase, entry, wide) for key, entry in entries.items() if entry is not None})
             for start, phase in _phases(calibration)
         ]
         for target, values in ((target, values) for _, phase in phases for target, values in phase.items()):
@@ -158,7 +196,9 @@ class Attachment:
                     todo="Attach a calibration with as many pairs as there are heads; set only writes values.",
                 )
         self._phases = phases
-        self._begin(0)
+        if calibration.schedule.dense_steps is not None:
+            self._schedule = self._schedule._replace(dense_steps=calibration.schedule.dense_steps)
+        self._begin(self._first_phase())
 
     def set_progress(self, fraction: float) -> None:
         """Say how much of a denoising run is done, in [0, 1]: the buffers get the thresholds of that phase.
@@ -167,20 +207,60 @@ class Attachment:
         Nothing is compiled anew. Without phases nothing changes.
 
         Raises:
-            ValueError: a progress out of range.
+            ValueError: a progress out of range; dense steps, which are known by their number alone.
         """
         check_progress(fraction)
-        phase = max(i for i, (start, _) in enumerate(self._phases) if start <= fraction)
+        if self._schedule.dense_steps is not None:
+            raise value_error(
+                "set_progress: some steps are dense by plan",
+                given=f"a share of the run, and dense steps {self._schedule.dense_steps}",
+                allowed="the number of a step",
+                todo="Call set_step(step, steps); diffusers_callback does.",
+            )
+        self._go_to(self._phase_at(fraction))
+
+    def set_step(self, step: int, steps: int) -> None:
+        """Say which step of a denoising run begins, from 0 on, of so many in which this model is called.
+
+        What :meth:`set_progress` does for step ÷ steps; and steps that are dense by plan are.
+
+        Raises:
+            ValueError: numbers that are none of a step in a run.
+        """
+        if type(step) is not int or type(steps) is not int or not 0 <= step < steps:
+            raise value_error(
+                "set_step: no step of a run",
+                given=f"step {step!r} of {steps!r}",
+                allowed="whole numbers, the step from 0 to below their number",
+                todo="Give the number of the step that begins, and how many there are.",
+            )
+        self._go_to(_DENSE if self._schedule.is_dense_step(step, steps) else self._phase_at(step / steps))
+
+    def _phase_at(self, fraction: float) -> int:
+        return max(i for i, (start, _) in enumerate(self._phases) if start <= fraction)
+
+    def _first_phase(self) -> int:
+        return _DENSE if self._schedule.is_dense_step(0, None) else 0
+
+    def _go_to(self, phase: int) -> None:
         if phase != self._phase:
             self._begin(phase)
 
     def _begin(self, phase: int) -> None:
-        self._write(self._phases[phase][1])
+        """Write what holds in a phase, and have those sites that keep everything in it run dense."""
+        for (name, index), values in self._phases[max(phase, 0)][1].items():
+            values = _all_kept(values) if phase == _DENSE else values
+            held = self._held(name, index)
+            held.write(index, values, dense=index in held.planned and _keeps_all(values))
         self._phase = phase
 
-    def _write(self, thresholds: Mapping[Target, Tensor]) -> None:
-        for (name, index), values in thresholds.items():
-            self._held(name, index).write(index, values)
+    def _is_dense_layer(self, target: Target) -> bool:
+        return self._schedule.is_dense_layer(site_name(target))
+
+    def _values(self, target: Target, calibration: Calibration, entry: str, wide: bool = False) -> Tensor:
+        """The thresholds of a site in a phase, on the CPU."""
+        values = _tensor(calibration, entry, wide)
+        return _all_kept(values) if self._is_dense_layer(target) else values
 
     def _held(self, name: str, index: int) -> Attached:
         held = attached_to(self._sites[name, index])
@@ -195,8 +275,8 @@ class Attachment:
 
     @property
     def has_phases(self) -> bool:
-        """Whether ``set_progress`` changes anything."""
-        return len(self._phases) > 1
+        """Whether ``set_progress`` or ``set_step`` changes anything."""
+        return len(self._phases) > 1 or self._schedule.dense_steps is not None
 
     def buffers(self) -> dict[str, Tensor]:
         """Return the attached thresholds by site: the buffers, to be written in place.
@@ -270,6 +350,16 @@ def _tensor(calibration: Calibration, entry: str, wide: bool = False) -> Tensor:
     ranges = calibration.kept_of(entry).numbers if calibration.kept or wide else ()
     rows = [(*pair, *ranges) for pair in calibration.sites[entry]]
     return torch.tensor(rows, dtype=torch.float32, device="cpu")  # whatever the default device: meta has no values
+
+
+def _all_kept(values: Tensor) -> Tensor:
+    """Thresholds that keep all blocks, and whatever else these hold."""
+    return torch.cat([torch.tensor(DENSE[:2]).expand(len(values), -1), values[:, 2:]], 1)
+
+
+def _keeps_all(values: Tensor) -> bool:
+    """Whether thresholds, which are on the CPU, keep all blocks."""
+    return bool((values[:, 0] == 1).all())
 
 
 def _compile_anew(model: nn.Module) -> None:

@@ -36,7 +36,9 @@ class Attached(Module):
         super().__init__()
         self.indices: tuple[int, ...] = ()
         self.entries: dict[int, str] = {}  # the entry of the calibration that each index has its thresholds from
+        self.planned: dict[int, bool] = {}  # indices that are dense by plan: always, or at times
         self._held: dict[str, Tensor] = {}  # the buffers, or where one is on the meta device what it was before
+        self._dense: dict[int, tuple[int, int]] = {}  # buffers that were written dense by plan, and their versions
 
     def put(self, index: int, values: Tensor) -> None:
         """Hold thresholds for an index; values of the same shape are written in place, and nothing is compiled anew."""
@@ -51,13 +53,37 @@ class Attached(Module):
         self._held[name] = fresh
         self.indices = tuple(sorted({*self.indices, index}))
 
-    def write(self, index: int, values: Tensor) -> None:
-        """Write values into the buffer of an index, in place, and into what stands behind it."""
+    def write(self, index: int, values: Tensor, dense: bool = False) -> None:
+        """Write values into the buffer of an index, in place, and into what stands behind it.
+
+        Args:
+            dense: they keep every block, and whoever runs the site may compute dense attention instead.
+        """
         name = buffer_name(index)
         with torch.no_grad():
             for buffer in (self._own(name), self._held[name]):
                 if buffer is not None:
                     buffer.copy_(values)
+        self._note_dense(index, dense)
+
+    def is_dense(self, index: int) -> bool:
+        """Whether the attention of this index is dense by plan now: nobody has written to its buffer since.
+
+        The host knows that without a look at what the buffer holds.
+        """
+        index = index if index in self.indices else ops.REST
+        buffer = self._own(buffer_name(index))
+        return buffer is not None and self._dense.get(index) == (id(buffer), buffer._version)
+
+    def is_planned(self, index: int) -> bool | None:
+        """True: the attention of this index is dense by plan in every step; False: in some; None: in none."""
+        return self.planned.get(index if index in self.indices else ops.REST)
+
+    def _note_dense(self, index: int, dense: bool) -> None:
+        self._dense.pop(index, None)
+        buffer = self._own(buffer_name(index))
+        if dense and buffer is not None:
+            self._dense[index] = id(buffer), buffer._version
 
     def get(self, index: int, device: torch.device | None = None) -> Tensor | None:
         """Return the buffer for the attention of this index, or None where none is meant for it.
@@ -66,13 +92,16 @@ class Attached(Module):
             index: of the attention in its module.
             device: where the buffer is to be; it is moved there for good if it is elsewhere.
         """
-        name = buffer_name(index if index in self.indices else ops.REST)
+        index = index if index in self.indices else ops.REST
+        name = buffer_name(index)
         buffer = self._own(name)
         if buffer is not None and device is not None and buffer.device != device:
+            dense = self.is_dense(index)
             with torch.inference_mode(False):
                 buffer = buffer.to(device)
             if not buffer.is_meta:
                 self._buffers[name] = self._held[name] = buffer
+                self._note_dense(index, dense)
         return buffer
 
     @property
@@ -90,7 +119,8 @@ class Attached(Module):
         if index in self.indices:
             delattr(self, buffer_name(index))
             del self._held[buffer_name(index)]
-            self.entries.pop(index, None)
+            for known in (self.entries, self.planned, self._dense):
+                known.pop(index, None)
             self.indices = tuple(i for i in self.indices if i != index)
 
     def _own(self, name: str) -> Tensor | None:
@@ -103,11 +133,12 @@ class Attached(Module):
 
         A share of 0.05 in half precision would be another share, and ``to_empty`` would leave any.
         """
-        for name in map(buffer_name, self.indices):
-            buffer = self._own(name)
+        for index, name in ((index, buffer_name(index)) for index in self.indices):
+            buffer, dense = self._own(name), self.is_dense(index)
             assert buffer is not None
             moved = fn(buffer)
             self._buffers[name] = self._held[name] = buffer if moved.is_meta else buffer.to(moved.device)
+            self._note_dense(index, dense)
         return self
 
     def _restore(self) -> None:

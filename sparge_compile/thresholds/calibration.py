@@ -11,6 +11,7 @@ from typing import Any, Literal
 from ..errors import type_error, value_error
 from ..keeping import NOTHING, Kept
 from ..pair import Pair, Sites, Table, check_progress
+from ..schedule import ALWAYS_SPARSE, Schedule, parse_schedule
 from . import calibration_file, json_file
 from .checks import check_aim, check_influence, check_kept, check_phases, check_sites
 from .choice import Key, choose, thresholds_of
@@ -38,6 +39,8 @@ class Calibration:
     ``kept`` says of entries of ``sites`` which tokens are kept whatever the thresholds, as the options ``keep_keys``
     and ``dense_queries`` do: ``kept={"*": {"keep_keys": "text", "dense_queries": True}}``.
 
+    ``schedule`` says which steps and layers are dense whatever the thresholds; :meth:`scheduled` makes it.
+
     Raises:
         TypeError, ValueError: thresholds out of range or of the wrong type, phases of other sites or heads than at the
             start, measurements of others; an assignment to an entry.
@@ -48,6 +51,7 @@ class Calibration:
     origin: Origin | None = None
     source: json_file.Source | None = field(default=None, compare=False, repr=False)
     kept: Mapping[str, Kept] = field(default_factory=dict, kw_only=True)
+    schedule: Schedule = field(default=ALWAYS_SPARSE, kw_only=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sites", Table(check_sites("sites", self.sites)))
@@ -75,14 +79,17 @@ class Calibration:
         key = self.key_of(name)
         if key is None:
             return None
-        if self.phases:
+        if self.phases or self.schedule.dense_steps is not None:
             raise value_error(
                 f"a calibration with phases was given for site {name!r}, and nothing says which of them holds",
-                given=f"thresholds from {', '.join(f'{start:g}' for start in self._all_phases())} of the run on",
+                given=f"thresholds from {', '.join(f'{start:g}' for start in self._all_phases())} of the run on"
+                + (f", dense steps {self.schedule.dense_steps}" if self.schedule.dense_steps else ""),
                 allowed="one phase",
                 todo="Use attach(model, calibration) and its set_progress, or calibration.at_progress(fraction).",
             )
         pairs = self.sites[key]
+        if self.schedule.is_dense_layer(name):
+            return (DENSE[:2],) * heads
         measured = self.origin.curves.get(key) if self.origin is not None else None
         if measured is not None and head_size not in (None, measured.head_size):
             raise _does_not_fit(
@@ -102,12 +109,56 @@ class Calibration:
     def at_progress(self, fraction: float) -> Calibration:
         """Return the thresholds that hold at this share of a denoising run, in [0, 1], as one phase.
 
+        Of its schedule the layers are kept: which steps are dense does not hang on a share.
+
         Raises:
             ValueError: a progress out of range.
         """
         check_progress(fraction)
         sites = [sites for start, sites in self._all_phases().items() if start <= fraction][-1]
-        return Calibration(sites, kept=self.kept)
+        return Calibration(sites, kept=self.kept, schedule=self.schedule._replace(dense_steps=None))
+
+    def scheduled(
+        self,
+        *,
+        dense_steps: int | Sequence[int | None] | None = None,
+        dense_layers: int | str | Sequence[str] | None = None,
+        sparsities: Sequence[float] = (),
+    ) -> Calibration:
+        """Return these thresholds with a plan of what is dense, and how sparse each part of a denoising run is.
+
+        What is dense runs the attention of the dense model itself. Steps are told by ``diffusers_callback``, or
+        ``set_step`` of what ``attach`` returned.
+
+        Args:
+            dense_steps: dense in the first n steps of a run; -n: in the last n; (start, stop): in these, negative ones
+                from its end.
+            dense_layers: dense in every step: n: blocks 0 to n - 1, by the first number in a site's name; or names and
+                patterns of sites or modules, as ``"blocks.5"`` and ``"*.attn2"``.
+            sparsities: for each step of a run a ``target_sparsity`` to aim at anew, from these measurements; of a run
+                with another number of steps, each holds for an equal share of them. It takes the place of phases.
+
+        Raises:
+            TypeError, ValueError: what cannot be read, holds no step, or is out of reach; layers that mean no site of
+                a calibration that was measured.
+        """
+        schedule = parse_schedule(dense_steps, dense_layers, "Calibration.scheduled")
+        if self.origin is not None and schedule.dense_layers and not any(map(schedule.is_dense_layer, self.sites)):
+            raise value_error(
+                "Calibration.scheduled: dense_layers mean no site",
+                given=repr(dense_layers),
+                allowed=f"sites and modules around them, as {', '.join(list(self.sites)[:6])}",
+                todo="Name sites as Calibration.table() does.",
+            )
+        if not sparsities:
+            return replace(self, schedule=schedule)
+        starts = [i / len(sparsities) for i in range(len(sparsities))]
+        phases = {
+            start: self.at(target_sparsity=sparsity).at_progress(start).sites
+            for i, (start, sparsity) in enumerate(zip(starts, sparsities, strict=True))
+            if not i or sparsity != sparsities[i - 1]
+        }
+        return Calibration(phases.pop(0.0), phases, kept=self.kept, schedule=schedule)
 
     def at(
         self,
@@ -165,7 +216,8 @@ class Calibration:
             "target_output_error": target_output_error,
         }
         origin = origin.aimed(check_aim(aims, by or origin.by, origin.mode))
-        return from_points(origin, list(self.phases), choose(origin), self.kept)
+        found = from_points(origin, list(self.phases), choose(origin), self.kept)
+        return replace(found, schedule=self.schedule)
 
     def points(self) -> Iterator[SitePoints]:
         """Yield the measured point of each head, for each calibrated site and phase; nothing without measurements."""
@@ -184,10 +236,11 @@ class Calibration:
         """Return a text for people: what is known, and a row for each site and phase with its extreme heads."""
         summary = self.summary()
         if self.origin is None or summary is None:
-            return thresholds_table(self._all_phases()) + kept_lines(self.kept)
-        return measured_table(self.origin, summary, list(self._all_phases()), self.points()) + kept_lines(
-            self.kept, self.origin.gains
-        )
+            text = thresholds_table(self._all_phases()) + kept_lines(self.kept)
+        else:
+            text = measured_table(self.origin, summary, list(self._all_phases()), self.points())
+            text += kept_lines(self.kept, self.origin.gains)
+        return text + (f"\ndense by plan: {self.schedule}" if self.schedule != ALWAYS_SPARSE else "")
 
     def __repr__(self) -> str:
         known = [f"{len(self.sites)} sites"]
@@ -196,13 +249,15 @@ class Calibration:
         if (total := self.summary()) is not None:
             known.append(f"sparsity {total.sparsity:.1%}")
             known.append(f"errors of heads {total.mean_error:.4f} on average, {total.worst_error:.4f} at most")
+        if self.schedule != ALWAYS_SPARSE:
+            known.append(f"dense: {self.schedule}")
         if self.origin is not None and not self.origin.complete:
             known.append("not complete")
         return f"<Calibration: {', '.join(known)}>"
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as plain JSON types, as :meth:`save` writes it."""
-        return calibration_file.to_document(self._all_phases(), self.origin, self.kept)
+        return calibration_file.to_document(self._all_phases(), self.origin, self.kept, self.schedule)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file; a reader sees the old one or the new one, never a part."""
@@ -219,7 +274,14 @@ class Calibration:
         source = json_file.Source(path)
         contents = calibration_file.read(path)
         with calibration_file.refusing(path):
-            return Calibration(contents.sites, contents.phases, contents.origin, source, kept=contents.kept)
+            return Calibration(
+                contents.sites,
+                contents.phases,
+                contents.origin,
+                source,
+                kept=contents.kept,
+                schedule=parse_schedule(**contents.schedule),
+            )
 
     @staticmethod
     def parse(value: Calibration | str | os.PathLike[str]) -> Calibration:

@@ -1,7 +1,8 @@
 """A calibration as a JSON document and back. In and out: thresholds by site and phase, and where they come from.
 
 Version 1 is a table of sites and nothing else, and may be written by hand. A file has the lowest version whose readers
-know all that it says: 2, 3 where tokens are kept, 4 where the model's output was asked.
+know all that it says: 2, 3 where tokens are kept, 4 where the model's output was asked or
+something is dense by plan.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ..errors import value_error
 from ..keeping import Kept
 from ..pair import Sites
+from ..schedule import ALWAYS_SPARSE, Schedule
 from ..version import __version__
 from . import json_file
 from .measured import Origin
@@ -21,8 +24,8 @@ from .site_curves import SiteCurves
 
 FORMAT = "sparge-calibration"
 FORMAT_VERSION = 2
-_PLAIN_VERSION, _KEPT_VERSION, _OUTPUT_VERSION = 1, 3, 4
-_VERSIONS = (_PLAIN_VERSION, FORMAT_VERSION, _KEPT_VERSION, _OUTPUT_VERSION)
+_PLAIN_VERSION, _KEPT_VERSION, _LATEST_VERSION = 1, 3, 4
+_VERSIONS = (_PLAIN_VERSION, FORMAT_VERSION, _KEPT_VERSION, _LATEST_VERSION)
 _FIELDS = {
     1: {"format", "format_version", "created_by", "sites"},
     2: {"format", "format_version", "created_by", "phases", "origin", "sites", json_file.CHECKSUM},
@@ -36,15 +39,19 @@ class Contents(NamedTuple):
     phases: Mapping[float, Mapping[str, Any]]
     origin: Origin | None
     kept: Mapping[str, Any]
+    schedule: Mapping[str, Any] = MappingProxyType({})
 
 
-def to_document(phases: Mapping[float, Sites], origin: Origin | None, kept: Mapping[str, Kept]) -> dict[str, Any]:
+def to_document(
+    phases: Mapping[float, Sites], origin: Origin | None, kept: Mapping[str, Kept], schedule: Schedule = ALWAYS_SPARSE
+) -> dict[str, Any]:
     """Return the document, without its checksum. ``phases`` are all, by the progress they hold from; the first is 0."""
     return {
         "format": FORMAT,
-        "format_version": _version(origin, kept),
+        "format_version": _version(origin, kept, schedule),
         "created_by": f"sparge_compile {__version__}",
         "phases": list(phases),
+        **({"schedule": schedule.to_dict()} if schedule != ALWAYS_SPARSE else {}),
         "origin": None if origin is None else origin.to_dict(),
         "sites": {
             name: {
@@ -57,9 +64,9 @@ def to_document(phases: Mapping[float, Sites], origin: Origin | None, kept: Mapp
     }
 
 
-def _version(origin: Origin | None, kept: Mapping[str, Kept]) -> int:
-    if origin is not None and origin.output is not None:
-        return _OUTPUT_VERSION
+def _version(origin: Origin | None, kept: Mapping[str, Kept], schedule: Schedule) -> int:
+    if schedule != ALWAYS_SPARSE or (origin is not None and origin.output is not None):
+        return _LATEST_VERSION
     return _KEPT_VERSION if kept else FORMAT_VERSION
 
 
@@ -80,6 +87,8 @@ def read(path: str | os.PathLike[str]) -> Contents:
     wrong = set(document) ^ _FIELDS[min(version, FORMAT_VERSION)]
     if version == _PLAIN_VERSION:
         wrong -= {"created_by"}
+    if version == _LATEST_VERSION:
+        wrong -= {"schedule"}
     if wrong:
         raise _refusal(path, f"unknown or missing fields {sorted(wrong)}")
     sites = document["sites"]
@@ -117,7 +126,7 @@ def _parse(document: dict[str, Any], sites: dict[str, Any]) -> Contents:
             raise ValueError(f"site {name!r} without thresholds for each of {len(starts)} phases")
     first, *later = ({name: entry["thresholds"][i] for name, entry in sites.items()} for i in range(len(starts)))
     origin = Origin.from_dict(document["origin"], curves) if has_curves else None
-    return Contents(first, dict(zip(starts[1:], later, strict=True)), origin, kept)
+    return Contents(first, dict(zip(starts[1:], later, strict=True)), origin, kept, document.get("schedule", {}))
 
 
 def _kept_entry(kept: Kept) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def diffusers_callback(*handles: Attachment) -> Callable[..., dict[str, Any]]:
         for handle in handles:
             steps = _steps_of(pipe, handle.model)
             done = sum(own <= step for own in steps)
-            handle.set_progress(done / len(steps) if done < len(steps) else 0.0)
+            handle.set_step(done if done < len(steps) else 0, max(1, len(steps)))
         return values
 
     return on_step_end

@@ -1,0 +1,73 @@
+"""Whether a call of a graph is dense by plan: then the graph as it was runs instead of the rewritten one.
+
+Thresholds are run-time tensors, so no look at them tells without waiting for the device. Who writes them by plan notes
+it beside the buffers (``Attached.is_dense``), and a second graph, compiled with the first one, is the dense model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch.fx import GraphModule
+
+from ..options import Options
+from ..passes.read.fx_utils import clone
+from ..passes.write.threshold_inputs import erase_markers
+from .graph import OpenGraph, Slot
+from .places import Place
+from .rehearsals import is_rehearsal
+
+
+class DenseCalls:
+    """Tells, of each call of a graph, whether all of its sparse sites are dense by plan where and when it runs."""
+
+    def __init__(self, slots: Sequence[Slot], options: Options) -> None:
+        self._slots, self._options = slots, options
+        self._locators = list(dict.fromkeys(slot.locator for slot in slots))
+
+    @property
+    def there_are_some(self) -> bool:
+        """Whether there may be such a call, as far as is known while the graph is compiled."""
+        return bool(self._slots) and all(
+            any(self._may_be_dense(slot, place) for place in (slot.locator.first, *slot.others()))
+            for slot in self._slots
+        )
+
+    def __call__(self, args: Sequence[Any]) -> bool:
+        if is_rehearsal(args):
+            return False
+        places = {locator: locator.place(args) for locator in self._locators}
+        return all(self._is_dense(slot, places[slot.locator]) for slot in self._slots)
+
+    def _may_be_dense(self, slot: Slot, place: Place) -> bool:
+        held = slot.attached(place)
+        if held is not None and held.is_planned(slot.number_at(place)) is not None:
+            return True
+        return self._options.is_dense_layer(slot.name(place))
+
+    def _is_dense(self, slot: Slot, place: Place) -> bool:
+        held = slot.attached(place)
+        if held is not None and held.is_dense(slot.number_at(place)):
+            return True
+        return self._options.is_dense_layer(slot.name(place))
+
+
+def dense_copy(graph: OpenGraph) -> GraphModule:
+    """The graph as it was given, without the markers of attached thresholds."""
+    copy = clone(graph.graph_module)
+    if erase_markers(copy):
+        copy.graph.lint()
+        copy.recompile()
+    return copy
+
+
+def by_plan(
+    sparse: Callable[..., Any], dense: Callable[..., Any], is_dense: Callable[[Sequence[Any]], bool], inputs: int
+) -> Callable[..., Any]:
+    """What runs the dense graph where a call is dense by plan; its inputs are the first of the sparse one's."""
+
+    def call(*args: Any) -> Any:
+        return dense(*args[:inputs]) if is_dense(args) else sparse(*args)
+
+    return call
