@@ -168,15 +168,23 @@ def cost_model(
         launched: by whom: ``"compiled"`` code, ``"eager"`` code, or a CUDA ``"graph"``, which needs no host;
             ``"masked"``: by the first two under a mask, where nothing is prepared.
     """
+    slow = slowness(device) if device.type == "cuda" and launched in HOST else 0.0  # asked only where it counts
+    return class_costs(device_class(device), slow, dtype, head_size, value_head_size, launched)
+
+
+def class_costs(
+    name: str, slow: float, dtype: torch.dtype, head_size: int, value_head_size: int | None, launched: str
+) -> CostModel:
+    """Return those of a class of devices, whose hosts take ``slow`` times as long as the table's; as cost_model."""
     sizes = head_size, head_size if value_head_size is None else value_head_size
-    table = GPU.get(device_class(device), GPU["sm90"])
+    table = GPU.get(name, GPU["sm90"])
     width = "float32" if dtype.itemsize > 2 else "half"
     kinds = sorted((head, kind) for kind, head in table if kind == width) or sorted((h, k) for k, h in table)
     kind = next((k for k in kinds if k[0] >= pad_head(max(sizes))), kinds[-1])
-    padding = sum(pad_heads(*sizes)) / sum(sizes) if device.type == "cuda" else 1.0
-    slow = slowness(device) if device.type == "cuda" and launched in HOST else 0.0
+    padding = 1.0 if name == "cpu" else sum(pad_heads(*sizes)) / sum(sizes)
+    hosts = HOST.get(launched, ((0.0, 0.0),) * 2)
     inference, training = (
         CostModel(*six[:5], six[5] * padding, slow * dense, slow * sparse)
-        for six, (dense, sparse) in zip(table[kind[1], kind[0]], HOST.get(launched, HOST["eager"]), strict=True)
+        for six, (dense, sparse) in zip(table[kind[1], kind[0]], hosts, strict=True)
     )
     return replace(inference, training=training)

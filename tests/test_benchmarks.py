@@ -149,6 +149,17 @@ def test_the_cost_model_is_fitted_to_what_was_measured():
     assert fitting.fit_six(found)[0] == pytest.approx(six, rel=1e-2)
 
 
+def test_the_cost_model_says_from_which_length_on(capsys):
+    import break_even
+
+    break_even.main(["--device-class", "sm90"])
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert len(rows) == 12
+    for *_, most, half, quarter, tenth in rows:
+        least = [10**9 if x == "never" else int(x.replace(",", "")) for x in (most, half, quarter, tenth)]
+        assert least == sorted(least, reverse=True) and least[-1] >= 1024
+
+
 def test_real_shapes_are_decided_and_measured(tmp_path, capsys):
     import never_slower
     from real_shapes import ROWS

@@ -96,6 +96,14 @@ def test_who_launches_chooses_the_time_of_the_host(a_gpu, monkeypatch):
     assert cost_model(CPU, launched="eager").sparse_host == 0, "a CPU's own times have it"
 
 
+def test_a_class_of_devices_may_be_asked_without_one():
+    graph, compiled = (
+        cost.class_costs("sm90", 1.0, torch.bfloat16, 128, None, who).of(True) for who in ("graph", "compiled")
+    )
+    assert graph.sparse_host == 0 and compiled.sparse_host == cost_table.HOST["compiled"][1][1]
+    assert cost.class_costs("sm1", 1.0, torch.bfloat16, 128, None, "graph").of(True) == graph, "unmeasured"
+
+
 def test_who_launches_is_read_off_the_options():
     assert Options().launched == "compiled" and Options(inner="eager").launched == "eager"
     assert Options(inner="aot_eager").launched == "eager"
