@@ -205,13 +205,17 @@ _made: dict[Any, Order] = {}
 
 def copy_of_order(grid: Grid, tile: Sequence[int], device: torch.device) -> Order:
     """:func:`make_order` from a table of those that were made: a copy, for whoever writes to it."""
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     key = (grid, tuple(tile), device)
     found = _made.get(key)
     if found is None:
         with torch.inference_mode(False):
             found = make_order(*key)
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return found  # it belongs to the graph
+        if device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                return found  # it belongs to the graph
+            torch.cuda.current_stream(device).synchronize()  # once: the next call may be on another stream
         if len(_made) >= MADE_ORDERS:
             _made.pop(next(iter(_made)), None)
         _made[key] = found

@@ -394,16 +394,18 @@ def _consume(
         total_weight = gl.convert_layout(gl.sum(weight, 1), ROW)
         inverse = 1.0 / gl.where(total_weight == 0.0, 1.0, total_weight)
         lse = (top + gl.log2(total_weight)) * 0.6931471805599453  # LN_2
-        if SIZED_Q:  # 64 rows are one run, of which the last ones may be padding
-            holds = gl.arange(0, HALF, layout=ROW) < gl.load(q_sizes_ptr + 2 * i + PART)
+        acc = acc * gl.convert_layout(inverse, ROW_OF_OUT)[:, None]
+        first_row = (2 * i + PART) * HALF
+        if SIZED_Q:  # these rows are one run, of which the last ones may be padding
+            size = gl.load(q_sizes_ptr + 2 * i + PART, mask=first_row < length, other=0)
+            holds = gl.arange(0, HALF, layout=ROW) < size
             acc = gl.where(gl.convert_layout(holds, ROW_OF_OUT)[:, None], acc, 0.0)
             lse = gl.where(holds, lse, float("-inf"))
-        out = (acc * gl.convert_layout(inverse, ROW_OF_OUT)[:, None]).to(dtype)
+        out = acc.to(dtype)
         tma.store_wait(0)  # the one before has left out_smem
         tile = out_smem.index(PART)
         tile.store(out)
         fence_async_shared()
-        first_row = (2 * i + PART) * HALF
         if PACKED:
             tile = _reinterpret(tile, out_desc.dtype, [1, 1, 1, HALF, HEAD_PAD], out_desc.layout)
             _tma_store(out_desc, [0x40000000, q_start + length, h, 0x40000000 - length + first_row, 0], tile)
