@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 from sparge_compile import BlockMap, attention
-from sparge_compile.kernels import reference
+from sparge_compile.kernels import capability, reference
 from sparge_compile.kernels.block_map import pack
 
 sparge = torch.ops.sparge
@@ -280,3 +280,13 @@ def test_two_halves_of_the_keys_merge_by_their_log_sum_exps():
         results.append((out, lse, *torch.autograd.grad((out * weights).sum() + lse.square().sum(), inputs)))
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, atol=2e-5 * want.abs().max().item(), rtol=0)
+
+
+def test_what_a_gpu_lacks_is_asked_without_a_graph_break(monkeypatch):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (7, 5))
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def ask(x):
+        return x - 1 if capability.refusal(torch.device("cuda", 0), torch.float32, 64) else x
+
+    assert ask(torch.zeros(())) == -1

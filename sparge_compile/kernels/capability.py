@@ -24,6 +24,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_SIZE = 256
 MAX_WIDE_HEAD_SIZE = 128  # float32 on a GPU with little shared memory
 DEVICES = ("cpu", "cuda")
+HAS_TRITON = find_spec("triton") is not None  # asked here, where Dynamo does not look
 MIN_COMPUTE_CAPABILITY = (8, 0)  # older GPUs lack the asynchronous copies that the pipelined loops are built on
 
 
@@ -32,9 +33,9 @@ def refusal(device: torch.device, dtype: torch.dtype, *head_sizes: int) -> tuple
     if device.type not in DEVICES:
         return Reason.DEVICE, f"{device.type}; kernels exist for {' and '.join(DEVICES)}"
     if device.type == "cuda":
-        if find_spec("triton") is None:
+        if not HAS_TRITON:
             return Reason.DEVICE, "Triton is not installed"
-        capability = torch.cuda.get_device_capability(device)
+        capability = launch.compute_capability(device)
         if torch.version.hip is None and capability < MIN_COMPUTE_CAPABILITY:
             return Reason.DEVICE, f"compute capability {capability[0]}.{capability[1]} is below 8.0"
     if dtype not in DTYPES:

@@ -27,15 +27,21 @@ class Launch(NamedTuple):
     stages: int
 
 
+@torch.compiler.assume_constant_result
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """Of a GPU. A graph that Dynamo traces through a call of ours holds it as a constant."""
+    return torch.cuda.get_device_capability(device)
+
+
 def architecture(device: torch.device) -> int:
     """Major of an NVIDIA GPU's compute capability; 0 for any other device and for the interpreter."""
     nvidia = device.type == "cuda" and torch.version.hip is None
-    return torch.cuda.get_device_capability(device)[0] if nvidia else 0
+    return compute_capability(device)[0] if nvidia else 0
 
 
 def measured(device: torch.device) -> bool:
     """Whether the entries of a GPU were chosen by measurement."""
-    return architecture(device) > 0 and torch.cuda.get_device_capability(device) in MEASURED_CAPABILITIES
+    return architecture(device) > 0 and compute_capability(device) in MEASURED_CAPABILITIES
 
 
 @functools.cache
