@@ -27,10 +27,13 @@ class Launch(NamedTuple):
     stages: int
 
 
-@torch.compiler.assume_constant_result
 def compute_capability(device: torch.device) -> tuple[int, int]:
-    """Of a GPU. A graph that Dynamo traces through a call of ours holds it as a constant."""
+    """Of a GPU."""
     return torch.cuda.get_device_capability(device)
+
+
+# Dynamo takes what it returns for a constant: torch.compiler.assume_constant_result, which would import Dynamo here.
+compute_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def architecture(device: torch.device) -> int:
