@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 
 from .errors import value_error
 from .options import Options
@@ -13,6 +14,7 @@ from .report import Failure, Reason, Report
 from .running.frames import Left
 
 _warned: set[str] = set()
+_silent: ContextVar[bool] = ContextVar("sparge_silent", default=False)
 
 
 _PLEASE_REPORT = (
@@ -130,9 +132,19 @@ def _warn_once(reason: str, where: str, detail: str) -> None:
     )
 
 
+@contextmanager
+def unsaid() -> Iterator[None]:
+    """Warn of nothing meanwhile: whoever runs a model on trial says himself what a user should know."""
+    token = _silent.set(True)
+    try:
+        yield
+    finally:
+        _silent.reset(token)
+
+
 def warn(about: str, text: str) -> None:
     """Warn once of something that has this name, until warnings are forgotten."""
-    if about not in _warned:
+    if about not in _warned and not _silent.get():
         _warned.add(about)
         warnings.warn(text, stacklevel=2)
 

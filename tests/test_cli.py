@@ -64,6 +64,27 @@ def test_from_calibration_to_pictures(here, capsys):
     assert "2 of 2 attention sites sparse" in capsys.readouterr().out
 
 
+def test_an_error_of_the_output_and_a_plan(here, capsys):
+    aim = ["--target-output-error", "0.05", "--dense-steps", "2", "--dense-layers", "1"]
+    assert main(["calibrate", *SOURCE, "--out", "c.json", "--query-blocks", "3", *aim]) == 0
+    shown = capsys.readouterr()
+    found = Calibration.load("c.json")
+    assert found.origin.target_output_error == 0.05 and found.schedule == ((0, 2), 1)
+    assert "aim: error of the output 0.05" in shown.out and "dense by plan: steps 0:2; blocks 0:1" in shown.out
+    assert "time: " in shown.err and " forwards)" in shown.err
+    assert (
+        main(["show", "c.json", "--target-output-error", "0.02", "--dense-layers", "blocks.1", "--out", "d.json"]) == 0
+    )
+    again = Calibration.load("d.json")
+    assert again.summary().sparsity < found.summary().sparsity and again.schedule.dense_layers == ("blocks.1",)
+    steps = ["--sparsities", "0", "0.3", "--dense-steps", "2", "4"]
+    assert main(["show", "c.json", *steps, "--out", "e.json"]) == 0
+    planned = Calibration.load("e.json")
+    assert list(planned.phases) == [0.5] and planned.schedule.dense_steps == (2, 4)
+    assert main(["show", "c.json", "--dense-layers", "nowhere"]) == 1
+    assert "mean no site" in capsys.readouterr().err
+
+
 def test_a_callable_may_run_the_model_and_calls_may_be_skipped(here):
     given = ["--model", "my_models:with_call", "--inputs", "my_models:pairs", "--min-seq-len", "0", "--every", "2"]
     assert main(["calibrate", *given, "--out", "c.json", "--target-sparsity", "0.3", "--batches", "3"]) == 0

@@ -85,9 +85,10 @@ def calibrate(
         mode: ``"hybrid"``, or for comparison ``"topk"`` or ``"topp"`` alone.
         phases: where other thresholds begin, for denoising: shares in (0, 1) of those steps of a batch in which the
             model is called. Where nothing says how many calls a step has, each call is one.
-        options: the backend's, as the model will be compiled with; ``min_seq_len``, ``additive_masks``,
-            ``keep_keys`` and ``dense_queries`` matter. What is kept is measured and saved with the thresholds, and so
-            is what it gains: the errors with kept tokens and without, at equal sparsity, of each site's first sample.
+        options: the backend's, as the model will be compiled with; ``min_seq_len``, ``additive_masks``, ``keep_keys``
+            and ``dense_queries`` matter. What is kept is measured and saved with the thresholds, and so is what it
+            gains: the errors with kept tokens and without, at equal sparsity, of each site's first sample.
+            ``dense_layers`` is saved, too; such layers are measured, and count, as if they were sparse.
         query_blocks: how many blocks of 128 queries are looked at, for each call, head and batch element.
         every: in a batch, every so many calls of the model one is measured, beginning with the first.
         memory, seed: MiB of scratch memory on the device; the seed of the choice of query blocks.
@@ -270,7 +271,9 @@ class _Run:
             raise _nothing_measured(done)
         keeping = {site: self._settings.options.kept_of(site) for site in measured}
         firsts = [sample for batch in done.values() for sample in batch.samples if sample.plain is not None]
-        return search(measured, self._settings.phases, origin, keeping, firsts)
+        found = search(measured, self._settings.phases, origin, keeping, firsts)
+        layers = self._settings.options.dense_layers
+        return found if layers is None else found.scheduled(dense_layers=layers)
 
 
 def _nothing_measured(done: Mapping[int, Batch]) -> ValueError:

@@ -18,6 +18,7 @@ from ..distill.forwards import GraphCalls
 from ..eager.replacement import Replacement, replace_attention
 from ..errors import value_error
 from ..keeping import Kept
+from ..notices import unsaid
 from ..pair import Sites
 from ..running.listeners import heard_by
 from ..running.observe import uncompiled
@@ -142,7 +143,7 @@ def on_trial(
         "additive_masks": additive_masks,
     }
     start = Calibration({name: dense_pairs(heads) for name, heads in sites.items()}, kept=kept)
-    with attach(model, start) as attached, uncompiled(model), torch.no_grad(), ExitStack() as stack:
+    with unsaid(), attach(model, start) as attached, uncompiled(model), torch.no_grad(), ExitStack() as stack:
         sparse = torch.compile(model, backend=sparge, options={**options, "inner": "eager"})
         yield Trial(model, sparse, attached, lambda: stack.enter_context(replace_attention(model, options)))
 

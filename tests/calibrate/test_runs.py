@@ -174,6 +174,23 @@ def test_two_processes_find_what_one_does(tmp_path, whole):
     assert (tmp_path / "c.json.0").read_bytes() == (tmp_path / "c.json.1").read_bytes() == whole
 
 
+def shared_run_that_asks(rank: int, path: str, port: int) -> None:
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    asked = {"target_output_error": 0.05, "options": SETTINGS["options"], "query_blocks": 2}
+    found = sparge_compile.calibrate(model(), batches(), share_batches=True, **asked)
+    found.save(f"{path}.{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_ask_the_model_what_one_does(tmp_path):
+    path = tmp_path / "c.json"
+    port = 20001 + os.getpid() % 20000
+    torch.multiprocessing.start_processes(shared_run_that_asks, (str(path), port), nprocs=2, start_method="fork")
+    asked = {"target_output_error": 0.05, "options": SETTINGS["options"], "query_blocks": 2}
+    sparge_compile.calibrate(model(), batches(), **asked).save(path)
+    assert (tmp_path / "c.json.0").read_bytes() == (tmp_path / "c.json.1").read_bytes() == path.read_bytes()
+
+
 def test_inputs_may_be_arguments_of_any_kind_or_a_loop():
     net = model()
     net.forward = lambda x, scale=1.0, *, shift=0.0: net.blocks[0](x * scale + shift)

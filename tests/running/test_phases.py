@@ -190,6 +190,15 @@ def test_sparsities_by_step(model, x) -> None:
             torch.testing.assert_close(torch.tensor(pairs), torch.tensor(calibration.sites[name]))
 
 
+def test_layers_that_a_calibration_was_told_of_stay_dense(model, x, maps) -> None:
+    options = {"min_seq_len": 0, "dense_layers": 1}
+    found = sparge_compile.calibrate(model, [x], target_sparsity=0.5, options=options, influence=False)
+    assert found.schedule.dense_layers == 1 and found.at(target_sparsity=0.4).schedule == found.schedule
+    with attach(model, found):
+        run = compiled_as("whole", model, EAGER)
+        assert sparse_sites(run, x, maps) == LAYERS - 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["whole", "blocks"])
 def test_inductor_compiles_both_graphs(model, x, how) -> None:
