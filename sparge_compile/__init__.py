@@ -30,6 +30,7 @@ _WHERE = {
     "SparsitySchedule": "distill.schedule",
     "replace_attention": "eager.replacement",
     "rewrite": "rewriting",
+    "set_step": "thresholds.steps",
     "varlen_attention": "functional",
 }
 
@@ -50,6 +51,7 @@ __all__ = [
     "head_influence",
     "replace_attention",
     "rewrite",
+    "set_step",
     "varlen_attention",
 ]
 
@@ -68,6 +70,8 @@ if TYPE_CHECKING:
     from .rewriting import rewrite
     from .thresholds.attachment import attach
     from .thresholds.calibration import Calibration
+    from .thresholds.denoising import diffusers_callback
+    from .thresholds.steps import set_step
 
 
 def __getattr__(name: str) -> Any:

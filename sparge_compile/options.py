@@ -19,7 +19,7 @@ from .cost import CostModel
 from .errors import type_error, value_error
 from .keeping import NOTHING, Kept, parse_kept
 from .pair import Pair, check_pair
-from .schedule import parse_schedule
+from .schedule import Schedule, parse_schedule
 from .thresholds.calibration import Calibration
 
 # Untuned, nothing is known of a model, so half of the blocks and 80 % of the pooled mass are kept: heads that look
@@ -42,6 +42,9 @@ class Options:
     """Sites that the calibration does not name keep this share of their visible key blocks, in (0, 1]."""
     topp: float = DEFAULT_TOPP
     """They keep at least this much of the pooled probability mass, in [0, 1]: the larger set of the two is kept."""
+    dense_steps: int | tuple[int, int | None] | None = None
+    """Steps of a denoising run in which everything is dense: `10` for the first ten, `-2` for the last two, or `(start,
+    stop)`. `diffusers_callback(model)` or `set_step` say which step it is. `attach` takes it, too."""
     dense_layers: int | str | tuple[str, ...] | None = None
     """Layers that stay dense: `2` for the blocks 0 and 1 (by the first number in a site's name), or names and patterns
     of sites or modules (`"blocks.5"`, `["*.attn2"]`). `None` leaves it to the calibration."""
@@ -78,7 +81,9 @@ class Options:
         check_pair(self.topk, self.topp, "options")
         if isinstance(self.dense_layers, list):
             object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
-        parse_schedule(None, self.dense_layers, "options")
+        if isinstance(self.dense_steps, list):
+            object.__setattr__(self, "dense_steps", tuple(self.dense_steps))
+        parse_schedule(self.dense_steps, self.dense_layers, "options")
         if isinstance(self.keep_keys, list):
             object.__setattr__(self, "keep_keys", tuple(self.keep_keys))
         parse_kept(self.keep_keys, self.dense_queries, "options")
@@ -153,8 +158,13 @@ class Options:
     def is_dense_layer(self, name: str) -> bool:
         """Whether a site stays dense by plan: that of the options, else that of the calibration."""
         if self.dense_layers is not None:
-            return parse_schedule(None, self.dense_layers).is_dense_layer(name)
+            return self.schedule.is_dense_layer(name)
         return self.calibration is not None and self.calibration.schedule.is_dense_layer(name)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The plan of these options; what a calibration plans besides is not in it."""
+        return parse_schedule(self.dense_steps, self.dense_layers)
 
     def kept_of(self, name: str) -> Kept:
         """What is kept of a site's tokens: as the options say, else as its calibration does."""

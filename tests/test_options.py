@@ -61,6 +61,7 @@ def test_bad_options_are_refused_when_compiling():
 
 
 CHANGED = {
+    "dense_steps": 2,
     "dense_layers": 2,
     "calibration": Calibration({"a": [(0.5, 0.0)]}),
     "topk": 0.25,

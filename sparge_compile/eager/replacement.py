@@ -20,6 +20,7 @@ from ..passes.pipeline import analyse, rewriting_passes, run
 from ..report import Decision, Report, Site, SiteReport
 from ..running.graph import OpenGraph, decide_sites
 from ..running.thresholds import read_attached
+from ..thresholds.steps import step_of
 from ..user_model import is_compiled, user_model
 from .calls import Call, unseen
 from .door import close_door, open_call, open_door
@@ -169,7 +170,13 @@ class Replacement:
             self._tell(plan.graph, where)
             if plan.graph.failures:
                 return result
-        return original() if plan.compute is None or plan.is_dense else plan(call.tensors)
+        if plan.compute is None or plan.is_dense or self._is_dense_step(where):
+            return original()
+        return plan(call.tensors)
+
+    def _is_dense_step(self, where: Where) -> bool:
+        schedule = self._settings.schedule
+        return schedule.dense_steps is not None and schedule.is_dense_step(*step_of(where.root))
 
     def _refuse(self, call: Call, where: Where, decision: Decision) -> None:
         name = numbered(where.prefix or ROOT, where.number)

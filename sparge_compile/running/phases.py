@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from ..options import Options
 from ..passes.read.fx_utils import clone
 from ..passes.write.threshold_inputs import erase_markers
+from ..thresholds.steps import step_of
 from .graph import OpenGraph, Slot
 from .places import Place
 from .rehearsals import is_rehearsal
@@ -23,21 +24,25 @@ class DenseCalls:
     """Tells, of each call of a graph, whether all of its sparse sites are dense by plan where and when it runs."""
 
     def __init__(self, slots: Sequence[Slot], options: Options) -> None:
-        self._slots, self._options = slots, options
+        self._slots, self._options, self._schedule = slots, options, options.schedule
         self._locators = list(dict.fromkeys(slot.locator for slot in slots))
 
     @property
     def there_are_some(self) -> bool:
         """Whether there may be such a call, as far as is known while the graph is compiled."""
-        return bool(self._slots) and all(
-            any(self._may_be_dense(slot, place) for place in (slot.locator.first, *slot.others()))
-            for slot in self._slots
-        )
+        if self._slots and self._schedule.dense_steps is not None:
+            return True
+        every = [(slot, (slot.locator.first, *slot.others())) for slot in self._slots]
+        return bool(every) and all(any(self._may_be_dense(slot, each) for each in places) for slot, places in every)
 
     def __call__(self, args: Sequence[Any]) -> bool:
         if is_rehearsal(args):
             return False
         places = {locator: locator.place(args) for locator in self._locators}
+        if self._schedule.dense_steps is not None:
+            root = next((place.root for place in places.values()), None)
+            if self._schedule.is_dense_step(*step_of(root)):
+                return True
         return all(self._is_dense(slot, places[slot.locator]) for slot in self._slots)
 
     def _may_be_dense(self, slot: Slot, place: Place) -> bool:

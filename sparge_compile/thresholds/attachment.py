@@ -18,6 +18,7 @@ from ..user_model import user_model, was_compiled
 from .buffers import CHILD, Attached, attached_to, mark
 from .calibration import Calibration
 from .fronts import DENSE
+from .steps import check_step
 from .targets import Target, find_targets, is_exact, modules_of, site_name
 
 logger = logging.getLogger("sparge_compile")
@@ -227,13 +228,7 @@ class Attachment:
         Raises:
             ValueError: numbers that are none of a step in a run.
         """
-        if type(step) is not int or type(steps) is not int or not 0 <= step < steps:
-            raise value_error(
-                "set_step: no step of a run",
-                given=f"step {step!r} of {steps!r}",
-                allowed="whole numbers, the step from 0 to below their number",
-                todo="Give the number of the step that begins, and how many there are.",
-            )
+        check_step(step, steps)
         self._go_to(_DENSE if self._schedule.is_dense_step(step, steps) else self._phase_at(step / steps))
 
     def _phase_at(self, fraction: float) -> int:

@@ -12,10 +12,12 @@ from typing import Any
 from torch import nn
 
 from ..errors import type_error
+from ..user_model import user_model
 from .attachment import Attachment
+from .steps import set_step
 
 
-def diffusers_callback(*handles: Attachment) -> Callable[..., dict[str, Any]]:
+def diffusers_callback(*handles: Attachment | nn.Module) -> Callable[..., dict[str, Any]]:
     """Return a ``callback_on_step_end`` that switches phases between the steps of a diffusers pipeline.
 
     Of two experts that share a run (Wan 2.2), each has the steps in which it is called, as in calibration; give the
@@ -23,24 +25,33 @@ def diffusers_callback(*handles: Attachment) -> Callable[..., dict[str, Any]]:
     off, call ``handle.set_progress(0)``.
 
     Args:
-        handles: what ``attach`` gave, for one model of the pipeline or several.
+        handles: what ``attach`` gave, for one model of the pipeline or several; or the models themselves, for the
+            option ``dense_steps``.
 
     Raises:
         TypeError: no handle, or something else.
     """
-    if not handles or not all(isinstance(handle, Attachment) for handle in handles):
+    if not handles or not all(isinstance(handle, (Attachment, nn.Module)) for handle in handles):
         raise type_error(
             "diffusers_callback: bad handles",
             given=", ".join(type(handle).__name__ for handle in handles) or "none",
-            allowed="what attach returned, for one model of the pipeline or several",
+            allowed="what attach returned, for one model of the pipeline or several; or models",
             todo="handle = attach(pipe.transformer, calibration); diffusers_callback(handle).",
         )
+    for handle in handles:
+        if isinstance(handle, nn.Module):
+            set_step(handle, 0)
 
     def on_step_end(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         for handle in handles:
-            steps = _steps_of(pipe, handle.model)
-            done = sum(own <= step for own in steps)
-            handle.set_step(done if done < len(steps) else 0, max(1, len(steps)))
+            model: Any = handle if isinstance(handle, nn.Module) else handle.model
+            steps = _steps_of(pipe, user_model(model))  # type: ignore[arg-type]
+            done, count = sum(own <= step for own in steps), max(1, len(steps))
+            done = done if done < len(steps) else 0
+            if isinstance(handle, nn.Module):
+                set_step(handle, done, count)
+            else:
+                handle.set_step(done, count)
         return values
 
     return on_step_end

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import sparge_compile
 from sparge_compile import Calibration, Options, attach, diffusers_callback
 from sparge_compile.calibrate.record import Recorder
 from sparge_compile.calibrate.steps import with_step_ends
+from sparge_compile.thresholds.steps import step_of
 
 DENSE, HALF, FEW = (1.0, 0.0), (0.5, 0.0), (0.1, 0.0)
 PHASES = Calibration({"blocks.0": [DENSE], "blocks.1": [DENSE]}, phases={
@@ -214,6 +216,18 @@ def test_calibration_asks_a_pipeline_where_its_steps_end():
 
 
 def test_the_callback_takes_handles():
-    for bad in ((), (Model(Fused),)):
+    for bad in ((), ("transformer",)):
         with pytest.raises(TypeError, match="attach"):
             diffusers_callback(*bad)
+
+
+def test_the_callback_tells_models_their_step():
+    """For the option dense_steps; behind the last step the next run begins."""
+    model = Model(Fused)
+    pipe = SimpleNamespace(scheduler=SimpleNamespace(timesteps=torch.arange(3)), config={})
+    callback = diffusers_callback(torch.compile(model))
+    said = [step_of(model)]
+    for step in range(3):
+        assert callback(pipe, step, None, {"latents": 1}) == {"latents": 1}
+        said.append(step_of(model))
+    assert said == [(0, None), (1, 3), (2, 3), (0, 3)]

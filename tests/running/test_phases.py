@@ -10,7 +10,7 @@ from torch import Tensor
 from toys import Stack
 
 import sparge_compile
-from sparge_compile import Calibration, attach, explain, replace_attention
+from sparge_compile import Calibration, attach, explain, replace_attention, set_step
 from sparge_compile.kernels import cpu
 
 EAGER = {"min_seq_len": 0, "inner": "eager"}
@@ -197,6 +197,27 @@ def test_layers_that_a_calibration_was_told_of_stay_dense(model, x, maps) -> Non
     with attach(model, found):
         run = compiled_as("whole", model, EAGER)
         assert sparse_sites(run, x, maps) == LAYERS - 1
+
+
+@pytest.mark.parametrize("how", ["whole", "blocks"])
+def test_dense_steps_as_an_option(model, x, maps, how) -> None:
+    """No thresholds are attached, so the model's step is told by itself."""
+    run = compiled_as(how, model, {**EAGER, "calibration": FEW, "dense_steps": [1, 3]})
+    with pytest.raises(Exception, match="nothing says which step"):
+        run(x)
+    for step, expected in ((0, LAYERS), (1, 0), (2, 0), (3, LAYERS), (1, 0)):
+        set_step(run, step)
+        assert sparse_sites(run, x, maps) == expected
+    with pytest.raises(ValueError, match="no step"):
+        set_step(model, 4, 4)
+
+
+def test_dense_steps_as_an_option_in_eager_code(model, x, maps) -> None:
+    with replace_attention(model, min_seq_len=0, dense_steps=1, calibration=FEW):
+        set_step(model, 0, 2)
+        assert sparse_sites(model, x, maps) == 0
+        set_step(model, 1, 2)
+        assert sparse_sites(model, x, maps) == LAYERS
 
 
 @pytest.mark.slow
