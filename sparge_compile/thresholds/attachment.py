@@ -15,15 +15,13 @@ from ..errors import type_error, value_error
 from ..keeping import WIDTH, Kept
 from ..pair import check_pair, check_progress
 from ..user_model import user_model, was_compiled
-from .buffers import CHILD, Attached, attached_to, mark
+from .buffers import Attached, attached_to, child_of, remove_child
 from .calibration import Calibration
-from .fronts import DENSE
+from .phases import DENSE_STEP, Phases, keeps_all
 from .steps import check_step
 from .targets import Target, find_targets, is_exact, modules_of, site_name
 
 logger = logging.getLogger("sparge_compile")
-
-_DENSE = -1  # the number of the phase in which all sites are dense, whatever the calibration says
 
 
 def attach(
@@ -82,25 +80,15 @@ class Attachment:
         modules = modules_of(model)
         entries = find_targets(model, calibration)
         self._sites = {(name, index): modules[name] for name, index in entries}
-        self._schedule = calibration.schedule
-        self._phases = [
-            (
-                start,
-                {target: self._values(target, phase, entry) for target, entry in find_targets(model, phase).items()},
-            )
-            for start, phase in _phases(calibration)
-        ]
-        for (name, index), values in self._phases[0][1].items():
-            most = max(len(phase[name, index]) for _, phase in self._phases)
-            child = _child(modules[name], name)
-            child.put(index, values.to(_device(modules[name], model)).expand(most, -1))
-            child.entries[index] = entries[name, index]
-            at_times = self._schedule.dense_steps is not None or any(
-                _keeps_all(phase[name, index]) for _, phase in self._phases
-            )
-            if self._is_dense_layer((name, index)) or (at_times and self.has_phases):
-                child.planned[index] = self._is_dense_layer((name, index))
-        self._begin(self._first_phase())
+        self._phases = Phases.of(calibration, calibration.schedule, lambda phase: find_targets(model, phase))
+        for (name, index), values in self._phases.values(0).items():
+            target = name, index
+            child = child_of(modules[name], name)
+            child.put(index, values.to(_device(modules[name], model)).expand(self._phases.most_rows(target), -1))
+            child.entries[index] = entries[target]
+            if (planned := self._phases.planned(target)) is not None:
+                child.planned[index] = planned
+        self._begin(self._phases.first)
         _compile_anew(model)
 
     @property
@@ -147,16 +135,15 @@ class Attachment:
     def _set_numbers(self, topk: float | None, topp: float | None) -> None:
         check_pair(1.0 if topk is None else topk, 0.0 if topp is None else topp, "set")
         numbers = [(column, number) for column, number in enumerate((topk, topp)) if number is not None]
-        present = {target: values.clone() for target, values in self._buffers().items()}
-        for phase in (present, *(phase for _, phase in self._phases)):
-            for target, values in phase.items():
-                for column, number in numbers if not self._is_dense_layer(target) else ():
-                    values[:, column] = number
-        if self._phase == _DENSE:
-            return
-        for (name, index), values in present.items():
-            if not self._is_dense_layer((name, index)):
-                self._held(name, index).write(index, values)
+        for column, number in numbers:
+            self._phases.put(column, number)
+        for (name, index), values in self._buffers().items() if self._phase != DENSE_STEP else ():
+            if self._phases.is_dense_layer((name, index)):
+                continue
+            present = values.clone()
+            for column, number in numbers:
+                present[:, column] = number
+            self._held(name, index).write(index, present)
 
     def _set_calibration(self, calibration: Calibration) -> None:
         buffers = self._buffers()
@@ -177,18 +164,19 @@ class Attachment:
                 allowed="thresholds alone: what is kept enters the compiled code",
                 todo="Attach a calibration with kept tokens to begin with.",
             )
-        if calibration.schedule.dense_layers not in ((), self._schedule.dense_layers):
+        if calibration.schedule.dense_layers not in ((), self._phases.schedule.dense_layers):
             raise value_error(
                 "set: other dense layers than those that were attached",
                 given=calibration.schedule,
                 allowed="those that were attached, or none: which layers are dense enters the compiled code",
                 todo="Attach it anew, with dense_layers.",
             )
-        phases = [
-            (start, {key: self._values(key, phase, entry, wide) for key, entry in entries.items() if entry is not None})
-            for start, phase in _phases(calibration)
-        ]
-        for target, values in ((target, values) for _, phase in phases for target, values in phase.items()):
+        own = {target: entry for target, entry in entries.items() if entry is not None}
+        schedule = self._phases.schedule
+        if calibration.schedule.dense_steps is not None:
+            schedule = schedule._replace(dense_steps=calibration.schedule.dense_steps)
+        phases = Phases.of(calibration, schedule, lambda phase: own, wide)
+        for target, values in ((target, values) for _, phase in phases.phases for target, values in phase.items()):
             if len(values) not in (1, len(buffers[target])):
                 raise value_error(
                     f"set: thresholds of {site_name(target)!r} do not fit what is attached",
@@ -196,10 +184,12 @@ class Attachment:
                     allowed=f"{len(buffers[target])} or one",
                     todo="Attach a calibration with as many pairs as there are heads; set only writes values.",
                 )
+        if schedule.dense_steps is not None:  # what has no new thresholds comes back after dense steps
+            before = self._phases.values(0) if self._phase == DENSE_STEP else {}
+            others = {target: values for target, values in buffers.items() if target not in own}
+            phases.add({target: before.get(target, values).cpu().clone() for target, values in others.items()})
         self._phases = phases
-        if calibration.schedule.dense_steps is not None:
-            self._schedule = self._schedule._replace(dense_steps=calibration.schedule.dense_steps)
-        self._begin(self._first_phase())
+        self._begin(phases.first)
 
     def set_progress(self, fraction: float) -> None:
         """Say how much of a denoising run is done, in [0, 1]: the buffers get the thresholds of that phase.
@@ -211,14 +201,14 @@ class Attachment:
             ValueError: a progress out of range; dense steps, which are known by their number alone.
         """
         check_progress(fraction)
-        if self._schedule.dense_steps is not None:
+        if self._phases.schedule.dense_steps is not None:
             raise value_error(
                 "set_progress: some steps are dense by plan",
-                given=f"a share of the run, and dense steps {self._schedule.dense_steps}",
+                given=f"a share of the run, and dense steps {self._phases.schedule.dense_steps}",
                 allowed="the number of a step",
                 todo="Call set_step(step, steps); diffusers_callback does.",
             )
-        self._go_to(self._phase_at(fraction))
+        self._go_to(self._phases.at_progress(fraction))
 
     def set_step(self, step: int, steps: int) -> None:
         """Say which step of a denoising run begins, from 0 on, of so many in which this model is called.
@@ -229,13 +219,7 @@ class Attachment:
             ValueError: numbers that are none of a step in a run.
         """
         check_step(step, steps)
-        self._go_to(_DENSE if self._schedule.is_dense_step(step, steps) else self._phase_at(step / steps))
-
-    def _phase_at(self, fraction: float) -> int:
-        return max(i for i, (start, _) in enumerate(self._phases) if start <= fraction)
-
-    def _first_phase(self) -> int:
-        return _DENSE if self._schedule.is_dense_step(0, None) else 0
+        self._go_to(self._phases.at_step(step, steps))
 
     def _go_to(self, phase: int) -> None:
         if phase != self._phase:
@@ -243,19 +227,10 @@ class Attachment:
 
     def _begin(self, phase: int) -> None:
         """Write what holds in a phase, and have those sites that keep everything in it run dense."""
-        for (name, index), values in self._phases[max(phase, 0)][1].items():
-            values = _all_kept(values) if phase == _DENSE else values
+        for (name, index), values in self._phases.values(phase).items():
             held = self._held(name, index)
-            held.write(index, values, dense=index in held.planned and _keeps_all(values))
+            held.write(index, values, dense=index in held.planned and keeps_all(values))
         self._phase = phase
-
-    def _is_dense_layer(self, target: Target) -> bool:
-        return self._schedule.is_dense_layer(site_name(target))
-
-    def _values(self, target: Target, calibration: Calibration, entry: str, wide: bool = False) -> Tensor:
-        """The thresholds of a site in a phase, on the CPU."""
-        values = _tensor(calibration, entry, wide)
-        return _all_kept(values) if self._is_dense_layer(target) else values
 
     def _held(self, name: str, index: int) -> Attached:
         held = attached_to(self._sites[name, index])
@@ -271,7 +246,7 @@ class Attachment:
     @property
     def has_phases(self) -> bool:
         """Whether ``set_progress`` or ``set_step`` changes anything."""
-        return len(self._phases) > 1 or self._schedule.dense_steps is not None
+        return self._phases.several
 
     def buffers(self) -> dict[str, Tensor]:
         """Return the attached thresholds by site: the buffers, to be written in place.
@@ -288,10 +263,7 @@ class Attachment:
                 continue
             child.drop(index)
             if not child.indices:
-                delattr(module, CHILD)
-                hooks = module._forward_pre_hooks
-                for key in [key for key, hook in hooks.items() if hook is mark]:
-                    del hooks[key]
+                remove_child(module)
         self._sites = {}
         _compile_anew(self._model)
 
@@ -311,50 +283,12 @@ class Attachment:
         return {target: values for target, values in buffers.items() if values is not None}
 
 
-def _phases(calibration: Calibration) -> list[tuple[float, Calibration]]:
-    """The phases of a calibration, each as one of its own, by the progress from which they hold."""
-    return [(start, calibration.at_progress(start)) for start in (0.0, *calibration.phases)]
-
-
-def _child(module: nn.Module, name: str) -> Attached:
-    """The child of a module that holds its thresholds; a new one comes with the hook that shows them to the backend."""
-    child = attached_to(module)
-    if child is None:
-        if hasattr(module, CHILD):
-            raise value_error(
-                f"attach: module {name!r} has an attribute {CHILD!r} of its own",
-                given=type(getattr(module, CHILD)).__name__,
-                allowed="modules without it",
-                todo="Give the thresholds as the option 'calibration'.",
-            )
-        child = Attached()
-        module.add_module(CHILD, child)
-        module.register_forward_pre_hook(mark)
-    return child
-
-
 def _device(module: nn.Module, model: nn.Module) -> torch.device:
     """Where a module computes, as far as it is known: where accelerate will run it, else where its weights are."""
     if (device := getattr(getattr(module, "_hf_hook", None), "execution_device", None)) is not None:
         return torch.device(device)
     tensors = (*module.parameters(), *module.buffers(), *model.parameters())
     return next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
-
-
-def _tensor(calibration: Calibration, entry: str, wide: bool = False) -> Tensor:
-    ranges = calibration.kept_of(entry).numbers if calibration.kept or wide else ()
-    rows = [(*pair, *ranges) for pair in calibration.sites[entry]]
-    return torch.tensor(rows, dtype=torch.float32, device="cpu")  # whatever the default device: meta has no values
-
-
-def _all_kept(values: Tensor) -> Tensor:
-    """Thresholds that keep all blocks, and whatever else these hold."""
-    return torch.cat([torch.tensor(DENSE[:2]).expand(len(values), -1), values[:, 2:]], 1)
-
-
-def _keeps_all(values: Tensor) -> bool:
-    """Whether thresholds, which are on the CPU, keep all blocks."""
-    return bool((values[:, 0] == 1).all())
 
 
 def _compile_anew(model: nn.Module) -> None:

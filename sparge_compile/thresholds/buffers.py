@@ -18,6 +18,7 @@ from torch.nn import Module
 from torch.utils._pytree import tree_leaves
 
 from .. import ops
+from ..errors import value_error
 from ..keeping import WIDTH
 
 CHILD = "sparge"  # the child's name, and so a part of the keys in a state dict
@@ -165,6 +166,35 @@ def attached_to(module: Module | None) -> Attached | None:
 def has_attached(model: Module) -> bool:
     """Whether thresholds are attached to a module of this model."""
     return any(isinstance(module, Attached) for module in model.modules())
+
+
+def child_of(module: Module, name: str) -> Attached:
+    """The child of a module that holds its thresholds; a new one comes with the hook that shows them to the backend.
+
+    Raises:
+        ValueError: the module has an attribute of that name already.
+    """
+    child = attached_to(module)
+    if child is None:
+        if hasattr(module, CHILD):
+            raise value_error(
+                f"attach: module {name!r} has an attribute {CHILD!r} of its own",
+                given=type(getattr(module, CHILD)).__name__,
+                allowed="modules without it",
+                todo="Give the thresholds as the option 'calibration'.",
+            )
+        child = Attached()
+        module.add_module(CHILD, child)
+        module.register_forward_pre_hook(mark)
+    return child
+
+
+def remove_child(module: Module) -> None:
+    """Take the child that holds thresholds, and its hook, off a module."""
+    delattr(module, CHILD)
+    hooks = module._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if hook is mark]:
+        del hooks[key]
 
 
 def mark(module: Module, args: Any) -> None:

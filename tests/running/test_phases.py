@@ -180,6 +180,20 @@ def test_steps_are_told_by_number(model) -> None:
         handle.set(FEW.scheduled(dense_layers=1))
 
 
+def test_sites_without_new_thresholds_come_back_after_dense_steps(model) -> None:
+    for step in (0, 1):
+        with attach(model, FEW, dense_steps=1) as handle:
+            handle.set_step(step, 3)
+            handle.set(Calibration({"blocks.0": [(0.3, 0.0)]}))
+            found = []
+            for now in (0, 1, 2):
+                handle.set_step(now, 3)
+                sites = handle.get().sites
+                found.append([sites[f"blocks.{i}"][0][0] for i in range(LAYERS)])
+        assert found[0] == [1.0] * LAYERS
+        assert found[1] == found[2] == pytest.approx([0.3, 0.1, 0.1])
+
+
 def test_sparsities_by_step(model, x) -> None:
     found = sparge_compile.calibrate(model, [x], target_sparsity=0.5, options={"min_seq_len": 0}, influence=False)
     handle = attach(model, found, sparsities=[0, 0, 0.3, 0.6], dense_layers=[])
