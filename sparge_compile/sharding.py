@@ -43,7 +43,7 @@ def _register() -> None:
 
     ops = torch.ops.sparge
 
-    def forms(key: Any, attn_mask: Any, others: Sequence[Any]) -> list[tuple[Any, Any, Any, list[Any]]]:
+    def forms(op: Any, key: Any, attn_mask: Any, others: Sequence[Any]) -> list[tuple[Any, Any, Any, list[Any]]]:
         """Placements of what has batch and heads, of thresholds [H, 2 or 6], of a mask, and of the other arguments: one
         for each form."""
         whole, batch, heads = Replicate(), Shard(0), Shard(1)
@@ -56,23 +56,28 @@ def _register() -> None:
             return Shard(at) if at >= 0 and attn_mask.shape[at] > 1 else whole
 
         found: list[tuple[Any, Any, Any, list[Any]]] = [(whole, whole, None if attn_mask is None else whole, rest)]
-        if whole not in rest[:-4]:  # a packed call has the sequences where its map has a batch; last is an order
+        names = [x.name for x in op.default._schema.arguments]
+        given = dict(zip(names[names.index("attn_mask") + 1 :], others, strict=False))  # the last defaults are left out
+        if given.get("cu_seqlens_q") is None:  # a packed call has the sequences where its map has a batch
             found.append((batch, whole, of_mask(0), rest))
         if all(key.shape[1] % size == 0 for size in key.mesh.shape):  # the query heads of a key head stay together
             found.append((heads, Shard(0), of_mask(1), rest))
         return found
 
     def attend(query, key, value, thresholds, attn_mask, *others):
-        return [([x], [x, x, x, t, m, *rest]) for x, t, m, rest in forms(key, attn_mask, others)]
+        return [([x], [x, x, x, t, m, *rest]) for x, t, m, rest in forms(ops.attend, key, attn_mask, others)]
 
     def attend_for_backward(query, key, value, thresholds, attn_mask, *others):
-        return [([x] * 3, [x, x, x, t, m, *rest]) for x, t, m, rest in forms(key, attn_mask, others)]
+        return [
+            ([x] * 3, [x, x, x, t, m, *rest])
+            for x, t, m, rest in forms(ops.attend_for_backward, key, attn_mask, others)
+        ]
 
     def block_map(query, key, thresholds, attn_mask, *others):
-        return [([x, x], [x, x, t, m, *rest]) for x, t, m, rest in forms(key, attn_mask, others)]
+        return [([x, x], [x, x, t, m, *rest]) for x, t, m, rest in forms(ops.block_map, key, attn_mask, others)]
 
     def forward(query, key, value, counts, indices, attn_mask, *others):
-        return [([x, x], [x] * 5 + [m, *rest]) for x, _, m, rest in forms(key, attn_mask, others)]
+        return [([x, x], [x] * 5 + [m, *rest]) for x, _, m, rest in forms(ops.forward, key, attn_mask, others)]
 
     def pack(counts, indices):
         return [([x], [x, x]) for x in (Replicate(), Shard(0), Shard(1))]
@@ -80,7 +85,7 @@ def _register() -> None:
     def backward(grad_out, query, key, value, out, lse, grad_lse, bits, attn_mask, *others):
         return [
             ([x] * 3, [x] * 6 + [None if grad_lse is None else x, x, m, *rest])
-            for x, _, m, rest in forms(key, attn_mask, others)
+            for x, _, m, rest in forms(ops.backward, key, attn_mask, others)
         ]
 
     placed: Sequence[tuple[Any, Any]] = (
