@@ -16,7 +16,15 @@ from . import ops  # noqa: F401  importing it registers the ops
 from .errors import type_error
 from .inner import compile_graph, faker, is_stored
 from .misfits import check_model, warn_of_misfits, warn_of_names, warn_of_stale_file, warn_of_unused
-from .notices import forget_warnings, raise_left, tell_of_left, warn_of_nothing, warn_of_text, warn_of_unsupported
+from .notices import (
+    forget_warnings,
+    raise_left,
+    tell_of_left,
+    warn_of_no_grid,
+    warn_of_nothing,
+    warn_of_text,
+    warn_of_unsupported,
+)
 from .options import Options
 from .passes.find import Match
 from .passes.pipeline import Work, analyse, rewriting_passes, run, sheltered
@@ -71,6 +79,7 @@ def sparge(
     logger.info("%s", report)
     warn_of_unsupported(report, settings)
     warn_of_text((step for step in graph.steps if step.match.node not in graph.attached), settings)
+    warn_of_no_grid(((step.match.site.name, step.decision.order) for step in graph.steps), settings)
     if is_whole_call(graph_module):
         warn_of_nothing(report, settings, type(graph.names.root).__name__ if graph.names else "the compiled function")
     names = [match.site.name for match in graph.sparse if match.node not in graph.attached]

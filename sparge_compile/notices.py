@@ -9,6 +9,7 @@ from contextvars import ContextVar
 
 from .errors import value_error
 from .options import Options
+from .passes.order import NO_GRID
 from .passes.pipeline import Step
 from .report import Failure, Reason, Report
 from .running.frames import Left
@@ -83,6 +84,21 @@ def warn_of_text(steps: Iterable[Step], settings: Options) -> None:
                 "(512: the first, -512: the last); sparge_compile.explain(model)(...) says what each site keeps.",
             )
             return
+
+
+def warn_of_no_grid(orders: Iterable[tuple[str, str]], settings: Options) -> None:
+    """Warn once where a sparse site was to have its tokens in tiles, and nobody knows their grid.
+
+    ``orders`` are the names of sites, each with what became of its order.
+    """
+    lacking = [name for name, order in orders if order == f"raster: {NO_GRID}"]
+    if lacking and settings.on_unsupported != "dense":
+        warn(
+            "no grid",
+            f"sparge: the tokens of {lacking[0]} stay in raster order, since no grid of theirs is known. Give it as "
+            "the option 'grid' or with attach(..., grid=), as (frames, height, width) in tokens; "
+            "sparge_compile.explain(model)(...) says the order of each site.",
+        )
 
 
 _left: list[Left] = []  # frames of models that asked for an error

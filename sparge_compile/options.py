@@ -12,12 +12,14 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import Any
 
 from .cost import CostModel
 from .errors import type_error, value_error
 from .keeping import NOTHING, Kept, parse_kept
+from .kernels.order import TILE, Grid, parse_grid, parse_tile
 from .pair import Pair, check_pair
 from .schedule import Schedule, parse_schedule
 from .thresholds.calibration import Calibration
@@ -29,6 +31,7 @@ DEFAULT_TOPK = 0.5
 DEFAULT_TOPP = 0.8
 
 ON_UNSUPPORTED = ("dense", "warn", "error")
+TOKEN_ORDER = ("raster", "tiles")
 INNER = ("inductor", "aot_eager", "eager")
 
 
@@ -54,6 +57,15 @@ class Options:
     a long one. `None` leaves it to the calibration, which by default keeps none."""
     dense_queries: bool = False
     """The query rows of these tokens keep every visible key block, where queries and keys are one sequence."""
+    token_order: str = "raster"
+    """Which tokens form a block: `"raster"`, consecutive ones, or `"tiles"` of space and time, where a site's grid is
+    known: as the graph shows it, as `grid` says, or as `attach(..., grid=)` does."""
+    tile: tuple[int, int, int] = TILE
+    """Frames, rows and columns of a tile, at most 64 tokens together. An image has one frame: there `(2, 4, 8)` is 8
+    rows of 8."""
+    grid: Grid | tuple[int, ...] | Mapping[str, Any] | None = None
+    """The grid of tokens, where the graph does not show it: `(frames, height, width)` in tokens, or `(prefix, frames,
+    height, width, suffix)` with the numbers of tokens before and behind; or a dict of these by site name or pattern."""
     min_seq_len: int | None = None
     """Sites with fewer keys stay dense. `None` lets the cost model decide from 1,024 keys on; a number (0 too) replaces
     both."""
@@ -87,13 +99,20 @@ class Options:
         if isinstance(self.keep_keys, list):
             object.__setattr__(self, "keep_keys", tuple(self.keep_keys))
         parse_kept(self.keep_keys, self.dense_queries, "options")
+        object.__setattr__(self, "tile", parse_tile(self.tile, "options"))
+        if isinstance(self.grid, Mapping):
+            object.__setattr__(
+                self, "grid", {name: parse_grid(x, f"options: {name!r}") for name, x in self.grid.items()}
+            )
+        elif self.grid is not None:
+            object.__setattr__(self, "grid", parse_grid(self.grid, "options"))
         _expect("min_seq_len", self.min_seq_len, (int, type(None)), "a number of keys, or None for the cost model")
         if self.min_seq_len is not None and self.min_seq_len < 0:
             raise _bad_value("min_seq_len", self.min_seq_len, "0 or more keys, or None for the cost model")
         _expect("additive_masks", self.additive_masks, (bool,), "True or False")
         if self.costs is not None:
             object.__setattr__(self, "costs", CostModel.parse(self.costs))
-        for name, known in (("on_unsupported", ON_UNSUPPORTED), ("inner", INNER)):
+        for name, known in (("token_order", TOKEN_ORDER), ("on_unsupported", ON_UNSUPPORTED), ("inner", INNER)):
             if getattr(self, name) not in known:
                 raise _bad_value(name, getattr(self, name), ", ".join(map(repr, known)))
         _expect("inductor", self.inductor, (Mapping,), "a dict of Inductor's options")
@@ -180,6 +199,13 @@ class Options:
         """The thresholds of a site as a tensor holds them; with ranges where these options keep tokens, or ``wide``."""
         ranges = self.kept_of(name).numbers if self.keeps or wide else ()
         return [(*pair, *ranges) for pair in pairs]
+
+    def grid_of(self, name: str) -> Grid | None:
+        """The grid that is given for a site; of several patterns that fit, the first."""
+        if not isinstance(self.grid, Mapping):
+            return self.grid  # type: ignore[return-value]
+        fitting = (grid for pattern, grid in self.grid.items() if fnmatchcase(name, pattern))
+        return self.grid.get(name) or next(fitting, None)
 
     def with_thresholds(self, topk: float, topp: float) -> Options:
         """The same options with one pair of thresholds for all sites, nothing kept, and nothing dense by plan."""

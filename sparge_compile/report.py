@@ -132,12 +132,14 @@ class Decision:
     """Sparse or dense, why, and what the cost model said (None where it was not asked).
 
     ``limit`` is what the op asks at each call, where sizes of the graph are symbols that leave the answer open.
+    ``order`` says in which order a sparse site has its tokens, where one was asked for.
     """
 
     reason: Reason
     detail: str = ""
     prediction: Prediction | None = None
     limit: Limit | None = None
+    order: str = ""
 
     @property
     def status(self) -> str:
@@ -178,6 +180,11 @@ class SiteReport:
         return self.decision.detail
 
     @property
+    def order(self) -> str:
+        """In which order the tokens are: the tiles of a grid, or raster and why; empty where no order was asked for."""
+        return self.decision.order
+
+    @property
     def shapes(self) -> dict[str, int | str | None]:
         """The sizes batch, heads, kv_heads, length, keys and head_size by name."""
         names = ("batch", "heads", "kv_heads", "length", "keys", "head_size")
@@ -191,6 +198,7 @@ class SiteReport:
             "status": self.status,
             "reason": self.reason.name.lower(),
             "detail": self.detail,
+            "order": self.order,
             "prediction": asdict(prediction) if prediction else None,
         }
 
@@ -266,8 +274,12 @@ class Report:
         attention = [row for row in self.sites if row.reason is not Reason.NOT_ATTENTION]
         head = f"sparge: {len(self.sparse)} of {len(attention)} attention sites sparse, in {graphs}"
         head += "".join(f"\n{device}: {kernels}" for device, kernels in self.kernels.items())
-        columns = ("site", "kind", "status", "reason", "shape B H/Hk L×S D", "dtype", "mask", "predicted")
-        return f"{head}\n{tabulate([_row(row) for row in self.sites], headers=columns)}{failures}"
+        columns = ["site", "kind", "status", "reason", "shape B H/Hk L×S D", "dtype", "mask", "predicted"]
+        rows = [_row(row) for row in self.sites]
+        if any(row.order for row in self.sites):
+            columns.append("order")
+            rows = [[*cells, row.order] for cells, row in zip(rows, self.sites, strict=True)]
+        return f"{head}\n{tabulate(rows, headers=columns)}{failures}"
 
 
 def _row(row: SiteReport) -> list[str]:

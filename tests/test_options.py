@@ -33,6 +33,10 @@ COSTS = {"dense_base": 0.0, "dense_pair": 1.0, "sparse_base": 0.0, "pool": 0.0, 
         ({"keep_keys": 0}, ValueError, ["keep_keys", "got 0"]),
         ({"dense_queries": 1, "keep_keys": 5}, TypeError, ["dense_queries", "1", "True or False"]),
         ({"dense_queries": True}, ValueError, ["dense_queries", "without kept keys"]),
+        ({"token_order": "morton"}, ValueError, ["token_order", "'morton'", "'raster', 'tiles'"]),
+        ({"tile": (4, 4, 8)}, ValueError, ["tile", "(4, 4, 8)", "64"]),
+        ({"grid": (21, 30)}, TypeError, ["grid", "(21, 30)", "(frames, height, width)"]),
+        ({"grid": {"a.*": (21, 0, 52)}}, ValueError, ["'a.*'", "grid", "(21, 0, 52)"]),
         ({"min_seq_len": 1.5}, TypeError, ["min_seq_len", "1.5", "None"]),
         ({"min_seq_len": -1}, ValueError, ["min_seq_len", "-1", "0 or more"]),
         ({"min_seq_len": True}, TypeError, ["min_seq_len", "True"]),
@@ -68,6 +72,9 @@ CHANGED = {
     "topp": 0.125,
     "keep_keys": 64,
     "dense_queries": True,
+    "token_order": "tiles",
+    "tile": (4, 4, 4),
+    "grid": {"a": (21, 30, 52)},
     "min_seq_len": 17,
     "costs": CostModel(**COSTS),
     "additive_masks": True,
@@ -85,6 +92,15 @@ def test_every_field_enters_the_digest():
     digests = {Options(**each).digest() for each in changed} | {Options().digest()}
     assert len(digests) == len(CHANGED) + 1
     assert Options(topk=0.25).digest() == Options(topk=0.25).digest()
+
+
+def test_equal_grids_are_equal_options():
+    one, other = (
+        Options(grid=grid, tile=tile) for grid, tile in (((2, 3, 4), [2, 4, 8]), ([0, 2, 3, 4, 0], (2, 4, 8)))
+    )
+    assert one == other and one.digest() == other.digest()
+    by_name = Options(grid={"a.b": (1, 2, 3), "a.*": (4, 5, 6, 7, 8)})
+    assert [by_name.grid_of(name) for name in ("a.b", "a.c", "c")] == [(0, 1, 2, 3, 0), (4, 5, 6, 7, 8), None]
 
 
 def test_calibrations_with_other_contents_have_other_digests():

@@ -41,7 +41,17 @@ INNER_ROOMS = {
         ["cpu", "triton"],
         ["inventory"],
     ],
-    "passes": [["read"], ["match"], ["mha"], ["find"], ["decide", "write"], ["substitute"], ["pipeline"]],
+    "passes": [
+        ["read"],
+        ["match"],
+        ["mha"],
+        ["find"],
+        ["stated"],
+        ["decide", "order"],
+        ["write"],
+        ["substitute"],
+        ["pipeline"],
+    ],
 }
 # The rule stands below every kernel; what checks it is for tests, benchmarks, and the check of kernels on the spot.
 ORACLE, JUDGE = "kernels.reference", "kernels.check"

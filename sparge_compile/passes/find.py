@@ -76,6 +76,11 @@ class Match:
         return joint_parts(self.attention, self.reader)
 
     @property
+    def graphs(self) -> list[GraphModule]:
+        """The graphs in which it stands: the outermost one first, its own last."""
+        return [*(caller.graph_module for caller in self.callers), self.graph_module]
+
+    @property
     def is_attention(self) -> bool:
         """Whether this is attention, replaceable or not; a softmax that is none is listed too."""
         return self.site.kind != "softmax"

@@ -29,8 +29,10 @@ from . import find as finding
 from .decide import decide, thresholds_for
 from .find import Match
 from .match.joint import Parts
+from .order import SiteOrder, order_sites
 from .read.fx_utils import value_of, without_guards
 from .substitute import substitute_match
+from .write.orders import write_orders
 from .write.outputs import dense_outputs, return_also
 from .write.threshold_inputs import Marker, ThresholdInput, attached_thresholds, markers_of, new_input
 from .write.threshold_inputs import erase_markers as erase_all_markers
@@ -60,13 +62,15 @@ class Work:
 
     ``graph_module`` is ours to change. ``stored`` are its inputs that are parameters, buffers or constants, where nodes
     do not tell. ``substituted`` are the replaced matches with the node of the op,
-    ``threshold_inputs`` the new last inputs of the graph, in order.
+    ``threshold_inputs`` the new last inputs of the graph, in order. ``orders`` are those of the tokens of its sparse
+    sites, where an order was asked for.
     """
 
     graph_module: GraphModule
     matches: list[Match] = field(default_factory=list)
     markers: dict[Node, Marker] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
+    orders: dict[Node, SiteOrder] = field(default_factory=dict)
     substituted: list[tuple[Match, Node]] = field(default_factory=list)
     threshold_inputs: list[ThresholdInput] = field(default_factory=list)
     changed: bool = False
@@ -140,7 +144,7 @@ def analyse(work: Work, *passes: Pass) -> None:
         with sheltered(work.failures, _name(each)):
             run(work, each)
         if work.failures:
-            work.matches, work.markers, work.steps = [], {}, []
+            work.matches, work.markers, work.steps, work.orders = [], {}, [], {}
             return
 
 
@@ -156,7 +160,7 @@ def decide_sites(
     attached: Container[Node] = (),
     alike: Callable[[Match], Iterable[tuple[Match, bool]]] = lambda match: (),
 ) -> None:
-    """Sparse or dense, for each match.
+    """Sparse or dense, for each match, and in which order of its tokens.
 
     Args:
         work: with its matches.
@@ -167,6 +171,10 @@ def decide_sites(
             alone, all key blocks are kept.
     """
     work.steps = decided(work.matches, options, attached, alike)
+    if options.token_order == "tiles":
+        work.orders = order_sites(work.graph_module, work.sparse, options, alike)
+        texts = {node: str(order) for node, order in work.orders.items()}
+        work.steps = [Step(m, replace(decision, order=texts.get(m.node, ""))) for m, decision in work.steps]
 
 
 def decided(
@@ -217,6 +225,7 @@ def substitute(work: Work, options: Options, as_input: Callable[[Tensor], Any]) 
     replaced: dict[Node, Node] = {}
     # Before anything is replaced: what they are read from may lie behind another site.
     parts = {match.node: _parts(work, match, options) for match in work.sparse}
+    orders = write_orders(work.graph_module, work.sparse, work.orders)
     for match, decision in filter(lambda step: step.is_sparse, work.steps):
         if match.node in work.markers:
             thresholds = attached_thresholds(match, work.markers[match.node])
@@ -228,7 +237,9 @@ def substitute(work: Work, options: Options, as_input: Callable[[Tensor], Any]) 
             values = torch.tensor(rows, dtype=torch.float32, device=match.attention.device)
             made, thresholds = new_input(match, work.graph_module, values, as_input(values))
             work.threshold_inputs.append(made)
-        op = substitute_match(match, thresholds, replaced, decision.limit, parts[match.node])
+        op = substitute_match(
+            match, thresholds, replaced, decision.limit, parts[match.node], orders.get(match.node, {})
+        )
         work.substituted.append((match, op))
     work.changed |= bool(work.substituted)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,13 +22,18 @@ OP_AS_GIVEN = torch.ops.sparge.attention.as_given
 
 
 def substitute_match(
-    match: Match, thresholds: Node, replaced: dict[Node, Node], limit: Limit | None = None, parts: Parts = ()
+    match: Match,
+    thresholds: Node,
+    replaced: dict[Node, Node],
+    limit: Limit | None = None,
+    parts: Parts = (),
+    order: Mapping[str, Node] = MappingProxyType({}),
 ) -> Node:
     """Rewrite one match; ``thresholds`` is the node of its graph that carries them, float32 [H, 2 or 6].
 
-    ``limit`` is what the op asks at each call, ``parts`` are those of the sequence, where text is kept. ``replaced``
-    says what became of the results of earlier sites, and is added to. Returns the op's node. The caller lints and
-    recompiles.
+    ``limit`` is what the op asks at each call, ``parts`` are those of the sequence, where text is kept, ``order`` what
+    the op takes of the order of tokens. ``replaced`` says what became of the results of earlier sites, and is added to.
+    Returns the op's node. The caller lints and recompiles.
     """
     attention = match.attention
     assert attention is not None
@@ -55,6 +62,7 @@ def substitute_match(
             options |= {"least_keys": limit.least_keys, "gain": list(limit.gain)}
         if parts:
             options["parts"] = [emitter.size(part) for part in parts]
+        options |= order
         new = graph.call_function(OP if attention.autocast else OP_AS_GIVEN, (query, key, value, thresholds), options)
         new.meta = {**output.meta, **values_like(query)}
         result = emitter.result(new)

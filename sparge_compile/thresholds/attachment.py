@@ -17,6 +17,7 @@ from ..pair import check_pair, check_progress
 from ..user_model import user_model, was_compiled
 from .buffers import Attached, attached_to, child_of, remove_child
 from .calibration import Calibration
+from .followed import GridHook, Grids
 from .phases import DENSE_STEP, Phases, keeps_all
 from .steps import check_step
 from .targets import Target, find_targets, is_exact, modules_of, site_name
@@ -31,6 +32,7 @@ def attach(
     dense_steps: int | Sequence[int | None] | None = None,
     dense_layers: int | str | Sequence[str] | None = None,
     sparsities: Sequence[float] = (),
+    grid: Grids | None = None,
 ) -> Attachment:
     """Put thresholds on a model's modules as float32 buffers, and have the backend read them there at run time.
 
@@ -49,12 +51,17 @@ def attach(
         dense_steps, dense_layers, sparsities: a plan of what is dense, and how sparse each step is, instead of that of
             the calibration: ``calibration.scheduled(…)``. Dense steps and layers run the kernel of the dense model,
             from a second graph that is compiled together with the sparse one.
+        grid: the grid of the model's tokens, for ``token_order="tiles"`` where graphs do not show it, as those of
+            single blocks: ``(frames, height, width)`` in tokens, or ``(prefix, frames, height, width, suffix)``; or a
+            function of the model's inputs that gives one of these, or None, and is asked at each call: ``lambda x,
+            **kwargs: (x.shape[2], x.shape[3] // 2, x.shape[4] // 2)``. A dict has them by site name or pattern. Dynamo
+            may trace the function. Another grid compiles nothing anew where sizes are dynamic.
 
     Returns:
         An :class:`Attachment`: change the values with ``set``, take them off with ``remove`` or as a context manager.
 
     Raises:
-        TypeError: no module, or no calibration.
+        TypeError: no module, no calibration, or a grid that is none of these.
         ValueError: a name or pattern that fits no module; the message lists names that are near. As
             ``Calibration.scheduled``.
     """
@@ -69,14 +76,15 @@ def attach(
     calibration = Calibration.parse(calibration)
     if dense_steps is not None or dense_layers is not None or sparsities:
         calibration = calibration.scheduled(dense_steps=dense_steps, dense_layers=dense_layers, sparsities=sparsities)
-    return Attachment(root, calibration)
+    return Attachment(root, calibration, grid)
 
 
 class Attachment:
     """Thresholds that :func:`attach` put on a model. A context manager: leaving it is ``remove``."""
 
-    def __init__(self, model: nn.Module, calibration: Calibration) -> None:
+    def __init__(self, model: nn.Module, calibration: Calibration, grid: Grids | None = None) -> None:
         self._model = model
+        self._grids = None if grid is None else GridHook(grid)
         modules = modules_of(model)
         entries = find_targets(model, calibration)
         self._sites = {(name, index): modules[name] for name, index in entries}
@@ -88,6 +96,9 @@ class Attachment:
             child.entries[index] = entries[target]
             if (planned := self._phases.planned(target)) is not None:
                 child.planned[index] = planned
+            if self._grids is not None:
+                child.grid = self._grids.of(site_name(target))
+        self._hook = None if self._grids is None else self._grids.hook(model)
         self._begin(self._phases.first)
         _compile_anew(model)
 
@@ -262,9 +273,13 @@ class Attachment:
             if child is None:
                 continue
             child.drop(index)
+            if self._grids is not None and child.grid in self._grids.grids:
+                child.grid = None
             if not child.indices:
                 remove_child(module)
         self._sites = {}
+        if self._hook is not None:
+            self._hook.remove()
         _compile_anew(self._model)
 
     def __enter__(self) -> Attachment:

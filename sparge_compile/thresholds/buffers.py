@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from .. import ops
 from ..errors import value_error
 from ..keeping import WIDTH
+from .followed import HERE, FollowedGrid, is_no_frame
 
 CHILD = "sparge"  # the child's name, and so a part of the keys in a state dict
 
@@ -38,6 +39,7 @@ class Attached(Module):
         self.indices: tuple[int, ...] = ()
         self.entries: dict[int, str] = {}  # the entry of the calibration that each index has its thresholds from
         self.planned: dict[int, bool] = {}  # indices that are dense by plan: always, or at times
+        self.grid: FollowedGrid | None = None  # that of the tokens, where the model's inputs tell it
         self._held: dict[str, Tensor] = {}  # the buffers, or where one is on the meta device what it was before
         self._dense: dict[int, tuple[int, int]] = {}  # buffers that were written dense by plan, and their versions
 
@@ -186,6 +188,7 @@ def child_of(module: Module, name: str) -> Attached:
         child = Attached()
         module.add_module(CHILD, child)
         module.register_forward_pre_hook(mark)
+        is_no_frame(mark)
     return child
 
 
@@ -198,16 +201,21 @@ def remove_child(module: Module) -> None:
 
 
 def mark(module: Module, args: Any) -> None:
-    """Put a marker for each of a module's thresholds into the graph: a forward pre-hook.
+    """Put a marker for each of a module's thresholds, and for its grid, into the graph: a forward pre-hook.
 
     One function for all modules, so that Dynamo's guards let equal blocks share a graph.
     """
-    attached: Any = module._modules[CHILD]
     put: Any = torch.ops.sparge.mark
-    if not torch.compiler.is_compiling() and is_fx_symbolic_tracing() and get_proxy_mode() is None:
+    if not torch.compiler.is_compiling() and get_proxy_mode() is None:
+        if not is_fx_symbolic_tracing():
+            return
         put = _traced(args)
+    attached: Any = module._modules[CHILD]
     for index in attached.indices:
         put(attached.get(index), index)
+    numbers = None if attached.grid is None else attached.grid.numbers
+    if numbers is not None and torch.compiler.is_compiling():  # here, not in a function, which would be a frame
+        torch.ops.sparge.grid(*numbers.shape[1:], HERE)
 
 
 def _traced(args: Any) -> Callable[..., Any]:

@@ -132,11 +132,15 @@ def tensor_inputs(node: Node, reader: Reader) -> list[Node]:
     return [n for n in read if isinstance(value_of(n), (Tensor, torch.SymInt))]
 
 
+def inputs_of(node: Node, reader: Reader) -> list[Node]:
+    """What the inputs of a call's opened graph stand for, in order."""
+    return list(function_inputs(node)) if is_autograd_function(node) else tensor_inputs(node, reader)
+
+
 def copy_inside(node: Node, inside: GraphModule, reader: Reader) -> tuple[dict[Node, Any], Any]:
     """Write a call's opened graph before the call; returns the copy of each node of ``inside``, and of its output."""
     placeholders = inside.graph.find_nodes(op="placeholder")
-    inputs = function_inputs(node) if is_autograd_function(node) else tensor_inputs(node, reader)
-    copies: dict[Node, Any] = dict(zip(placeholders, inputs, strict=True))
+    copies: dict[Node, Any] = dict(zip(placeholders, inputs_of(node, reader), strict=True))
     for name, value in (*inside.named_parameters(), *inside.named_buffers()):
         raise AssertionError(f"an opened call owns no tensors, but {name} {tuple(value.shape)} was traced")
     with node.graph.inserting_before(node):

@@ -85,6 +85,19 @@ def submodule_of(node: Any, owner: GraphModule) -> GraphModule | None:
     return None
 
 
+def calls_of(owner: GraphModule) -> Iterator[tuple[GraphModule, Node]]:
+    """The calls of a graph, and of the graphs that its higher-order operators run, in order; with the graph of each."""
+    for node in owner.graph.nodes:
+        if node.op != "call_function":
+            continue
+        yield owner, node
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            for argument in node.all_input_nodes:
+                nested = submodule_of(argument, owner)
+                if nested is not None:
+                    yield from calls_of(nested)
+
+
 def clone(graph_module: GraphModule) -> GraphModule:
     """A copy of a graph and of the graphs nested in it; parameters and other tensors are shared.
 

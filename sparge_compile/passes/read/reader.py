@@ -126,13 +126,13 @@ class Reader:
     def definition(self, value: Value, user: Node) -> tuple[Value, Node] | None:
         """Follow a value that ``user`` reads to what computed it: a value with a call, and the node of the call."""
         while value.call is None:
-            found = self._made(value, user)
+            found = self.made(value, user)
             if found is None:
                 return None
             value, user = found
         return value, user
 
-    def _made(self, value: Value, user: Node) -> tuple[Value, Node] | None:
+    def made(self, value: Value, user: Node) -> tuple[Value, Node] | None:
         """Follow a leaf, as ``user`` sees it, to the value that its node computes; and that node."""
         node = self._writes.version(value.node, user) if value.node is not None else None
         inner = self._calls.value(node) if node is not None else None
@@ -149,7 +149,7 @@ class Reader:
                     return found  # a gradient is stopped between them
                 found.append(Held(node, layout, user, copied))
             if value.call is None:
-                made = self._made(value, user)
+                made = self.made(value, user)
                 if made is None:
                     return found
                 value, user = made

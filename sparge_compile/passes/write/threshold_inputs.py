@@ -7,7 +7,7 @@ graphs get the node handed down by their callers.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,7 +20,8 @@ from ...errors import value_error
 from ...naming import join, module_base, module_path
 from ...thresholds.buffers import CHILD, buffer_name
 from ..find import Match
-from ..read.fx_utils import add_input, submodule_of, value_of
+from ..read.fx_utils import add_input, calls_of, value_of
+from ..stated import is_grid
 from .emit import call
 
 MARK = torch.ops.sparge.mark
@@ -63,7 +64,7 @@ def markers_of(graph_module: GraphModule, matches: Iterable[Match]) -> dict[Node
     since: Counter[Any] = Counter()
     total: Counter[Any] = Counter()
     found = {}
-    for owner, node in _walk(graph_module):
+    for owner, node in calls_of(graph_module):
         module = module_base(node), wanted[node].path if node in wanted else module_path(node)
         if _is_mark(node):
             marker = Marker(owner, node, int(node.args[1]))  # type: ignore[arg-type]
@@ -73,7 +74,7 @@ def markers_of(graph_module: GraphModule, matches: Iterable[Match]) -> dict[Node
         elif node in wanted:
             match, known = wanted[node], current.get(module, {})
             for index in (total[module], ops.REST, since[module]):
-                if index in known and _reachable(known[index], match):
+                if index in known and known[index].graph_module in match.graphs:
                     found[node] = known[index]
                     break
             total[module] += 1
@@ -111,8 +112,7 @@ def attached_thresholds(match: Match, marker: Marker) -> Node:
     """
     given = marker.node.args[0]
     assert isinstance(given, Node)
-    graphs = [*(caller.graph_module for caller in match.callers), match.graph_module]
-    given = _hand_down(match, given, graphs.index(marker.graph_module))
+    given = hand_down(match, given, match.graphs.index(marker.graph_module))
     value = value_of(given)
     assert match.attention is not None
     heads = int(match.attention.heads)
@@ -138,7 +138,7 @@ def new_input(match: Match, root: GraphModule, values: Tensor, fake: Any) -> tup
     ``fake`` is what the input stands for while the graph is compiled.
     """
     placeholder = add_input(root, _NAME, fake)
-    return ThresholdInput(match, placeholder, values), _hand_down(match, placeholder, 0)
+    return ThresholdInput(match, placeholder, values), hand_down(match, placeholder, 0)
 
 
 def make_constants(graph_module: GraphModule, thresholds: Iterable[tuple[ThresholdInput, Tensor]]) -> None:
@@ -155,42 +155,24 @@ def make_constants(graph_module: GraphModule, thresholds: Iterable[tuple[Thresho
 
 
 def erase_markers(graph_module: GraphModule) -> bool:
-    """Remove every marker; returns whether there was one."""
-    found = [(owner, node) for owner, node in _walk(graph_module) if _is_mark(node)]
+    """Remove every marker, and those that state a grid; returns whether there was one."""
+    found = [(owner, node) for owner, node in calls_of(graph_module) if _is_mark(node) or is_grid(node)]
     for owner, node in found:
         owner.graph.erase_node(node)
     return bool(found)
 
 
-def _hand_down(match: Match, given: Node, depth: int) -> Node:
-    """A node of the graph at ``depth`` (0: the root, then one for each caller) as a node of the match's graph."""
-    for level in range(depth, len(match.callers)):
-        caller = match.callers[level]
-        inner = match.callers[level + 1].graph_module if level + 1 < len(match.callers) else match.graph_module
+def hand_down(match: Match, given: Node, depth: int, name: str = _NAME) -> Node:
+    """A node of the graph at ``depth`` (0: the root, then one for each caller) as a node of the match's graph.
+
+    The graphs below that one get a new last input, of this name.
+    """
+    for caller, inner in zip(match.callers[depth:], match.graphs[depth + 1 :], strict=True):
         value = value_of(given)
         caller.node.args = (*caller.node.args, given)
-        given = add_input(inner, _NAME, value)
+        given = add_input(inner, name, value)
     return given
 
 
 def _is_mark(node: Node) -> bool:
     return node.op == "call_function" and node.target in (MARK, MARK.default)
-
-
-def _reachable(marker: Marker, match: Match) -> bool:
-    return marker.graph_module is match.graph_module or any(
-        caller.graph_module is marker.graph_module for caller in match.callers
-    )
-
-
-def _walk(owner: GraphModule) -> Iterator[tuple[GraphModule, Node]]:
-    """The calls of a graph, and of the graphs that its higher-order operators run, in order."""
-    for node in owner.graph.nodes:
-        if node.op != "call_function":
-            continue
-        yield owner, node
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
-            for argument in node.all_input_nodes:
-                nested = submodule_of(argument, owner)
-                if nested is not None:
-                    yield from _walk(nested)

@@ -1,0 +1,59 @@
+"""A graph and the graph around it: where a value comes from that is an input, or that a nested graph gives."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ..read.fx_utils import submodule_of
+from ..read.reader import Reader
+
+
+@dataclass(eq=False)
+class Scope:
+    """A graph to be read, and the call of a graph around it that runs it, with what its inputs stand for there."""
+
+    reader: Reader
+    outer: Scope | None = None
+    call: Node | None = None
+    operands: Sequence[Node] = ()
+    _nested: dict[Node, Scope | None] = field(default_factory=dict)
+
+    @cached_property
+    def _inputs(self) -> dict[Node, Node]:
+        inputs = self.reader.owner.graph.find_nodes(op="placeholder")
+        return dict(zip(inputs, self.operands, strict=False))
+
+    def around(self, node: Node) -> tuple[Scope, Node, Node] | None:
+        """Where a value comes from that this graph does not compute: a scope, the node there, and who reads it."""
+        if node in self._inputs and self.outer is not None and self.call is not None:
+            return self.outer, self._inputs[node], self.call
+        if node.target is operator.getitem and isinstance(node.args[0], Node) and isinstance(node.args[1], int):
+            inside = self.nested(node.args[0])
+            if inside is not None:
+                (end,) = inside.reader.owner.graph.find_nodes(op="output")
+                result = end.args[0][node.args[1]] if isinstance(end.args[0], (tuple, list)) else None
+                return (inside, result, end) if isinstance(result, Node) else None
+        return None
+
+    def nested(self, call: Node) -> Scope | None:
+        """The graph that a call runs, as checkpointed code is; None for other calls."""
+        if call not in self._nested:
+            self._nested[call] = None
+            if isinstance(call.target, torch._ops.HigherOrderOperator):
+                graphs = [submodule_of(x, self.reader.owner) for x in call.all_input_nodes]
+                found = [graph for graph in graphs if graph is not None]
+                if len(found) == 1:
+                    self._nested[call] = self.into(found[0], call, Reader(found[0]))
+        return self._nested[call]
+
+    def into(self, graph_module: GraphModule, call: Node, reader: Reader, operands: Sequence[Node] = ()) -> Scope:
+        """The scope of a graph that a call here runs; its operands are the last arguments of the call, if not given."""
+        count = len(graph_module.graph.find_nodes(op="placeholder"))
+        given = operands or [x for x in (call.args[-count:] if count else ()) if isinstance(x, Node)]
+        return Scope(reader, self, call, given if len(given) == count else ())

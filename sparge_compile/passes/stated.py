@@ -1,0 +1,106 @@
+"""Grids that a user states: by the option ``grid``, or by ``attach(..., grid=)``, which leaves markers in the graph.
+
+In: the graph and its matches. Out: for each match the grid that is stated for it, and whether it fits what is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+import torch
+from torch import SymInt
+from torch.fx import GraphModule, Node
+
+from .. import ops  # noqa: F401  importing it registers the ops
+from ..kernels.order import Grid
+from ..kernels.sizes import surely
+from ..naming import module_base, module_path
+from .find import Match
+from .match.tokens import Part
+from .read.fx_utils import calls_of, size_hint, value_of
+
+Term = tuple["Part | Node | int", ...]
+
+
+class SizedGrid(NamedTuple):
+    """A grid, and for each of its five sizes what it is the sum of: numbers, and nodes of ``owner`` that have them."""
+
+    grid: Grid
+    terms: tuple[Term, ...]
+    owner: GraphModule
+
+    @classmethod
+    def of_numbers(cls, grid: Grid, owner: GraphModule) -> SizedGrid:
+        """A grid of numbers, to be used in a graph."""
+        return cls(grid, tuple((size,) for size in grid), owner)
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether all of its sizes are numbers."""
+        return not any(isinstance(size, SymInt) for size in self.grid)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether nothing stands before or behind the grid."""
+        return surely(self.grid.prefix == 0) and surely(self.grid.suffix == 0)
+
+    def equals(self, other: SizedGrid) -> bool:
+        """Whether two grids have the same sizes for certain."""
+        return all(surely(a == b) for a, b in zip(self.grid, other.grid, strict=True))
+
+
+def stated_grids(graph_module: GraphModule, matches: Iterable[Match]) -> dict[Node, SizedGrid]:
+    """The grid that a marker states for a match, by the node of the match.
+
+    A marker with the name of the site counts most, then one with a pattern for it, then one in its module.
+    """
+    matches = list(matches)
+    found: dict[Node, tuple[int, SizedGrid]] = {}
+    for owner, node in calls_of(graph_module):
+        if not is_grid(node):
+            continue
+        sizes: Any = node.args[:5]
+        sites = str(node.args[5])
+        stated = SizedGrid(Grid(*map(value_of, sizes)), tuple((size,) for size in sizes), owner)
+        for match in matches:
+            name = match.site.name
+            if sites:
+                rank = 2 if name == sites else int(fnmatchcase(name, sites)) or None
+            else:
+                is_here = (module_base(match.node), match.path) == (module_base(node), module_path(node))
+                rank = 0 if is_here else None
+            known = found[match.node][0] if match.node in found else -1
+            if rank is not None and owner in match.graphs and (rank > known or rank == known == 0):
+                found[match.node] = rank, stated
+    return {node: stated for node, (_, stated) in found.items()}
+
+
+def is_grid(node: Node) -> bool:
+    """Whether a node is a marker that states a grid."""
+    return node.op == "call_function" and node.target in (torch.ops.sparge.grid, torch.ops.sparge.grid.default)
+
+
+def fitted(stated: SizedGrid, size: Any, match: Match) -> SizedGrid | None:
+    """A stated grid for a sequence of this size; None where it is one of another size, or may be.
+
+    Symbols that nothing relates are taken to agree where they did when they were traced: the op checks at each call.
+    """
+    tokens = stated.grid.tokens
+    if surely(tokens == size) or (not stated.is_fixed and size_hint(tokens) == size_hint(size) is not None):
+        return stated
+    if not stated.is_alone or isinstance(match.parts, str):
+        return None
+    held = [at for at, part in enumerate(match.parts) if surely(part.size == tokens)]
+    if len(held) != 1 or not surely(sum(part.size for part in match.parts) == size):
+        return None
+    before, after = match.parts[: held[0]], match.parts[held[0] + 1 :]
+    beside: list[Term] = [tuple(x.size if isinstance(x.size, int) else x for x in some) for some in (before, after)]
+    has_nodes = any(isinstance(x, Part) for term in beside for x in term)
+    if has_nodes and not stated.is_fixed and stated.owner is not match.graph_module:
+        return None
+    prefix, suffix = (sum(part.size for part in some) for some in (before, after))
+    owner = match.graph_module if has_nodes else stated.owner
+    terms = (beside[0], *stated.terms[1:4], beside[1])
+    return SizedGrid(stated.grid._replace(prefix=prefix, suffix=suffix), terms, owner)

@@ -1,0 +1,100 @@
+"""The nodes that carry the order of a site's tokens: one ``sparge::order`` for each grid and tile of a graph."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import GraphModule, Node
+
+from ... import ops  # noqa: F401  importing it registers the ops
+from ..find import Match
+from ..match.tokens import Part
+from ..order import SiteOrder, Tile, tile_of
+from ..stated import SizedGrid
+from .emit import call
+from .threshold_inputs import hand_down
+
+ORDER = torch.ops.sparge.order.default
+_NAME = "sparge_order"
+_QUERIES, _KEYS = ("slots_q", "places_q", "sizes_q"), ("slots_k", "sizes_k")  # arguments of sparge::attention
+
+
+def write_orders(
+    root: GraphModule, matches: Iterable[Match], orders: Mapping[Node, SiteOrder]
+) -> dict[Node, dict[str, Node]]:
+    """Write the nodes that carry the orders of these matches; returns what ``sparge::attention`` takes at each.
+
+    To be done before anything is replaced: what has a size may stand behind another site.
+    """
+    made: dict[Any, list[Node]] = {}
+
+    def tensors(match: Match, sized: SizedGrid | None, tile: Tile) -> list[Node]:
+        if sized is None:
+            return []
+        assert match.attention is not None
+        tile = tile_of(tile, sized.grid)
+        owner = sized.owner if sized.owner in match.graphs else root
+        key = (tuple(map(str, sized.grid)), tile, match.attention.device)
+        if (owner, key) not in made:
+            made[owner, key] = _order(owner, sized, tile, match)
+        if (match.graph_module, key) not in made:
+            depth = match.graphs.index(owner)
+            made[match.graph_module, key] = [hand_down(match, x, depth, _NAME) for x in made[owner, key]]
+        return made[match.graph_module, key]
+
+    arguments = {}
+    for match in matches:
+        order = orders.get(match.node)
+        if order is not None and not order.is_raster:
+            queries, keys = (tensors(match, sized, order.tile) for sized in (order.queries, order.keys))
+            given = dict(zip(_QUERIES, queries, strict=False))
+            arguments[match.node] = given | dict(zip(_KEYS, keys[::2], strict=False))
+    return arguments
+
+
+def _order(owner: GraphModule, sized: SizedGrid, tile: Tile, match: Match) -> list[Node]:
+    """The nodes of slots, places and sizes, in a graph that has the sizes of the grid."""
+    graph = owner.graph
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    held = [x.node if isinstance(x, Part) else x for term in sized.terms for x in term]
+    latest = max((position[x] for x in held if isinstance(x, Node) and x in position), default=-1)
+    assert match.attention is not None
+    with graph.inserting_before(next(n for n, i in position.items() if i > latest and n.op != "placeholder")):
+        sizes = [_sum(owner, term) for term in sized.terms]
+        node = graph.call_function(ORDER, (*sizes, list(tile), match.attention.device))
+        parts = [graph.call_function(operator.getitem, (node, i)) for i in range(3)]
+    values = _values(sized, tile, match)
+    for x, value in zip((node, *parts), () if values is None else (values, *values), strict=False):
+        x.meta |= {"val": value, "example_value": value}
+    return parts
+
+
+def _sum(owner: GraphModule, term: Iterable[Part | Node | int]) -> Any:
+    """A size as a number, or as a node."""
+    number, nodes = 0, []
+    for x in term:
+        size = x.size if isinstance(x, Part) else x
+        if isinstance(size, int):
+            number += size
+        else:
+            nodes.append(x if isinstance(x, Node) else call(owner.graph, torch.ops.aten.sym_size.int, x.node, x.dim))  # type: ignore[union-attr]
+    total: Any = number
+    for node in nodes:
+        total = node if isinstance(total, int) and total == 0 else call(owner.graph, operator.add, node, total)
+    return total
+
+
+def _values(sized: SizedGrid, tile: Tile, match: Match) -> tuple[Tensor, ...] | None:
+    """What the nodes of an order stand for."""
+    assert match.attention is not None
+    fake = match.attention.result
+    if not isinstance(fake, FakeTensor):
+        return None
+    with fake.fake_mode:
+        values: tuple[Tensor, ...] = ORDER(*sized.grid, list(tile), match.attention.device)
+    return values

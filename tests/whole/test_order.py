@@ -1,0 +1,208 @@
+"""Token order in whole models: the grid that each graph shows, and results that do not tell where it is known from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import FRAMES, HEIGHT, TEXT, WIDTH, cogvideox, flux, hunyuan_video, llama, ltx_video, sd3, seeded, tensor_of
+from models import wan as wan_of
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
+from toys import Block, Stack
+
+from sparge_compile import DistillationHook, explain, replace_attention, rewrite
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+TILES = {"token_order": "tiles", "min_seq_len": 0, "inner": "eager", "on_unsupported": "dense"}
+DENSE = {**TILES, "topk": 1.0, "topp": 0.0}
+SPARSE = {**TILES, "topk": 0.3, "topp": 0.0}
+VIDEO = f"tiles 2×4×8 of {FRAMES}×{HEIGHT}×{WIDTH}"
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def wan() -> tuple[nn.Module, dict[str, Any]]:
+    return wan_of(layers=1)
+
+
+def unet() -> tuple[nn.Module, dict[str, Any]]:
+    from diffusers import UNet2DConditionModel
+
+    model = UNet2DConditionModel(
+        sample_size=24,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    )
+    return model, {
+        "sample": torch.randn(1, 4, 18, 22),
+        "timestep": torch.tensor([5]),
+        "encoder_hidden_states": torch.randn(1, TEXT, 16),
+        "return_dict": False,
+    }
+
+
+# Of the sites that attend to at least so many tokens as they have, in order.
+SHOWN = {
+    wan: [VIDEO],
+    hunyuan_video: ["raster: no grid known", *[f"{VIDEO} with 11 behind"] * 2],
+    ltx_video: [VIDEO] * 2,
+    cogvideox: [f"{VIDEO} with 11 before"] * 2,
+    sd3: ["tiles 1×8×8 of 1×17×19 with 11 behind", "tiles 1×8×8 of 1×17×19", "tiles 1×8×8 of 1×17×19 with 11 behind"],
+    unet: ["tiles 1×8×8 of 1×18×22", "tiles 1×8×8 of 1×9×11", *["tiles 1×8×8 of 1×18×22"] * 2],
+    flux: ["raster: no grid known"] * 2,  # its tokens are put in a line by the pipeline
+    llama: ["raster: causal"] * 2,
+}
+
+
+@pytest.mark.parametrize("build", SHOWN, ids=lambda build: build.__name__)
+def test_a_model_shows_its_grid_and_gives_what_it_gave(build) -> None:
+    model, inputs = seeded(build)
+    model.eval()
+    report = explain(model, DENSE)(**inputs)
+    orders = [row.order.split(", ")[0] for row in report.sparse if row.shapes["length"] == row.shapes["keys"]]
+    assert orders == SHOWN[build] and not report.failures
+    crossing = [row.order for row in report.sparse if row.shapes["length"] != row.shapes["keys"]]
+    assert all(order.startswith("queries tiles") and order.endswith("keys raster") for order in crossing)
+    with torch.no_grad():
+        want = tensor_of(model(**inputs))
+        got = tensor_of(torch.compile(model, backend="sparge", options=DENSE)(**inputs))
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
+def run(model: nn.Module, inputs: dict[str, Any], **options: Any) -> Tensor:
+    torch._dynamo.reset()
+    with torch.no_grad():
+        return tensor_of(torch.compile(model, backend="sparge", options={**SPARSE, **options})(**inputs))
+
+
+def test_a_shown_grid_is_the_one_that_may_be_given() -> None:
+    model, inputs = seeded(wan)
+    model.eval()
+    shown = run(model, inputs)
+    torch.testing.assert_close(run(model, inputs, grid=(FRAMES, HEIGHT, WIDTH)), shown)
+    assert not torch.allclose(run(model, inputs, token_order="raster"), shown, atol=1e-4)
+    assert not torch.allclose(run(model, inputs, grid=(FRAMES, WIDTH, HEIGHT)), shown, atol=1e-4)
+    options = {**SPARSE, "grid": (FRAMES, HEIGHT, WIDTH)}
+    del options["inner"]
+    with torch.no_grad(), replace_attention(model, options) as replaced:
+        torch.testing.assert_close(tensor_of(model(**inputs)), shown)
+    assert replaced.report.sites[0].order.startswith(VIDEO)
+
+
+def test_an_exported_program_has_the_order_in_it() -> None:
+    model, inputs = seeded(wan)
+    model.eval()
+    options = {name: value for name, value in SPARSE.items() if name != "inner"}
+    program = rewrite(torch.export.export(model, (), inputs), options)
+    assert program.graph_module.meta["sparge_report"].sites[0].order.startswith(VIDEO)
+    with torch.no_grad():
+        torch.testing.assert_close(tensor_of(program.module()(**inputs)), run(model, inputs))
+
+
+class Video(nn.Module):
+    """A patch embedding, text before the video, and blocks, which may be checkpointed."""
+
+    def __init__(self, checkpointed: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Conv3d(4, 32, (1, 2, 2), (1, 2, 2))
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.checkpointed = checkpointed
+
+    def forward(self, video: Tensor, text: Tensor) -> Tensor:
+        x = torch.cat([text, self.embed(video).flatten(2).transpose(1, 2)], 1)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointed else block(x)
+        return x[:, text.shape[1] :]
+
+
+def inputs_of(frames: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(height)
+    return torch.randn(1, 4, frames, 2 * height, 2 * width), torch.randn(1, TEXT, 32)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_resolutions_change_and_nothing_is_compiled_anew(checkpointed: bool) -> None:
+    torch.manual_seed(0)
+    model = Video(checkpointed)
+    sizes = [(5, 7, 9), (5, 9, 7), (3, 12, 5)]
+    options = {**SPARSE, "inner": "aot_eager"}
+
+    def results(backend: str, of: list[tuple[int, int, int]], **how: Any) -> list[Tensor]:
+        """Outputs and gradients; the number of graphs is counted."""
+        torch._dynamo.reset()
+        counters.clear()
+        compiled = torch.compile(model, backend=backend, **how)
+        found = []
+        for size in of:
+            model.zero_grad()
+            out = compiled(*inputs_of(*size))
+            out.square().mean().backward()
+            found += [out.detach(), *(p.grad.clone() for p in model.parameters())]  # type: ignore[union-attr]
+        return found
+
+    results("eager", sizes, dynamic=True)
+    graphs = counters["stats"]["unique_graphs"]
+    found = results("sparge", sizes, dynamic=True, options=options)
+    assert counters["stats"]["unique_graphs"] == graphs
+    want = [x for size in sizes for x in results("sparge", [size], options={**options, "grid": (TEXT, *size, 0)})]
+    for got, right in zip(found, want, strict=True):
+        torch.testing.assert_close(got, right, atol=1e-5, rtol=1e-4)
+
+
+class Small(nn.Module):
+    """Tokens of a video that a hook of distillation trains, with the attention of each block compared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv3d(2, 32, 1)
+        self.stack = Stack()
+
+    def forward(self, video: Tensor) -> Tensor:
+        return self.stack(self.embed(video).flatten(2).transpose(1, 2))
+
+
+def test_distillation_with_an_order() -> None:
+    torch.manual_seed(0)
+    student = Small()
+    options = {**SPARSE, "inner": "aot_eager"}
+    compiled = torch.compile(student, backend="sparge", options=options)
+    with DistillationHook(compiled, layers=1.0) as hook:
+        x = torch.randn(1, 2, 3, 9, 10)
+        compiled(x)
+        loss = hook.loss()
+        loss.backward()
+    grads = [p.grad for p in student.parameters()]
+    assert loss > 0 and all(g is not None and g.isfinite().all() for g in grads)
+
+
+class Masked(nn.Module):
+    """Attention under a key mask, written out."""
+
+    def forward(self, video: Tensor, keep: Tensor) -> Tensor:
+        x = F.conv3d(video, torch.ones(8, 2, 1, 1, 1)).flatten(2).transpose(1, 2).unflatten(-1, (2, 4)).transpose(1, 2)
+        scores = (x @ x.mT).masked_fill(~keep[:, None, None], float("-inf"))
+        return torch.softmax(scores, -1) @ x
+
+
+def test_masks_follow_the_order() -> None:
+    torch.manual_seed(0)
+    video, keep = torch.randn(1, 2, 3, 9, 10), torch.rand(1, 270) > 0.3
+    (row,) = explain(Masked(), DENSE)(video, keep)
+    assert row.kind == "decomposed" and row.shapes["length"] == 270 and row.order.startswith("tiles 2×4×8 of 3×9×10")
+    got = torch.compile(Masked(), backend="sparge", options=DENSE)(video, keep)
+    torch.testing.assert_close(got, Masked()(video, keep), atol=1e-5, rtol=1e-4)
