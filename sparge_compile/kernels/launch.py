@@ -36,6 +36,9 @@ def compute_capability(device: torch.device) -> tuple[int, int]:
 compute_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+LEAST_PART = 32  # key blocks, kept or not, for which a program of their own pays
+
+
 def architecture(device: torch.device) -> int:
     """Major of an NVIDIA GPU's compute capability; 0 for any other device and for the interpreter."""
     nvidia = device.type == "cuda" and torch.version.hip is None
@@ -51,6 +54,13 @@ def measured(device: torch.device) -> bool:
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def list_parts(programs: int, n_key: int, device: torch.device) -> int:
+    """Over how many programs a list of key blocks is split where there are only so many query blocks of all heads."""
+    if architecture(device) == 0:
+        return 1
+    return max(1, min(multiprocessors(device) // max(programs, 1), n_key // LEAST_PART))
 
 
 def use_descriptors(dtype: torch.dtype, device: torch.device) -> bool:

@@ -2,7 +2,8 @@
 
 Online softmax (FlashAttention-2, arXiv 2307.08691) over each query block's list of key blocks. Lists are ascending, so
 the blocks that need element masks (the tail of the keys, the causal diagonal) are the last ones: they are peeled off,
-and the main loop masks nothing. On Hopper most calls go to :mod:`forward_hopper`.
+and the main loop masks nothing. On Hopper most calls go to :mod:`forward_hopper`. Where there are too few query
+blocks to keep a GPU busy, several programs share the list of one, and :mod:`merge` puts their parts together.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from .. import allocate, launch
 from ..block_map import KEY_BLOCK, QUERY_BLOCK
 from ..how import How
-from . import recording
+from . import merge, recording
 from .tiles import (
     LOG2_E,
     dense_prefix,
@@ -76,7 +77,9 @@ def _attend(
     return acc, total, new_top
 
 
-@triton.jit(do_not_specialize=["heads", "group", "length", "keys", "n_tiles", "counts_stride_b", "counts_stride_h"])
+@triton.jit(
+    do_not_specialize=["batch", "heads", "group", "length", "keys", "n_tiles", "counts_stride_b", "counts_stride_h"]
+)
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, counts_ptr, indices_ptr, mask_ptr, q_starts_ptr, k_starts_ptr,
     q_sizes_ptr, k_sizes_ptr,
@@ -88,11 +91,11 @@ def _forward_kernel(
     indices_stride_b, indices_stride_h, indices_stride_i,
     mask_stride_b, mask_stride_h, mask_stride_l, mask_stride_s,
     out_stride_b, out_stride_h, out_stride_l, out_stride_d,
-    heads, group, length, keys, n_tiles, scale_log2,
+    batch, heads, group, length, keys, n_tiles, scale_log2,
     HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, VALUE_SIZE: tl.constexpr, VALUE_PAD: tl.constexpr,
     ROWS: tl.constexpr, TILES: tl.constexpr, KEYS: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
     DESCRIPTORS: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, MASK_KIND: tl.constexpr,
-    MASK_IS_BOOL: tl.constexpr, NEGATE: tl.constexpr, STAGES: tl.constexpr,
+    MASK_IS_BOOL: tl.constexpr, NEGATE: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     # Query tiles vary fastest: the programs that run together share one head's keys and values in L2. Under a causal
     # mask the last query blocks have the longest lists and go first.
@@ -103,7 +106,10 @@ def _forward_kernel(
     n = (pid // n_tiles // heads).to(tl.int64)  # of the batch, or of packed sequences
     h = (pid // n_tiles % heads).to(tl.int64)
     b = n if not PACKED else n * 0
-    lse_ptr += (b * heads + h) * length
+    out_b = b  # of the results: each part has those of the whole batch
+    if PARTS > 1:
+        out_b += tl.program_id(1).to(tl.int64) * batch
+    lse_ptr += (out_b * heads + h) * length
     q_start, length = sequence(q_starts_ptr, n, length, PACKED=PACKED)
     k_start, keys = sequence(k_starts_ptr, n, keys, PACKED=PACKED)
     i = tile // TILES  # query block; TILES programs share it
@@ -134,18 +140,22 @@ def _forward_kernel(
     count = tl.load(counts_ptr + n * counts_stride_b + h * counts_stride_h + i.to(tl.int64) * counts_stride_i)
     list_ptr = indices_ptr + n * indices_stride_b + h * indices_stride_h + i.to(tl.int64) * indices_stride_i
 
+    begin = 0
+    if PARTS > 1:
+        part, whole = tl.program_id(1), count
+        begin, count = whole * part // PARTS, whole * (part + 1) // PARTS
     acc = tl.zeros([ROWS, VALUE_PAD], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     top = tl.full([ROWS], float("-inf"), tl.float32)
 
-    n_dense = 0
+    n_dense = begin
     if MASK_KIND == 0 and k_sizes_ptr is None:
         dense_blocks = keys // KEYS
         if CAUSAL:  # those that the first row sees whole
             first_sees = tl.maximum(tile * ROWS + 1 + diagonal_of(length, keys, CAUSAL), 0)
             dense_blocks = tl.minimum(dense_blocks, first_sees // KEYS)
-        n_dense = dense_prefix(list_ptr, count, dense_blocks)
-        for entry in tl.range(0, n_dense, num_stages=STAGES):
+        n_dense = tl.maximum(dense_prefix(list_ptr, count, dense_blocks), begin)
+        for entry in tl.range(begin, n_dense, num_stages=STAGES):
             block = tl.load(list_ptr + entry)
             acc, total, top = _attend(
                 acc, total, top, q, k_head, v_head, k_offsets, v_offsets, k_step, v_step, small_b, key_head, block, row,
@@ -172,7 +182,7 @@ def _forward_kernel(
         holds = holds_token(q_sizes_ptr, row, length)
         acc, lse = tl.where(holds[:, None], acc, 0.0), tl.where(holds, lse, float("-inf"))
     tl.store(lse_ptr + q_start + row, lse, mask=row < length)
-    out_tile = out_ptr + (b * out_stride_b + h * out_stride_h + first_row * out_stride_l) * ALIGN
+    out_tile = out_ptr + (out_b * out_stride_b + h * out_stride_h + first_row * out_stride_l) * ALIGN
     out_ptrs = out_tile + tile_offsets(row_lane, v_column, out_stride_l, out_stride_d, ALIGN=ALIGN, OFFSET=OFFSET)
     store_tile(out_ptrs, acc, row, v_column, length, HEAD_SIZE=VALUE_SIZE, HEAD_PAD=VALUE_PAD)
 
@@ -200,6 +210,12 @@ def forward(
     if nothing:
         return out, lse
     with torch.cuda.device_of(query):
+        parts = _parts(query, key, given)
+        if parts > 1:
+            found, lses = merge.new_parts(parts, out)
+            _launch_portable(query, key, value, counts, indices, given, found, lses, parts)
+            merge.merge(found, lses, out, lse)
+            return out, lse
         if not hopper_refusal(query.device):
             from . import forward_hopper
 
@@ -208,6 +224,12 @@ def forward(
                 return out, lse
         _launch_portable(query, key, value, counts, indices, given, out, lse)
     return out, lse
+
+
+def _parts(query: Tensor, key: Tensor, how: How) -> int:
+    """Over how many programs the list of a query block is split. Rows of no sequence would be no part of any."""
+    _, _, n_query, n_key = allocate.map_shape(query, key, how)
+    return 1 if how.packed else launch.list_parts(query.shape[0] * query.shape[1] * n_query, n_key, query.device)
 
 
 def _launch_portable(
@@ -219,8 +241,9 @@ def _launch_portable(
     how: How,
     out: Tensor,
     lse: Tensor,
+    parts: int = 1,
 ) -> None:
-    """Fill out and lse by the kernel that runs on every GPU."""
+    """Fill out and lse by the kernel that runs on every GPU; those of several parts lie along the batch."""
     heads, length, keys = *q.shape[1:3], k.shape[2]
     batch = how.sequences(q)
     tile = launch.attention_launch("forward", max(q.shape[3], v.shape[3]), q.dtype, q.device)
@@ -229,16 +252,16 @@ def _launch_portable(
     counts, indices = (x.expand(batch, heads, *x.shape[2:]) for x in (counts, indices))
     described, k_source, v_source = tile_sources(k, v, KEY_BLOCK, how.packed)
     recording.launch(
-        _forward_kernel, (n_tiles * batch * heads,),
+        _forward_kernel, (n_tiles * batch * heads, parts),
         q_ptr=q, k_ptr=k_source, v_ptr=v_source, counts_ptr=counts, indices_ptr=indices,
         out_ptr=out, lse_ptr=lse,
         counts_stride_b=counts.stride(0), counts_stride_h=counts.stride(1), counts_stride_i=counts.stride(2),
         indices_stride_b=indices.stride(0), indices_stride_h=indices.stride(1), indices_stride_i=indices.stride(2),
-        heads=heads, group=heads // k.shape[1], length=length, keys=keys, n_tiles=n_tiles,
+        batch=batch, heads=heads, group=heads // k.shape[1], length=length, keys=keys, n_tiles=n_tiles,
         # A running maximum of scaled scores is the scaled maximum only for a scale that is not negative.
         scale_log2=abs(how.scale) * LOG2_E, NEGATE=how.scale < 0,
         **head_arguments(q, v), ROWS=tile.rows, TILES=tiles, KEYS=KEY_BLOCK,
-        DESCRIPTORS=described, STAGES=tile.stages,
+        DESCRIPTORS=described, STAGES=tile.stages, PARTS=parts,
         num_warps=tile.warps, num_stages=tile.stages,
         **matrix_arguments(QUERY_BLOCK, q=q, k=k, v=v, out=out),
         **mask_arguments(how.attn_mask, batch, heads),

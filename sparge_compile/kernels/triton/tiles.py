@@ -18,6 +18,7 @@ from .. import launch
 from ..how import How
 
 LOG2_E = 1.4426950408889634
+LN_2 = 0.6931471805599453
 MAX_HEAD_SIZE = 256
 
 FAR = 0x40000000  # 2**30: where rows of packed sequences end, in their descriptors
