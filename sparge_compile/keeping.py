@@ -132,7 +132,7 @@ def _tokens(keep_keys: Any) -> tuple[int, int | None] | None:
     return None
 
 
-def beside_longest(parts: Sequence[int]) -> tuple[int, int]:
+def beside_longest(parts: Sequence[int] | None) -> tuple[int, int]:
     """The range of the tokens of a sequence, put together of ``parts``, that are not of its longest part.
 
     Empty where no part is the longest, and where tokens stand on both sides of it.

@@ -39,14 +39,14 @@ def _named(op: torch._ops.OpOverload, lower: Callable[..., Any]) -> Callable[...
     @functools.wraps(lower)
     def lowered(*args: Any, **kwargs: Any) -> Any:
         graph: Any = V.graph
+        if graph.cpp_wrapper or graph.aot_mode:
+            return lower(*args, **kwargs)
         before = len(graph.operations)
         left = op._schema.arguments[len(args) :]
-        args += tuple(kwargs.get(x.name, x.default_value) for x in left)  # a call by position takes less time
-        result = lower(*args)
-        if not (graph.cpp_wrapper or graph.aot_mode):
-            for made in graph.operations[before:]:
-                if getattr(made, "op_overload", None) is op:
-                    made.python_kernel_name = f"torch.ops.{op.namespace}.{op._opname}.direct"
+        result = lower(*args, *(kwargs.get(x.name, x.default_value) for x in left))  # by position it takes less time
+        for made in graph.operations[before:]:
+            if getattr(made, "op_overload", None) is op:
+                made.python_kernel_name = f"torch.ops.{op.namespace}.{op._opname}.direct"
         return result
 
     return lowered

@@ -31,7 +31,7 @@ _HOW = "Tensor? attn_mask, bool is_causal, float scale"
 _LIMIT = "int least_keys=0, float[] gain=[]"  # the two fields of a Limit
 _PACKED = (  # the fields of a How after the first three, but for those of an order
     "bool bottom_right=False, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
-    "SymInt max_seqlen_q=0, SymInt max_seqlen_k=0, SymInt[] parts=[]"
+    "SymInt max_seqlen_q=0, SymInt max_seqlen_k=0, SymInt[]? parts=None"
 )
 # All fields of a How after the first three.
 _REST = f"{_PACKED}, Tensor? sizes_q=None, Tensor? sizes_k=None, Tensor? slots_q=None, Tensor? slots_k=None"

@@ -30,7 +30,9 @@ class How(NamedTuple):
     cu_seqlens_k: Tensor | None = None
     max_seqlen_q: Any = 0  # no sequence is longer; an int, or a SymInt while tracing
     max_seqlen_k: Any = 0
-    parts: Sequence[Any] = ()  # the sizes of what the sequence is put together of, of which thresholds may keep some
+    # The sizes of what the sequence is put together of, of which thresholds may keep some. AOTInductor gives None for
+    # an empty list.
+    parts: Sequence[Any] | None = None
     # int32 [L / 64] and [S / 64]: how many leading rows of each run of 64 hold tokens, where an order left padding. No
     # query sees a row that is padding, no mean counts it, its output is 0 and its log-sum-exp -inf.
     sizes_q: Tensor | None = None
