@@ -71,5 +71,7 @@ def test_a_calibration_keeps_its_schedule(tmp_path) -> None:
     assert plain.schedule == ALWAYS_SPARSE and "schedule" not in plain.to_dict()
     with pytest.raises(ValueError, match="dense steps"):
         loaded.lookup("blocks.0", 2)
+    with pytest.raises(TypeError, match="scheduled"):
+        Calibration({"a": [(0.1, 0.2)]}, schedule=5)  # type: ignore[arg-type]
     now = loaded.at_progress(0.5)
     assert now.lookup("blocks.0", 2) == ((1.0, 0.0),) * 2 and now.lookup("blocks.1", 1) == ((0.1, 0.2),)

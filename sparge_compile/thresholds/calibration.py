@@ -58,6 +58,13 @@ class Calibration:
         later = check_phases(self.phases, self.sites)
         object.__setattr__(self, "phases", Table({start: Table(sites) for start, sites in later.items()}))
         object.__setattr__(self, "kept", Table(check_kept(self.kept, self.sites)))
+        if not isinstance(self.schedule, Schedule):
+            raise type_error(
+                "Calibration: bad schedule",
+                given=repr(self.schedule)[:80],
+                allowed="a Schedule",
+                todo="Use calibration.scheduled(dense_steps=…, dense_layers=…).",
+            )
         if self.origin is not None:
             self.origin.check(list(self._all_phases().values()))
 
