@@ -56,7 +56,8 @@ def head_influence(
             enough. All floating tensors that it returns count.
         density: each head is tried with the measured pair whose density is nearest to this. Default: the density that
             the calibration has in all, or 0.2 if that is denser.
-        options: the backend's; ``additive_masks`` matters, and must be what it was when the model was calibrated.
+        options: the backend's; ``additive_masks`` must be what it was when the model was calibrated, and
+            ``token_order`` with what belongs to it what the model will be compiled with.
         progress: show a bar.
 
     Returns:
@@ -80,7 +81,7 @@ def head_influence(
     density = min(aimed_at, DENSEST) if density is None else _checked(density)
     sites = {name: len(pairs) for name, pairs in calibration.sites.items()}
     found = []
-    with on_trial(target, sites, calibration.kept, Options.parse(options).additive_masks) as trial:
+    with on_trial(target, sites, calibration.kept, Options.parse(options)) as trial:
         for number, batch in enumerate(batches):
             call = ModelCall.of(number, 0, *arguments(batch))
             found.append(of_call(trial, call, points_at(curves, 0, density), 1, progress))

@@ -22,6 +22,7 @@ from .inquiry import Errors, Inquiry, Points
 
 TRIALS = 6  # of a bound, at most
 CLOSE = 0.05  # an error that is so much below what is aimed at is near enough
+SMALLER, TIMES = 0.9, 100  # by how much, and how often, a bound is made less until other thresholds keep it
 SPARSER = 0.75  # of the density at which heads were tried: below it they are tried anew
 FAR = 0.8  # of the bound; what lies below it is told of
 
@@ -97,9 +98,14 @@ class _Tried:
         self.aim = self.goal * safety_of(used)
 
     @property
+    def is_safe(self) -> bool:
+        """Whether the error is not above what is aimed at."""
+        return self.error <= self.aim
+
+    @property
     def is_right(self) -> bool:
         """Whether the error is as near to what is aimed at as it need be."""
-        return self.aim * (1 - CLOSE) <= self.error <= self.aim
+        return self.is_safe and self.error >= self.aim * (1 - CLOSE)
 
 
 def _corrected(origin: Origin, inquiry: Inquiry) -> Origin:
@@ -133,6 +139,11 @@ def _search(
     while len(tried) < trials and not (tried and tried[-1].is_right):
         bounded = _bounded(origin, _next_bound(origin, tried))
         points = choose(bounded)
+        for _ in range(TIMES):  # thresholds come in steps: what is not safe yet has to take one
+            if not any(points == other.points for other in tried) or any(other.is_safe for other in tried):
+                break
+            bounded = replace(bounded, margin=bounded.margin * SMALLER)
+            points = choose(bounded)
         if any(points == other.points for other in tried):
             break
         tried.append(_Tried(bounded, points, inquiry.errors(bounded, points), held))
@@ -161,7 +172,7 @@ def _best(tried: Sequence[_Tried]) -> _Tried:
     Raises:
         ValueError: even that is not within the goal.
     """
-    safe = [each for each in tried if each.error <= each.aim]
+    safe = [each for each in tried if each.is_safe]
     best = max(safe, key=lambda each: each.error) if safe else min(tried, key=lambda each: each.error)
     if best.error > best.goal:
         raise value_error(

@@ -223,7 +223,7 @@ class _Run:
         sites = {name: phases[0].error.shape[1] for name, phases in measured.items()}
         keeping = {name: settings.options.kept_of(name) for name in sites}
         try:
-            with on_trial(self.model, sites, keeping, settings.options.additive_masks) as trial:
+            with on_trial(self.model, sites, keeping, settings.options) as trial:
                 inquiry = Inquiry(
                     trial,
                     calls,

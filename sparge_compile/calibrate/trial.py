@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ..eager.replacement import Replacement, replace_attention
 from ..errors import value_error
 from ..keeping import Kept
 from ..notices import unsaid
+from ..options import Options
 from ..pair import Sites
 from ..running.listeners import heard_by
 from ..running.observe import uncompiled
@@ -124,28 +126,30 @@ class Trial:
 
 
 @contextmanager
-def on_trial(
-    model: nn.Module, sites: Mapping[str, int], kept: Mapping[str, Kept], additive_masks: bool
-) -> Iterator[Trial]:
+def on_trial(model: nn.Module, sites: Mapping[str, int], kept: Mapping[str, Kept], options: Options) -> Iterator[Trial]:
     """A model that takes thresholds, by the names of its sites and their numbers of heads.
 
-    What this process has compiled, of this model or others, is compiled anew when it is used next.
+    It runs as the options say (masks, the order of tokens), but for thresholds and for who compiles it. What this
+    process has compiled, of this model or others, is compiled anew when it is used next.
 
     Raises:
         ValueError: a model in training mode, or with thresholds attached.
     """
     _check_model(model)
-    options: dict[str, Any] = {
-        "topk": 1.0,
-        "topp": 0.0,
-        "min_seq_len": 0,
-        "on_unsupported": "dense",
-        "additive_masks": additive_masks,
-    }
     start = Calibration({name: dense_pairs(heads) for name, heads in sites.items()}, kept=kept)
+    eager = replace(
+        options.with_thresholds(*DENSE[:2]),
+        dense_steps=None,
+        min_seq_len=0,
+        on_unsupported="dense",
+        inner="inductor",
+        inductor={},
+        inductor_mode=None,
+    )
     with unsaid(), attach(model, start) as attached, uncompiled(model), torch.no_grad(), ExitStack() as stack:
-        sparse = torch.compile(model, backend=sparge, options={**options, "inner": "eager"})
-        yield Trial(model, sparse, attached, lambda: stack.enter_context(replace_attention(model, options)))
+        compiled: Any = replace(eager, inner="eager")
+        sparse = torch.compile(model, backend=sparge, options=compiled)
+        yield Trial(model, sparse, attached, lambda: stack.enter_context(replace_attention(model, eager)))
 
 
 def dense_pairs(heads: int) -> tuple[tuple[float, float], ...]:

@@ -64,17 +64,21 @@ class ModelOutput:
     def predicted_at(self, error: float) -> float:
         """The predicted error of thresholds whose measured one is about this: by what was tried, else itself.
 
-        Between two trials it is interpolated, on logarithms; beyond them it is in proportion to the nearest.
+        On logarithms it goes straight from trial to trial, and on beyond the last two, with a slope between a third and
+        three; through a single one in proportion.
         """
-        by_measured = sorted((measured, predicted) for predicted, measured in self.trials)
-        below = [pair for pair in by_measured if pair[0] <= error][-1:]
-        above = [pair for pair in by_measured if pair[0] > error][:1]
-        if not below or not above:
-            measured, predicted = (*below, *above, (1.0, 1.0))[0]
-            return error * predicted / measured
-        (low, start), (high, end) = below[0], above[0]
-        share = math.log(error / low) / math.log(high / low)
-        return math.exp(math.log(start) + share * math.log(end / start))
+        by_measured = sorted((math.log(measured), math.log(predicted)) for predicted, measured in self.trials)
+        if not by_measured:
+            return error
+        at = math.log(error)
+        above = sum(measured <= at for measured, _ in by_measured)
+        first = min(max(0, above - 1), max(0, len(by_measured) - 2))
+        (low, start), (high, end) = by_measured[first], by_measured[min(first + 1, len(by_measured) - 1)]
+        slope = (end - start) / (high - low) if high > low else 1.0
+        if low <= at <= high:
+            return math.exp(start + slope * (at - low))
+        near, value = (low, start) if at < low else (high, end)
+        return math.exp(value + min(max(slope, 1 / 3), 3.0) * (at - near))
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain JSON types."""

@@ -15,7 +15,7 @@ from sparge_compile.calibrate import calls
 from sparge_compile.calibrate.output import safety_of
 from sparge_compile.thresholds.output import ModelOutput
 
-HEADS, SIZE, LENGTH, RUNS = 2, 8, 1024, 12
+HEADS, SIZE, LENGTH, RUNS = 4, 8, 1024, 12
 OPTIONS = {"min_seq_len": 0}
 SETTINGS = {"options": OPTIONS, "query_blocks": 8}
 GOAL = 0.1
@@ -125,6 +125,13 @@ def test_phases_have_thresholds_of_their_own(model) -> None:
     assert found.at_progress(0.0).sites != found.at_progress(0.5).sites
 
 
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_thresholds_that_come_in_steps_take_one(model, count) -> None:
+    """A few heads with few points each: a little less of the bound may be the same thresholds."""
+    few = sparge_compile.calibrate(model, batches(count), target_output_error=GOAL, **SETTINGS)
+    assert few.origin.output.reached["error"] <= GOAL
+
+
 def test_bounds_that_cannot_be_met_are_told_of(model) -> None:
     quiet = copy.deepcopy(model)
     with torch.no_grad():
@@ -187,8 +194,12 @@ def test_a_single_run_leaves_a_tenth_for_what_is_not_known() -> None:
 def test_a_prediction_goes_through_what_was_tried() -> None:
     said = ModelOutput({"a": (1.0,)}, trials=((0.2, 0.4), (0.1, 0.1)))
     assert [said.predicted_at(error) for error in (0.1, 0.2, 0.4)] == pytest.approx([0.1, 0.02**0.5, 0.2])
-    assert said.predicted_at(0.05) == pytest.approx(0.05) and said.predicted_at(0.8) == pytest.approx(0.4)
+    beyond = [said.predicted_at(error) for error in (0.025, 1.6)]
+    assert beyond == pytest.approx([0.05, 0.4]), "the slope goes on"
     assert ModelOutput({"a": (1.0,)}).predicted_at(0.3) == 0.3
+    assert ModelOutput({"a": (1.0,)}, trials=((0.2, 0.4),)).predicted_at(0.1) == pytest.approx(0.05)
+    flat = ModelOutput({"a": (1.0,)}, trials=((0.1, 0.1), (1.0, 0.11)))
+    assert flat.predicted_at(0.05) == pytest.approx(0.1 / 8), "no steeper than three"
 
 
 def test_few_calls_are_kept_and_of_each_batch_the_same() -> None:
