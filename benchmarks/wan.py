@@ -1,11 +1,12 @@
 """A whole Wan2.1-1.3B-shaped diffusers transformer: backend "sparge" against backend "inductor", in one run.
 
     python benchmarks/wan.py                                   # an H200: 480p × 81 frames, L = 32,760
+    python benchmarks/wan.py --by-block                        # blocks compiled one by one, the dense ones too
     python benchmarks/wan.py --device cpu --tiny --inner eager
 
 The weights are random and so is the input, whose pooled scores are flat: every head keeps its Top-k share, and shares
 differ between heads. First the sparse model with all blocks kept is compared with the dense one; then both are timed,
-and the profiler says what of each time is attention. Needs diffusers.
+with raster blocks and with tiles, and the profiler says what of each time is attention. Needs diffusers.
 """
 
 from __future__ import annotations
@@ -65,13 +66,24 @@ def build(
 
 
 def compile_with(
-    model: nn.Module, inner: str, options: dict[str, Any] | None = None
+    model: nn.Module, inner: str, options: dict[str, Any] | None = None, by_block: bool = False
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """With ``inner`` alone, or with the sparse backend over it."""
+    """With ``inner`` alone, or with the sparse backend over it; the whole model, or each of its blocks."""
     torch.compiler.reset()
-    if options is None:
-        return torch.compile(model, backend=inner)
-    return torch.compile(model, backend="sparge", options=options | {"inner": inner})
+    how: dict[str, Any] = {"backend": inner}
+    if options is not None:
+        how = {"backend": "sparge", "options": options | {"inner": inner}}
+    if not by_block:
+        return torch.compile(model, **how)
+    for block in model.blocks:  # type: ignore[union-attr]
+        block.compile(**how)
+    return model
+
+
+def grid_of(hidden_states: Tensor, **others: object) -> tuple[int, ...]:
+    """Frames, rows and columns of the tokens: the patch is 1 × 2 × 2."""
+    _, _, frames, height, width = hidden_states.shape
+    return frames, height // 2, width // 2
 
 
 def relative(got: Tensor, want: Tensor) -> float:
@@ -99,6 +111,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="(30)")
     parser.add_argument("--inner", default="inductor", help="what compiles the graphs, the rival too (inductor)")
     parser.add_argument("--density", type=float, default=0.05, help="mean share of key blocks to keep (0.05)")
+    parser.add_argument("--by-block", action="store_true", help="compile the blocks one by one")
     parser.add_argument("--csv", help="write the rows to this file as well")
     args = parser.parse_args()
     device, dtype = harness.start(args)
@@ -106,14 +119,14 @@ def main() -> None:
     shares = [args.density * (SPREAD[0] + (SPREAD[1] - SPREAD[0]) * h / (heads - 1)) for h in range(heads)]
     sites = {"blocks.*.attn1": [(share, 0.0) for share in shares]}
 
-    dense = compile_with(model, args.inner)
+    dense = compile_with(model, args.inner, by_block=args.by_block)
     want = dense(**inputs)[0].clone()
     times = harness.seconds_each({"dense": lambda: dense(**inputs)}, device, 3.0)
     rows: list[dict[str, object]] = [{"backend": args.inner, "ms": 1000 * times["dense"], "x": 1.0}]
     if device.type == "cuda":
         rows[0] |= dict(zip(("GPU ms", "attention ms", "ours ms"), profile(lambda: dense(**inputs)), strict=True))
 
-    whole = compile_with(model, args.inner, {"topk": ALL_BUT_NONE, "min_seq_len": MIN_LENGTH})
+    whole = compile_with(model, args.inner, {"topk": ALL_BUT_NONE, "min_seq_len": MIN_LENGTH}, args.by_block)
     error = relative(whole(**inputs)[0], want)
     print(f"L {tokens}: all blocks kept, error against dense {error:.2g}")
     if not error < LARGEST_ERROR:
@@ -122,12 +135,16 @@ def main() -> None:
     options = {"calibration": sparge_compile.Calibration(sites), "min_seq_len": MIN_LENGTH}
     report = sparge_compile.explain(model, options)(**inputs)
     print(f"{len(report.sparse)} of {len(report)} attentions sparse; mean share of key blocks {args.density}")
-    sparse = compile_with(model, args.inner, options)
-    sparse(**inputs)
-    times = harness.seconds_each({"sparse": lambda: sparse(**inputs)}, device, 3.0)
-    rows.append({"backend": "sparge", "ms": 1000 * times["sparse"], "x": rows[0]["ms"] / (1000 * times["sparse"])})
-    if device.type == "cuda":
-        rows[1] |= dict(zip(("GPU ms", "attention ms", "ours ms"), profile(lambda: sparse(**inputs)), strict=True))
+    for order in ("raster", "tiles"):
+        with sparge_compile.attach(model, options["calibration"], grid=grid_of):
+            sparse = compile_with(model, args.inner, options | {"token_order": order}, args.by_block)
+            sparse(**inputs)
+            ms = 1000 * harness.seconds_each({"sparse": lambda run=sparse: run(**inputs)}, device, 3.0)["sparse"]
+            rows.append({"backend": f"sparge, {order}", "ms": ms, "x": rows[0]["ms"] / ms})
+            if device.type == "cuda":
+                rows[-1] |= dict(
+                    zip(("GPU ms", "attention ms", "ours ms"), profile(lambda run=sparse: run(**inputs)), strict=True)
+                )
     print(harness.table(rows))
     if args.csv:
         harness.write_csv(args.csv, rows)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from toys import Block
 
-from sparge_compile import Calibration, attach
+from sparge_compile import Calibration, attach, explain
 
 WIDTH = 16
 SPARSE = Calibration({"blocks.*.attn": [(0.4, 0.0)]})
@@ -184,3 +184,29 @@ def test_a_missing_grid_is_warned_of_once() -> None:
         model(video_of(GRIDS[0]))
         model(video_of(GRIDS[3]))
     assert sum("no grid" in str(each.message) for each in caught) == 1
+
+
+def test_explain_says_the_order_of_an_attached_grid() -> None:
+    model = made()
+    attach(model, SPARSE, grid={"blocks.0.attn": grid_of, "blocks.1.*": (2, 10, 9)})
+    report = explain(model, {**OPTIONS, "on_unsupported": "dense"})(video_of(GRIDS[0]))
+    assert [(row.name, row.order.split(",")[0]) for row in report] == [
+        ("blocks.0.attn", "tiles 2×4×8 of 2×9×10"),
+        ("blocks.1.attn", "tiles 2×4×8 of 2×10×9"),
+    ]
+
+
+def test_a_grid_that_does_not_fit_a_call_is_not_used() -> None:
+    """Symbols of a grid and of a length agree where they are traced; a call in which they do not is raster order."""
+    model, grid = made(), [GRIDS[0]]
+    attach(model, SPARSE, grid=lambda video: grid[0])
+    by_blocks(model, dynamic=True, options={**OPTIONS, "inner": "aot_eager", "on_unsupported": "dense"})
+    with torch.no_grad():
+        model(video_of(GRIDS[0]))
+        grid[0] = (3, 5, 5)
+        found = model(video_of(GRIDS[3]))
+        torch._dynamo.reset()
+        other = made()
+        attach(other, SPARSE)
+        right = by_blocks(other, options={**OPTIONS, "token_order": "raster"})(video_of(GRIDS[3]))
+    torch.testing.assert_close(found, right, atol=1e-5, rtol=1e-5)
