@@ -14,6 +14,7 @@ import digits
 import fidelity
 import lab
 import measures
+import output_error
 import pytest
 import reproduce
 import torch
@@ -230,3 +231,13 @@ def test_the_demo(tmp_path, monkeypatch, capsys) -> None:
     with Image.open(tmp_path / "moving_digits.gif") as gif:
         assert gif.n_frames == 2
     assert (tmp_path / "moving_digits.png").stat().st_size > 1000
+
+
+def test_bounds_on_the_output_are_summed_up(tmp_path) -> None:
+    rows = [{"goal": "0.1", "sparsity": "0.5", "error": error, "seconds": "9"} for error in ("0.09", "0.07", "0.11")]
+    text = output_error.summary(rows)
+    assert text.startswith("bound 0.1: kept in 2 of 3 runs, in 1 by less than 20 %; the error is 0.90 of it")
+    args = argparse.Namespace(batches=2, frames=1, device="cpu")
+    seen, others = (output_error.inputs(args, 0, held_out) for held_out in (False, True))
+    assert len(seen) == 2 and not any(torch.equal(a[0], b[0]) for a in seen for b in others)
+    assert torch.equal(seen[0][1], output_error.inputs(args, 0, False)[0][1])
