@@ -68,6 +68,12 @@ def _unordered(image):
 
 
 @triton.jit
+def _only_if(condition, mask):
+    """A mask where a condition on one number holds, else nothing. Triton 3.9 makes integers of ``condition & mask``."""
+    return tl.where(condition, mask, mask & ~mask)
+
+
+@triton.jit
 def _store_words(bits_ptr, word, b, h, i, heads, rows, words, N_WORDS: tl.constexpr):
     """The words of one row, and zeros in the room for one or two more."""
     row_ptr = bits_ptr + ((b * heads + h) * rows + i) * words
@@ -103,11 +109,11 @@ def _select_kernel(
         visible = visible & (tl.load(k_sizes_ptr + j, mask=j < n_key, other=0) > 0)
     if q_sizes_ptr is not None:
         first_row = i * QUERY_ROWS + tl.arange(0, QUERY_ROWS // KEY_ROWS) * KEY_ROWS  # of each run
-        visible = visible & (tl.max(holds_token(q_sizes_ptr, first_row, length).to(tl.int32), 0) > 0)
+        visible = _only_if(tl.max(holds_token(q_sizes_ptr, first_row, length).to(tl.int32), 0) > 0, visible)
     if PACKED:
         _, length = sequence(q_starts_ptr, b, length, PACKED=PACKED)
         _, keys = sequence(k_starts_ptr, b, keys, PACKED=PACKED)
-        visible = visible & (j * KEY_ROWS < keys) & (i * QUERY_ROWS < length)
+        visible = _only_if(i * QUERY_ROWS < length, visible & (j * KEY_ROWS < keys))
     if CAUSAL:
         diagonal = diagonal_of(length, keys, CAUSAL)
         first_sees, last_sees = i * QUERY_ROWS + diagonal, (i + 1) * QUERY_ROWS - 1 + diagonal
@@ -184,7 +190,7 @@ def _select_kernel(
         best = tl.max(tl.where(uncut, image, -2147483648), 0)
         best_j = tl.min(tl.where(uncut & (image == best), j, N_PAD), 0)
         kept = kept | (uncut & (j == best_j))
-    kept = ((kept | forced) & visible) | always | (whole & (visible | always))
+    kept = tl.where(whole, visible, (kept | forced) & visible) | always
 
     # What follows the kept blocks is never read: scores are left there, so that equal inputs give equal memory.
     place = tl.cumsum(kept.to(tl.int32), 0) - 1
