@@ -93,7 +93,8 @@ def test_an_official_wan_is_sparse_uncompiled(wan):
         ("blocks.0.self_attn", "varlen", "sparse"),
         ("blocks.1.self_attn", "varlen", "sparse"),
     ]
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    largest = max(float(x.abs().max()) for x in want)  # gradients are sums in which terms cancel
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * max(1.0, largest))
     with replace_attention(model, SPARSE):
         assert not torch.allclose(model(*inputs), want[0], atol=1e-4)
     assert torch.equal(model(*inputs), want[0])
