@@ -3,8 +3,8 @@
     python benchmarks/host.py               # a GPU; prints tables for docs/kernel-notes.md
     python benchmarks/host.py --profile     # and where the time of an eager call goes
 
-Host times are of calls that nobody waits for, of a problem that the GPU finishes sooner: the least of nine rounds, since
-other work on a shared host only adds to them.
+Host times are of calls that nobody waits for, of a problem that the GPU finishes sooner: the least of nine rounds,
+since other work on a shared host only adds to them.
 Wall times are medians of whole calls, in queues of ten. Both columns of a row come from one run.
 """
 
