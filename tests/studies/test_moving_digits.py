@@ -14,6 +14,7 @@ import digits
 import fidelity
 import lab
 import measures
+import order_errors
 import output_error
 import pytest
 import reproduce
@@ -241,3 +242,9 @@ def test_bounds_on_the_output_are_summed_up(tmp_path) -> None:
     seen, others = (output_error.inputs(args, 0, held_out) for held_out in (False, True))
     assert len(seen) == 2 and not any(torch.equal(a[0], b[0]) for a in seen for b in others)
     assert torch.equal(seen[0][1], output_error.inputs(args, 0, False)[0][1])
+
+
+def test_errors_by_order() -> None:
+    model, data = transformer.load(), order_errors.inputs(1, 4, "cpu", 0)[:1]
+    for order in ("raster", "tiles"):
+        assert order_errors.error(model, 1.0, order, data) < 1e-6 < order_errors.error(model, 0.3, order, data)
