@@ -117,7 +117,9 @@ def test_a_twin_is_not_the_spelling(spelling: Spelling):
     """It returns something else, so that a rewrite would be wrong; none of ours runs here."""
     inputs = spelling.inputs()
     torch.manual_seed(1)  # for dropout
-    output, twin = spelling.function(*inputs), spelling.twin(*inputs)
+    output = spelling.function(*inputs)
+    torch.compiler.reset()  # flex_attention compiles itself; torch 2.15 fails on a second number in its score_mod
+    twin = spelling.twin(*inputs)
     assert isinstance(twin, tuple) or not torch.allclose(twin.float(), output.float(), rtol=1e-2, atol=1e-3)
 
 
