@@ -82,7 +82,7 @@ def attend_by_rule(
     thresholds, how = _checked_by_rule(query, key, value, thresholds, how)
     # Selection is discrete: thresholds have no gradient.
     arguments = (query, key, value, thresholds.detach(), *how[:3], *limit, *how[3:])
-    if with_lse or (torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))):
+    if with_lse or _any_requires_grad(query, key, value):
         return torch.ops.sparge.attend_for_backward.default(*arguments)[:2]
     attend_op = torch.ops.sparge.attend.direct if _are_plain(query, key, value) else torch.ops.sparge.attend.default
     return attend_op(*arguments), None

@@ -15,19 +15,9 @@ from sparge_compile.kernels.block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap
 from sparge_compile.kernels.how import How
 from sparge_compile.kernels.order import Order, held_slots, make_order
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_the_gpu")]
 BF16 = torch.bfloat16
 GRIDS = [Grid(70, 5, 6, 13, 9), Grid(0, 21, 9, 20, 0)]
-
-
-@pytest.fixture(autouse=True)
-def _on_the_gpu():
-    """Tensors are born on the GPU, and float32 products are float32."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    with torch.device("cuda"):
-        yield
-    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def raster(block_map: BlockMap, order: Order) -> Tensor:

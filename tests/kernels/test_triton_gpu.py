@@ -26,20 +26,10 @@ from torch import Tensor
 from sparge_compile.kernels import reference
 from sparge_compile.kernels.block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap, ceil_div
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_the_gpu")]
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 THRESHOLDS = [[0.34, 0.55], [0.12, 0.81]]
-
-
-@pytest.fixture(autouse=True)
-def _on_the_gpu():
-    """Tensors are born on the GPU, and float32 products are float32."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    with torch.device("cuda"):
-        yield
-    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def thresholds(heads: int, topk: float | None = None, topp: float = 0.0) -> Tensor:
