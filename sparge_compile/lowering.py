@@ -1,17 +1,21 @@
 """Inductor's code calls our kernels themselves: past torch's dispatcher, which takes as long as three launches.
 
 Where Inductor writes Python, the call of an op's overload ``default`` becomes the call of its ``direct`` (ops.py), with
-the same arguments. In C++ wrappers and stored programs the op stays what it is.
+the same arguments; of ``at`` a line of its own where all sizes are numbers, so that their look-up is left out as well.
+In C++ wrappers and stored programs the op stays what it is.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+from uuid import uuid4
 
 import torch
+from torch.fx import Node
+from torch.utils._pytree import tree_leaves
 
 from . import ops
 
@@ -44,9 +48,32 @@ def _named(op: torch._ops.OpOverload, lower: Callable[..., Any]) -> Callable[...
         before = len(graph.operations)
         left = op._schema.arguments[len(args) :]
         result = lower(*args, *(kwargs.get(x.name, x.default_value) for x in left))  # by position it takes less time
-        for made in graph.operations[before:]:
-            if getattr(made, "op_overload", None) is op:
-                made.python_kernel_name = f"torch.ops.{op.namespace}.{op._opname}.direct"
+        made = graph.operations[before:]
+        for call in made:
+            if getattr(call, "op_overload", None) is op:
+                call.python_kernel_name = f"torch.ops.{op.namespace}.{op._opname}.{_way(made, graph.current_node)}"
         return result
 
     return lowered
+
+
+def _way(made: Sequence[Any], node: Node) -> str:
+    """How the kernel of a call is reached: by its line, where all sizes are numbers, which are looked at once then.
+
+    ``made`` are the operations of a node, its results among them, whose layouts Inductor would check at each call.
+    """
+    results = [x for x in made if type(x).__name__ == "MultiOutput"]
+    if not results or not _is_of_numbers(node):
+        return "direct"
+    layouts = tuple((tuple(map(int, x.get_size())), tuple(map(int, x.get_stride()))) for x in results)
+    for x in results:
+        x.skip_size_stride_alignment_checks = True
+    return f"at({uuid4().hex!r}, {layouts!r})"
+
+
+def _is_of_numbers(node: Node) -> bool:
+    """Whether no argument of a node is a symbol, nor has one among its sizes and strides."""
+    given = tree_leaves((node.args, node.kwargs))
+    values = tree_leaves([x.meta.get("val") if isinstance(x, Node) else x for x in given])
+    sizes = [size for x in values if isinstance(x, torch.Tensor) for size in (*x.shape, *x.stride())]
+    return not any(isinstance(x, (torch.SymInt, torch.SymFloat, torch.SymBool)) for x in (*values, *sizes))

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from . import sharding
 from .errors import explain_error
-from .kernels import allocate, attend, capability, cpu
+from .kernels import allocate, attend, capability, cpu, direct
 from .kernels.block_map import KEY_BLOCK, BlockMap
 from .kernels.how import TENSORS, How
 from .kernels.order import Grid, Orders, copy_of_order
@@ -80,21 +80,29 @@ def attend_by_rule(
 ) -> tuple[Tensor, Tensor | None]:
     """Check everything and attend by the rule, as one op: (out [B, H, L, Dv], lse [B, H, L] where it is asked for)."""
     thresholds, how = _checked_by_rule(query, key, value, thresholds, how)
-    # Selection is discrete: thresholds have no gradient.
-    arguments = (query, key, value, thresholds.detach(), *how[:3], *limit, *how[3:])
-    if with_lse or _any_requires_grad(query, key, value):
-        return torch.ops.sparge.attend_for_backward.default(*arguments)[:2]
-    attend_op = torch.ops.sparge.attend.direct if _are_plain(query, key, value) else torch.ops.sparge.attend.default
-    return attend_op(*arguments), None
+    if thresholds.requires_grad:
+        thresholds = thresholds.detach()  # selection is discrete
+    arguments = (query, key, value, thresholds, *how[:3], *limit, *how[3:])
+    plain, trains = _are_plain(query, key, value), _any_requires_grad(query, key, value)
+    if not with_lse and not trains:
+        attend_op = torch.ops.sparge.attend
+        return (attend_op.direct if plain else attend_op.default)(*arguments), None
+    attend_op = torch.ops.sparge.attend_for_backward
+    if plain and trains:  # what the dispatcher would come to
+        return _Attention.apply(attend_op.direct, None, *arguments[:3], arguments[3:])[:2]
+    return attend_op.default(*arguments)[:2]
 
 
 def _are_plain(*tensors: Tensor) -> bool:
-    """Whether tensors are what they look like: nobody traces or transforms the call."""
+    """Whether tensors are what they look like: nobody traces or transforms the call, and no view of theirs is lazy."""
     return (
         not torch.compiler.is_compiling()
-        and all(type(x) is Tensor for x in tensors)
         and torch._C._functorch.peek_interpreter_stack() is None
+        and all(type(x) is Tensor and not x.is_neg() and not _is_batched(x) for x in tensors)
     )
+
+
+_is_batched = torch._C._functorch.is_legacy_batchedtensor  # where gradients are batched, of which no stack tells
 
 
 def build_map(query: Tensor, key: Tensor, value: Tensor, thresholds: Tensor, how: How) -> BlockMap:
@@ -228,37 +236,7 @@ def _backward(face: Any, grad_out, query, key, value, out, lse, grad_lse, bits, 
     return face.backward(grad_out, query, key, value, out, lse, grad_lse, bits, *how)
 
 
-def _replayed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` on a GPU, where calls of a form that was met before are replayed."""
-    made: list[Callable[..., Any]] = []
-
-    def call(*args: Any) -> Any:
-        if not made:
-            from .kernels.triton import replay
-
-            made.append(replay.replayed(function))
-        return made[0](*args)
-
-    return call
-
-
-def _directly(op: Any, kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """``op`` for Inductor's code: the GPU's kernel at once, where no mode, profiler or gradient waits for the op."""
-
-    def call(first: Tensor, *others: Any) -> Any:
-        if (
-            first.is_cuda
-            and not torch.is_grad_enabled()
-            and not torch._C._len_torch_dispatch_stack()
-            and not torch._C._autograd._profiler_enabled()
-        ):
-            return kernel(first, *others)
-        return op(first, *others)
-
-    return call
-
-
-# The ops that Inductor's code calls as ``direct``, which is beside their ``default`` (lowering.py).
+# The ops that Inductor's code calls as ``direct`` or ``at`` a line, which are beside their ``default`` (lowering.py).
 DIRECT = [getattr(torch.ops.sparge, name).default for name in ("attend", "attend_for_backward", "backward")]
 
 for _key, _face in (("CPU", cpu), ("CUDA", _TritonFace())):
@@ -271,11 +249,12 @@ for _key, _face in (("CPU", cpu), ("CUDA", _TritonFace())):
         "attend_for_backward": partial(attend.attend_for_backward, _face),
     }
     if _key == "CUDA":
-        _kernels = {_name: _replayed(_kernel) for _name, _kernel in _kernels.items()}
+        _kernels = {_name: direct.replayed(_kernel) for _name, _kernel in _kernels.items()}
     for _name, _kernel in _kernels.items():
         library.impl(_name, _kernel, _key)
 for _op in DIRECT:
-    getattr(torch.ops.sparge, _op._opname).direct = _directly(_op, _kernels[_op._opname])
+    _packet, _gpu = getattr(torch.ops.sparge, _op._opname), cast(direct.Lazily, _kernels[_op._opname])
+    _packet.direct, _packet.at = direct.directly(_op, _gpu), direct.at_a_line(_op, _gpu)
 
 
 # Fake kernels, from the same allocation code as the real ones.
@@ -328,23 +307,26 @@ def _(grad_out, query, key, value, out, lse, grad_lse, bits, *how):
 
 
 class _Attention(torch.autograd.Function):
-    """An op that attends, with what its backward needs. ``register_autograd`` does the same, in ten times the time."""
+    """An op that attends, with what its backward needs. ``register_autograd`` does the same, in ten times the time.
+
+    ``run`` is the op below autograd; ``block_map`` is there for ``forward``, None for ``attend_for_backward``.
+    """
 
     @staticmethod
-    def forward(ctx, op, query, key, value, *others):
-        given = _below_autograd(op, query, key, value, *others)
+    def forward(ctx, run, block_map, query, key, value, others):
+        given = run(query, key, value, *others)
         # The dispatcher leaves out what equals its default, from the end on.
-        if op is torch.ops.sparge.forward.default:
+        if block_map is not None:
             (out, lse), how = given, How(*others[2:])
             # One bit for each (query block, key block), instead of the lists.
-            bits = torch.ops.sparge.pack.default(*others[:2])
+            bits = torch.ops.sparge.pack.default(*block_map)
         else:
             (out, lse, bits), how = given, How(*others[1:4], *others[6:])  # without thresholds and limit
             ctx.mark_non_differentiable(bits)
-        ctx.save_for_backward(query, key, value, out, lse, bits, *(getattr(how, name) for name in TENSORS))
-        without: dict[str, Any] = dict.fromkeys(TENSORS)
+        ctx.names = [name for name in TENSORS if getattr(how, name) is not None]
+        ctx.save_for_backward(query, key, value, out, lse, bits, *(getattr(how, name) for name in ctx.names))
+        without: dict[str, Any] = dict.fromkeys(ctx.names)
         ctx.how = how._replace(**without)
-        ctx.others = len(others)
         ctx.set_materialize_grads(False)
         return given
 
@@ -352,12 +334,13 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, grad_out, grad_lse, *_):
         query, key, value, out, lse, bits, *tensors = ctx.saved_tensors
         if grad_out is None and grad_lse is None:
-            return (None,) * (4 + ctx.others)
+            return (None,) * 6
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        how = ctx.how._replace(**dict(zip(TENSORS, tensors, strict=True)))
-        grads = torch.ops.sparge.backward.default(grad_out, query, key, value, out, lse, grad_lse, bits, *how)
-        return None, *grads, *(None,) * ctx.others
+        how = ctx.how._replace(**dict(zip(ctx.names, tensors, strict=True)))
+        backward = torch.ops.sparge.backward
+        run = backward.direct if _are_plain(grad_out, query, key, value) else backward.default
+        return None, None, *run(grad_out, query, key, value, out, lse, grad_lse, bits, *how), None
 
 
 class _Gradients(torch.autograd.Function):
@@ -395,9 +378,12 @@ def _attend_under_autograd(query, key, value, *others):
     return _below_autograd(torch.ops.sparge.attend.default, query, key, value, *others)
 
 
-def _attention_under_autograd(op: Any, *arguments: Any) -> Any:
-    run = partial(_Attention.apply, op) if _any_requires_grad(*arguments[:3]) else partial(_below_autograd, op)
-    return run(*arguments)
+def _attention_under_autograd(op: Any, query, key, value, *others):
+    run = partial(_below_autograd, op)
+    if not _any_requires_grad(query, key, value):
+        return run(query, key, value, *others)
+    block_map = others[:2] if op is torch.ops.sparge.forward.default else None
+    return _Attention.apply(run, block_map, query, key, value, others)
 
 
 def _backward_under_autograd(*arguments: Any) -> Any:

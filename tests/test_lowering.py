@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparge_compile import lowering, ops
+from sparge_compile import lowering
+from sparge_compile.kernels import direct
 
 OPTIONS = {"topk": 0.5, "min_seq_len": 0}
 
@@ -22,7 +23,7 @@ class Mode(TorchDispatchMode):
 
 
 def call() -> Any:
-    return ops._directly(lambda *given: "op", lambda *given: "kernel")(SimpleNamespace(is_cuda=True), 1)
+    return direct.directly(lambda *given: "op", lambda *given: "kernel")(SimpleNamespace(is_cuda=True), 1)
 
 
 def test_the_kernel_is_called_where_nobody_waits_for_the_op():
@@ -47,18 +48,36 @@ def test_a_cpu_has_no_direct_kernel():
         assert torch.equal(torch.ops.sparge.attend.direct(*arguments), torch.ops.sparge.attend(*arguments))
 
 
+def test_lines_have_a_kernel_each_and_are_bounded(monkeypatch: pytest.MonkeyPatch):
+    made = []
+    monkeypatch.setattr(direct, "_line", lambda kernel, layouts: made.append(layouts) or kernel)
+    monkeypatch.setattr(direct, "LINES", 2)
+    at = direct.at_a_line(None, lambda *given: "kernel")
+    with torch.no_grad():
+        for name in "abacab":  # c takes the place of a, a that of b, b that of c
+            assert at(name, f"layouts of {name}")(SimpleNamespace(is_cuda=True)) == "kernel"
+    assert made == [f"layouts of {name}" for name in "abcab"]
+
+
 @pytest.mark.parametrize("training", [False, True])
-def test_code_of_inductor_names_the_kernels(training: bool):
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_code_of_inductor_names_the_kernels(training: bool, dynamic: bool):
     def attend(q, k, v):
         return F.scaled_dot_product_attention(q * 2, k, v)
 
     inputs = [torch.randn(1, 2, 256, 8, requires_grad=training) for _ in range(3)]
+    for x in inputs if dynamic else ():
+        torch._dynamo.mark_dynamic(x, 2)
     compiled = torch.compile(attend, backend="sparge", options=OPTIONS)
     run = (lambda: compiled(*inputs).sum().backward()) if training else (lambda: compiled(*inputs))
     _, code = run_and_get_code(run)
     names = ("attend_for_backward", "backward") if training else ("attend",)
-    assert all(f" torch.ops.sparge.{name}.direct(" in "".join(code) for name in names)
-    assert not any(f" torch.ops.sparge.{name}.default(" in "".join(code) for name in names)
+    text, way = "".join(code), "direct(" if dynamic else "at('"
+    assert all(text.count(f" torch.ops.sparge.{name}.{way}") == 1 for name in names)
+    assert not any(f" torch.ops.sparge.{name}.default(" in text for name in names)
+    # Results of one form are looked at in the first call; of others, in each, as Inductor does.
+    asserted = [line for line in text.splitlines() if "assert_size_stride(" in line and "sparge.attend" in line]
+    assert bool(asserted) == dynamic
 
 
 def test_other_insides_of_inductor_leave_the_ops(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):

@@ -145,6 +145,25 @@ def test_gradient_through_lse_alone():
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
+def test_training_in_eager_code_calls_the_kernels_themselves(monkeypatch):
+    """Nobody traces or transforms the call, so the dispatcher has nothing to say; where somebody does, it is asked."""
+    calls = []
+    for name in ("attend_for_backward", "backward"):
+        op = getattr(torch.ops.sparge, name)
+        kernel = lambda *given, op=op: (calls.append(op._qualified_op_name), op.default(*given))[1]  # noqa: E731
+        monkeypatch.setattr(op, "direct", kernel)
+    q, k, v = (torch.randn(1, 2, 200, 16, requires_grad=True) for _ in range(3))
+    attention(q, k, v, topk=0.5).sum().backward()
+    assert calls == ["sparge::attend_for_backward", "sparge::backward"]
+    torch.autograd.grad(attention(q, k, v, topk=0.5), q, torch.ones(2, *q.shape), is_grads_batched=True)
+    negative = torch.randn(1, 2, 200, 16, dtype=torch.complex64).conj().imag
+    attention(negative, k, v, topk=0.5)
+    assert (len(calls), calls.count("sparge::backward")) == (3, 1)
+    with torch.no_grad():
+        attention(q, k, v, topk=0.5)
+    assert len(calls) == 3
+
+
 def test_second_derivatives_are_refused():
     q, k, v = qkv(grad=True)
     out = attention(q, k, v, enable_gqa=True, topk=0.5)

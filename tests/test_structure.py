@@ -39,7 +39,7 @@ INNER_ROOMS = {
         ["allocate", "capability", "rule", "reference"],
         ["check", "attend", "reorder"],
         ["cpu", "triton"],
-        ["inventory"],
+        ["inventory", "direct"],
     ],
     "passes": [
         ["read"],

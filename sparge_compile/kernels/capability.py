@@ -188,8 +188,9 @@ def normal_mask(attn_mask: Tensor, keys: int) -> Tensor:
 def check_thresholds(thresholds: Tensor, q: Tensor) -> None:
     """Raise a ``ValueError`` unless thresholds are float32 [H, 2 or 6] on the query's device. Values are not read."""
     wanted = [(q.shape[1], width) for width in (PLAIN_WIDTH, WIDTH)]
+    known = all(isinstance(n, int) for n in (q.shape[1], *thresholds.shape)) and thresholds.shape in wanted
     if (
-        all(differ(thresholds.shape, want) for want in wanted)
+        (not known and all(differ(thresholds.shape, want) for want in wanted))
         or thresholds.dtype != torch.float32
         or thresholds.device != q.device
     ):

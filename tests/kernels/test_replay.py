@@ -95,7 +95,7 @@ def pair(shape: tuple[int, ...] = (2, 3)) -> tuple[Tensor, Tensor]:
 
 def test_a_form_runs_once_and_is_replayed_on_other_memory() -> None:
     function = Counted(twice)
-    call = replay.replayed(function)
+    call = replay.Replayed(function)
     for _ in range(3):
         x, y = pair()
         assert torch.allclose(call(x, y, 0.5), x + y)
@@ -105,7 +105,7 @@ def test_a_form_runs_once_and_is_replayed_on_other_memory() -> None:
 @pytest.mark.parametrize("other", ["shape", "strides", "number", "dtype"])
 def test_another_form_is_recorded_by_itself(other: str) -> None:
     function = Counted(lambda x, y, scale: (twice(x, y, scale), x.stride(), x.shape, x.dtype)[0])
-    call = replay.replayed(function)
+    call = replay.Replayed(function)
     x, y = pair((4, 4))
     call(x, y, 0.5)
     if other == "shape":
@@ -117,7 +117,7 @@ def test_another_form_is_recorded_by_itself(other: str) -> None:
     else:
         x, y, scale = x.int().view(torch.float32), y, 0.5
         function = Counted(lambda x, y, scale: torch.empty_like(x))
-        call = replay.replayed(function)
+        call = replay.Replayed(function)
         assert call(x, y, scale).dtype == torch.float32
         assert call(x.int(), y, scale).dtype == torch.int32
         assert function.calls == 2
@@ -128,7 +128,7 @@ def test_another_form_is_recorded_by_itself(other: str) -> None:
 
 def test_one_tensor_given_twice_is_another_form() -> None:
     function = Counted(twice)
-    call = replay.replayed(function)
+    call = replay.Replayed(function)
     x, y = pair()
     assert torch.allclose(call(x, x, 0.5), 2 * x)
     assert torch.allclose(call(x, y, 0.5), x + y)
@@ -168,7 +168,7 @@ def _gives_back(x: Tensor, y: Tensor, scale: float) -> Tensor:
 @pytest.mark.parametrize("function", [_copies, _fills_a_part, _fills_in_what_is_given, _reads_a_part, _gives_back])
 def test_what_does_more_is_run_each_time(function: Callable[..., Tensor]) -> None:
     counted = Counted(function)
-    call = replay.replayed(counted)
+    call = replay.Replayed(counted)
     for n in range(3):
         x, y = pair()
         assert torch.equal(call(x, y, 0.5), function(x, y, 0.5))
@@ -182,7 +182,7 @@ def test_fresh_memory_is_filled() -> None:
         return out, between
 
     function = Counted(filled)
-    call = replay.replayed(function)
+    call = replay.Replayed(function)
     for _ in range(3):
         x, y = pair()
         poison = [torch.full((2, 3), torch.nan) for _ in range(8)]  # what the next memory held before
@@ -201,7 +201,7 @@ def test_results_may_be_several_and_views() -> None:
         return out[:, 1:4], twice(x, y, scale)
 
     function = Counted(both)
-    call = replay.replayed(function)
+    call = replay.Replayed(function)
     for _ in range(3):
         x, y = torch.randn(2, 6), torch.randn(2, 6)
         part, whole = call(x, y, 0.5)
@@ -212,7 +212,7 @@ def test_results_may_be_several_and_views() -> None:
 
 
 def test_no_tensor_is_kept() -> None:
-    call = replay.replayed(twice)
+    call = replay.Replayed(twice)
     x, y = pair()
     kept = [weakref.ref(z) for z in (x, y, call(x, y, 0.5))]
     del x, y
@@ -223,10 +223,63 @@ def test_no_tensor_is_kept() -> None:
 def test_the_table_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replay, "FORMS", 3)
     function = Counted(twice)
-    call = replay.replayed(function)
+    call = replay.Replayed(function)
     for n in (1, 2, 3, 4, 1):
         x, y = pair((1, n))
         assert torch.allclose(call(x, y, 0.5), x + y)
     assert function.calls == 5
     call(*pair((1, 4)), 0.5)
     assert function.calls == 5
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> Counted:
+    """How often the form of a call was looked at."""
+    counted = Counted(replay._form)
+    monkeypatch.setattr(replay, "_form", counted)
+    return counted
+
+
+def line(function: Callable[..., Any], layout: Any = ((2, 3), (3, 1))) -> Any:
+    return replay.Line(replay.Replayed(function), (layout,))
+
+
+def test_a_line_of_code_looks_at_the_form_of_its_first_call_alone(looks: Counted) -> None:
+    function = Counted(twice)
+    call = line(function)
+    call(*pair(), 0.5)
+    looked = looks.calls
+    for _ in range(3):
+        x, y = pair()
+        assert torch.allclose(call(x, y, 0.5), x + y)
+    assert function.calls == 1 and looks.calls == looked
+
+
+@pytest.mark.parametrize("way", ["one tensor", "misaligned"])
+def test_a_line_of_code_looks_again_where_addresses_say_more(looks: Counted, way: str) -> None:
+    call = line(twice)
+    x, y = pair()
+    call(x, y, 0.5)
+    looked = looks.calls
+    y = x if way == "one tensor" else torch.randn(7)[1:].view(2, 3)
+    for _ in range(2):
+        assert torch.allclose(call(x, y, 0.5), x + y)
+    assert looks.calls == looked + 2
+    x, y = pair()
+    assert torch.allclose(call(x, y, 0.5), x + y)
+    assert looks.calls == looked + 2
+
+
+@pytest.mark.parametrize("layout", [((3, 2), (3, 1)), ((2, 3), (1, 2))])
+def test_a_line_of_code_that_was_promised_another_layout_is_an_error(layout: Any) -> None:
+    with pytest.raises(AssertionError):
+        line(twice, layout)(*pair(), 0.5)
+
+
+def test_what_is_not_replayed_runs_in_a_line_too() -> None:
+    function = Counted(_copies)
+    call = line(function)
+    for n in range(3):
+        x, y = pair()
+        assert torch.allclose(call(x, y, 0.5), x + 0.5 * y)
+        assert function.calls == n + 1

@@ -12,7 +12,6 @@ watches for it.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,10 +20,11 @@ from torch import Tensor
 
 from .recording import Recorder
 
-_UNKNOWN = object()
+_UNKNOWN: Any = object()
 _NUMBERS = {type(None), bool, int, float, tuple}
 FORMS = 1024  # how many are kept for an op; the oldest goes first
 ALIGNMENT = 256  # bytes, of a piece of the workspace
+_MISALIGNED = 15  # the bits of an address that kernels are compiled for
 
 
 def _empty(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -117,7 +117,7 @@ def _form(arguments: Sequence[Any]) -> tuple[tuple[Any, ...], list[Tensor], list
             form.append(tuple(x))
         else:
             address = x.data_ptr()
-            form += (x.dtype, x.shape, x.stride(), address & 15)
+            form += (x.dtype, x.shape, x.stride(), address & _MISALIGNED)
             tensors.append(x)
             addresses.append(address)
     form.append(tensors[0].get_device())
@@ -126,27 +126,73 @@ def _form(arguments: Sequence[Any]) -> tuple[tuple[Any, ...], list[Tensor], list
     return tuple(form), tensors, addresses
 
 
-def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
+class Replayed:
     """``function``, a kernel of an op on tensors of a GPU, which replays calls of a form that it has met."""
-    tapes: dict[Any, Any] = {}  # a tape, or None for a form that cannot be replayed
 
-    @functools.wraps(function)
-    def call(*arguments: Any) -> Any:
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self._tapes: dict[Any, _Tape | None] = {}  # None for a form that cannot be replayed
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Return what the function does."""
         form, tensors, addresses = _form(arguments)
-        tape = tapes.get(form, _UNKNOWN)
+        tape = self._tapes.get(form, _UNKNOWN)
         if tape is _UNKNOWN:
-            result, tapes[form] = _record(function, arguments, tensors)
-            if len(tapes) > FORMS:
-                tapes.pop(next(iter(tapes)), None)
+            result, self._tapes[form] = _record(self.function, arguments, tensors)
+            if len(self._tapes) > FORMS:
+                self._tapes.pop(next(iter(self._tapes)), None)
             return result
         if tape is None:
-            return function(*arguments)
+            return self.function(*arguments)
         if torch._C._cuda_getDevice() == tape.device.index:
             return tape.run(addresses)
         with torch.cuda.device(tape.device):
             return tape.run(addresses)
 
-    return call
+    def tape(self, arguments: Sequence[Any]) -> _Tape | None:
+        """What calls of this form are replayed from; None where they are not, or none was met."""
+        return self._tapes.get(_form(arguments)[0])
+
+
+class Line:
+    """A replayed kernel in a line of compiled code, whose arguments have one form in all calls but for addresses.
+
+    Only these are looked at, so it takes the host half as long. What the code is promised of the results, their
+    ``layouts`` (sizes and strides of each), is checked once.
+    """
+
+    def __init__(self, replayed: Replayed, layouts: Sequence[Any]) -> None:
+        self._replayed = replayed
+        self._layouts = layouts
+        self._places: list[int] = []  # of the tensors among the arguments
+        self._tape: _Tape | None = None
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Return what the kernel does."""
+        tape = self._tape
+        if tape is None:
+            return self._first(arguments)
+        addresses = [arguments[n].data_ptr() for n in self._places]
+        if not _are_apart(addresses) or torch._C._cuda_getDevice() != tape.device.index:
+            return self._replayed(*arguments)
+        return tape.run(addresses)
+
+    def _first(self, arguments: Sequence[Any]) -> Any:
+        result = self._replayed(*arguments)
+        for x, (shape, stride) in zip((result,) if isinstance(result, Tensor) else result, self._layouts, strict=True):
+            assert x.shape == shape and all(n < 2 or a == b for n, a, b in zip(shape, x.stride(), stride, strict=True))
+        places = [n for n, x in enumerate(arguments) if isinstance(x, Tensor)]
+        if _are_apart([arguments[n].data_ptr() for n in places]):
+            self._places, self._tape = places, self._replayed.tape(arguments)
+        return result
+
+
+def _are_apart(addresses: list[int]) -> bool:
+    """Whether addresses are aligned, and no two are one: what a form says of most."""
+    together = 0
+    for address in addresses:
+        together |= address
+    return not together & _MISALIGNED and len(set(addresses)) == len(addresses)
 
 
 def _record(function: Callable[..., Any], arguments: Sequence[Any], inputs: list[Tensor]) -> tuple[Any, _Tape | None]:
