@@ -51,20 +51,21 @@ def _named(op: torch._ops.OpOverload, lower: Callable[..., Any]) -> Callable[...
         made = graph.operations[before:]
         for call in made:
             if getattr(call, "op_overload", None) is op:
-                call.python_kernel_name = f"torch.ops.{op.namespace}.{op._opname}.{_way(made, graph.current_node)}"
+                call.python_kernel_name = f"torch.ops.{op.namespace}.{op._opname}.{_way(call, made, graph.current_node)}"
         return result
 
     return lowered
 
 
-def _way(made: Sequence[Any], node: Node) -> str:
+def _way(call: Any, made: Sequence[Any], node: Node) -> str:
     """How the kernel of a call is reached: by its line, where all sizes are numbers, which are looked at once then.
 
-    ``made`` are the operations of a node, its results among them, whose layouts Inductor would check at each call.
+    ``made`` are the operations of a node, its results among them, whose layouts Inductor would check at each call. From
+    torch 2.15 on a single result is the call itself.
     """
-    results = [x for x in made if type(x).__name__ == "MultiOutput"]
-    if not results or not _is_of_numbers(node):
+    if not _is_of_numbers(node):
         return "direct"
+    results = [x for x in made if type(x).__name__ == "MultiOutput"] or [call]
     layouts = tuple((tuple(map(int, x.get_size())), tuple(map(int, x.get_stride()))) for x in results)
     for x in results:
         x.skip_size_stride_alignment_checks = True
