@@ -51,7 +51,8 @@ def _named(op: torch._ops.OpOverload, lower: Callable[..., Any]) -> Callable[...
         made = graph.operations[before:]
         for call in made:
             if getattr(call, "op_overload", None) is op:
-                call.python_kernel_name = f"torch.ops.{op.namespace}.{op._opname}.{_way(call, made, graph.current_node)}"
+                way = _way(call, made, graph.current_node)
+                call.python_kernel_name = f"torch.ops.{op.namespace}.{op._opname}.{way}"
         return result
 
     return lowered
