@@ -150,9 +150,8 @@ def _checked(query: Tensor, key: Tensor, value: Tensor, how: How) -> How:
     return how._replace(attn_mask=mask)
 
 
-def _attention(
-    query, key, value, thresholds, attn_mask=None, is_causal=False, scale=None, least_keys=0, gain=(), *rest
-):
+def attention(query, key, value, thresholds, attn_mask=None, is_causal=False, scale=None, least_keys=0, gain=(), *rest):
+    """What the op ``attention`` is made of."""
     thresholds = thresholds.float()  # as buffers of a module they were cast with it
     packed, orders = rest[:_PACKED_FIELDS], Orders(*rest[_PACKED_FIELDS:])
     how = How(attn_mask, is_causal, default_scale(query.shape[-1], scale), *packed)
@@ -162,9 +161,9 @@ def _attention(
     return out_of_order(out, orders)
 
 
-library.impl("attention", _attention, "CompositeImplicitAutograd")
+library.impl("attention", attention, "CompositeImplicitAutograd")
 # Autocast leaves its operands alone, as it does those of other libraries' ops.
-library.impl("attention.as_given", _attention, "CompositeImplicitAutograd")
+library.impl("attention.as_given", attention, "CompositeImplicitAutograd")
 
 
 def _autocast(device: str):

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.fx import Graph, GraphModule, Node
 
+from .. import ops
 from ..report import Reason
 from .functions import Function
 
@@ -32,6 +33,16 @@ class Call:
     function: Function
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    given: tuple[Any, ...] = ()  # the arguments as they were given
+
+    @classmethod
+    def of(cls, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+        """Return the call of a function.
+
+        Raises:
+            TypeError: it is none that the function takes.
+        """
+        return cls(function, *function.arguments(args, kwargs), (*args, *kwargs.values()))
 
     @cached_property
     def named(self) -> list[tuple[str, Any]]:
@@ -44,6 +55,17 @@ class Call:
         return list({id(x): x for _, x in self.named if isinstance(x, Tensor)}.values())
 
     @property
+    def places(self) -> list[int] | None:
+        """Which of the given arguments the tensors are; None where they are made of these."""
+        places = {id(x): n for n, x in enumerate(self.given)}
+        return [places[id(x)] for x in self.tensors] if all(id(x) in places for x in self.tensors) else None
+
+    @property
+    def is_autocast(self) -> bool:
+        """Whether autocast is on where the tensors are."""
+        return _autocast(self.tensors) is not None
+
+    @property
     def refusal(self) -> tuple[Reason, str] | None:
         """Why it cannot be a graph; None where it can."""
         for name, x in self.named:
@@ -53,8 +75,7 @@ class Call:
             plain = type(x) in _TENSORS and x.layout is torch.strided if is_tensor else _is_constant(x)
             if not plain:
                 return Reason.ARGUMENT, f"{name} is a {type(x).__name__}"
-        level = getattr(torch._C._functorch, "maybe_current_level", lambda: None)()
-        return (Reason.TRANSFORM, "") if level is not None else None
+        return (Reason.TRANSFORM, "") if _level() is not None else None
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -91,6 +112,46 @@ class Call:
         # FlashAttention 3 gave the log-sum-exp always, before one could ask for it.
         always = self.function.dialect.kind == "flash_attn" and not _RETURNS_MORE & set(parameters)
         return (out, query.new_empty(query.shape[:-1], dtype=torch.float32)) if asked or always else out
+
+
+def form_of(function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    """What calls have in common that are alike, by what is quickly looked at; None for one that wants a closer look.
+
+    Two calls of one form are of one :attr:`Call.key`, and neither is refused if the other is not.
+    """
+    form: list[Any] = [function, *kwargs]
+    tensors: list[Tensor] = []
+    for x in (*args, *kwargs.values()):
+        kind = type(x)
+        if kind in _TENSORS:
+            if x.is_nested:
+                return None
+            form += (x.shape, x.dtype, x.device, x.requires_grad, x.layout)
+            tensors.append(x)
+        elif kind in _CONSTANTS:
+            form += (kind, x)
+        elif kind is tuple and all(type(each) is int for each in x):  # a window
+            form.append(x)
+        else:
+            return None
+    if not tensors or torch._C._len_torch_dispatch_stack() or _level() is not None:
+        return None
+    form.append(_autocast(tensors))
+    ids = [id(x) for x in tensors]
+    return (*form, *map(ids.index, ids)) if len(set(ids)) < len(ids) else tuple(form)
+
+
+def call_past_the_dispatcher(graph_module: GraphModule) -> None:
+    """Have a graph call what the op of an attention is made of, where autocast has nothing to say of it."""
+    op = torch.ops.sparge.attention.default
+    for node in graph_module.graph.find_nodes(op="call_function", target=op):
+        given = dict(zip((x.name for x in op._schema.arguments), node.args, strict=False)) | node.kwargs
+        node.args = tuple(given.get(x.name, x.default_value) for x in op._schema.arguments)
+        node.kwargs, node.target = {}, ops.attention
+    graph_module.recompile()
+
+
+_level = getattr(torch._C._functorch, "maybe_current_level", lambda: None)
 
 
 def unseen() -> AbstractContextManager[Any]:

@@ -6,7 +6,6 @@ that no door is for go on to where they were going.
 
 from __future__ import annotations
 
-import itertools
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -18,16 +17,14 @@ from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ..errors import value_error
-from ..naming import PACKAGE
 from ..passes.pipeline import analyse, find, sheltered
 from ..running.graph import OpenGraph, Slot
 from ..running.places import Fixed, Place
 from ..running.rehearsals import is_rehearsal
-from ..running.stack import called_module, outward
 from . import functions
-from .calls import Call
+from .calls import Call, form_of
 from .functions import Function, replace_functions, restore_functions
-from .sites import Scope, Where
+from .sites import Scope, Where, caller_of, line_of_caller
 
 
 class Door(Protocol):
@@ -35,8 +32,11 @@ class Door(Protocol):
 
     scope: Scope
 
-    def call(self, call: Call, where: Where, original: Callable[[], Any]) -> Any:
-        """Return the result of a call; ``original`` computes what it did before."""
+    def again(self, form: Any, where: Where) -> Callable[..., Any] | None:
+        """Return what computes calls of this form there from their arguments; None where none was prepared."""
+
+    def call(self, call: Call, where: Where, original: Callable[[], Any], form: Any) -> Any:
+        """Return the result of a call; ``original`` computes what it did before. Calls of one ``form`` are alike."""
 
 
 _doors: list[Door] = []
@@ -71,34 +71,39 @@ def close_door(door: Door) -> None:
 
 
 def _serve(function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    original = partial(function.original, *args, **kwargs)
-    if getattr(_inside, "on", False) or get_proxy_mode() is not None or _is_of_graph():
-        return original()
-    found = next(((door, where) for door in list(_doors) if (where := door.scope.where()) is not None), None)
-    if found is None:
-        return original()
-    try:
-        call = Call(function, *function.arguments(args, kwargs))
-    except (TypeError, AttributeError, RuntimeError):  # no call that the function takes: it says so itself
-        return original()
-    if not call.tensors or is_rehearsal(call.tensors):
-        return original()
+    caller = None
+    if not getattr(_inside, "on", False) and get_proxy_mode() is None:
+        caller = caller_of(sys._getframe(1), _OURS)
+    if caller is None:
+        return function.original(*args, **kwargs)
+    for door in list(_doors):
+        where = door.scope.where(caller)
+        if where is not None:
+            break
+    else:
+        return function.original(*args, **kwargs)
     replace_functions(_serve)  # those of modules that were imported meanwhile
-    door, where = found
+    form = form_of(function, args, kwargs)
+    again = None if form is None else door.again(form, where)
     _inside.on = True
     try:
-        return door.call(call, where, original)
+        return _first(door, where, function, args, kwargs, form) if again is None else again(function, args, kwargs)
     finally:
         _inside.on = False
 
 
-def _is_of_graph() -> bool:
-    """Whether the call is made by code of ours, or in a graph: whoever made that has looked at it."""
-    callers = (frame for frame in outward(sys._getframe(1)) if frame.f_code.co_filename not in _OURS)
-    for frame in itertools.takewhile(lambda frame: called_module(frame) is None, callers):
-        if frame.f_code.co_filename.startswith((PACKAGE, "<eval_with_key>")):
-            return True
-    return False
+def _first(
+    door: Door, where: Where, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any], form: Any
+) -> Any:
+    """A call that is to be looked at."""
+    original = partial(function.original, *args, **kwargs)
+    try:
+        call = Call.of(function, args, kwargs)
+    except (TypeError, AttributeError, RuntimeError):  # no call that the function takes: it says so itself
+        return original()
+    if not call.tensors or is_rehearsal(call.tensors):
+        return original()
+    return door.call(call, where, original, form)
 
 
 _OURS = {__file__, functions.__file__}
@@ -121,4 +126,4 @@ def _name(work: OpenGraph, where: Where) -> None:
     for i, match in enumerate(work.matches):
         slot = work.slots[match.node] = Slot(Fixed(place), match.path, where.number)
         named = slot.at(place, match)
-        work.matches[i] = replace(named, site=replace(named.site, code=where.code))
+        work.matches[i] = replace(named, site=replace(named.site, code=line_of_caller()))

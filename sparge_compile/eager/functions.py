@@ -117,10 +117,10 @@ _looked_at = 0  # how many modules there were
 def replace_functions(serve: Serve) -> None:
     """Have ``serve`` called in the place of every function that attends; call it again to find those that are new."""
     global _serve, _looked_at
+    if _serve is serve and _looked_at == len(sys.modules):
+        return
     with _lock:
         _serve = serve
-        if _looked_at == len(sys.modules):
-            return
         _looked_at = len(sys.modules)
         for module, name, value in list(_candidates()):
             if type(value) is not FunctionType:

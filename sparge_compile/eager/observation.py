@@ -29,7 +29,10 @@ class _Watching:
         self.scope = Scope(observer.names.root)
         self._observer = observer
 
-    def call(self, call: Call, where: Where, original: Callable[[], Any]) -> Any:
+    def again(self, form: Any, where: Where) -> None:
+        """Every call is looked at."""
+
+    def call(self, call: Call, where: Where, original: Callable[[], Any], form: Any) -> Any:
         """Have the observer run the call."""
         if call.refusal is not None:
             return original()

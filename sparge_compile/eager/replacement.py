@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from types import TracebackType
 from typing import Any
 
 from torch import Tensor
+from torch.fx import Node
 from torch.nn import Module
 
 from ..errors import type_error, value_error
@@ -20,11 +21,13 @@ from ..passes.pipeline import analyse, rewriting_passes, run
 from ..report import Decision, Report, Site, SiteReport
 from ..running.graph import OpenGraph, decide_sites
 from ..running.thresholds import read_attached
+from ..thresholds.buffers import Attached, attached_to
 from ..thresholds.steps import step_of
 from ..user_model import is_compiled, user_model
-from .calls import Call, unseen
+from .calls import Call, call_past_the_dispatcher, unseen
 from .door import close_door, open_call, open_door
-from .sites import Scope, Where
+from .functions import Function
+from .sites import Scope, Where, line_of_caller
 
 # Of a call that is another one each time, not more is kept than this.
 _MOST_PLANS = 1024
@@ -93,6 +96,7 @@ class _Plan:
     graph: OpenGraph
     compute: Callable[..., Any] | None
     is_attached: bool
+    modules: Mapping[Node, Module | None]  # where thresholds may be attached for each match
 
     @classmethod
     def make(cls, call: Call, where: Where, settings: Options) -> _Plan:
@@ -103,33 +107,32 @@ class _Plan:
             tensors = [node.meta["val"] for node in graph.graph_module.graph.find_nodes(op="placeholder")]
             mode = tensors[0].fake_mode
             run(graph, *rewriting_passes(settings, partial(mode.from_tensor, static_shapes=True)))
-        return cls(graph, graph.graph_module.forward if graph.substituted else None, is_attached)
+            if not call.is_autocast:
+                call_past_the_dispatcher(graph.graph_module)
+        modules = {node: slot.locator.first.module(slot.path) for node, slot in graph.slots.items()}
+        return cls(graph, graph.graph_module.forward if graph.substituted else None, is_attached, modules)
 
-    @property
-    def is_stale(self) -> bool:
-        """Whether thresholds were attached to the module since, or taken off it."""
-        return bool(_attached(self.graph)) != self.is_attached
+    def attached(self) -> dict[Node, Attached]:
+        """What holds thresholds that are attached now, for each match."""
+        held = {}
+        for node, module in self.modules.items():
+            there = attached_to(module)
+            if there is not None and there.get(self.graph.slots[node].number) is not None:
+                held[node] = there
+        return held
 
-    @property
-    def is_dense(self) -> bool:
+    def is_dense(self, held: Mapping[Node, Attached]) -> bool:
         """Whether the thresholds that are attached are dense by plan now."""
-        held = _attached(self.graph)
         return bool(held) and all(each.is_dense(self.graph.slots[node].number) for node, each in held.items())
 
-    def __call__(self, tensors: list[Tensor]) -> Any:
+    def __call__(self, tensors: Sequence[Tensor], held: Mapping[Node, Attached]) -> Any:
         assert self.compute is not None
-        held = _attached(self.graph)
         values = []
         for x in self.graph.threshold_inputs:
-            slot = self.graph.slots[x.match.node]
             there = held.get(x.match.node)
-            values.append(x.values if there is None else read_attached(there, slot.number, x))
+            number = self.graph.slots[x.match.node].number
+            values.append(x.values if there is None else read_attached(there, number, x))
         return self.compute(*tensors, *values)
-
-
-def _attached(graph: OpenGraph) -> dict[Any, Any]:
-    found = {node: slot.attached(slot.locator.first) for node, slot in graph.slots.items()}
-    return {node: held for node, held in found.items() if held is not None}
 
 
 class Replacement:
@@ -140,6 +143,7 @@ class Replacement:
         self._settings = settings
         self.scope = Scope(self._model)  # type: ignore[arg-type]
         self._plans: dict[Any, _Plan] = {}
+        self._ready: dict[Any, tuple[_Plan, list[int]]] = {}  # by a quicker look; and the places of the tensors
         self._rows: dict[Any, SiteReport] = {}
         self._seen = Report(calls=0)
         self._notes: list[str] = []  # once it is removed
@@ -152,27 +156,52 @@ class Replacement:
         notes = self._not_covered() if self._is_open else self._notes
         return replace(self._seen, sites=list(self._rows.values()), notes=notes)
 
-    def call(self, call: Call, where: Where, original: Callable[[], Any]) -> Any:
+    def again(self, form: Any, where: Where) -> Callable[..., Any] | None:
+        """Return what computes calls of this form there from their arguments; None where none was prepared."""
+        ready = self._ready.get((form, where))
+        if ready is None:
+            return None
+        plan, places = ready
+        held = plan.attached()
+        if bool(held) != plan.is_attached:
+            return None
+
+        def compute(function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+            assert self._seen.calls is not None
+            self._seen.calls += 1
+            if plan.compute is None or plan.is_dense(held) or self._is_dense_step(where):
+                return function.original(*args, **kwargs)
+            given = (*args, *kwargs.values())
+            return plan([given[n] for n in places], held)
+
+        return compute
+
+    def call(self, call: Call, where: Where, original: Callable[[], Any], form: Any) -> Any:
         """Return the result of a call: sparse, or as it was."""
         assert self._seen.calls is not None
         self._seen.calls += 1
         if call.refusal is not None:
             self._refuse(call, where, Decision(*call.refusal))
             return original()
-        key = (call.key, id(where.root), where.prefix, where.number)
+        key = (call.key, where)
         plan = self._plans.get(key)
-        if plan is None or plan.is_stale:
+        held = {} if plan is None else plan.attached()
+        if plan is None or bool(held) != plan.is_attached:
             if len(self._plans) >= _MOST_PLANS:
                 self._plans.clear()
+                self._ready.clear()
             with unseen():
                 plan = self._plans[key] = _Plan.make(call, where, self._settings)
             result = original() if plan.graph.failures else None  # which may be the user's: then it raises
             self._tell(plan.graph, where)
             if plan.graph.failures:
                 return result
-        if plan.compute is None or plan.is_dense or self._is_dense_step(where):
+            held = plan.attached()
+        if form is not None and call.places is not None:
+            self._ready[form, where] = plan, call.places
+        if plan.compute is None or plan.is_dense(held) or self._is_dense_step(where):
             return original()
-        return plan(call.tensors)
+        return plan(call.tensors, held)
 
     def _is_dense_step(self, where: Where) -> bool:
         schedule = self._settings.schedule
@@ -181,7 +210,7 @@ class Replacement:
     def _refuse(self, call: Call, where: Where, decision: Decision) -> None:
         name = numbered(where.prefix or ROOT, where.number)
         kind = "sdpa" if call.function.dialect is None else call.function.dialect.kind
-        row = SiteReport(Site(name, kind, code=where.code), decision)
+        row = SiteReport(Site(name, kind, code=line_of_caller()), decision)
         if self._note(row):
             warn_of_unsupported(Report([row]), self._settings)
 
@@ -222,6 +251,7 @@ class Replacement:
         close_door(self)
         self._notes, self._is_open = self.report.notes, False
         self._plans.clear()
+        self._ready.clear()
         self._model, self.scope = None, Scope(Module())
 
     def __enter__(self) -> Replacement:

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from toys import Block, Stack
 
 from sparge_compile import Calibration, attach, attention, calibrate, explain, replace_attention
+from sparge_compile.eager import door, replacement, sites
 from sparge_compile.report import Reason
 
 DENSE = {"topk": 1.0, "topp": 0.0, "min_seq_len": 0}
@@ -314,6 +315,69 @@ def test_what_breaks_out_of_a_graph_is_seen(x):
     with replace_attention(model, SPARSE) as replaced:
         torch.compile(model, backend="eager")(x)
     assert names(replaced.report) == ["blocks.0", "blocks.1"]
+
+
+@pytest.fixture
+def readings(monkeypatch):
+    """The calls that were read, as graphs or to find out where they stand."""
+    read = []
+    of, chain = door.Call.of, sites.module_calls
+    monkeypatch.setattr(door.Call, "of", lambda *given: read.append("call") or of(*given))
+    monkeypatch.setattr(sites, "module_calls", lambda frame: read.append("stack") or chain(frame))
+    return read
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_calls_that_are_alike_are_read_once(model, x, readings, grad):
+    with replace_attention(model, SPARSE) as replaced, torch.set_grad_enabled(grad):
+        want = model(x)
+        assert sorted(readings) == ["call"] * 2 + ["stack"] * 2
+        for _ in range(3):
+            assert torch.equal(model(x), want)
+        assert len(readings) == 4 and replaced.report.calls == 8
+        model(x[:, :200])
+        with torch.autocast("cpu", torch.bfloat16):
+            model(x)
+        assert readings.count("call") == 6 and readings.count("stack") == 2
+
+
+def test_calls_that_look_alike_and_are_not(x):
+    q, k, v = (y.unflatten(-1, (4, -1)).transpose(1, 2) for y in (x, x.sin(), x.cos()))
+
+    class Ways(nn.Module):
+        def forward(self, *args, **kwargs):
+            return F.scaled_dot_product_attention(*args, **kwargs)
+
+    ways = [
+        ((q, k, v), {}),
+        ((q, q, v), {}),
+        ((q, k, k), {}),
+        ((q,), {"value": v, "key": k}),
+        ((q, k, v, None, 0.0), {}),
+    ]
+    ways += [((q, k, v), {"is_causal": causal, "scale": scale}) for causal in (False, True) for scale in (1, 0.5)]
+    model = Ways()
+    with replace_attention(model, SPARSE):
+        for _ in range(2):
+            for args, kwargs in ways:
+                given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+                assert torch.equal(model(*args, **kwargs), attention(**given, topk=0.3, topp=0.0))
+
+
+def test_the_table_of_calls_is_bounded(model, x, monkeypatch):
+    monkeypatch.setattr(replacement, "_MOST_PLANS", 3)
+    with replace_attention(model, SPARSE) as replaced:
+        for n in (260, 270, 280, 290, 260):
+            model(x[:, :n])
+            assert len(replaced._plans) <= 3 and len(replaced._ready) <= 3
+
+
+def test_token_order_in_eager_code(x):
+    q = x[:, :240].unflatten(-1, (4, -1)).transpose(1, 2)
+    with replace_attention(model := Calls(), SPARSE, token_order="tiles", grid=(3, 8, 10)):
+        found = [model(x[:, :240]) for _ in range(2)]
+    want = attention(q, q, q, topk=0.3, topp=0.0, grid=(3, 8, 10))
+    assert all(torch.equal(each, want) for each in found)
 
 
 def test_other_threads_and_checkpoints(model, x):
