@@ -2,8 +2,7 @@
 
 The shape is that of a video model (Wan 1.3B: 12 heads of 128, a grid of 21 x 30 x 52). Queries and keys are rotated
 before attention, as in a model, so that a compiler may fuse the gathers into the rotation. Each query block keeps
-equally many key blocks in every row of the table, or an equal share of them (the grid's edges cut tiles, so there are
-more blocks in tile order).
+equally many key blocks in both orders.
 
     python benchmarks/token_order.py
     python benchmarks/token_order.py --device cpu --grid 3 5 7 --heads 2 --head-size 32 --budget 0.05
@@ -27,7 +26,6 @@ from tabulate import tabulate
 from torch import Tensor
 
 from sparge_compile import Grid, attention
-from sparge_compile.kernels.block_map import KEY_BLOCK, ceil_div
 
 SHARES = (0.05, 0.1, 0.2, 0.4)
 TILE = (2, 4, 8)
@@ -74,10 +72,6 @@ def main(given: Sequence[str] | None = None) -> list[list[Any]]:
     torch.manual_seed(0)
     grid, tile = Grid(0, *args.grid, 0), tuple(args.tile)
     is_dense_attention(grid, device, dtype)
-    padding = grid.padding(tile)
-    blocks = {"raster": ceil_div(grid.tokens, KEY_BLOCK), "tiles": padding.slots // KEY_BLOCK}
-    print(f"{blocks['raster']} key blocks in raster order, {blocks['tiles']} tiles; padding {padding.share:.1%}")
-
     shape = (1, grid.tokens, args.heads, args.head_size)
     q, k, v = (torch.randn(shape, device=device, dtype=dtype).requires_grad_() for _ in "qkv")
     angle = torch.randn(1, grid.tokens, 1, args.head_size // 2, device=device)
@@ -87,11 +81,9 @@ def main(given: Sequence[str] | None = None) -> list[list[Any]]:
     ways: dict[str, tuple[list[Any], Callable[[], Tensor]]] = {}
     for how, function in run.items():
         for share in SHARES:
-            same = share * blocks["raster"] / blocks["tiles"]
-            for order, topk in (("raster", share), ("tiles, as many blocks", same), ("tiles, as large a share", share)):
-                options = {} if order == "raster" else {"grid": grid, "tile": tile}
-                call = partial(function, q, k, v, cos, sin, topk, **options)
-                ways[f"{how} {order} {share}"] = [how, order, topk], call
+            for order, options in (("raster", {}), ("tiles", {"grid": grid, "tile": tile})):
+                call = partial(function, q, k, v, cos, sin, share, **options)
+                ways[f"{how} {order} {share}"] = [how, order, share], call
     torch._dynamo.config.recompile_limit = len(ways)
     forward = {name: torch.no_grad()(call) for name, (_, call) in ways.items()}
     both = {name: trained(call, (q, k, v), weight) for name, (_, call) in ways.items()}

@@ -58,13 +58,12 @@ def attention(
         dense_queries: keep every visible block for the query rows of these tokens, too, if L = S.
         grid: the tokens are a grid of space and time, raster by raster: (frames, height, width), or
             ``Grid(prefix, frames, height, width, suffix)`` with the numbers of tokens before and behind it. A block is
-            then a tile of the grid; the result has the order of the tokens as ever. Keys that are as many as the
+            then compact in space and time; the result has the order of the tokens as ever. Keys that are as many as the
             queries have the same grid; others (a text) keep their order. Not with ``is_causal``.
-        tile: frames, rows and columns of a tile, at most 64 tokens together. What a tile lacks of 64 tokens, and what
-            the edge of the grid cuts off, is computed for nothing: ``Grid.padding(tile)`` says how much that is. It is
-            little where a tile fits the grid, as (3, 5, 4) fits 21 x 30 x 52.
+        tile: the shape that blocks come close to: frames, rows and columns, at most 64 tokens together. A grid of
+            whole tiles of 64 is cut into just these.
         block_map: which key blocks to read instead of the rule: ``BlockMap.from_dense(bool [B, H, Nq, Nk])``. With a
-            grid, of blocks of 64 slots of ``torch.ops.sparge.order``.
+            grid, of blocks of 64 rows in the order of ``torch.ops.sparge.order``.
         return_lse: also return the log-sum-exp (natural) of the scaled scores of the kept keys, masks added, float32
             [B, H, L]; −inf for a row that sees no key; differentiable. Two calls over parts of the keys, as in ring
             attention, merge as ``lse = torch.logaddexp(lse1, lse2)`` and ``out = out1 · exp(lse1 − lse) + out2 ·
@@ -142,9 +141,8 @@ def _orders(query: Tensor, key: Tensor, grid: Grid | tuple[int, ...], tile: tupl
             allowed="prefix + frames × height × width + suffix = queries",
             todo="Count what stands before and behind the grid: Grid(prefix, frames, height, width, suffix).",
         )
-    slots, places, sizes = torch.ops.sparge.order(*found, of_tile, query.device)
-    both = surely(length == keys)
-    return Orders(slots, places, sizes, slots if both else None, sizes if both else None)
+    order = torch.ops.sparge.order(*found, of_tile, query.device)
+    return Orders(*order, *(order if surely(length == keys) else ()))
 
 
 def varlen_attention(
@@ -251,9 +249,5 @@ def sparsity(block_map: BlockMap, query: Tensor, key: Tensor, how: How) -> Tenso
     if attn_mask is not None:
         bias, _ = pool_mask(capability.normal_mask(attn_mask, key.shape[2]), length, is_causal)
         visible = visible & (bias != float("-inf"))
-    if how.sizes_q is not None:
-        visible = visible & (how.sizes_q.unflatten(0, (n_query, -1)).amax(-1) > 0).unsqueeze(-1)
-    if how.sizes_k is not None:
-        visible = visible & (how.sizes_k > 0)
     kept = block_map.counts.expand(batch, heads, n_query).sum()
     return 1 - kept / visible.sum().clamp(min=1)

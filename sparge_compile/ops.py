@@ -19,7 +19,7 @@ from torch import Tensor
 from . import sharding
 from .errors import explain_error
 from .kernels import allocate, attend, capability, cpu, direct
-from .kernels.block_map import KEY_BLOCK, BlockMap
+from .kernels.block_map import BlockMap
 from .kernels.how import TENSORS, How
 from .kernels.order import Grid, Orders, copy_of_order
 from .kernels.reorder import into_order, out_of_order, rows
@@ -34,7 +34,7 @@ _PACKED = (  # the fields of a How after the first three, but for those of an or
     "SymInt max_seqlen_q=0, SymInt max_seqlen_k=0, SymInt[]? parts=None"
 )
 # All fields of a How after the first three.
-_REST = f"{_PACKED}, Tensor? sizes_q=None, Tensor? sizes_k=None, Tensor? slots_q=None, Tensor? slots_k=None"
+_REST = f"{_PACKED}, Tensor? slots_q=None, Tensor? slots_k=None"
 _ORDERS = ", ".join(f"Tensor? {name}=None" for name in Orders._fields)
 _PACKED_FIELDS = _PACKED.count(",") + 1
 
@@ -46,7 +46,7 @@ for _name in ("attention", "attention.as_given"):
     )
 library.define(
     "order(SymInt prefix, SymInt frames, SymInt height, SymInt width, SymInt suffix, int[] tile, Device device) "
-    "-> (Tensor slots, Tensor places, Tensor sizes)"
+    "-> (Tensor slots, Tensor places)"
 )
 library.define("rows(Tensor x, Tensor index, Tensor inverse) -> Tensor")
 library.define("mark(Tensor thresholds, int index) -> ()")
@@ -142,7 +142,7 @@ def _checked(query: Tensor, key: Tensor, value: Tensor, how: How) -> How:
         how = How(*sharding.on_the_mesh_of(query, *how))
     capability.check_qkv(query, key, value)
     capability.check_packing(how, query, key)
-    capability.check_sizes_of_blocks(how, query, key)
+    capability.check_slots(how, query, key)
     mask = how.attn_mask
     if mask is not None:
         capability.check_mask(mask, query, key)
@@ -278,8 +278,7 @@ def _(numbers, device, width=2):
 @torch.library.register_fake("sparge::order", lib=library)
 def _(prefix, frames, height, width, suffix, tile, device):
     grid = Grid(prefix, frames, height, width, suffix)
-    runs = sum(grid.runs(tile))
-    return tuple(torch.empty(n, dtype=torch.int32, device=device) for n in (runs * KEY_BLOCK, grid.tokens, runs))
+    return tuple(torch.empty(grid.tokens, dtype=torch.int32, device=device) for _ in range(2))
 
 
 @torch.library.register_fake("sparge::block_map", lib=library)

@@ -61,8 +61,8 @@ class Options:
     """Which tokens form a block: `"raster"`, consecutive ones, or `"tiles"` of space and time, where a site's grid is
     known: as the graph shows it, as `grid` says, or as `attach(..., grid=)` does."""
     tile: tuple[int, int, int] = TILE
-    """Frames, rows and columns of a tile, at most 64 tokens together. An image has one frame: there `(2, 4, 8)` is 8
-    rows of 8."""
+    """Frames, rows and columns of a tile, at most 64 tokens together: the shape that blocks come close to. An image has
+    one frame: there `(2, 4, 8)` is 8 rows of 8."""
     grid: Grid | tuple[int, ...] | Mapping[str, Any] | None = None
     """The grid of tokens, where the graph does not show it: `(frames, height, width)` in tokens, or `(prefix, frames,
     height, width, suffix)` with the numbers of tokens before and behind; or a dict of these by site name or pattern."""

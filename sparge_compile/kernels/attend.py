@@ -115,7 +115,7 @@ def _is_sparse(query: Tensor, key: Tensor, value: Tensor, how: How, least_keys: 
 def _sdpa_computes(query: Tensor, key: Tensor, how: How) -> bool:
     """Whether dense attention is a call of SDPA, which aligns causality to the top left."""
     aligned = not how.is_causal or how.diagonal(query.shape[2], key.shape[2]) == 0
-    return aligned and how.attn_mask is None and not how.packed and not how.ordered
+    return aligned and how.attn_mask is None and not how.packed
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
@@ -131,6 +131,6 @@ def _check(query: Tensor, key: Tensor, value: Tensor, how: How) -> None:
     """Raise a ``ValueError`` for sizes that do not fit, of which a trace with symbols may have known nothing."""
     capability.check_sizes(query, key, value)
     capability.check_packing(how, query, key)
-    capability.check_sizes_of_blocks(how, query, key)
+    capability.check_slots(how, query, key)
     if how.attn_mask is not None:
         capability.check_mask_size(how.attn_mask, query, key)

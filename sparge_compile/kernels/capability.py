@@ -243,13 +243,11 @@ def check_packing(how: How, q: Tensor, k: Tensor) -> None:
         )
 
 
-def check_sizes_of_blocks(how: How, q: Tensor, k: Tensor) -> None:
-    """Raise a ``ValueError`` unless the sizes of blocks, where an order left padding, fit q over k."""
+def check_slots(how: How, q: Tensor, k: Tensor) -> None:
+    """Raise a ``ValueError`` unless the tokens of rows in another order fit q over k."""
     if not how.ordered:
         return
-    for letter, sizes, slots, x in (("q", how.sizes_q, how.slots_q, q), ("k", how.sizes_k, how.slots_k, k)):
-        if sizes is not None:
-            _check_whole_numbers(f"sizes_{letter}", sizes, ceil_div(x.shape[2], KEY_BLOCK), q.device)
+    for letter, slots, x in (("q", how.slots_q, q), ("k", how.slots_k, k)):
         if slots is not None:
             _check_whole_numbers(f"slots_{letter}", slots, x.shape[2], q.device)
     if how.is_causal or how.packed:
@@ -263,20 +261,17 @@ def check_sizes_of_blocks(how: How, q: Tensor, k: Tensor) -> None:
 
 def check_orders(how: How, q: Tensor, k: Tensor, orders: Orders) -> None:
     """Raise a ``ValueError`` unless the orders of tokens fit q over k, as far as their sizes say."""
-    slots_q, places_q, sizes_q, slots_k, sizes_k = orders
-    of_query, of_key = (slots_q, places_q, sizes_q), (slots_k, sizes_k)
-    if any(len({x is None for x in some}) > 1 for some in (of_query, of_key)):
+    given = orders._asdict()
+    if any((given[f"slots_{x}"] is None) != (given[f"places_{x}"] is None) for x in "qk"):
         raise value_error(
             "an order of tokens is not whole",
-            given=", ".join(name for name, x in zip(orders._fields, orders, strict=True) if x is not None),
-            allowed="slots_q, places_q and sizes_q together, and slots_k and sizes_k together",
-            todo="sparge::order gives all of them.",
+            given=", ".join(name for name, x in given.items() if x is not None),
+            allowed="slots_q and places_q together, and slots_k and places_k together",
+            todo="sparge::order gives both.",
         )
-    if slots_q is not None and places_q is not None and sizes_q is not None:
-        _check_whole_numbers("slots_q", slots_q, sizes_q.shape[0] * KEY_BLOCK, q.device)
-        _check_whole_numbers("places_q", places_q, q.shape[2], q.device)
-    if slots_k is not None and sizes_k is not None:
-        _check_whole_numbers("slots_k", slots_k, sizes_k.shape[0] * KEY_BLOCK, q.device)
+    for name, x in given.items():
+        if x is not None:
+            _check_whole_numbers(name, x, (q if name.endswith("q") else k).shape[2], q.device)
 
 
 def _check_whole_numbers(name: str, x: Tensor, length: Any, device: torch.device) -> None:

@@ -16,7 +16,7 @@ NOT_CAUSAL, TOP_LEFT, BOTTOM_RIGHT = 0, 1, 2  # what a kernel is told of causali
 
 
 # The fields of a How that are tensors.
-TENSORS = ("attn_mask", "cu_seqlens_q", "cu_seqlens_k", "sizes_q", "sizes_k", "slots_q", "slots_k")
+TENSORS = ("attn_mask", "cu_seqlens_q", "cu_seqlens_k", "slots_q", "slots_k")
 
 
 class How(NamedTuple):
@@ -33,10 +33,6 @@ class How(NamedTuple):
     # The sizes of what the sequence is put together of, of which thresholds may keep some. AOTInductor gives None for
     # an empty list.
     parts: Sequence[Any] | None = None
-    # int32 [L / 64] and [S / 64]: how many leading rows of each run of 64 hold tokens, where an order left padding. No
-    # query sees a row that is padding, no mean counts it, its output is 0 and its log-sum-exp -inf.
-    sizes_q: Tensor | None = None
-    sizes_k: Tensor | None = None
     slots_q: Tensor | None = None  # int32 [L] and [S]: the token of each row, where there is an order
     slots_k: Tensor | None = None
 
@@ -47,8 +43,8 @@ class How(NamedTuple):
 
     @property
     def ordered(self) -> bool:
-        """Whether rows of queries or keys may be padding."""
-        return self.sizes_q is not None or self.sizes_k is not None
+        """Whether queries or keys are in another order than that of their tokens."""
+        return self.slots_q is not None or self.slots_k is not None
 
     @property
     def causality(self) -> int:

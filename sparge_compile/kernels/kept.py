@@ -46,8 +46,6 @@ def always_read(
 
 def blocks_with(ranges: Tensor, block: int, length: int, found: tuple[int, int], slots: Tensor | None = None) -> Tensor:
     """bool [H, N]: the blocks of a sequence that hold a token of a range, float32 [H, 2]."""
-    if slots is not None:
-        length = int(slots.max()) + 1 if len(slots) else 0
     start, stop = ranges.unbind(-1)
     of_graph = start == OF_GRAPH
     start, stop = (torch.where(of_graph, own, x) for own, x in zip(found, (start, stop), strict=True))

@@ -1,7 +1,7 @@
 """Token order: which tokens form a block where a sequence is a grid of space and time.
 
-In: a :class:`Grid`, and a tile of it with at most as many tokens as a key block. Out: an :class:`Order`, which puts the
-tokens of each tile into one block. Nothing but numbers goes in, so an order is made on its device, without a copy.
+In: a :class:`Grid`, and the tile whose shape blocks shall have. Out: an :class:`Order`, a permutation of the tokens.
+Nothing but numbers goes in, so an order is made on its device, without a copy.
 """
 
 from __future__ import annotations
@@ -16,21 +16,17 @@ from ..errors import type_error, value_error
 from .block_map import KEY_BLOCK, QUERY_BLOCK, ceil_div
 
 TILE = (2, 4, 8)  # frames, rows and columns of a tile
-RUNS = QUERY_BLOCK // KEY_BLOCK  # key blocks in the rows of a query block
 MADE_ORDERS = 64  # how many are kept; the oldest goes first
+TIE = 1e-6  # what is closer is equal
 
 _FORMS = "Grid(prefix, frames, height, width, suffix), or these five numbers, or (frames, height, width)"
 
 
 class Order(NamedTuple):
-    """Tokens in blocks: of each run of 64 slots, the leading ones hold tokens, and the rest is padding.
+    """A permutation of L tokens: 64 rows that follow one another are a key block, 128 are a query block."""
 
-    L tokens have 64 · n slots; n is even, so that a query block is two runs.
-    """
-
-    slots: Tensor  # int32 [64 * n], the token of each slot; a padding slot repeats a token of its own query block
-    places: Tensor  # int32 [L], the slot of each token
-    sizes: Tensor  # int32 [n], how many leading slots of each run hold tokens; 0 for a run that is all padding
+    slots: Tensor  # int32 [L], the token of each row
+    places: Tensor  # int32 [L], the row of each token
 
 
 class Orders(NamedTuple):
@@ -38,26 +34,13 @@ class Orders(NamedTuple):
 
     slots_q: Tensor | None = None
     places_q: Tensor | None = None
-    sizes_q: Tensor | None = None
     slots_k: Tensor | None = None
-    sizes_k: Tensor | None = None
+    places_k: Tensor | None = None
 
     @property
     def given(self) -> bool:
         """Whether queries or keys have another order than that of their tokens."""
         return self.slots_q is not None or self.slots_k is not None
-
-
-class Padding(NamedTuple):
-    """What an order costs: blocks that tokens do not fill are read as if they were full."""
-
-    tokens: int
-    slots: int  # those of all blocks with a token
-
-    @property
-    def share(self) -> float:
-        """The share of slots that hold no token."""
-        return 1 - self.tokens / self.slots if self.slots else 0.0
 
 
 class Grid(NamedTuple):
@@ -76,27 +59,6 @@ class Grid(NamedTuple):
     def tokens(self) -> Any:
         """Tokens of the whole sequence."""
         return self.prefix + self.frames * self.height * self.width + self.suffix
-
-    def runs(self, tile: Sequence[int]) -> tuple[Any, Any, Any]:
-        """How many runs of 64 slots the prefix, the grid and the suffix have: whole query blocks each."""
-        tiles = tiles_of(self, tile)
-        return (
-            ceil_div(self.prefix, QUERY_BLOCK) * RUNS,
-            ceil_div(tiles[0] * tiles[1] * tiles[2], RUNS) * RUNS,
-            ceil_div(self.suffix, QUERY_BLOCK) * RUNS,
-        )
-
-    def padding(self, tile: Sequence[int] = TILE) -> Padding:
-        """What tiles of this grid cost."""
-        tiles = tiles_of(self, tile)
-        blocks = tiles[0] * tiles[1] * tiles[2] + sum(ceil_div(x, KEY_BLOCK) for x in (self.prefix, self.suffix))
-        return Padding(self.tokens, blocks * KEY_BLOCK)
-
-
-def tiles_of(grid: Grid, tile: Sequence[int]) -> tuple[Any, Any, Any]:
-    """How many tiles a grid has along each axis; those at its far edges may be smaller."""
-    frames, height, width = (ceil_div(n, size) for n, size in zip(grid[1:4], tile, strict=True))
-    return frames, height, width
 
 
 def parse_grid(grid: Any, where: str) -> Grid:
@@ -129,75 +91,80 @@ def parse_tile(tile: Any, where: str) -> tuple[int, int, int]:
             f"{where}: tile is no box of tokens that a key block holds",
             given=repr(tile),
             allowed=f"(frames, rows, columns), at most {KEY_BLOCK} tokens, such as {TILE}, (3, 5, 4) or (1, 8, 8)",
-            todo=f"Choose three numbers whose product is {KEY_BLOCK}, or little less: Grid.padding says what it costs.",
+            todo=f"Choose three numbers whose product is {KEY_BLOCK}, or little less.",
         )
     return numbers
 
 
 def make_order(grid: Grid, tile: Sequence[int], device: torch.device) -> Order:
-    """The order of a grid by tiles, each of them a block, and two neighbours a query block.
+    """The order of a grid whose blocks are compact: they come as close to tiles as whole blocks can.
 
-    Tiles at the far edges of the grid that are cut by them are short blocks. What stands before and behind the grid
-    has blocks of its own, in its own order.
+    The grid is cut in two, and so are its parts, along the axis on which a part has the most tiles, at a row where a
+    query block begins, or a key block in the end (a k-d tree). The cuts lie between tiles where these fit, so that a
+    grid of whole tiles is cut into them. Tokens before and behind the grid stay where they are: where the grid begins
+    or ends inside a block, it shares this one with them.
     """
-    before, tiles, after = (torch.arange(n, device=device) for n in grid.runs(tile))
-    parts = (
-        _line(before, 0, grid.prefix),
-        _tiles(tiles, grid, tile),
-        _line(after, grid.tokens - grid.suffix, grid.suffix),
+    first, count = grid.prefix, grid.frames * grid.height * grid.width
+    tokens, held = (
+        torch.arange(start, end, device=device) for start, end in ((0, grid.tokens), (first, first + count))
     )
-    tokens, sizes = (torch.cat(x) for x in zip(*parts, strict=True))  # [n, 64], [n]
-    slots, sizes = tokens.flatten().to(torch.int32), sizes.to(torch.int32)
-    return Order(slots, places_of(slots, sizes, grid.tokens), sizes)
+    begin, end = torch.full_like(held, first), torch.full_like(held, first + count)
+    for _ in range(_levels(count)):
+        held, begin, end = _cut(held, begin, end, grid, tile)
+    slots = torch.cat((tokens[:first], held, tokens[first + count :]))
+    places = torch.empty_like(slots).scatter(0, slots, tokens)
+    return Order(slots.to(torch.int32), places.to(torch.int32))
 
 
-def places_of(slots: Tensor, sizes: Tensor, length: Any) -> Tensor:
-    """int32 [L], the slot of each token, from the other two parts of an order."""
-    padding = ~held_slots(sizes)
-    slot = torch.arange(slots.shape[0], dtype=torch.int32, device=slots.device)
-    places = slots.new_zeros(length + 1)  # padding goes to one behind all tokens
-    return places.scatter(0, slots.masked_fill(padding, length).long(), slot)[:length].clone()
+def _levels(count: int) -> int:
+    """How often parts are cut until each is a block. A cut leaves two thirds at the most, but for rounding."""
+    blocks, levels = ceil_div(count, KEY_BLOCK), 2
+    while blocks > 1:
+        blocks, levels = blocks * 2 // 3, levels + 1
+    return levels
 
 
-def held_slots(sizes: Tensor) -> Tensor:
-    """bool [64 * n]: the slots that hold tokens."""
-    return (torch.arange(KEY_BLOCK, device=sizes.device) < sizes.unsqueeze(-1)).flatten()
+def _cut(held: Tensor, begin: Tensor, end: Tensor, grid: Grid, tile: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut each part of a grid in two: the tokens of the grid's rows [n], and where the part of each begins and ends.
 
-
-def _line(run: Tensor, first: int, length: int) -> tuple[Tensor, Tensor]:
-    """(tokens [n, 64], sizes [n]) of runs of consecutive tokens, from ``first`` on."""
-    token = run.unsqueeze(-1) * KEY_BLOCK + torch.arange(KEY_BLOCK, device=run.device)
-    return first + token.clamp(max=length - 1), (length - run * KEY_BLOCK).clamp(0, KEY_BLOCK)
-
-
-def _tiles(run: Tensor, grid: Grid, tile: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """(tokens [n, 64], sizes [n]) of the tiles of a grid."""
-    count = tiles_of(grid, tile)
-    last = count[0] * count[1] * count[2] - 1
-    places = _snake(run.clamp(max=last), count, rows_first=tile[1] < tile[2])
-    corner = [at * size for at, size in zip(places, tile, strict=True)]
-    extent = [(n - at).clamp(max=size) for n, at, size in zip(grid[1:4], corner, tile, strict=True)]
-    size = extent[0] * extent[1] * extent[2]
-    lane = torch.arange(KEY_BLOCK, device=run.device)
-    lane = torch.where(lane < size.unsqueeze(-1), lane, 0)  # [n, 64]
-    rows, columns = extent[1].unsqueeze(-1), extent[2].unsqueeze(-1)
-    inside = (lane // (rows * columns), lane // columns % rows, lane % columns)
-    f, y, x = (at.unsqueeze(-1) + step for at, step in zip(corner, inside, strict=True))
-    token = grid.prefix + (f * grid.height + y) * grid.width + x
-    return token, torch.where(run <= last, size, 0)
-
-
-def _snake(number: Tensor, count: Sequence[int], rows_first: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Where in a grid of tiles a tile is: along a line that turns at each edge, so that each touches the next.
-
-    The line runs along that axis of space in which tiles are shorter, so that two together are as round as can be.
+    A part has its tokens in order of the axis that is cut, then of the next longest. So a cut that is not between two
+    planes of the grid goes along a line in one, and that between two lines goes between two tokens.
     """
-    fast, middle = (count[1], count[2]) if rows_first else (count[2], count[1])
-    line, slow = number // fast, number // (fast * middle)
-    a, b = number % fast, line % middle
-    a = torch.where(line % 2 == 1, fast - 1 - a, a)
-    b = torch.where(slow % 2 == 1, middle - 1 - b, b)
-    return (slow, a, b) if rows_first else (slow, b, a)
+    number = held - grid.prefix
+    where = torch.stack((number // (grid.height * grid.width), number // grid.width % grid.height, number % grid.width))
+    tiles = _tiles_in(where, begin - grid.prefix, end - begin, tile)  # [3, n]
+    axes = tiles.argsort(0, descending=True)
+    steps = torch.stack([torch.full_like(held, size) for size in grid[1:4]]).gather(0, axes)
+    slow, middle, fast = where.gather(0, axes)
+    key = ((begin - grid.prefix) * steps[0] + slow) * steps[1] + middle
+    held = held[(key * steps[2] + fast).argsort()]
+
+    longest = tiles.amax(0)
+    # An even number of tiles, of which any face has whole query blocks; of two of them, one.
+    leading = torch.where(longest > 3 - TIE, 2 * (longest / 4 + 0.5 - TIE).floor(), 1.0)
+    at = begin + (end - begin) * leading / longest
+    unit = torch.where(begin // QUERY_BLOCK < (end - 1) // QUERY_BLOCK, QUERY_BLOCK, KEY_BLOCK)
+    at = (at / unit - TIE).round().long()
+    lowest, highest = begin // unit + 1, (end - 1) // unit
+    at = torch.where(lowest > highest, end, at.clamp(lowest, highest) * unit)  # a part inside one block stays whole
+    row = torch.arange(len(held), device=held.device) + grid.prefix
+    leads = row < at
+    return held, torch.where(leads, begin, at), torch.where(leads, at, end)
+
+
+def _tiles_in(where: Tensor, part: Tensor, size: Tensor, tile: Sequence[int]) -> Tensor:
+    """float64 [3, n]: how many tiles long the part of each token is, from the places [3, n] of tokens on the axes.
+
+    The length is that of a box in which places vary as much, so that a few tokens of another plane do not count as one.
+    ``part`` [n] is a number below n for each part, ``size`` [n] its tokens. Of equal ones
+    that of the longer side of a tile comes first, so that two tiles together are round: 4 x 4 x 8 of 2 x 4 x 8.
+    """
+    part = part.expand_as(where)
+    total, squares = (torch.zeros_like(where).scatter_add(1, part, x).gather(1, part) for x in (where, where * where))
+    variance = squares / size - (total / size).square()
+    length = (12 * variance.clamp(min=0) + 1).sqrt()
+    biased = [x / n * (1 + TIE * (n + axis / 3)) for axis, (x, n) in enumerate(zip(length, tile, strict=True))]
+    return torch.stack(biased)
 
 
 _made: dict[Any, Order] = {}

@@ -47,14 +47,6 @@ def pool(x: Tensor, block: int, counted: Tensor | None = None) -> Tensor:
     return torch.stack(means, -2) if means else wide(x)
 
 
-def tokens_in(sizes: Tensor | None, length: int, device: torch.device) -> Tensor:
-    """bool [L]: the rows that hold tokens, where ``sizes`` says how many leading ones of each 64 do; None for all."""
-    held = torch.ones(length, dtype=torch.bool, device=device)
-    for run, size in enumerate([] if sizes is None else sizes.tolist()):
-        held[run * 64 + size : (run + 1) * 64] = False
-    return held
-
-
 class Scores(NamedTuple):
     """The blocks that the rule chooses from: tensors [B, H, Nq, Nk], and whether there is an anchor."""
 
@@ -71,8 +63,6 @@ def block_scores(
     is_causal: bool = False,
     scale: float | None = None,
     bottom_right: bool = False,
-    sizes_q: Tensor | None = None,
-    sizes_k: Tensor | None = None,
 ) -> Scores:
     """Scores of q [B, H, L, D] over k [B, Hk, S, D] under a mask [B or 1, H or 1, L or 1, S], bool or float.
 
@@ -81,9 +71,6 @@ def block_scores(
     which some rows see a key and others, that see keys elsewhere, none. Where rows of a query block see different keys
     by a mask, the kept prefix might hold no key of some row: then the best block that is not forced is an anchor.
 
-    Rows past the size of their run of 64 (``sizes_q`` [L / 64], ``sizes_k`` [S / 64]) are padding: no pair with one is
-    let through, and blocks without tokens are invisible.
-
     What is hidden has no part in it: keys that no query sees and queries that see no key do not count in the means, nor
     do numbers of the mask where causality hides (of a mask of one row: from every query).
     """
@@ -91,16 +78,11 @@ def block_scores(
     group = q.shape[1] // max(k.shape[1], 1)
     length, keys = q.shape[2], k.shape[2]
     diagonal = keys - length if bottom_right else 0
-    pairs = open_pairs(length, keys, attn_mask, is_causal, q.device, bottom_right, sizes_q, sizes_k)
+    pairs = open_pairs(length, keys, attn_mask, is_causal, q.device, bottom_right)
     seen_keys, seeing_queries = pairs.any(2), pairs.any(3)
     key_means = pool(k.repeat_interleave(group, dim=1), KEY_BLOCK, seen_keys)
     scores = (pool(q, QUERY_BLOCK, seeing_queries) * scale) @ key_means.mT
-    rows_hold, keys_hold = tokens_in(sizes_q, length, q.device), tokens_in(sizes_k, keys, q.device)
-    visible, forced = torch.zeros_like(scores, dtype=torch.bool), torch.zeros_like(scores, dtype=torch.bool)
-    for (i, row), (j, key) in itertools.product(
-        *(enumerate(starts(*x)) for x in ((length, QUERY_BLOCK), (keys, KEY_BLOCK)))
-    ):
-        visible[:, :, i, j] = rows_hold[row : row + QUERY_BLOCK].any() & keys_hold[key : key + KEY_BLOCK].any()
+    visible, forced = torch.ones_like(scores, dtype=torch.bool), torch.zeros_like(scores, dtype=torch.bool)
     if attn_mask is not None and attn_mask.shape[2] == 1:
         pairs = seen_keys.unsqueeze(2)
     for i, first_row in enumerate(starts(length, QUERY_BLOCK)):
@@ -128,11 +110,9 @@ def open_pairs(
     is_causal: bool,
     device: torch.device,
     bottom_right: bool = False,
-    sizes_q: Tensor | None = None,
-    sizes_k: Tensor | None = None,
 ) -> Tensor:
-    """bool [B or 1, H or 1, L, S]: the (query, key) pairs that a mask, causality and padding let through."""
-    pairs = tokens_in(sizes_q, length, device).unsqueeze(-1) & tokens_in(sizes_k, keys, device).view(1, 1, 1, -1)
+    """bool [B or 1, H or 1, L, S]: the (query, key) pairs that a mask and causality let through."""
+    pairs = torch.ones(1, 1, length, keys, dtype=torch.bool, device=device)
     if is_causal:
         pairs = pairs.tril(keys - length if bottom_right else 0)
     if attn_mask is not None:
@@ -167,20 +147,10 @@ def tokens_of(numbers: Sequence[float], length: int, parts: Sequence[int] = ()) 
     return set(range(first)) if last == ends[-1] else set(range(last, ends[-1])) if first == 0 else set()
 
 
-def rows_of(
-    numbers: Sequence[float],
-    length: int,
-    parts: Sequence[int],
-    slots: Tensor | None = None,
-    sizes: Tensor | None = None,
-) -> set[int]:
-    """The rows of :func:`tokens_of`: the tokens, or where they stand among so many rows in another order."""
-    if slots is None:
-        return tokens_of(numbers, length, parts)
-    held = tokens_in(sizes, length, slots.device).tolist()
-    token_of = {row: token for row, token in enumerate(slots.tolist()) if held[row]}
-    tokens = tokens_of(numbers, len(token_of), parts)
-    return {row for row, token in token_of.items() if token in tokens}
+def rows_of(numbers: Sequence[float], length: int, parts: Sequence[int], slots: Tensor | None = None) -> set[int]:
+    """The rows of :func:`tokens_of`: the tokens, or where they stand in another order."""
+    tokens = tokens_of(numbers, length, parts)
+    return tokens if slots is None else {row for row, token in enumerate(slots.tolist()) if token in tokens}
 
 
 def holds(tokens: set[int], first: int, block: int) -> bool:
@@ -249,8 +219,6 @@ def block_map(
     scale: float | None = None,
     parts: Sequence[int] = (),
     bottom_right: bool = False,
-    sizes_q: Tensor | None = None,
-    sizes_k: Tensor | None = None,
     slots_q: Tensor | None = None,
     slots_k: Tensor | None = None,
 ) -> BlockMap:
@@ -260,14 +228,14 @@ def block_map(
     the sizes of the parts of the sequence: see :func:`tokens_of`. ``slots_q`` [L] and ``slots_k`` [S] say which token
     a row is, where rows are in another order; of one sequence in two orders no rows are dense.
     """
-    scores, visible, forced, anchor = block_scores(q, k, attn_mask, is_causal, scale, bottom_right, sizes_q, sizes_k)
+    scores, visible, forced, anchor = block_scores(q, k, attn_mask, is_causal, scale, bottom_right)
     if thresholds.shape[-1] == 2:
         return BlockMap.from_dense(select(scores, visible, thresholds, forced, anchor))
     kept = torch.zeros_like(visible)
     for h, (topk, topp, *ranges) in enumerate(thresholds.tolist()):
-        tokens = rows_of(ranges[:2], k.shape[2], parts, slots_k, sizes_k)
+        tokens = rows_of(ranges[:2], k.shape[2], parts, slots_k)
         dense = q.shape[2] == k.shape[2] and (slots_q is None) == (slots_k is None)
-        rows = rows_of(ranges[2:], q.shape[2], parts, slots_q, sizes_q) if dense else set()
+        rows = rows_of(ranges[2:], q.shape[2], parts, slots_q) if dense else set()
         always = [j for j, first in enumerate(starts(k.shape[2], KEY_BLOCK)) if holds(tokens, first, KEY_BLOCK)]
         for b, (i, first) in itertools.product(range(len(q)), enumerate(starts(q.shape[2], QUERY_BLOCK))):
             at = b, h, i
@@ -286,12 +254,10 @@ def allowed_pairs(
     attn_mask: Tensor | None,
     is_causal: bool,
     bottom_right: bool = False,
-    sizes_q: Tensor | None = None,
-    sizes_k: Tensor | None = None,
 ) -> Tensor:
     """bool [B, H, L, S]: the (query, key) pairs that attention sees under a dense map, a mask and causality."""
     listed = kept.repeat_interleave(QUERY_BLOCK, 2)[:, :, :length].repeat_interleave(KEY_BLOCK, 3)[..., :keys]
-    return listed & open_pairs(length, keys, attn_mask, is_causal, kept.device, bottom_right, sizes_q, sizes_k)
+    return listed & open_pairs(length, keys, attn_mask, is_causal, kept.device, bottom_right)
 
 
 def attention(
@@ -303,27 +269,20 @@ def attention(
     is_causal: bool = False,
     scale: float | None = None,
     bottom_right: bool = False,
-    sizes_q: Tensor | None = None,
-    sizes_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Exact softmax attention over the kept keys, of values [B, Hk, S, Dv].
 
     Returns out [B, H, L, Dv] in q's dtype and the log-sum-exp of the scaled scores, [B, H, L] in float32 at least
-    (natural logarithm). A row that sees no key gives zeros and -inf, as does a row of padding (see
-    :func:`block_scores`), and what stands in padding is not looked at.
+    (natural logarithm). A row that sees no key gives zeros and -inf.
     """
     group = q.shape[1] // max(k.shape[1], 1)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    q, k, v = (
-        torch.where(tokens_in(sizes, x.shape[2], x.device).unsqueeze(-1), x, 0.0)
-        for x, sizes in ((q, sizes_q), (k, sizes_k), (v, sizes_k))
-    )
     key, value = (wide(x).repeat_interleave(group, dim=1) for x in (k, v))
     scores = (wide(q) * scale) @ key.mT  # [B, H, L, S]
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         scores = scores + attn_mask.to(scores.dtype)
     kept, sizes = block_map.to_dense(), (q.shape[2], k.shape[2])
-    allowed = allowed_pairs(kept, *sizes, attn_mask, is_causal, bottom_right, sizes_q, sizes_k)
+    allowed = allowed_pairs(kept, *sizes, attn_mask, is_causal, bottom_right)
     scores = scores.masked_fill(~allowed, -math.inf)
     lse = torch.logsumexp(scores, -1)
     empty = lse == -math.inf

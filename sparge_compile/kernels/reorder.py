@@ -14,32 +14,26 @@ from torch import Tensor
 from .. import sharding
 from .allocate import order_of
 from .how import How
-from .order import Orders, places_of
+from .order import Orders
 
 
 def into_order(
     query: Tensor, key: Tensor, value: Tensor, how: How, orders: Orders
 ) -> tuple[Tensor, Tensor, Tensor, How]:
     """The operands and the mask [B or 1, H or 1, L or 1, S] of ``how``, in the order of blocks."""
-    slots_q, places_q, sizes_q, slots_k, sizes_k = _beside(query, orders)
+    slots_q, places_q, slots_k, places_k = _beside(query, orders)
     mask, rows = how.attn_mask, torch.ops.sparge.rows.default
-    if slots_k is not None and sizes_k is not None:
-        places_k = places_q if slots_k is slots_q else places_of(slots_k, sizes_k, key.shape[2])
+    if slots_k is not None:
         key, value = (rows(x, slots_k, places_k) for x in (key, value))
         mask = None if mask is None else mask.index_select(3, slots_k)
     if slots_q is not None:
         query = rows(query, slots_q, places_q)
         mask = mask if mask is None or mask.shape[2] == 1 else mask.index_select(2, slots_q)
-    return (
-        query,
-        key,
-        value,
-        how._replace(attn_mask=mask, sizes_q=sizes_q, sizes_k=sizes_k, slots_q=slots_q, slots_k=slots_k),
-    )
+    return query, key, value, how._replace(attn_mask=mask, slots_q=slots_q, slots_k=slots_k)
 
 
 def out_of_order(x: Tensor, orders: Orders) -> Tensor:
-    """A result [B, H, slots, ...], of which padding rows have no gradient, in the order of the tokens."""
+    """A result [B, H, L, ...] in the order of the tokens."""
     slots, places, *_ = _beside(x, orders)
     return x if slots is None else torch.ops.sparge.rows.default(x, places, slots)
 
@@ -50,7 +44,7 @@ def _beside(x: Tensor, orders: Orders) -> Orders:
 
 
 def rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    """Rows ``index`` of x [B, H, L, ...]; ``inverse`` undoes it but for rows that have no gradient.
+    """Rows ``index`` of x [B, H, L, ...], a permutation that ``inverse`` undoes.
 
     The op of this name is what Dynamo puts into a graph, and becomes torch's own ops behind it.
     """

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from .block_map import KEY_BLOCK, QUERY_BLOCK, ceil_div
 from .kept import Always
-from .order import held_slots
 
 CEIL_SLACK = 0.001  # so that a float32 0.05 of 20 blocks is one block
 
@@ -53,14 +52,6 @@ def counted_rows(
         return Counted(seen, opened.any(-1))
     reach = queries_that_reach(seen, length, diagonal) if is_causal else None  # else all queries see the same
     return Counted(seen, reach)
-
-
-def without_padding(counted: Counted, sizes_q: Tensor, length: int) -> tuple[Counted, Tensor]:
-    """The rows that count where queries may be padding, and bool [Nq]: the query blocks that hold a token."""
-    held = held_slots(sizes_q)[:length]
-    queries = held.view(1, 1, -1) if counted.queries is None else counted.queries & held
-    rows = F.pad(held, (0, -length % QUERY_BLOCK)).unflatten(-1, (-1, QUERY_BLOCK))
-    return counted._replace(queries=queries), rows.any(-1)
 
 
 def queries_that_reach(seen: Tensor, length: int, diagonal: int = 0) -> Tensor:

@@ -62,8 +62,7 @@ class SiteOrder:
         before, *axes, after = map(size_text, sized.grid)
         beside = [f"{size} {where}" for size, where in ((before, "before"), (after, "behind")) if size != 0]
         around = f" with {' and '.join(beside)}" if beside else ""
-        padding = Grid(*(size_hint(size) or 0 for size in sized.grid)).padding(tile)
-        return f"tiles {_product(tile)} of {_product(axes)}{around}, {100 * padding.share:.0f} % padding"
+        return f"tiles {_product(tile)} of {_product(axes)}{around}"
 
 
 def tile_of(tile: Tile, grid: Grid) -> Tile:

@@ -245,7 +245,7 @@ def dtensor() -> list[float]:
     mask = torch.arange(300)[None, None, None] < 290
 
     order = torch.ops.sparge.order(0, 3, 10, 10, 0, [2, 4, 8], mask.device)
-    tiles = {"slots_q": order[0], "places_q": order[1], "sizes_q": order[2], "slots_k": order[0], "sizes_k": order[2]}
+    tiles = {"slots_q": order[0], "places_q": order[1], "slots_k": order[0], "places_k": order[1]}
 
     def run(tensors: list[Tensor], **of_tokens: Tensor) -> list[Tensor]:
         leaves = [x.detach().requires_grad_() for x in tensors]

@@ -16,7 +16,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from sparge_compile.kernels.triton import forward_hopper as hopper
 
 
-def main(head_pad: int, causality: int, packed: bool, ordered: bool) -> None:
+def main(head_pad: int, causality: int, packed: bool) -> None:
     constants = {
         "HEAD_PAD": head_pad,
         "KEYS": hopper.KEY_BLOCK,
@@ -25,8 +25,6 @@ def main(head_pad: int, causality: int, packed: bool, ordered: bool) -> None:
         "STAGES": hopper.STAGES[head_pad],
         "CAUSAL": causality,
         "PACKED": packed,
-        "SIZED_Q": ordered,
-        "SIZED_K": ordered,
         "LOADER_REGS": hopper.LOADER_REGISTERS,
         "CONSUMER_REGS": hopper.CONSUMER_REGISTERS,
     }
@@ -53,4 +51,4 @@ def main(head_pad: int, causality: int, packed: bool, ordered: bool) -> None:
 
 if __name__ == "__main__":
     kind = sys.argv[2].split("-")
-    main(int(sys.argv[1]), 2 if "corner" in kind else int("causal" in kind), "packed" in kind, "order" in kind)
+    main(int(sys.argv[1]), 2 if "corner" in kind else int("causal" in kind), "packed" in kind)

@@ -27,12 +27,10 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from sparge_compile.kernels import launch
 from sparge_compile.kernels import triton as face
-from sparge_compile.kernels.block_map import KEY_BLOCK
 from sparge_compile.kernels.how import How
 
 KINDS = {"cuda": 32, "hip": 64}  # threads of a warp
 L, S, H, HK = 700, 830, 4, 2
-SLOTS = 896  # rows of a call in another order
 
 
 def target_of(name: str) -> GPUTarget:
@@ -86,8 +84,8 @@ def main(name: str, head_sizes: list[tuple[int, int]], dtypes: list[torch.dtype]
         for head_size, value_size in head_sizes:
             for kind in kinds:
                 case |= {"head_size": head_size, "value_size": value_size, "dtype": str(dtype)[6:], "kind": kind}
-                rows, keys = (SLOTS, SLOTS) if kind == "order" else (L, S)
-                shapes = ((H, rows, head_size), (HK, keys, head_size), (HK, keys, value_size), (H, rows, value_size))
+                keys = L if kind == "order" else S
+                shapes = ((H, L, head_size), (HK, keys, head_size), (HK, keys, value_size), (H, L, value_size))
                 q, k, v, dout = (torch.randn(1, *shape).to(dtype) for shape in shapes)
                 mask = torch.ones(1, 1, L, S, dtype=torch.bool) if kind == "mask" else None
                 how = How(mask, kind in ("causal", "packed"), head_size**-0.5)
@@ -96,9 +94,8 @@ def main(name: str, head_sizes: list[tuple[int, int]], dtypes: list[torch.dtype]
                     how = How(*how[:3], True, *starts, L, S)
                 thresholds = torch.ones(H, 2, device=device)
                 if kind == "order":
-                    slots, thresholds = torch.zeros(SLOTS, dtype=torch.int32), torch.ones(H, 6)
-                    sizes = torch.full((SLOTS // KEY_BLOCK,), 60, dtype=torch.int32)
-                    how = How(*how[:3], sizes_q=sizes, sizes_k=sizes, slots_q=slots, slots_k=slots)
+                    slots, thresholds = torch.zeros(L, dtype=torch.int32), torch.ones(H, 6)
+                    how = How(*how[:3], slots_q=slots, slots_k=slots)
                 counts, indices = face.block_map(q, k, thresholds, *how)
                 # lists of whole blocks, since no kernel ran
                 indices.copy_(torch.arange(indices.shape[-1]).expand_as(indices))

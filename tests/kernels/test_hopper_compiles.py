@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 SHARED_MEMORY = 227 * 1024  # of one program on an H100 or H200
 
 
-KINDS = [(64, "dense"), (128, "dense"), (128, "causal"), (128, "packed-corner"), (128, "order")]
+KINDS = [(64, "dense"), (128, "dense"), (128, "causal"), (128, "packed-corner")]
 
 
 @pytest.mark.parametrize(("head_pad", "kind"), KINDS)

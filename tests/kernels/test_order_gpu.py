@@ -1,66 +1,24 @@
-"""Token order on a GPU: padding in the kernels for real, Hopper's own among them, and calls in CUDA graphs."""
+"""Token order on a GPU: orders made there, and calls in CUDA graphs."""
 
 from __future__ import annotations
-
-from importlib import import_module
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Case, Problem, Results, assert_results_bounded, face_of, poisoned_memory, random_matrix, random_qkv
 from torch import Tensor
 
 from sparge_compile import Grid, attention
-from sparge_compile.kernels.block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap
-from sparge_compile.kernels.how import How
-from sparge_compile.kernels.order import Order, held_slots, make_order
+from sparge_compile.kernels.order import make_order
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_the_gpu")]
 BF16 = torch.bfloat16
 GRIDS = [Grid(70, 5, 6, 13, 9), Grid(0, 21, 9, 20, 0)]
 
 
-def raster(block_map: BlockMap, order: Order) -> Tensor:
-    """bool [B, H, L, L]: the pairs of tokens that a map of blocks of slots lets attention see."""
-    kept = block_map.to_dense().repeat_interleave(QUERY_BLOCK, 2).repeat_interleave(KEY_BLOCK, 3)
-    return kept[:, :, order.places.long()][..., order.places.long()]
-
-
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("head_size, dtype", [(64, BF16), (128, BF16), (256, BF16), (72, torch.float16)], ids=str)
-@pytest.mark.parametrize("portable", [False, True], ids=["any", "portable"])
-def test_tiles_are_attention_to_their_tokens(
-    grid: Grid, head_size: int, dtype: torch.dtype, portable: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if portable:
-        forward = import_module("sparge_compile.kernels.triton.forward")
-        monkeypatch.setattr(forward, "hopper_refusal", lambda device: "left out")
-    torch.manual_seed(0)
-    face, length = face_of("triton"), grid.tokens
-    case = Case(length, length, head_size, heads=4, key_heads=2, dtype=dtype, layout="blhd")
-    order = make_order(grid, (2, 4, 8), torch.device("cuda"))
-    slots, places, held = order.slots.long(), order.places.long(), held_slots(order.sizes)
-    kept = torch.rand(1, 4, len(order.sizes) // 2, len(order.sizes)) < 0.4
-    kept[:, 0, 0] = False
-    lists = BlockMap.from_dense(kept)
-    q, k, v = random_qkv(case)
-    dout, dlse = random_matrix(1, 4, length, head_size, dtype, "blhd"), torch.randn(1, 4, length)
-    how = How(None, False, head_size**-0.5, sizes_q=order.sizes, sizes_k=order.sizes)
-
-    moved = [x[:, :, slots] for x in (q, k, v)]
-    with poisoned_memory():
-        out, lse = face.forward(*moved, *lists, *how)
-        grads = face.backward(dout[:, :, slots], *moved, out, lse, dlse[:, :, slots], face.pack(*lists), *how)
-        again = face.backward(dout[:, :, slots], *moved, out, lse, dlse[:, :, slots], face.pack(*lists), *how)
-        padded = [x.masked_fill(~held.unsqueeze(-1), torch.nan) for x in moved[:2]]
-        of_nan, lse_of_nan = face.forward(*padded, moved[2], *lists, *how)
-    assert (out[:, :, ~held] == 0).all() and (lse[:, :, ~held] == -torch.inf).all()
-    assert all((x[:, :, ~held] == 0).all() for x in grads)
-    assert torch.equal(of_nan, out) and torch.equal(lse_of_nan, lse)
-    assert all(map(torch.equal, grads, again))
-    whole = BlockMap.from_dense(torch.ones(1, 1, -(-length // QUERY_BLOCK), -(-length // KEY_BLOCK), dtype=torch.bool))
-    problem = Problem(q, k, v, whole, raster(lists, order), False, how.scale, dout, dlse)
-    assert_results_bounded(Results(*(x[:, :, places] for x in (out, lse, *grads))), problem)
+def test_an_order_is_that_of_the_cpu() -> None:
+    for grid in (*GRIDS, Grid(0, 16, 16, 16, 0)):
+        found, want = (make_order(grid, (2, 4, 8), torch.device(x)) for x in ("cuda", "cpu"))
+        assert all(torch.equal(x.cpu(), y) for x, y in zip(found, want, strict=True))
 
 
 @pytest.mark.parametrize("head_size", [64, 128])

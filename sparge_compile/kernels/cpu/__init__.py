@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import block_map as forms
 from ..how import How
-from . import attention, ordered, packed
+from . import attention, packed
 
 __all__ = ["backward", "block_map", "forward", "pack"]
 
@@ -68,6 +68,5 @@ def backward(
 
 
 def _place(how: tuple[Any, ...]) -> Any:
-    """The module that computes a call: packed sequences one after the other, padding hidden, or whole tensors."""
-    given = How(*how)
-    return packed if given.packed else ordered if given.ordered else attention
+    """The module that computes a call: packed sequences one after the other, or whole tensors."""
+    return packed if How(*how).packed else attention

@@ -68,9 +68,6 @@ def block_map(query: Tensor, key: Tensor, thresholds: Tensor, how: How) -> Block
     always = always_read(thresholds, length, key.shape[2], beside_longest(how.parts), *slots)
     attn_mask = None if attn_mask is None else rule.without_copies(attn_mask)
     counted = rule.counted_rows(attn_mask, length, key.shape[2], is_causal, query.device, diagonal)
-    if how.sizes_q is not None:
-        counted, holding = rule.without_padding(counted, how.sizes_q, length)
-        visible = visible & holding.unsqueeze(-1)
 
     for at_q, at_k in head_parts(query, key):
         keys, queries = (None if x is None else for_heads(x, at_q) for x in counted)

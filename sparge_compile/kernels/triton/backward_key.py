@@ -18,7 +18,6 @@ from .tiles import (
     LOG2_E,
     diagonal_of,
     head_arguments,
-    holds_token,
     how_arguments,
     load_block,
     load_lse,
@@ -71,7 +70,6 @@ def _dkv_step(
 @triton.jit(do_not_specialize=["heads", "group", "length", "keys", "n_key", "n_query", "map_stride_b", "map_stride_h"])
 def _dkv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, counts_ptr, indices_ptr, mask_ptr, q_starts_ptr, k_starts_ptr,
-    q_sizes_ptr, k_sizes_ptr,
     dk_ptr, dv_ptr,
     q_stride_b, q_stride_h, q_stride_l, q_stride_d,
     k_stride_b, k_stride_h, k_stride_l, k_stride_d,
@@ -161,9 +159,6 @@ def _dkv_kernel(
                     MASK_IS_BOOL=MASK_IS_BOOL, MASKED=False,
                 )  # fmt: skip
 
-    if k_sizes_ptr is not None:
-        holds = holds_token(k_sizes_ptr, key, keys)[:, None]
-        dk, dv = tl.where(holds, dk, 0.0), tl.where(holds, dv, 0.0)
     dk_tile = dk_ptr + (b * dk_stride_b + key_head * dk_stride_h + first_key * dk_stride_l) * ALIGN
     dv_tile = dv_ptr + (b * dv_stride_b + key_head * dv_stride_h + first_key * dv_stride_l) * ALIGN
     dk_ptrs = dk_tile + tile_offsets(key_lane, column, dk_stride_l, dk_stride_d, ALIGN=ALIGN, OFFSET=OFFSET)

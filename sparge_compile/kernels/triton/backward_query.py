@@ -19,9 +19,7 @@ from .tiles import (
     LOG2_E,
     dense_prefix,
     diagonal_of,
-    end_of_block,
     head_arguments,
-    holds_token,
     how_arguments,
     load_block,
     load_lse,
@@ -68,7 +66,7 @@ def _dq_step(
 @triton.jit(do_not_specialize=["heads", "group", "length", "keys", "n_tiles", "map_stride_b", "map_stride_h"])
 def _dq_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, out_ptr, lse_ptr, dlse_ptr, counts_ptr, indices_ptr, mask_ptr, q_starts_ptr,
-    k_starts_ptr, q_sizes_ptr, k_sizes_ptr,
+    k_starts_ptr,
     dq_ptr, delta_ptr,
     q_stride_b, q_stride_h, q_stride_l, q_stride_d,
     k_stride_b, k_stride_h, k_stride_l, k_stride_d,
@@ -137,7 +135,7 @@ def _dq_kernel(
 
     dq = tl.zeros([ROWS, HEAD_PAD], tl.float32)
     n_dense = 0
-    if MASK_KIND == 0 and k_sizes_ptr is None:
+    if MASK_KIND == 0:
         dense_blocks = keys // KEYS
         if CAUSAL:
             first_sees = tl.maximum(tile * ROWS + 1 + diagonal_of(length, keys, CAUSAL), 0)
@@ -154,18 +152,15 @@ def _dq_kernel(
                 MASKED=False,
             )  # fmt: skip
     # The tail of the keys needs its mask even though k is 0 there: P = exp2(0 - lse) may be infinite.
-    for entry in tl.range(n_dense, count, num_stages=1 if MASK_KIND == 0 and k_sizes_ptr is None else STAGES):
+    for entry in tl.range(n_dense, count, num_stages=1 if MASK_KIND == 0 else STAGES):
         block = tl.load(list_ptr + entry)
-        end = end_of_block(k_sizes_ptr, block, keys, KEYS=KEYS)
         dq = _dq_step(
             dq, q, dout, lse, delta, k_head, v_head, k_offsets, v_offsets, k_step, v_step, small_b, key_head, block,
-            row, key_lane, column, v_column, mask_ptr, mask_stride_l, mask_stride_s, length, k_start, end, scale_log2,
+            row, key_lane, column, v_column, mask_ptr, mask_stride_l, mask_stride_s, length, k_start, keys, scale_log2,
             HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, VALUE_SIZE=VALUE_SIZE, VALUE_PAD=VALUE_PAD, KEYS=KEYS,
             DESCRIPTORS=DESCRIPTORS, CAUSAL=CAUSAL, PACKED=PACKED, MASK_KIND=MASK_KIND, MASK_IS_BOOL=MASK_IS_BOOL,
             MASKED=True,
         )  # fmt: skip
-    if q_sizes_ptr is not None:
-        dq = tl.where(holds_token(q_sizes_ptr, row, length)[:, None], dq, 0.0)
     dq_tile = dq_ptr + (b * dq_stride_b + h * dq_stride_h + first_row * dq_stride_l) * ALIGN
     dq_ptrs = dq_tile + tile_offsets(row_lane, column, dq_stride_l, dq_stride_d, ALIGN=ALIGN, OFFSET=OFFSET)
     store_tile(dq_ptrs, dq * scale, row, column, length, HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD)
@@ -189,8 +184,6 @@ def query_gradient(
     if how.packed:
         dq.zero_()  # there may be rows of no sequence
     tile = launch.attention_launch("dq", max(q.shape[3], v.shape[3]), q.dtype, q.device)
-    # The size of a block is one more load ahead of its tiles: with a stage less, as many of these are in flight.
-    stages = tile.stages - (how.sizes_k is not None and tile.stages > 2)
     n_tiles = triton.cdiv(how.length(q), tile.rows)
     counts, indices = (x.expand(batch, heads, *x.shape[2:]) for x in kept)
     dlse_strides = (0, 0, 0) if dlse is None else dlse.stride()
@@ -205,8 +198,8 @@ def query_gradient(
         heads=heads, group=heads // k.shape[1], length=length, keys=k.shape[2], n_tiles=n_tiles, n_key=n_key,
         scale=scale, scale_log2=scale * LOG2_E,
         **head_arguments(q, v), ROWS=tile.rows, TILES=QUERY_BLOCK // tile.rows, KEYS=KEY_BLOCK,
-        DESCRIPTORS=described, STAGES=stages,
-        num_warps=tile.warps, num_stages=stages,
+        DESCRIPTORS=described, STAGES=tile.stages,
+        num_warps=tile.warps, num_stages=tile.stages,
         **matrix_arguments(QUERY_BLOCK, q=q, k=k, v=v, dout=dout, out=out, dq=dq),
         **mask_arguments(how.attn_mask, batch, heads),
         **how_arguments(how),

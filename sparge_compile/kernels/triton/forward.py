@@ -23,9 +23,7 @@ from .tiles import (
     LOG2_E,
     dense_prefix,
     diagonal_of,
-    end_of_block,
     head_arguments,
-    holds_token,
     how_arguments,
     load_block,
     load_tile,
@@ -82,7 +80,6 @@ def _attend(
 )
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, counts_ptr, indices_ptr, mask_ptr, q_starts_ptr, k_starts_ptr,
-    q_sizes_ptr, k_sizes_ptr,
     out_ptr, lse_ptr,
     q_stride_b, q_stride_h, q_stride_l, q_stride_d,
     k_stride_b, k_stride_h, k_stride_l, k_stride_d,
@@ -149,7 +146,7 @@ def _forward_kernel(
     top = tl.full([ROWS], float("-inf"), tl.float32)
 
     n_dense = begin
-    if MASK_KIND == 0 and k_sizes_ptr is None:
+    if MASK_KIND == 0:
         dense_blocks = keys // KEYS
         if CAUSAL:  # those that the first row sees whole
             first_sees = tl.maximum(tile * ROWS + 1 + diagonal_of(length, keys, CAUSAL), 0)
@@ -164,12 +161,11 @@ def _forward_kernel(
                 DESCRIPTORS=DESCRIPTORS, CAUSAL=CAUSAL, PACKED=PACKED, MASK_KIND=MASK_KIND, MASK_IS_BOOL=MASK_IS_BOOL,
                 MASKED=False,
             )  # fmt: skip
-    for entry in tl.range(n_dense, count, num_stages=1 if MASK_KIND == 0 and k_sizes_ptr is None else STAGES):
+    for entry in tl.range(n_dense, count, num_stages=1 if MASK_KIND == 0 else STAGES):
         block = tl.load(list_ptr + entry)
-        end = end_of_block(k_sizes_ptr, block, keys, KEYS=KEYS)
         acc, total, top = _attend(
             acc, total, top, q, k_head, v_head, k_offsets, v_offsets, k_step, v_step, small_b, key_head, block,
-            row, key_lane, column, v_column, mask_ptr, mask_stride_l, mask_stride_s, length, k_start, end, scale_log2,
+            row, key_lane, column, v_column, mask_ptr, mask_stride_l, mask_stride_s, length, k_start, keys, scale_log2,
             HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, VALUE_SIZE=VALUE_SIZE, VALUE_PAD=VALUE_PAD, KEYS=KEYS,
             DESCRIPTORS=DESCRIPTORS, CAUSAL=CAUSAL, PACKED=PACKED, MASK_KIND=MASK_KIND, MASK_IS_BOOL=MASK_IS_BOOL,
             MASKED=True,
@@ -178,9 +174,6 @@ def _forward_kernel(
     # total is 0 exactly where no key was seen: then out is 0 and lse is -inf.
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     lse = (top + tl.log2(total)) * 0.6931471805599453  # LN_2
-    if q_sizes_ptr is not None:
-        holds = holds_token(q_sizes_ptr, row, length)
-        acc, lse = tl.where(holds[:, None], acc, 0.0), tl.where(holds, lse, float("-inf"))
     tl.store(lse_ptr + q_start + row, lse, mask=row < length)
     out_tile = out_ptr + (out_b * out_stride_b + h * out_stride_h + first_row * out_stride_l) * ALIGN
     out_ptrs = out_tile + tile_offsets(row_lane, v_column, out_stride_l, out_stride_d, ALIGN=ALIGN, OFFSET=OFFSET)

@@ -230,20 +230,6 @@ def _mask(scores, first, second, last_key, keys, KEYS: gl.constexpr, SCORE: gl.c
 
 
 @gluon.jit
-def _sizes(sizes_ptr, first, second):
-    """How many leading keys of two blocks are no padding."""
-    return gl.load(sizes_ptr + first), gl.load(sizes_ptr + second)
-
-
-@gluon.jit
-def _mask_padding(scores, first_size, second_size, KEYS: gl.constexpr, SCORE: gl.constexpr):
-    """-inf for keys past the sizes of their blocks."""
-    column = gl.arange(0, 2 * KEYS, layout=gl.SliceLayout(0, SCORE))
-    seen = column < gl.where(column < KEYS, first_size, KEYS + second_size)
-    return gl.where(seen[None, :], scores, float("-inf"))
-
-
-@gluon.jit
 def _lane_sum(p):
     """Sums over the columns that one thread holds, [rows, 4]: the four threads of a row are summed once, at the end."""
     ROWS: gl.constexpr = p.shape[0]
@@ -272,17 +258,15 @@ def _step(
 ):  # fmt: skip
     """Scores of pair ``done + 1`` and their softmax, while the output product of pair ``done`` runs.
 
-    ``first`` and ``second`` are its blocks, if MASKED is 1, and the sizes of its blocks if it is 2.
+    ``first`` and ``second`` are its blocks, if MASKED.
     """
     OUT: gl.constexpr = acc.type.layout
     s_token = _scores(q, k_smem, k_full, done + 1, STAGES, SCORE)
     o_token = _outputs(p, v_smem, v_full, acc, done, STAGES)
     scores = warpgroup_mma_wait(1, deps=[s_token])
     mbarrier.arrive(k_empty.index((done + 1) % STAGES), count=1)
-    if MASKED == 1:
+    if MASKED:
         scores = _mask(scores, first, second, last_key, keys, KEYS, SCORE, CAUSAL)
-    if MASKED == 2:
-        scores = _mask_padding(scores, first, second, KEYS, SCORE)
     new_p, fade, top, weight = _softmax(scores, top, weight, scale_log2, MASKED)
     acc = warpgroup_mma_wait(0, deps=[o_token])
     mbarrier.arrive(v_empty.index(done % STAGES), count=1)
@@ -293,11 +277,11 @@ def _step(
 @gluon.jit
 def _consume(
     q_smem, k_smem, v_smem, out_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    out_desc, indices_ptr, q_starts_ptr, k_starts_ptr, q_sizes_ptr, k_sizes_ptr, lse_ptr, work,
+    out_desc, indices_ptr, q_starts_ptr, k_starts_ptr, lse_ptr, work,
     indices_stride_b, indices_stride_h, indices_stride_i,
     heads, all_rows, all_keys, n_tiles, total, scale_log2,
     PART: gl.constexpr, HEAD_PAD: gl.constexpr, KEYS: gl.constexpr, HALF: gl.constexpr, STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr, PACKED: gl.constexpr, SIZED_Q: gl.constexpr, SIZED_K: gl.constexpr,
+    CAUSAL: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """A consumer: attention of rows PART * HALF and on of every query block."""
     SCORE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * KEYS, 16])
@@ -332,57 +316,29 @@ def _consume(
         if pairs > 0:
             scores = warpgroup_mma_wait(0, deps=[_scores(q, k_smem, k_full, done, STAGES, SCORE)])
             mbarrier.arrive(k_empty.index(done % STAGES), count=1)
-            if SIZED_K:
-                first_size, second_size = _sizes(k_sizes_ptr, first, second)
-                second_size = gl.where(second > first, second_size, 0)  # an odd list's last block has no partner
-                scores = _mask_padding(scores, first_size, second_size, KEYS, SCORE)
-            else:
-                scores = _mask(scores, first, second, last_key, keys, KEYS, SCORE, CAUSAL)
+            scores = _mask(scores, first, second, last_key, keys, KEYS, SCORE, CAUSAL)
             p, _fade, top, weight = _softmax(scores, top, weight, scale_log2, True)
             p_op = gl.convert_layout(p.to(dtype), OPERAND)
             left = pairs - 1
-            if CAUSAL or SIZED_K:
+            if CAUSAL:  # the diagonal crosses two or three blocks, and a caller's own list may go on beyond it
                 list_ptr = indices_ptr + b.to(gl.int64) * indices_stride_b + h.to(gl.int64) * indices_stride_h
                 list_ptr += i.to(gl.int64) * indices_stride_i
-            if CAUSAL:  # the diagonal crosses two or three blocks, and a caller's own list may go on beyond it
                 dense_blocks = gl.maximum(2 * i * HALF + 1 + diagonal, 0) // KEYS  # those that the first row sees whole
                 first, second = _pair(list_ptr, left - 1, left > 0)
                 while (left > 0) & (second >= dense_blocks):
                     acc, p_op, top, weight = _step(
                         q, k_smem, v_smem, k_full, k_empty, v_full, v_empty, acc, p_op, top, weight, done,
-                        first, second, last_key, keys, scale_log2, KEYS, STAGES, SCORE, CAUSAL, 1,
+                        first, second, last_key, keys, scale_log2, KEYS, STAGES, SCORE, CAUSAL, True,
                     )  # fmt: skip
                     done += 1
                     left -= 1
                     first, second = _pair(list_ptr, left - 1, left > 0)
-            if SIZED_K:  # blocks and their sizes are loaded a step ahead
-                first, second = _pair(list_ptr, left - 1, left > 0)
-                first_size, second_size = _sizes(k_sizes_ptr, first, second)
-                first, second = _pair(list_ptr, left - 2, left > 1)
-                while left > 0:
-                    next_first_size, next_second_size = _sizes(k_sizes_ptr, first, second)
-                    first, second = _pair(list_ptr, left - 3, left > 2)
-                    if first_size + second_size < 2 * KEYS:
-                        acc, p_op, top, weight = _step(
-                            q, k_smem, v_smem, k_full, k_empty, v_full, v_empty, acc, p_op, top, weight, done,
-                            first_size, second_size, last_key, keys, scale_log2, KEYS, STAGES, SCORE, CAUSAL, 2,
-                        )  # fmt: skip
-                    else:
-                        acc, p_op, top, weight = _step(
-                            q, k_smem, v_smem, k_full, k_empty, v_full, v_empty, acc, p_op, top, weight, done,
-                            0, 0, last_key, keys, scale_log2, KEYS, STAGES, SCORE, CAUSAL, 0,
-                        )  # fmt: skip
-                    done += 1
-                    left -= 1
-                    first_size = next_first_size
-                    second_size = next_second_size
-            else:
-                for _ in range(left):
-                    acc, p_op, top, weight = _step(
-                        q, k_smem, v_smem, k_full, k_empty, v_full, v_empty, acc, p_op, top, weight, done,
-                        0, 0, last_key, keys, scale_log2, KEYS, STAGES, SCORE, CAUSAL, 0,
-                    )  # fmt: skip
-                    done += 1
+            for _ in range(left):
+                acc, p_op, top, weight = _step(
+                    q, k_smem, v_smem, k_full, k_empty, v_full, v_empty, acc, p_op, top, weight, done,
+                    0, 0, last_key, keys, scale_log2, KEYS, STAGES, SCORE, CAUSAL, False,
+                )  # fmt: skip
+                done += 1
             mbarrier.arrive(q_empty.index(slot), count=1)
             acc = warpgroup_mma_wait(0, deps=[_outputs(p_op, v_smem, v_full, acc, done, STAGES)])
             mbarrier.arrive(v_empty.index(done % STAGES), count=1)
@@ -396,11 +352,6 @@ def _consume(
         lse = (top + gl.log2(total_weight)) * 0.6931471805599453  # LN_2
         acc = acc * gl.convert_layout(inverse, ROW_OF_OUT)[:, None]
         first_row = (2 * i + PART) * HALF
-        if SIZED_Q:  # these rows are one run, of which the last ones may be padding
-            size = gl.load(q_sizes_ptr + 2 * i + PART, mask=first_row < length, other=0)
-            holds = gl.arange(0, HALF, layout=ROW) < size
-            acc = gl.where(gl.convert_layout(holds, ROW_OF_OUT)[:, None], acc, 0.0)
-            lse = gl.where(holds, lse, float("-inf"))
         out = acc.to(dtype)
         tma.store_wait(0)  # the one before has left out_smem
         tile = out_smem.index(PART)
@@ -425,13 +376,12 @@ def _consume(
     do_not_specialize=["heads", "group", "length", "keys", "n_tiles", "total", "counts_stride_b", "counts_stride_h"]
 )
 def _forward_hopper_kernel(
-    q_desc, k_desc, v_desc, out_desc, counts_ptr, indices_ptr, q_starts_ptr, k_starts_ptr, q_sizes_ptr, k_sizes_ptr,
+    q_desc, k_desc, v_desc, out_desc, counts_ptr, indices_ptr, q_starts_ptr, k_starts_ptr,
     counter_ptr, lse_ptr,
     counts_stride_b, counts_stride_h, counts_stride_i, indices_stride_b, indices_stride_h, indices_stride_i,
     heads, group, length, keys, n_tiles, total, scale_log2,
     HEAD_PAD: gl.constexpr, KEYS: gl.constexpr, HALF: gl.constexpr, STAGES: gl.constexpr,
     COLUMNS: gl.constexpr, CAUSAL: gl.constexpr, PACKED: gl.constexpr,
-    SIZED_Q: gl.constexpr, SIZED_K: gl.constexpr,
     LOADER_REGS: gl.constexpr, CONSUMER_REGS: gl.constexpr,
 ):  # fmt: skip
     TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, HEAD_PAD], q_desc.dtype)
@@ -462,17 +412,17 @@ def _forward_hopper_kernel(
         [
             (_consume, (
                 q_smem, k_smem, v_smem, out_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                out_desc, indices_ptr, q_starts_ptr, k_starts_ptr, q_sizes_ptr, k_sizes_ptr, lse_ptr, work,
+                out_desc, indices_ptr, q_starts_ptr, k_starts_ptr, lse_ptr, work,
                 indices_stride_b, indices_stride_h, indices_stride_i,
                 heads, length, keys, n_tiles, total, scale_log2,
-                0, HEAD_PAD, KEYS, HALF, STAGES, CAUSAL, PACKED, SIZED_Q, SIZED_K,
+                0, HEAD_PAD, KEYS, HALF, STAGES, CAUSAL, PACKED,
             )),
             (_consume, (
                 q_smem, k_smem, v_smem, out_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                out_desc, indices_ptr, q_starts_ptr, k_starts_ptr, q_sizes_ptr, k_sizes_ptr, lse_ptr, work,
+                out_desc, indices_ptr, q_starts_ptr, k_starts_ptr, lse_ptr, work,
                 indices_stride_b, indices_stride_h, indices_stride_i,
                 heads, length, keys, n_tiles, total, scale_log2,
-                1, HEAD_PAD, KEYS, HALF, STAGES, CAUSAL, PACKED, SIZED_Q, SIZED_K,
+                1, HEAD_PAD, KEYS, HALF, STAGES, CAUSAL, PACKED,
             )),
             (_load, (
                 q_desc, k_desc, v_desc, counts_ptr, indices_ptr, counter_ptr, q_starts_ptr, k_starts_ptr,
@@ -526,16 +476,17 @@ def forward(
     total = n_tiles * batch * heads
     if counter is None:
         counter = recording.zero(torch.empty(1, dtype=torch.int32, device=q.device))
-    given = (how.cu_seqlens_q, how.cu_seqlens_k, how.sizes_q, how.sizes_k)
-    starts_and_sizes = (counter if x is None else x for x in given)  # what is not given is not read
+    starts = (
+        counter if x is None else x for x in (how.cu_seqlens_q, how.cu_seqlens_k)
+    )  # what is not given is not read
     recording.launch(
         _forward_hopper_kernel, (min(launch.multiprocessors(q.device), total),),
         _descriptor(q, ROWS, COLUMNS, packed), _descriptor(k, KEY_BLOCK, COLUMNS, packed),
         _descriptor(v, KEY_BLOCK, COLUMNS, packed), _descriptor(out, ROWS, head_pad, packed),
-        counts, indices, *starts_and_sizes, counter, lse,
+        counts, indices, *starts, counter, lse,
         *counts.stride(), *indices.stride()[:3],
         heads, heads // k.shape[1], length, k.shape[2], n_tiles, total, how.scale * tiles.LOG2_E,
         HEAD_PAD=head_pad, KEYS=KEY_BLOCK, HALF=ROWS, COLUMNS=COLUMNS, STAGES=STAGES[head_pad],
-        CAUSAL=how.causality, PACKED=packed, SIZED_Q=how.sizes_q is not None, SIZED_K=how.sizes_k is not None,
+        CAUSAL=how.causality, PACKED=packed,
         LOADER_REGS=LOADER_REGISTERS, CONSUMER_REGS=CONSUMER_REGISTERS, num_warps=4,
     )  # fmt: skip

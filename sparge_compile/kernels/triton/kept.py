@@ -39,20 +39,18 @@ def holds_tokens(block, ROWS: tl.constexpr, start, stop):
 
 @triton.jit
 def _kept_kernel(
-    thresholds_ptr, slots_ptr, sizes_ptr,
+    thresholds_ptr, slots_ptr,
     kept_ptr,
     thresholds_stride_h, thresholds_stride_t,
-    n_blocks, n_runs, found_start, found_stop,
-    COLUMN: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, N_PAD: tl.constexpr, OF_GRAPH: tl.constexpr,
+    n_blocks, length, found_start, found_stop,
+    COLUMN: tl.constexpr, ROWS: tl.constexpr, OF_GRAPH: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     h, block = pid // n_blocks, pid % n_blocks
-    run = tl.arange(0, N_PAD)
-    length = tl.sum(tl.load(sizes_ptr + run, mask=run < n_runs, other=0), 0)
     range_ptr = thresholds_ptr + h * thresholds_stride_h + COLUMN * thresholds_stride_t
     start, stop = tokens_of_range(range_ptr, thresholds_stride_t, found_start, found_stop, length, OF_GRAPH)
     slot = block * ROWS + tl.arange(0, ROWS)
-    token = tl.load(slots_ptr + slot, mask=slot < n_runs * KEYS, other=-1).to(tl.float32)
+    token = tl.load(slots_ptr + slot, mask=slot < length, other=-1).to(tl.float32)
     tl.store(kept_ptr + pid, tl.max(((token >= start) & (token < stop)).to(tl.int32), 0).to(tl.uint8))
 
 
@@ -63,27 +61,25 @@ def kept_arguments(thresholds: Tensor, how: How, length: int, keys: int) -> dict
     """
     k_kept = q_kept = None
     if thresholds.shape[1] == WIDTH:
-        k_kept = _kept(thresholds, 2, how.slots_k, how.sizes_k, KEY_BLOCK, how)
+        k_kept = _kept(thresholds, 2, how.slots_k, KEY_BLOCK, how)
         if k_kept is not None and length == keys:
-            q_kept = _kept(thresholds, 4, how.slots_q, how.sizes_q, QUERY_BLOCK, how)
-    return {"q_kept_ptr": q_kept, "k_kept_ptr": k_kept}
+            q_kept = _kept(thresholds, 4, how.slots_q, QUERY_BLOCK, how)
+    return {"q_kept_ptr": q_kept, "k_kept_ptr": k_kept, "ORDERED": thresholds.shape[1] == WIDTH and how.ordered}
 
 
-def _kept(
-    thresholds: Tensor, column: int, slots: Tensor | None, sizes: Tensor | None, rows: int, how: How
-) -> Tensor | None:
-    if slots is None or sizes is None:
+def _kept(thresholds: Tensor, column: int, slots: Tensor | None, rows: int, how: How) -> Tensor | None:
+    if slots is None:
         return None
-    heads, n_runs = len(thresholds), len(sizes)
-    n_blocks = ceil_div(n_runs * KEY_BLOCK, rows)
+    heads, length = len(thresholds), len(slots)
+    n_blocks = ceil_div(length, rows)
     kept = torch.empty((heads, n_blocks), dtype=torch.uint8, device=slots.device)
     found_start, found_stop = beside_longest(how.parts)
     recording.launch(
         _kept_kernel, (heads * n_blocks,),
-        thresholds_ptr=thresholds, slots_ptr=slots, sizes_ptr=sizes,
+        thresholds_ptr=thresholds, slots_ptr=slots,
         kept_ptr=kept,
         thresholds_stride_h=thresholds.stride(0), thresholds_stride_t=thresholds.stride(1),
-        n_blocks=n_blocks, n_runs=n_runs, found_start=found_start, found_stop=found_stop,
-        COLUMN=column, ROWS=rows, KEYS=KEY_BLOCK, N_PAD=triton.next_power_of_2(n_runs), OF_GRAPH=OF_GRAPH,
+        n_blocks=n_blocks, length=length, found_start=found_start, found_stop=found_stop,
+        COLUMN=column, ROWS=rows, OF_GRAPH=OF_GRAPH,
     )  # fmt: skip
     return kept

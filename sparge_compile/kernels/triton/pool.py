@@ -16,14 +16,14 @@ from .. import allocate, launch, rule
 from ..block_map import KEY_BLOCK, QUERY_BLOCK, ceil_div
 from ..how import How
 from . import recording
-from .tiles import holds_token, how_arguments, load_tile, matrix_arguments, sequence, tile_offsets
+from .tiles import how_arguments, load_tile, matrix_arguments, sequence, tile_offsets
 
 POOL_ELEMENTS = 4096  # elements of q or k that a pooling program holds at a time
 
 
 @triton.jit
 def _pool_block(
-    x_ptr, counted_ptr, starts_ptr, other_starts_ptr, sizes_ptr,
+    x_ptr, counted_ptr, starts_ptr, other_starts_ptr,
     mean_ptr,
     number, stride_b, stride_h, stride_l, stride_d, counted_stride_b, counted_stride_h, heads, group,
     length, other_length, n_blocks,
@@ -48,7 +48,7 @@ def _pool_block(
     rows = tl.minimum(BLOCK, length - block * BLOCK).to(tl.int32)
     if not KEYS and CAUSAL == 2:  # BOTTOM_RIGHT: the first queries may see no key
         rows -= tl.maximum(length - other_length - block * BLOCK, 0).to(tl.int32)
-    if counted_ptr is not None or sizes_ptr is not None:
+    if counted_ptr is not None:
         rows = tl.zeros([], tl.int32)
     for first in tl.static_range(0, BLOCK, ROWS):
         row = block * BLOCK + first
@@ -60,10 +60,6 @@ def _pool_block(
             counts = tl.load(counted_ptr + wanted, mask=wanted < length, other=0) != 0
             wanted = tl.where(counts, wanted, length)  # a row that does not exist, so that it is not read
             rows += tl.sum(counts.to(tl.int32), 0)
-        elif sizes_ptr is not None:
-            holds = holds_token(sizes_ptr, wanted, length)
-            wanted = tl.where(holds, wanted, length)
-            rows += tl.sum(holds.to(tl.int32), 0)
         x = load_tile(tile + offsets, wanted, column, length, HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, CHECK_ROWS=True)
         total += x.to(tl.float32)
     rows = tl.maximum(rows, 1).to(tl.float32)  # the mean of no row is 0
@@ -73,7 +69,7 @@ def _pool_block(
 
 @triton.jit
 def _pool_kernel(
-    q_ptr, k_ptr, queries_ptr, keys_ptr, q_starts_ptr, k_starts_ptr, q_sizes_ptr, k_sizes_ptr,
+    q_ptr, k_ptr, queries_ptr, keys_ptr, q_starts_ptr, k_starts_ptr,
     q_mean_ptr, k_mean_ptr,
     q_stride_b, q_stride_h, q_stride_l, q_stride_d,
     k_stride_b, k_stride_h, k_stride_l, k_stride_d,
@@ -85,7 +81,7 @@ def _pool_kernel(
     pid = tl.program_id(0)
     if pid < all_query:
         _pool_block(
-            q_ptr, queries_ptr, q_starts_ptr, k_starts_ptr, q_sizes_ptr, q_mean_ptr,
+            q_ptr, queries_ptr, q_starts_ptr, k_starts_ptr, q_mean_ptr,
             pid, q_stride_b, q_stride_h, q_stride_l, q_stride_d,
             queries_stride_b, queries_stride_h, heads, 1, length, keys, n_query,
             HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, BLOCK=QUERY_ROWS, ROWS=ROWS, ALIGN=ALIGN, OFFSET=OFFSET,
@@ -93,7 +89,7 @@ def _pool_kernel(
         )  # fmt: skip
     else:
         _pool_block(
-            k_ptr, keys_ptr, k_starts_ptr, q_starts_ptr, k_sizes_ptr, k_mean_ptr,
+            k_ptr, keys_ptr, k_starts_ptr, q_starts_ptr, k_mean_ptr,
             pid - all_query, k_stride_b, k_stride_h, k_stride_l, k_stride_d,
             keys_stride_b, keys_stride_h, key_heads, group, keys, length, n_key,
             HEAD_SIZE=HEAD_SIZE, HEAD_PAD=HEAD_PAD, BLOCK=KEY_ROWS, ROWS=ROWS, ALIGN=ALIGN, OFFSET=OFFSET,
@@ -146,7 +142,7 @@ def counted_arguments(name: str, counted: Tensor | None) -> dict:
 
 @triton.jit
 def _pool_mask_kernel(
-    mask_ptr, q_sizes_ptr, k_sizes_ptr,
+    mask_ptr,
     bias_ptr, sighted_ptr, keys_ptr, queries_ptr,
     mask_stride_b, mask_stride_h, mask_stride_l, mask_stride_s,
     heads, rows, keys, n_query, n_key, last_row, diagonal,
@@ -161,7 +157,7 @@ def _pool_mask_kernel(
     sighted = tl.zeros([ROWS], tl.int32)  # rows that see a key of this block
     for first in tl.static_range(0, ROW_BLOCK, ROWS):
         row = i * ROW_BLOCK + first + tl.arange(0, ROWS)
-        inside = holds_token(q_sizes_ptr, row, rows)[:, None] & holds_token(k_sizes_ptr, key, keys)[None, :]
+        inside = (row < rows)[:, None] & (key < keys)[None, :]
         if IS_CAUSAL:
             reach = row if ROW_BLOCK > 1 else row + last_row  # one row of a mask speaks for all queries
             inside = inside & (key[None, :] <= reach[:, None] + diagonal)
@@ -205,7 +201,6 @@ def pool_mask(attn_mask: Tensor, length: int, how: How, diagonal: int) -> tuple[
         recording.launch(
             _pool_mask_kernel, (bias.numel(),),
             mask_ptr=attn_mask.view(torch.uint8) if is_bool else attn_mask,
-            q_sizes_ptr=None if one_row else how.sizes_q, k_sizes_ptr=how.sizes_k,
             bias_ptr=bias, sighted_ptr=sighted, keys_ptr=seen.view(torch.uint8),
             queries_ptr=None if seeing is None else seeing.view(torch.uint8),
             mask_stride_b=attn_mask.stride(0), mask_stride_h=attn_mask.stride(1),

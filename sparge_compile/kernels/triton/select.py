@@ -22,7 +22,7 @@ from ..how import How
 from . import recording
 from .kept import holds_tokens, kept_arguments, tokens_of_range
 from .pool import pool, pool_mask
-from .tiles import diagonal_of, holds_token, how_arguments, sequence
+from .tiles import diagonal_of, how_arguments, sequence
 
 SCORE_ROWS, SCORE_KEYS, SCORE_DEPTH = 64, 64, 16  # the tile of a score program, and its step along D
 LINEAR_STEPS = 16  # halvings of scores, before halvings of their images
@@ -85,13 +85,13 @@ def _store_words(bits_ptr, word, b, h, i, heads, rows, words, N_WORDS: tl.conste
 
 @triton.jit
 def _select_kernel(
-    thresholds_ptr, bias_ptr, cut_ptr, q_starts_ptr, k_starts_ptr, q_sizes_ptr, k_sizes_ptr, q_kept_ptr, k_kept_ptr,
+    thresholds_ptr, bias_ptr, cut_ptr, q_starts_ptr, k_starts_ptr, q_kept_ptr, k_kept_ptr,
     counts_ptr, indices_ptr, counter_ptr, bits_ptr,
     thresholds_stride_h, thresholds_stride_t, bias_stride_b, bias_stride_h, bias_stride_i,
     batch, heads, length, keys, n_query, n_key, found_start, found_stop, bit_batch, bit_rows, bit_words,
     N_PAD: tl.constexpr, QUERY_ROWS: tl.constexpr, KEY_ROWS: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr,
     HAS_MASK: tl.constexpr, ANCHOR: tl.constexpr, CEIL_SLACK: tl.constexpr, LINEAR_STEPS: tl.constexpr,
-    KEEPS: tl.constexpr, OF_GRAPH: tl.constexpr, WORD_SIZE: tl.constexpr,
+    KEEPS: tl.constexpr, ORDERED: tl.constexpr, OF_GRAPH: tl.constexpr, WORD_SIZE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # of [B, H, Nq]
     if counter_ptr is not None:  # noqa: SIM102  (a constant and a number)
@@ -105,11 +105,6 @@ def _select_kernel(
     # Visibility.
     visible = j < n_key
     forced = j < 0  # none
-    if k_sizes_ptr is not None:  # blocks without tokens
-        visible = visible & (tl.load(k_sizes_ptr + j, mask=j < n_key, other=0) > 0)
-    if q_sizes_ptr is not None:
-        first_row = i * QUERY_ROWS + tl.arange(0, QUERY_ROWS // KEY_ROWS) * KEY_ROWS  # of each run
-        visible = _only_if(tl.max(holds_token(q_sizes_ptr, first_row, length).to(tl.int32), 0) > 0, visible)
     if PACKED:
         _, length = sequence(q_starts_ptr, b, length, PACKED=PACKED)
         _, keys = sequence(k_starts_ptr, b, keys, PACKED=PACKED)
@@ -136,7 +131,7 @@ def _select_kernel(
             always = visible & holds_tokens(j, KEY_ROWS, start, stop)
         if q_kept_ptr is not None:
             whole = whole | (tl.load(q_kept_ptr + h * n_query + i) != 0)
-        elif q_sizes_ptr is None and k_sizes_ptr is None:
+        elif not ORDERED:
             ranges_ptr += 2 * thresholds_stride_t
             start, stop = tokens_of_range(ranges_ptr, thresholds_stride_t, found_start, found_stop, length, OF_GRAPH)
             whole = whole | ((length == keys) & holds_tokens(i, QUERY_ROWS, start, stop))

@@ -94,10 +94,9 @@ def head_arguments(q: Tensor, v: Tensor) -> dict:
 
 
 def how_arguments(how: How) -> dict:
-    """Kernel arguments that say how causality is aligned, where packed sequences begin, and which rows are padding."""
+    """Kernel arguments that say how causality is aligned, and where packed sequences begin."""
     starts = {"q_starts_ptr": how.cu_seqlens_q, "k_starts_ptr": how.cu_seqlens_k}
-    sizes = {"q_sizes_ptr": how.sizes_q, "k_sizes_ptr": how.sizes_k}
-    return starts | sizes | {"CAUSAL": how.causality, "PACKED": how.packed}
+    return starts | {"CAUSAL": how.causality, "PACKED": how.packed}
 
 
 def mask_arguments(attn_mask: Tensor | None, batch: int, heads: int) -> dict:
@@ -135,24 +134,6 @@ def load_tile(pointers, row, column, n_rows, HEAD_SIZE: tl.constexpr, HEAD_PAD: 
         return tl.load(pointers, mask=(column < HEAD_SIZE)[None, :], other=0.0)
     else:
         return tl.load(pointers)
-
-
-@triton.jit
-def holds_token(sizes_ptr, row, n_rows):
-    """Which rows exist and are no padding: see How.sizes_q."""
-    holds = row < n_rows
-    if sizes_ptr is not None:
-        holds = holds & (row % 64 < tl.load(sizes_ptr + row // 64, mask=holds, other=0))
-    return holds
-
-
-@triton.jit
-def end_of_block(sizes_ptr, block, keys, KEYS: tl.constexpr):
-    """Where the keys of a block end: before the first one that is padding, or does not exist."""
-    if sizes_ptr is not None:
-        return block * KEYS + tl.load(sizes_ptr + block)
-    else:
-        return keys
 
 
 @triton.jit

@@ -21,7 +21,7 @@ from .threshold_inputs import hand_down
 
 ORDER = torch.ops.sparge.order.default
 _NAME = "sparge_order"
-_QUERIES, _KEYS = ("slots_q", "places_q", "sizes_q"), ("slots_k", "sizes_k")  # arguments of sparge::attention
+_QUERIES, _KEYS = ("slots_q", "places_q"), ("slots_k", "places_k")  # arguments of sparge::attention
 
 
 def write_orders(
@@ -53,12 +53,12 @@ def write_orders(
         if order is not None and not order.is_raster:
             queries, keys = (tensors(match, sized, order.tile) for sized in (order.queries, order.keys))
             given = dict(zip(_QUERIES, queries, strict=False))
-            arguments[match.node] = given | dict(zip(_KEYS, keys[::2], strict=False))
+            arguments[match.node] = given | dict(zip(_KEYS, keys, strict=False))
     return arguments
 
 
 def _order(owner: GraphModule, sized: SizedGrid, tile: Tile, match: Match) -> list[Node]:
-    """The nodes of slots, places and sizes, in a graph that has the sizes of the grid."""
+    """The nodes of slots and places, in a graph that has the sizes of the grid."""
     graph = owner.graph
     position = {node: i for i, node in enumerate(graph.nodes)}
     held = [x.node if isinstance(x, Part) else x for term in sized.terms for x in term]
@@ -67,7 +67,7 @@ def _order(owner: GraphModule, sized: SizedGrid, tile: Tile, match: Match) -> li
     with graph.inserting_before(next(n for n, i in position.items() if i > latest and n.op != "placeholder")):
         sizes = [_sum(owner, term) for term in sized.terms]
         node = graph.call_function(ORDER, (*sizes, list(tile), match.attention.device))
-        parts = [graph.call_function(operator.getitem, (node, i)) for i in range(3)]
+        parts = [graph.call_function(operator.getitem, (node, i)) for i in range(2)]
     values = _values(sized, tile, match)
     for x, value in zip((node, *parts), () if values is None else (values, *values), strict=False):
         x.meta |= {"val": value, "example_value": value}
