@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
 from types import TracebackType
 from typing import Any
 
-from torch import Tensor
-from torch.fx import Node
 from torch.nn import Module
 
 from ..errors import type_error, value_error
@@ -17,16 +14,14 @@ from ..misfits import check_model, warn_of_misfits, warn_of_names, warn_of_unuse
 from ..naming import ROOT, numbered
 from ..notices import warn, warn_of_unsupported
 from ..options import Options
-from ..passes.pipeline import analyse, rewriting_passes, run
 from ..report import Decision, Report, Site, SiteReport
-from ..running.graph import OpenGraph, decide_sites
-from ..running.thresholds import read_attached
-from ..thresholds.buffers import Attached, attached_to
+from ..running.graph import OpenGraph
 from ..thresholds.steps import step_of
 from ..user_model import is_compiled, user_model
-from .calls import Call, call_past_the_dispatcher, unseen
-from .door import close_door, open_call, open_door
+from .calls import Call, unseen
+from .door import close_door, open_door
 from .functions import Function
+from .plan import Plan
 from .sites import Scope, Where, line_of_caller
 
 # Of a call that is another one each time, not more is kept than this.
@@ -89,52 +84,6 @@ def _options(options: Mapping[str, Any] | Options | None, named: Mapping[str, An
     return replace(settings, inner="eager")
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What becomes of the calls of one site that are alike: a rewritten graph, or None where they stay as they are."""
-
-    graph: OpenGraph
-    compute: Callable[..., Any] | None
-    is_attached: bool
-    modules: Mapping[Node, Module | None]  # where thresholds may be attached for each match
-
-    @classmethod
-    def make(cls, call: Call, where: Where, settings: Options) -> _Plan:
-        graph = open_call(call, where)
-        analyse(graph, partial(decide_sites, options=settings))
-        is_attached = bool(graph.attached)
-        if graph.sparse:
-            tensors = [node.meta["val"] for node in graph.graph_module.graph.find_nodes(op="placeholder")]
-            mode = tensors[0].fake_mode
-            run(graph, *rewriting_passes(settings, partial(mode.from_tensor, static_shapes=True)))
-            if not call.is_autocast:
-                call_past_the_dispatcher(graph.graph_module)
-        modules = {node: slot.locator.first.module(slot.path) for node, slot in graph.slots.items()}
-        return cls(graph, graph.graph_module.forward if graph.substituted else None, is_attached, modules)
-
-    def attached(self) -> dict[Node, Attached]:
-        """What holds thresholds that are attached now, for each match."""
-        held = {}
-        for node, module in self.modules.items():
-            there = attached_to(module)
-            if there is not None and there.get(self.graph.slots[node].number) is not None:
-                held[node] = there
-        return held
-
-    def is_dense(self, held: Mapping[Node, Attached]) -> bool:
-        """Whether the thresholds that are attached are dense by plan now."""
-        return bool(held) and all(each.is_dense(self.graph.slots[node].number) for node, each in held.items())
-
-    def __call__(self, tensors: Sequence[Tensor], held: Mapping[Node, Attached]) -> Any:
-        assert self.compute is not None
-        values = []
-        for x in self.graph.threshold_inputs:
-            there = held.get(x.match.node)
-            number = self.graph.slots[x.match.node].number
-            values.append(x.values if there is None else read_attached(there, number, x))
-        return self.compute(*tensors, *values)
-
-
 class Replacement:
     """Attention that :func:`replace_attention` makes sparse. A context manager: leaving it is ``remove``."""
 
@@ -142,8 +91,8 @@ class Replacement:
         self._model = None if model is None else user_model(model)
         self._settings = settings
         self.scope = Scope(self._model)  # type: ignore[arg-type]
-        self._plans: dict[Any, _Plan] = {}
-        self._ready: dict[Any, tuple[_Plan, list[int]]] = {}  # by a quicker look; and the places of the tensors
+        self._plans: dict[Any, Plan] = {}
+        self._ready: dict[Any, tuple[Plan, list[int]]] = {}  # by a quicker look; and the places of the tensors
         self._rows: dict[Any, SiteReport] = {}
         self._seen = Report(calls=0)
         self._notes: list[str] = []  # once it is removed
@@ -191,7 +140,7 @@ class Replacement:
                 self._plans.clear()
                 self._ready.clear()
             with unseen():
-                plan = self._plans[key] = _Plan.make(call, where, self._settings)
+                plan = self._plans[key] = Plan.make(call, where, self._settings)
             result = original() if plan.graph.failures else None  # which may be the user's: then it raises
             self._tell(plan.graph, where)
             if plan.graph.failures:
