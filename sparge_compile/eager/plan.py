@@ -1,4 +1,4 @@
-"""What becomes of the calls of a site that are alike, from the first of them: a rewritten graph of one node, or nothing."""
+"""What becomes of the calls of a site that are alike, from the first of them: a rewritten graph, or nothing."""
 
 from __future__ import annotations
 
