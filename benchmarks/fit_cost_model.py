@@ -1,22 +1,28 @@
 """Measures dense and sparse attention on this device and fits the tables of sparge_compile/cost_table.py.
 
     dense  = dense_base  + dense_pair · pairs · D
-    sparse = sparse_base + pool · B (H L + Hk S) D + select · B H Nq Nk + sparse_pair · density · pairs · D
+    sparse = sparse_base + pool · B (H L + Hk S) D + select · B H Nq Nk + sparse_pair · idle · density · pairs · D
 
-in seconds of one forward, and of one forward with its backward, with pairs = B H L S, half of it when causal. A GPU's
-times are its own, of calls queued in a CUDA graph. Relative errors are fitted. The host's times are those of host.py.
+in seconds of one forward, and of one forward with its backward, with pairs = B H L S, half of it when causal, and idle
+as cost.py has it. A GPU's times are its own, of calls queued in a CUDA graph. Relative errors are fitted. The host's
+times are those of host.py. What the table copied from other entries (cost_table.ESTIMATED) is measured first.
 
-    python benchmarks/fit_cost_model.py                         # a GPU: under five minutes; prints what to paste
-    python benchmarks/fit_cost_model.py --device cpu --tiny     # that everything runs
+    python benchmarks/fit_cost_model.py                               # a GPU: under five minutes; prints entries
+    python benchmarks/fit_cost_model.py --write cost_table.py         # and writes the table with them to this file
+    python benchmarks/fit_cost_model.py --seconds 0 --write table.py  # the host's times alone: a minute
+    python benchmarks/fit_cost_model.py --estimated                   # what was not measured so far
+    python benchmarks/fit_cost_model.py --device cpu --tiny           # that everything runs
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import harness
@@ -25,10 +31,14 @@ import numpy as np
 import rivals
 import torch
 
+from sparge_compile import cost, cost_table
+from sparge_compile.cost import device_class, idle
 from sparge_compile.cost_table import Six
 from sparge_compile.host import time_dense_call
 from sparge_compile.kernels.block_map import KEY_BLOCK, QUERY_BLOCK, ceil_div, visible_blocks
 from sparge_compile.passes.decide import MARGIN
+
+Host = tuple[tuple[float, float], tuple[float, float]]  # a row of cost_table.HOST
 
 # What is measured for each entry of a table, the most wanted first: dtype, head sizes, and whether all shapes are.
 KINDS = {
@@ -79,6 +89,7 @@ class Sample(NamedTuple):
     density: float
     dense: float  # seconds
     sparse: float
+    idle: float = 1.0  # how many times as long the kernels take since some multiprocessors have no program
 
 
 def shapes(device: str, head_size: int, is_whole: bool) -> Iterator[Shape]:
@@ -111,8 +122,11 @@ def samples(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[
             calls[f"{density}"] = rivals.sparse_call(q, k, v, thresholds, shape.is_causal, what)
         times = seconds_each(calls, device)
         best = min(times[name] for name in dense)
+        forward, backward = idle(device_class(device), cost.Shape(1, *shape[:5], shape.head_size))
         for name, density in reached.items():
-            yield Sample(shape, what, density, best, times[name])
+            yield Sample(
+                shape, what, density, best, times[name], forward if what == "forward" else max(forward, backward)
+            )
 
 
 def seconds_each(calls: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
@@ -144,15 +158,15 @@ def fit_six(found: Sequence[Sample]) -> tuple[Six, np.ndarray, np.ndarray]:
     one = np.ones(len(found))
     pair = np.array([s.shape.pairs * s.shape.head_size for s in found])
     pool, select = (np.array([getattr(s.shape, name) for s in found], float) for name in ("pool", "select"))
-    share = np.array([s.density for s in found])
+    share = np.array([s.density * s.idle for s in found])
     dense, sparse = (np.array([getattr(s, name) for s in found]) for name in ("dense", "sparse"))
     columns, more = np.stack([one, pair], 1), np.stack([one, pool, select, share * pair], 1)
     d, s = fit(columns, dense), fit(more, sparse)
     return tuple(float(f"{x:.3e}") for x in (*d, *s)), columns @ d, more @ s  # type: ignore[return-value]
 
 
-def report(kind: tuple[str, int], found: Sequence[Sample]) -> None:
-    """Print an entry of the table, and how well it predicts and decides what was measured."""
+def report(kind: tuple[str, int], found: Sequence[Sample]) -> list[Six]:
+    """Print an entry of the table, and how well it predicts and decides what was measured; give the entry."""
     sixes = []
     for what, title in TITLES.items():
         some = [s for s in found if s.what == what]
@@ -178,20 +192,50 @@ def report(kind: tuple[str, int], found: Sequence[Sample]) -> None:
         )
         for title_of, gains in (("sparse, and slower", lost), ("dense, though more than 1.2x", missed)):
             print(f"#   decided {title_of}: {len(gains)} of {len(some)} {[f'{g:.2f}' for g in gains]}")
-    print(f'        ("{kind[0]}", {kind[1]}): (')
-    for six in sixes:
-        print(f"            ({', '.join(f'{x:g}' for x in six)}),")
-    print("        ),", flush=True)
+    print(entry_text(kind, sixes), flush=True)
+    return sixes
 
 
-def report_host(device: torch.device) -> None:
-    """Print the host's times: eager and compiled, a forward and a forward with its backward, dense and sparse."""
-    print(f"REFERENCE = {time_dense_call(device):.2e}")
+def entry_text(kind: tuple[str, int], sixes: Sequence[Six]) -> str:
+    rows = (f"            ({', '.join(f'{x:g}' for x in six)}),\n" for six in sixes)
+    return f'        ("{kind[0]}", {kind[1]}): (\n{"".join(rows)}        ),'
+
+
+def measured_hosts(device: torch.device) -> dict[str, Host]:
+    """The host's seconds, by who launches: of a forward and of a forward with its backward, dense and sparse."""
     timed = host.host_rows(device.type) + host.replaced_rows(device.type) + masked_rows(device.type)
     rows = {name: (dense / 1e6, sparse / 1e6) for name, dense, sparse in timed}
-    for launched, name in {"compiled": "compiled", "eager": "replaced", "masked": "masked"}.items():
-        pairs = (rows[f"{name}, inference"], rows[f"{name}, training"])
-        print(f'    "{launched}": ({", ".join("({:.1e}, {:.1e})".format(*pair) for pair in pairs)}),', flush=True)
+    names = {"compiled": "compiled", "eager": "replaced", "masked": "masked"}
+    return {who: (rows[f"{name}, inference"], rows[f"{name}, training"]) for who, name in names.items()}
+
+
+def hosts_text(hosts: Mapping[str, Host]) -> str:
+    rows = (
+        f'    "{who}": ({", ".join("({:.1e}, {:.1e})".format(*pair) for pair in pairs)}),\n'
+        for who, pairs in hosts.items()
+    )
+    return "".join(rows)
+
+
+def table_text(
+    text: str, name: str, entries: Mapping[tuple[str, int], Sequence[Six]], reference: float, hosts: Mapping[str, Host]
+) -> str:
+    """The source of cost_table.py, ``text``, with these entries of a class of devices and these times of the host."""
+    before, header, rest = text.partition(f'    "{name}": {{')
+    for kind, sixes in entries.items():
+        pattern, new = rf'        \("{kind[0]}", {kind[1]}\): \(\n.*?\n        \),', entry_text(kind, sixes)
+        rest = rest.replace(re.search(pattern, rest, re.DOTALL)[0], new, 1)  # type: ignore[index]
+    measured = {*((name, kind) for kind in entries), *(("host", who) for who in hosts)}
+    left = sorted(cost_table.ESTIMATED - measured, key=str)
+    lines = {"ESTIMATED": f"{{{', '.join(map(repr, left))}}}".replace("'", '"') if left else "set()"}
+    if hosts:
+        lines["REFERENCE"] = f"{reference:.2e}"
+        head, between, tail = rest.partition("HOST: ")
+        first, last = tail.index("{\n") + 2, tail.index("\n}") + 1
+        rest = head + between + tail[:first] + hosts_text(hosts) + tail[last:]
+    for variable, value in lines.items():
+        rest = re.sub(rf"^({variable}\b.*?) = .*$", rf"\1 = {value}", rest, flags=re.MULTILINE)
+    return before + header + rest
 
 
 def masked_rows(device: str) -> list[list[Any]]:
@@ -212,16 +256,26 @@ def main() -> None:
     harness.add_arguments(parser)
     parser.add_argument("--tiny", action="store_true", help="the shortest sequences alone, to see that everything runs")
     parser.add_argument("--seconds", type=float, default=210, help="no other kind is begun after this time (210)")
+    parser.add_argument("--estimated", action="store_true", help="measure only what the table has no measurement of")
     parser.add_argument("--no-host", action="store_true", help="leave the host's times out")
+    parser.add_argument("--write", help="write the table, with what was measured, to this file")
     parser.add_argument("--csv", help="write the samples to this file")
     args = parser.parse_args()
     start = time.perf_counter()
     device, _ = harness.start(args)
     torch.manual_seed(0)
+    hosts: dict[str, Host] = {}
+    reference = 0.0
     if device.type == "cuda" and not args.no_host:
-        report_host(device)
+        reference, hosts = time_dense_call(device), measured_hosts(device)
+        print(f"REFERENCE = {reference:.2e}\n{hosts_text(hosts)}", flush=True)
+    name = device_class(device)
+    entries: dict[tuple[str, int], list[Six]] = {}
+    kinds = sorted(KINDS[device.type].items(), key=lambda item: (name, item[0]) not in cost_table.ESTIMATED)
     rows: list[dict[str, object]] = []
-    for kind, (dtype, head_sizes, is_whole) in KINDS[device.type].items():
+    for kind, (dtype, head_sizes, is_whole) in kinds:
+        if args.estimated and (name, kind) not in cost_table.ESTIMATED:
+            continue
         if time.perf_counter() - start > args.seconds:
             print(f"# {kind}: not measured, since {args.seconds:.0f} s are over")
             continue
@@ -231,10 +285,12 @@ def main() -> None:
             if small and not (args.tiny and shape.length > 2048):
                 found += samples(shape, device, dtype)
         print(f"# {kind}: {len(found)} samples, at {time.perf_counter() - start:.0f} s")
-        report(kind, found)
+        entries[kind] = report(kind, found)
         rows += [{"dtype": str(dtype), **s.shape._asdict(), **s._replace(shape=None)._asdict()} for s in found]
         if args.csv:
             harness.write_csv(args.csv, rows)
+    if args.write:
+        Path(args.write).write_text(table_text(Path(cost_table.__file__).read_text(), name, entries, reference, hosts))
     print(f"# {time.perf_counter() - start:.0f} s")
 
 

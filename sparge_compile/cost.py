@@ -13,11 +13,11 @@ from typing import Any
 import sympy
 import torch
 
-from .cost_table import GPU, HOST
+from .cost_table import GATHER, GPU, HOST, PROGRAMS
 from .errors import value_error
 from .host import slowness
-from .kernels.block_map import KEY_BLOCK, QUERY_BLOCK
-from .kernels.launch import pad_head, pad_heads
+from .kernels.block_map import KEY_BLOCK, QUERY_BLOCK, ceil_div
+from .kernels.launch import pad_head, pad_heads, parts_of
 from .limit import Limit
 from .report import Prediction
 
@@ -104,6 +104,24 @@ class CostModel:
         """Return the coefficients of a forward with its backward where attention is trained, else of a forward."""
         return self.training if trains and self.training is not None else self
 
+    def with_gathers(self, device: torch.device, dtype: torch.dtype, head_size: int, value_head_size: int) -> CostModel:
+        """Return the coefficients where a call brings operands and result into the order of tiles, and back.
+
+        Each number of q, k, v and the result is read and written once more, in training those of their gradients, too.
+        """
+        name = device_class(device)
+        seconds = GATHER.get(name, GATHER["sm90"]) * dtype.itemsize * (1 + value_head_size / head_size)
+        training = self.of(True)
+        training = replace(training, pool=training.pool + 2 * seconds, training=None)
+        return replace(self, pool=self.pool + seconds, training=training)
+
+    def with_idle(self, device: torch.device, s: Shape) -> CostModel:
+        """Return the coefficients where a call of these sizes has fewer programs than the GPU runs at a time."""
+        forward, backward = idle(device_class(device), s)
+        training = self.of(True)
+        training = replace(training, sparse_pair=training.sparse_pair * max(forward, backward), training=None)
+        return replace(self, sparse_pair=self.sparse_pair * forward, training=training)
+
     def dense(self, s: Shape) -> Any:
         """Return the GPU's seconds of dense attention: a number, or a sympy expression for symbolic sizes."""
         return self.dense_base + self.dense_pair * _products(s)
@@ -143,6 +161,18 @@ class CostModel:
 def _products(s: Shape) -> Any:
     products = s.batch * s.heads * s.length * s.keys * (s.head_size + s.value_head_size) / 2
     return products / 2 if s.is_causal else products
+
+
+def idle(name: str, s: Shape) -> tuple[float, float]:
+    """How many times as long a sparse forward, and its backward, take because some multiprocessors have no program.
+
+    The forward splits lists of key blocks where query blocks are few. The backward does not; it has two programs for
+    each query block.
+    """
+    at_a_time = PROGRAMS.get(name, PROGRAMS["sm90"])
+    programs = max(1, s.batch * s.heads * ceil_div(s.length, QUERY_BLOCK))
+    parts = parts_of(programs, ceil_div(s.keys, KEY_BLOCK), at_a_time)
+    return max(1.0, at_a_time / (programs * parts)), max(1.0, at_a_time / (2 * programs))
 
 
 def device_class(device: torch.device) -> str:

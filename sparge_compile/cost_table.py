@@ -16,7 +16,7 @@ GPU: dict[str, dict[tuple[str, int], tuple[Six, Six]]] = {
             (1.64e-4, 1.56e-10, 4.88e-3, 3.41e-9, 4.72e-7, 2.56e-10),
         ),
     },
-    # H200, torch 2.11, cuDNN 9.19. Head size 128 in float32 is estimated from 64.
+    # H200, torch 2.11, cuDNN 9.19.
     "sm90": {
         ("half", 64): (
             (9.38e-06, 8.578e-15, 1.796e-05, 9.288e-13, 4.176e-11, 8.679e-15),
@@ -41,13 +41,22 @@ GPU: dict[str, dict[tuple[str, int], tuple[Six, Six]]] = {
     },
 }
 
+# What nobody has measured: entries above that are copies of others, and rows of the host below.
+ESTIMATED: set[tuple[str, object]] = {("host", "eager"), ("host", "masked"), ("sm90", ("float32", 128))}
+
+# Seconds of a gather for each byte that is brought into the order of tiles or back: read, and written.
+GATHER = {"cpu": 2e-10, "sm90": 3.7e-13}
+
+# How many programs run at a time: the multiprocessors of a GPU. Where there are fewer, some are idle.
+PROGRAMS = {"cpu": 1, "sm90": 132}
+
 # An eager call of dense attention takes the host so long (host.py measures it), where the times below were measured.
 REFERENCE = 2.88e-05
 
-# Dense and sparse seconds of the host for one call: of a forward, and of a forward with its backward. Estimated are
-# those of sparse calls in eager code (what `replace_attention` takes on top of the op) and under a mask.
+# Dense and sparse seconds of the host for one call: of a forward, and of a forward with its backward; in eager code
+# with what `replace_attention` takes. Under a mask nothing is replayed, whoever launches.
 HOST: dict[str, tuple[tuple[float, float], tuple[float, float]]] = {
     "compiled": ((4.2e-05, 7.2e-05), (2.0e-04, 2.5e-04)),
     "eager": ((2.8e-05, 1.9e-04), (2.6e-04, 8.3e-04)),
-    "masked": ((4.2e-05, 5.5e-04), (2.0e-04, 1.1e-03)),  # by either: no call under a mask is replayed
+    "masked": ((4.2e-05, 5.5e-04), (2.0e-04, 1.1e-03)),
 }

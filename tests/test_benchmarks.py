@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import methods
@@ -144,9 +145,35 @@ def test_the_cost_model_is_fitted_to_what_was_measured():
         for density in fitting.DENSITIES["forward"]:
             dense = six[0] + six[1] * shape.pairs * shape.head_size
             kept = six[5] * density * shape.pairs * shape.head_size
-            sparse = six[2] + six[3] * shape.pool + six[4] * shape.select + kept
-            found.append(fitting.Sample(shape, "forward", density, dense, sparse))
+            sparse = six[2] + six[3] * shape.pool + six[4] * shape.select + 1.5 * kept
+            found.append(fitting.Sample(shape, "forward", density, dense, sparse, idle=1.5))
     assert fitting.fit_six(found)[0] == pytest.approx(six, rel=1e-2)
+
+
+def test_the_table_of_costs_is_written_anew():
+    import fit_cost_model as fitting
+
+    from sparge_compile import cost_table
+
+    text = Path(cost_table.__file__).read_text()
+    assert run_text(fitting.table_text(text, "sm90", {}, 0.0, {})) == run_text(text), "nothing was measured"
+    kind, six = ("float32", 128), (1e-5, 2e-14, 3e-5, 4e-12, 0.0, 6e-14)
+    of_cpu = run_text(fitting.table_text(text, "cpu", {kind: [six, six]}, 0.0, {}))["GPU"]
+    assert of_cpu == {**cost_table.GPU, "cpu": {kind: (six, six)}}
+    hosts = dict.fromkeys(cost_table.HOST, ((1e-5, 2e-5), (3e-5, 4e-5)))
+    written = run_text(fitting.table_text(text, "sm90", {kind: [six, six]}, 1.5e-5, hosts))
+    assert written["GPU"]["sm90"].pop(kind) == (six, six)
+    assert written["GPU"]["cpu"] == cost_table.GPU["cpu"] and written["REFERENCE"] == 1.5e-5
+    assert written["GPU"]["sm90"] == {k: v for k, v in cost_table.GPU["sm90"].items() if k != kind}
+    assert written["HOST"] == hosts
+    assert written["ESTIMATED"] == cost_table.ESTIMATED - {("sm90", kind), *(("host", who) for who in hosts)}
+
+
+def run_text(text):
+    """What a module of numbers defines."""
+    names = {}
+    exec(text, names)
+    return {name: value for name, value in names.items() if name.isupper()}
 
 
 def test_the_cost_model_says_from_which_length_on(capsys):

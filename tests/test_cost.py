@@ -104,6 +104,36 @@ def test_a_class_of_devices_may_be_asked_without_one():
     assert cost.class_costs("sm1", 1.0, torch.bfloat16, 128, None, "graph").of(True) == graph, "unmeasured"
 
 
+@pytest.mark.parametrize(
+    "sizes, forward, backward",
+    [
+        ((1, 24, 24, 4608, 4608), 1.0, 1.0),
+        ((1, 8, 8, 1024, 1024), 132 / 64, 132 / 128),  # too few key blocks to split the lists
+        ((1, 1, 1, 128, 1 << 17), 132 / 64, 66.0),  # 64 parts
+        ((2, 33, 33, 256, 1024), 1.0, 1.0),
+    ],
+)
+def test_few_programs_leave_multiprocessors_idle(a_gpu, sizes, forward, backward):
+    shape = Shape(*sizes, 64, 64)
+    assert cost.idle("sm90", shape) == pytest.approx((forward, backward))
+    assert cost.idle("cpu", shape) == (1.0, 1.0)
+    plain = cost_model(CUDA)
+    found = plain.with_idle(CUDA, shape)
+    assert found.sparse_pair == pytest.approx(forward * plain.sparse_pair)
+    assert found.of(True).sparse_pair == pytest.approx(max(forward, backward) * plain.of(True).sparse_pair)
+    assert found.dense_pair == plain.dense_pair
+
+
+def test_an_order_of_tokens_costs_its_gathers(a_gpu):
+    shape = Shape(1, 12, 6, 32760, 32760, 128, 64)
+    plain = cost_model(CUDA, value_head_size=64)
+    found = plain.with_gathers(CUDA, torch.bfloat16, 128, 64)
+    moved = 2 * (12 + 6) * 32760 * (128 + 64) * cost_table.GATHER["sm90"]  # bytes of q, k, v and the result
+    assert found.sparse(shape, 0.5) - plain.sparse(shape, 0.5) == pytest.approx(moved)
+    assert found.of(True).sparse(shape, 0.5) - plain.of(True).sparse(shape, 0.5) == pytest.approx(2 * moved)
+    assert found.dense(shape) == plain.dense(shape)
+
+
 def test_who_launches_is_read_off_the_options():
     assert Options().launched == "compiled" and Options(inner="eager").launched == "eager"
     assert Options(inner="aot_eager").launched == "eager"
@@ -160,3 +190,6 @@ def test_the_tables_are_whole():
             assert all(s >= f >= 0 for f, s in zip(forward, step, strict=True)), "a step is more than its forward"
     assert set(cost_table.HOST) == {"compiled", "eager", "masked"}
     assert cost.GPU["sm90"], "what stands for every other GPU"
+    assert set(cost_table.GATHER) == set(cost_table.PROGRAMS) == set(cost_table.GPU)
+    for name, key in cost_table.ESTIMATED:
+        assert key in (cost_table.HOST if name == "host" else cost_table.GPU[name])

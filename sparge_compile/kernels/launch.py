@@ -58,9 +58,12 @@ def multiprocessors(device: torch.device) -> int:
 
 def list_parts(programs: int, n_key: int, device: torch.device) -> int:
     """Over how many programs a list of key blocks is split where there are only so many query blocks of all heads."""
-    if architecture(device) == 0:
-        return 1
-    return max(1, min(multiprocessors(device) // max(programs, 1), n_key // LEAST_PART))
+    return 1 if architecture(device) == 0 else parts_of(programs, n_key, multiprocessors(device))
+
+
+def parts_of(programs: int, n_key: int, at_a_time: int) -> int:
+    """The same for a GPU that runs so many programs at a time."""
+    return max(1, min(at_a_time // max(programs, 1), n_key // LEAST_PART))
 
 
 def use_descriptors(dtype: torch.dtype, device: torch.device) -> bool:

@@ -109,9 +109,14 @@ def costs_of(attention: Attention, options: Options) -> CostModel:
     """The coefficients for an attention, as the options give them or as they were measured."""
     if options.costs is not None:
         return options.costs
-    x, launched = attention, options.launched
+    x, launched, shape = attention, options.launched, shape_of(attention)
     launched = "masked" if x.masks and launched != "graph" else launched
-    return cost_model(x.device, x.dtype, x.head_size, x.value_head_size, launched)
+    costs = cost_model(x.device, x.dtype, x.head_size, x.value_head_size, launched)
+    if shape is not None:
+        costs = costs.with_idle(x.device, shape)
+    if options.token_order == "tiles" and not x.is_causal and x.packing is None:
+        costs = costs.with_gathers(x.device, x.dtype, x.head_size, x.value_head_size)
+    return costs
 
 
 def least_size(attention: Attention, limit: Limit) -> str | None:
