@@ -1,7 +1,8 @@
 """Is what the cost model calls sparse ever slower than dense attention? Asked of real shapes (real_shapes.py).
 
-    python benchmarks/never_slower.py                                # a GPU: under four minutes
-    python benchmarks/never_slower.py --all --seconds 500            # what is decided dense is measured as well
+    python benchmarks/never_slower.py --csv one.csv                  # a GPU: what is short first, for 500 seconds
+    python benchmarks/never_slower.py --after one.csv --csv two.csv  # what one.csv has not, and both together
+    python benchmarks/never_slower.py --all                          # what is decided dense is measured as well
     python benchmarks/never_slower.py --eager                        # of eager code, by replace_attention
     python benchmarks/never_slower.py --compiled 12                  # and twelve cases by torch.compile itself
     python benchmarks/never_slower.py --device cpu --tiny            # that everything runs
@@ -16,9 +17,11 @@ keep their most, 80 %. A case that looks slower is measured again, longer, befor
 from __future__ import annotations
 
 import argparse
+import csv
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import harness
@@ -122,8 +125,7 @@ def measured(seen: list[Seen], device: torch.device, dtype: torch.dtype, args: a
         return seen
     given = operands(case, device, dtype)
     how = case.row.is_causal, WHAT[case.trains]
-    best = rivals.fastest(rivals.dense_calls(*given, *how), device)
-    dense = rivals.wall_seconds(best, device)
+    best, dense = rivals.fastest(rivals.dense_calls(*given, *how), device)
 
     def sparse(pair: tuple[float, float], *longer: float) -> float:
         if args.eager:
@@ -148,7 +150,21 @@ def is_bad(seen: Seen) -> bool:
     return seen.speedup < SLOWER if seen.decision.status == "sparse" else seen.speedup > MISSED
 
 
-def rows_of(seen: Sequence[Seen]) -> list[dict[str, object]]:
+def measured_before(path: str | Path) -> dict[tuple[str, ...], tuple[float, float]]:
+    """Wall times of dense and sparse attention from the rows of another run, by what :func:`key_of` gives."""
+    with open(path, newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["x"]]
+    names = ("shape", "for", "sparsity", "code")
+    return {
+        tuple(row[n] for n in names): (float(row["dense ms"]) / 1000, float(row["sparse ms"]) / 1000) for row in rows
+    }
+
+
+def key_of(each: Seen, code: str) -> tuple[str, ...]:
+    return each.case.name, "training" if each.case.trains else "inference", each.sparsity, code
+
+
+def rows_of(seen: Sequence[Seen], code: str = "") -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for each in seen:
         ms = [None if x is None else 1000 * x for x in (each.dense, each.sparse)]
@@ -158,6 +174,7 @@ def rows_of(seen: Sequence[Seen]) -> list[dict[str, object]]:
                 "shape": each.case.name,
                 "for": "training" if each.case.trains else "inference",
                 "sparsity": each.sparsity,
+                "code": code,
                 "decided": each.decision.status,
                 "reason": each.decision.reason.value,
                 "predicted x": predicted.speedup if predicted else None,
@@ -218,11 +235,12 @@ def tiny() -> list[Row]:
     ]
 
 
-def measure_all(decided: dict[Case, list[Seen]], device: torch.device, dtype: torch.dtype, args: Any) -> None:
+def measure_all(
+    decided: dict[Case, list[Seen]], device: torch.device, dtype: torch.dtype, args: Any, start: float
+) -> None:
     """Measure what was decided sparse, or all, until the time is over; what is short first, since it might lose."""
-    start = time.perf_counter()
     for case in sorted(decided, key=lambda case: case.work):
-        wanted = [x for x in decided[case] if args.all or x.decision.status == "sparse"]
+        wanted = [x for x in decided[case] if x.speedup is None and (args.all or x.decision.status == "sparse")]
         if not wanted or time.perf_counter() - start > args.seconds:
             continue
         try:
@@ -257,27 +275,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--compiled", type=int, default=0, help="measure so many cases by torch.compile itself (0)")
     parser.add_argument("--only", default="", help="shapes whose name has this in it")
     parser.add_argument(
-        "--most-ms", type=float, default=150, help="longer dense calls, as predicted, are left out (150)"
+        "--most-ms", type=float, default=3000, help="longer dense calls, as predicted, are left out (3000)"
     )
-    parser.add_argument("--seconds", type=float, default=220, help="nothing is measured after this time (220)")
+    parser.add_argument("--seconds", type=float, default=500, help="nothing more is measured then (500)")
+    parser.add_argument("--after", nargs="*", default=[], help="rows of earlier runs: what they have is not measured")
     parser.add_argument("--quiet", action="store_true", help="print no row for each shape")
     parser.add_argument("--csv", help="write the rows to this file as well")
     args = parser.parse_args(argv)
     start = time.perf_counter()
     device, dtype = harness.start(args)
     how = device, dtype, "eager" if args.eager else "inductor"
+    known = {key: times for path in args.after for key, times in measured_before(path).items()}
     decided = {
-        case: [Seen(case, name, decision(case, pair, *how)) for name, pair in PAIRS.items()]
+        case: [
+            each._replace(**dict(zip(("dense", "sparse"), known.get(key_of(each, how[2]), ()), strict=False)))
+            for each in (Seen(case, name, decision(case, pair, *how)) for name, pair in PAIRS.items())
+        ]
         for case in cases(tiny() if args.tiny else ROWS)
         if args.only in case.name
     }
-    measure_all(decided, device, dtype, args)
+    measure_all(decided, device, dtype, args, start)
     seen = [x for each in decided.values() for x in each]
     if not args.quiet:
         print(harness.table(summary(seen)))
     judge(seen, args.all)
     if args.csv:
-        harness.write_csv(args.csv, rows_of(seen))
+        harness.write_csv(args.csv, rows_of(seen, how[2]))
     some = [x for x in seen if x.speedup and x.decision.status == "sparse"]
     some = [x for x in some if x.case.row.head_size == x.case.row.value_head_size]
     if args.compiled and some:

@@ -24,6 +24,7 @@ FAST = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)
 REST = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 LONG = 1e-3  # seconds that a queue of calls should take the GPU
 MOST_CALLS = 20
+LONG_CALL = 0.1  # seconds
 
 
 def projected(x: Tensor) -> Tensor:
@@ -156,22 +157,25 @@ def _gpu_seconds(call: Call, calls: int = 1) -> float:
 
 
 def wall_seconds(call: Call, device: torch.device, budget: float = 0.02, most: int = 10) -> float:
-    """Wall time of one call in a queue of some that is waited for at its end: the median of three queues."""
-    times = []
-    call()
+    """Wall time of one call in a queue of some that is waited for at its end: the median of three queues.
+
+    A long call is timed once, after one that compiles and records.
+    """
     call()
     once = _waited(call, 1, device)
+    if once > LONG_CALL:
+        return once
+    call()
     calls = max(1, min(most, round(budget / 3 / once)))
-    for _ in range(3 if once < 0.1 else 1):
-        times.append(_waited(call, calls, device))
-    return statistics.median(times)
+    return statistics.median(_waited(call, calls, device) for _ in range(3))
 
 
-def fastest(calls: Mapping[str, Call], device: torch.device) -> Call:
-    """The fastest of some calls, by a glance."""
-    if len(calls) == 1:
-        return next(iter(calls.values()))
-    return min(calls.values(), key=lambda call: wall_seconds(call, device, 0.003))
+def fastest(calls: Mapping[str, Call], device: torch.device) -> tuple[Call, float]:
+    """The fastest of some calls, by a glance, and its wall time."""
+    glances = {name: wall_seconds(call, device, 0.003) for name, call in calls.items()}
+    best = min(glances, key=glances.__getitem__)
+    is_long = glances[best] > LONG_CALL
+    return calls[best], glances[best] if is_long else wall_seconds(calls[best], device)
 
 
 def _waited(call: Call, calls: int, device: torch.device) -> float:

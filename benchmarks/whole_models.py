@@ -8,14 +8,19 @@
 The real configurations with random weights, which time does not hang on; fewer layers than the real ones unless all are
 asked for. Compiled block by block, as diffusers' ``compile_repeated_blocks`` does, for each shape of its own
 (``dynamic=False``): embeddings and the last layers run eagerly in all columns. One forward is timed, without gradients,
-the host included. Pooled scores of random weights are flat, so by default 80 % of the blocks are kept.
+the host included; dense and sparse models, of the same tensors, in turns. Pooled scores of random weights are flat, so
+by default 80 % of the blocks are kept.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import harness
@@ -231,20 +236,25 @@ class Sites:
         self.names.update(names)
 
 
-def compile_blocks(model: nn.Module, blocks: Sequence[str], inner: str, options: dict[str, Any] | None) -> None:
-    """Compile each block of these classes with ``inner`` alone, or with the sparse backend over it."""
-    torch.compiler.reset()
+def twin(model: nn.Module) -> nn.Module:
+    """A model of the same tensors, to be compiled in another way."""
+    tensors = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(x): x for x in tensors})
+
+
+def compile_blocks(model: nn.Module, blocks: Sequence[str], inner: str, options: dict[str, Any] | None) -> nn.Module:
+    """The model with each block of these classes compiled, with ``inner`` alone or with the sparse backend over it."""
     how: dict[str, Any] = {"backend": inner} if options is None else {"backend": "sparge", "options": options}
     for module in model.modules():
         if type(module).__name__ in blocks:
-            module._compiled_call_impl = None
             module.compile(dynamic=False, **how)
+    return model
 
 
 def measure(
     key: str, args: argparse.Namespace, device: torch.device, dtype: torch.dtype
 ) -> Iterator[dict[str, object]]:
-    """The rows of one model."""
+    """The rows of one model, in all ways in turns: other work on a shared host disturbs each of them alike."""
     import diffusers
 
     spec = MODELS[key]
@@ -253,46 +263,66 @@ def measure(
         model = getattr(diffusers, spec.kind)(**spec.config(args.layers, args.tiny)).eval().requires_grad_(False)
         inputs = {**spec.inputs(args.tiny), "return_dict": False}
     options: dict[str, Any] = {"inner": args.inner, "on_unsupported": "dense"}
-    shorter = {"min_seq_len": 64} if args.tiny else {}
-    row: dict[str, object] = {
-        "model": spec.name,
-        "layers": args.layers or "all",
-        "tokens": "–" if args.tiny else spec.tokens,
-    }
-
+    options |= {"min_seq_len": 64} if args.tiny else {}
     with Counted() as counted:
         model(**inputs)
-    compile_blocks(model, spec.blocks, args.inner, None)
-    want = model(**inputs)[0].clone()
-    dense = _seconds(model, inputs, device)
-    yield {**row, "backend": args.inner, "sites": counted.calls, "sparse": 0, "ms": 1000 * dense, "x": 1.0}
-
     if args.check:
-        compile_blocks(model, spec.blocks, args.inner, options | WHOLE | shorter)
-        error = (model(**inputs)[0].float() - want.float()).norm() / want.float().norm()
-        print(f"{spec.name}, all blocks kept: error against dense {error:.2g}", flush=True)
-        if not error < LARGEST_ERROR:
-            raise SystemExit("The rewritten model with all blocks kept is not the dense model: no time counts.")
-    for name, chosen in SPARSITIES.items():
-        compile_blocks(model, spec.blocks, args.inner, options | chosen | shorter)
-        sites = Sites()
+        _check(spec, model, inputs, args.inner, options)
+
+    calls: dict[str, Callable[[], Any]] = {}
+    sparse = {}
+    for name, chosen in {
+        args.inner: None,
+        **{f"sparge, {name}": options | x for name, x in SPARSITIES.items()},
+    }.items():
+        compiled, sites = compile_blocks(twin(model), spec.blocks, args.inner, chosen), Sites()
+        calls[name] = partial(compiled, **inputs)
         with heard_by(sites):
-            found = model(**inputs)[0]
+            found = calls[name]()[0]
         if not found.isfinite().all():
-            raise SystemExit(f"{spec.name} at {name}: the result is not finite: no time counts.")
-        seconds = _seconds(model, inputs, device)
+            raise SystemExit(f"{spec.name} by {name}: the result is not finite: no time counts.")
+        sparse[name] = len(sites.names)
+    seconds = in_turns(calls, device, args.rounds)
+    for name, each in seconds.items():
         yield {
-            **row,
-            "backend": f"sparge, {name}",
+            "model": spec.name,
+            "layers": args.layers or "all",
+            "tokens": "–" if args.tiny else spec.tokens,
+            "backend": name,
             "sites": counted.calls,
-            "sparse": len(sites.names),
-            "ms": 1000 * seconds,
-            "x": dense / seconds,
+            "sparse": sparse[name],
+            "ms": 1000 * statistics.median(each),
+            "least ms": 1000 * min(each),
+            "x": statistics.median(seconds[args.inner]) / statistics.median(each),
         }
 
 
-def _seconds(model: nn.Module, inputs: dict[str, Any], device: torch.device) -> float:
-    return harness.seconds_each({"": lambda: model(**inputs)}, device, 1.0 if device.type == "cuda" else 0.0)[""]
+def _check(spec: Model, model: nn.Module, inputs: dict[str, Any], inner: str, options: dict[str, Any]) -> None:
+    """Print how far the model with all blocks kept lies from the dense one; end the run where it is another model."""
+    dense, whole = (compile_blocks(twin(model), spec.blocks, inner, x) for x in (None, WHOLE | options))
+    want, sites = dense(**inputs)[0].float(), Sites()
+    with heard_by(sites):
+        found = whole(**inputs)[0].float()
+    error = (found - want).norm() / want.norm()
+    kept = f"all blocks of {len(sites.names)} sites kept"
+    print(f"{spec.name}, {kept}: error against dense {error:.2g}", flush=True)
+    if not error < LARGEST_ERROR or not sites.names:
+        raise SystemExit("The rewritten model with all blocks kept is not the dense model: no time counts.")
+
+
+def in_turns(calls: dict[str, Callable[[], Any]], device: torch.device, rounds: int) -> dict[str, list[float]]:
+    """Wall seconds of each call in each round."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times[name].append(time.perf_counter() - start)
+    return times
 
 
 @torch.no_grad()
@@ -303,6 +333,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--layers", type=int, default=LAYERS, help=f"how many at the most, of each kind; 0: all ({LAYERS})"
     )
+    parser.add_argument("--rounds", type=int, default=15, help="how often each is timed, in turns (15)")
     parser.add_argument("--inner", default="inductor", help="what compiles the blocks, the rival's too (inductor)")
     parser.add_argument(
         "--check", action="store_true", help="first compare a model that keeps all blocks with the dense one"
@@ -311,6 +342,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--csv", help="write the rows to this file as well")
     args = parser.parse_args(argv)
     device, dtype = harness.start(args)
+    torch._dynamo.config.recompile_limit = 64  # of a block's code, which all ways share
     rows: list[dict[str, object]] = []
     for key in args.models.split(","):
         try:

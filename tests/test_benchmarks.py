@@ -187,22 +187,35 @@ def test_the_cost_model_says_from_which_length_on(capsys):
         assert least == sorted(least, reverse=True) and least[-1] >= 1024
 
 
-def test_real_shapes_are_decided_and_measured(tmp_path, capsys):
+@pytest.mark.parametrize("code", ["inductor", "eager"])
+def test_real_shapes_are_decided_and_measured(tmp_path, capsys, monkeypatch, code):
     import never_slower
     from real_shapes import ROWS
 
     assert len(list(never_slower.cases(ROWS))) >= 300
-    path = tmp_path / "rows.csv"
-    never_slower.main(["--device", "cpu", "--tiny", "--only", "97 frames: 1×", "--csv", str(path)])
+    first, second, asked = tmp_path / "first.csv", tmp_path / "second.csv", []
+    real = never_slower.measured
+    monkeypatch.setattr(never_slower, "measured", lambda seen, *how: asked.append(len(seen)) or real(seen, *how))
+    given = ["--device", "cpu", "--tiny", "--only", "97 frames: 1×", "--all", *(["--eager"] if code == "eager" else [])]
+    never_slower.main([*given, "--csv", str(first)])
     printed = capsys.readouterr().out
     assert "2 cases, 6 decisions" in printed and "decided sparse and not measured: 0" in printed
-    assert path.read_text().count("training") == 3
+    assert first.read_text().count("training") == 3 and first.read_text().count(f",{code},") == 6
+    assert asked == [3, 3]
+    kept = [line for line in first.read_text().splitlines() if "training" not in line or "90 %" in line]
+    first.write_text("\n".join(kept))
+    never_slower.main([*given, "--after", str(first), "--csv", str(second)])
+    assert asked == [3, 3, 2], "what was measured before is not measured again"
+    assert "measured: 6" in capsys.readouterr().out
+    before, after = never_slower.measured_before(first), never_slower.measured_before(second)
+    assert len(before) == 4 and len(after) == 6
+    assert all(after[key] == pytest.approx(times) for key, times in before.items())
 
 
 def test_whole_models_are_measured(capsys):
     pytest.importorskip("diffusers")
     import whole_models
 
-    whole_models.main(["--device", "cpu", "--tiny", "--layers", "1", "--inner", "eager", "--models", "wan", "--check"])
+    whole_models.main([*"--device cpu --tiny --layers 1 --inner eager --models wan --check --rounds 2".split()])
     printed = capsys.readouterr().out
     assert "error against dense" in printed and "sparge, 75 %" in printed and "Error" not in printed
