@@ -216,6 +216,7 @@ def test_whole_models_are_measured(capsys):
     pytest.importorskip("diffusers")
     import whole_models
 
-    whole_models.main([*"--device cpu --tiny --layers 1 --inner eager --models wan --check --rounds 2".split()])
+    of_wan = ["--models", "wan", "--layers", "1", "--rounds", "2"]
+    whole_models.main(["--device", "cpu", "--tiny", "--inner", "eager", "--check", *of_wan])
     printed = capsys.readouterr().out
     assert "error against dense" in printed and "sparge, 75 %" in printed and "Error" not in printed
