@@ -18,6 +18,7 @@ from .block_map import KEY_BLOCK, QUERY_BLOCK, ceil_div
 TILE = (2, 4, 8)  # frames, rows and columns of a tile
 MADE_ORDERS = 64  # how many are kept; the oldest goes first
 TIE = 1e-6  # what is closer is equal
+PAIR = 0.67  # of three tiles on an axis that are more than two on another, as cuts into whole tiles need it; near 1 / 2
 
 _FORMS = "Grid(prefix, frames, height, width, suffix), or these five numbers, or (frames, height, width)"
 
@@ -132,18 +133,22 @@ def _cut(held: Tensor, begin: Tensor, end: Tensor, grid: Grid, tile: Sequence[in
     """
     number = held - grid.prefix
     where = torch.stack((number // (grid.height * grid.width), number // grid.width % grid.height, number % grid.width))
+    several = begin // QUERY_BLOCK < (end - 1) // QUERY_BLOCK
     tiles = _tiles_in(where, begin - grid.prefix, end - begin, tile)  # [3, n]
-    axes = tiles.argsort(0, descending=True)
+    weighed = tiles * torch.stack([torch.full_like(tiles[0], 1 + TIE * axis) for axis in range(3)])
+    # A query block is two tiles that touch on their largest face: it gets long where a tile is shortest.
+    weighed[tile.index(min(tile))] *= torch.where(several, PAIR, 1.0)
+    axes = weighed.argsort(0, descending=True)
     steps = torch.stack([torch.full_like(held, size) for size in grid[1:4]]).gather(0, axes)
     slow, middle, fast = where.gather(0, axes)
     key = ((begin - grid.prefix) * steps[0] + slow) * steps[1] + middle
     held = held[(key * steps[2] + fast).argsort()]
 
-    longest = tiles.amax(0)
+    longest = tiles.gather(0, axes)[0]
     # An even number of tiles, of which any face has whole query blocks; of two of them, one.
     leading = torch.where(longest > 3 - TIE, 2 * (longest / 4 + 0.5 - TIE).floor(), 1.0)
     at = begin + (end - begin) * leading / longest
-    unit = torch.where(begin // QUERY_BLOCK < (end - 1) // QUERY_BLOCK, QUERY_BLOCK, KEY_BLOCK)
+    unit = torch.where(several, QUERY_BLOCK, KEY_BLOCK)
     at = (at / unit - TIE).round().long()
     lowest, highest = begin // unit + 1, (end - 1) // unit
     at = torch.where(lowest > highest, end, at.clamp(lowest, highest) * unit)  # a part inside one block stays whole
@@ -156,15 +161,14 @@ def _tiles_in(where: Tensor, part: Tensor, size: Tensor, tile: Sequence[int]) ->
     """float64 [3, n]: how many tiles long the part of each token is, from the places [3, n] of tokens on the axes.
 
     The length is that of a box in which places vary as much, so that a few tokens of another plane do not count as one.
-    ``part`` [n] is a number below n for each part, ``size`` [n] its tokens. Of equal ones
-    that of the longer side of a tile comes first, so that two tiles together are round: 4 x 4 x 8 of 2 x 4 x 8.
+    ``part`` [n] is a number below n for each part, ``size`` [n] its tokens.
     """
     part = part.expand_as(where)
-    total, squares = (torch.zeros_like(where).scatter_add(1, part, x).gather(1, part) for x in (where, where * where))
-    variance = squares / size - (total / size).square()
+    sums = (torch.zeros_like(where).scatter_add(1, part, x).gather(1, part).double() for x in (where, where * where))
+    mean, mean_square = (x / size for x in sums)
+    variance = mean_square - mean.square()
     length = (12 * variance.clamp(min=0) + 1).sqrt()
-    biased = [x / n * (1 + TIE * (n + axis / 3)) for axis, (x, n) in enumerate(zip(length, tile, strict=True))]
-    return torch.stack(biased)
+    return torch.stack([x / n for x, n in zip(length, tile, strict=True)])
 
 
 _made: dict[Any, Order] = {}
