@@ -32,7 +32,7 @@ def kernels_on(device: torch.device) -> list[Kernel]:
         return [portable]
     index = torch.cuda.current_device() if device.index is None else device.index
     hopper = import_module(f"{__package__}.triton.trial").hopper_refusal(torch.device("cuda", index))
-    return [portable, Kernel("Hopper forward in Gluon", hopper)]
+    return [portable, Kernel("Hopper attention in Gluon", hopper)]
 
 
 def summary(device: torch.device) -> str:

@@ -1,4 +1,4 @@
-"""Compile the Hopper forward for sm_90 on a machine without a GPU; print a JSON object of what came out.
+"""Compile a Hopper kernel for sm_90 on a machine without a GPU; print a JSON object of what came out.
 
 Run by test_hopper_compiles.py in a process of its own, without Triton's interpreter.
 """
@@ -13,34 +13,41 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from sparge_compile.kernels.triton import forward_hopper as hopper
+from sparge_compile.kernels.block_map import KEY_BLOCK
+from sparge_compile.kernels.triton import backward_key_hopper, backward_query_hopper, forward_hopper
+from sparge_compile.kernels.triton.hopper import COLUMNS, ROWS
+
+KERNELS = {
+    "forward": (forward_hopper, forward_hopper._forward_hopper_kernel),
+    "dq": (backward_query_hopper, backward_query_hopper._dq_hopper_kernel),
+    "dkv": (backward_key_hopper, backward_key_hopper._dkv_hopper_kernel),
+}
+FLOATS = ("scale", "scale_log2")
 
 
-def main(head_pad: int, causality: int, packed: bool) -> None:
-    constants = {
-        "HEAD_PAD": head_pad,
-        "KEYS": hopper.KEY_BLOCK,
-        "HALF": hopper.ROWS,
-        "COLUMNS": hopper.COLUMNS,
-        "STAGES": hopper.STAGES[head_pad],
-        "CAUSAL": causality,
-        "PACKED": packed,
-        "LOADER_REGS": hopper.LOADER_REGISTERS,
-        "CONSUMER_REGS": hopper.CONSUMER_REGISTERS,
-    }
-    kernel = hopper._forward_hopper_kernel
+def main(direction: str, head_pad: int, causality: int, packed: bool) -> None:
+    module, kernel = KERNELS[direction]
+    stages = module.STAGES[head_pad]
+    rings = {"Q_STAGES": stages[0], "DOUT_STAGES": stages[1]} if direction == "dkv" else {"STAGES": stages}
+    constants = {"HEAD_SIZE": head_pad, "HEAD_PAD": head_pad, "KEYS": KEY_BLOCK, "HALF": ROWS, "COLUMNS": COLUMNS}
+    constants |= {"CAUSAL": causality, "PACKED": packed, "WITH_DLSE": True} | rings
+    constants |= {"LOADER_REGS": module.LOADER_REGISTERS, "CONSUMER_REGS": module.CONSUMER_REGISTERS}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     types: dict[str, str] = {}
     for name in kernel.arg_names:
         if name in constants:
             types[name] = "constexpr"
         elif name.endswith("_desc"):
-            shape = [1] * (3 if packed else 2) + [hopper.ROWS, head_pad if name == "out_desc" else hopper.COLUMNS]
+            columns = head_pad if (direction, name) == ("forward", "out_desc") else COLUMNS
+            shape = [1] * (3 if packed else 2) + [ROWS, columns]
             layout = gl.NVMMASharedLayout.get_default_for(shape, gl.bfloat16)
             types[name] = f"tensordesc<bf16{shape},{layout!r}>"
-        elif name.endswith("_ptr"):
-            types[name] = "*fp32" if name == "lse_ptr" else "*i32"
+        elif name in ("lse_ptr", "dlse_ptr", "delta_ptr"):
+            types[name] = "*fp32"
+        elif name in ("dq_ptr", "dk_ptr", "dv_ptr"):
+            types[name] = "*bf16"
         else:
-            types[name] = "fp32" if name == "scale_log2" else "i32"
+            types[name] = "*i32" if name.endswith("_ptr") else "fp32" if name in FLOATS else "i32"
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = GluonASTSource(kernel, types, values, {})
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
@@ -50,5 +57,5 @@ def main(head_pad: int, causality: int, packed: bool) -> None:
 
 
 if __name__ == "__main__":
-    kind = sys.argv[2].split("-")
-    main(int(sys.argv[1]), 2 if "corner" in kind else int("causal" in kind), "packed" in kind)
+    kind = sys.argv[3].split("-")
+    main(sys.argv[1], int(sys.argv[2]), 2 if "corner" in kind else int("causal" in kind), "packed" in kind)

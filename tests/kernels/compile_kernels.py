@@ -77,8 +77,9 @@ def main(name: str, head_sizes: list[tuple[int, int]], dtypes: list[torch.dtype]
         print(json.dumps(case | {"kernel": self.__name__} | resources(done)), flush=True)
 
     JITFunction.run = launched
-    # The kernel in Gluon has a test of its own: compile_hopper.py.
-    import_module("sparge_compile.kernels.triton.forward").hopper_refusal = lambda device: "left out"
+    # The kernels in Gluon have a test of their own: compile_hopper.py.
+    for module in ("forward", "backward"):
+        import_module(f"sparge_compile.kernels.triton.{module}").hopper_refusal = lambda device: "left out"
     device = torch.device("cpu")
     for dtype in dtypes:
         for head_size, value_size in head_sizes:

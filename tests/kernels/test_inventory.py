@@ -46,7 +46,7 @@ def test_an_old_gpu_has_none(gpu):
 def test_other_gpus_run_the_portable_kernels(gpu, capability):
     pytest.importorskip("triton")
     gpu(*capability)
-    assert names(CUDA) == {"portable Triton": "", "Hopper forward in Gluon": "not a Hopper GPU"}
+    assert names(CUDA) == {"portable Triton": "", "Hopper attention in Gluon": "not a Hopper GPU"}
     assert "launches not measured: portable Triton; no Hopper" in inventory.summary(CUDA)
 
 
@@ -59,6 +59,6 @@ def test_hopper_runs_both(gpu, monkeypatch):
     trial.hopper_refusal.cache_clear()
     try:
         assert set(names(CUDA).values()) == {""} and launch.measured(CUDA)
-        assert inventory.summary(CUDA) == "Some GPU, launches measured: portable Triton, Hopper forward in Gluon"
+        assert inventory.summary(CUDA) == "Some GPU, launches measured: portable Triton, Hopper attention in Gluon"
     finally:
         trial.hopper_refusal.cache_clear()

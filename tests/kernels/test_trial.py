@@ -42,10 +42,10 @@ def test_another_gpu_tries_nothing(monkeypatch):
 def test_a_new_version_is_tried_once_and_said_once(monkeypatch, fault):
     calls = []
     monkeypatch.setattr(trial, "_try", lambda device: calls.append(device) or fault)
-    with pytest.warns(UserWarning, match="is new to Triton") as caught:
+    with pytest.warns(UserWarning, match="are new to Triton") as caught:
         refusals = [trial.hopper_refusal(HOPPER) for _ in range(3)]
     assert calls == [HOPPER] and len(caught) == 1
-    assert ("portable kernel" in str(caught[0].message)) == bool(fault)
+    assert ("portable kernels" in str(caught[0].message)) == bool(fault)
     assert all((fault in refusal) if fault else refusal == "" for refusal in refusals)
 
 

@@ -3,6 +3,9 @@ cannot reach; CUDA graphs; determinism."""
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
 import pytest
 import torch
 from helpers import (
@@ -104,6 +107,8 @@ HOPPER_CASES = [  # one to three pairs of key blocks, tails of queries and keys,
     Case(1100, 700, 128, dtype=FP16, is_causal=True, layout="fused", heads=4, key_heads=2),
     Case(700, 1500, 64, dtype=BF16, is_causal=True, batch=2, scale=0.5),
     Case(3000, 5000, 128, dtype=BF16, heads=12, key_heads=12),
+    Case(700, 700, 128, dtype=BF16, scale=80.0),  # q and k thirty times as large: rows of P have one entry that counts
+    Case(700, 700, 64, dtype=BF16, scale=110.0, layout="blhd"),
 ]
 
 
@@ -114,18 +119,31 @@ def needs_hopper() -> None:
         pytest.skip(refusal)
 
 
+def watch_hopper(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the calls that Hopper's kernels take, as they come."""
+    from sparge_compile.kernels.triton import backward_key_hopper, backward_query_hopper, forward_hopper
+
+    calls: list[str] = []
+
+    def watch(module: Any, name: str) -> None:
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args: calls.append(name) or real(*args))
+
+    watch(forward_hopper, "forward")
+    watch(backward_query_hopper, "query_gradient")
+    watch(backward_key_hopper, "key_gradients")
+    return calls
+
+
 @pytest.mark.parametrize("density", [0.02, 0.3, 1.0])
 @pytest.mark.parametrize("case", HOPPER_CASES, ids=str)
 def test_attention_on_hopper(case: Case, density: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lists of no block, one, an odd and an even number, all; causal lists that go on beyond the diagonal."""
     needs_hopper()
-    from sparge_compile.kernels.triton import forward_hopper
-
-    calls = []
-    real = forward_hopper.forward
-    monkeypatch.setattr(forward_hopper, "forward", lambda *args: calls.append(None) or real(*args))
-    check_attention(case, random_map(case, density))
-    assert calls, "the portable kernel ran"
+    calls = watch_hopper(monkeypatch)
+    check_attention(case, random_map(case, density), with_dlse=case.keys % 2 == 0)
+    wanted = {"forward", "key_gradients"} | ({"query_gradient"} if case.head_size > 64 else set())
+    assert wanted <= set(calls), "a portable kernel ran"
 
 
 @pytest.mark.parametrize(
@@ -138,10 +156,37 @@ def test_attention_on_hopper(case: Case, density: float, monkeypatch: pytest.Mon
 )
 def test_what_the_hopper_kernel_leaves_to_the_portable_one(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     needs_hopper()
-    from sparge_compile.kernels.triton import forward_hopper
-
-    monkeypatch.setattr(forward_hopper, "forward", lambda *args: pytest.fail("the Hopper kernel ran"))
+    calls = watch_hopper(monkeypatch)
     check_attention(case, random_map(case))
+    others = {"key_gradients"} if case.scale else set()  # to which a negative scale is no matter
+    assert set(calls) <= others, "a Hopper kernel ran"
+
+
+@pytest.mark.parametrize("head_size", [64, 128])
+def test_the_portable_backward_on_hopper(head_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other GPUs run, for calls that Hopper's kernels take."""
+    module = import_module("sparge_compile.kernels.triton.backward")  # whose name the package gives to its function
+    calls = watch_hopper(monkeypatch)
+    monkeypatch.setattr(module, "hopper_refusal", lambda device: "left out")
+    case = Case(700, 900, head_size, dtype=BF16, is_causal=True, layout="blhd", heads=4, key_heads=2)
+    check_attention(case, random_map(case), with_dlse=True)
+    assert not {"query_gradient", "key_gradients"} & set(calls)
+
+
+def test_gradients_from_a_gradient_of_any_strides() -> None:
+    """One that no descriptor describes: the portable kernels take the call."""
+    from sparge_compile.kernels import triton
+
+    case = Case(600, 500, 128, dtype=BF16)
+    (q, k, v), block_map = random_qkv(case), random_map(case)
+    out, lse = triton.forward(q, k, v, *block_map, None, False, 0.1)
+    dout = torch.randn(*out.shape[:2], 128, 600, dtype=BF16).mT
+    found = [
+        triton.backward(given, q, k, v, out, lse, None, triton.pack(*block_map), None, False, 0.1)
+        for given in (dout, dout.contiguous())
+    ]
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=2**-7 * y.abs().max().item())
 
 
 def test_many_lists_of_very_different_lengths() -> None:

@@ -1,7 +1,8 @@
 """Gradients of attention over the kept key blocks.
 
 First the lists of the map from its bits, both ways; then dq in :mod:`backward_query`, dk and dv in
-:mod:`backward_key`. No atomics: two runs are equal bit by bit. Autograd on the reference gives the same.
+:mod:`backward_key`. Nothing is added up by atomics: two runs are equal bit by bit. Autograd on the reference gives the
+same.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from ..how import How
 from . import lists
 from .backward_key import key_gradients
 from .backward_query import query_gradient
+from .trial import hopper_refusal
 
 
 def backward(
@@ -40,7 +42,9 @@ def backward(
     given, lse = How(*how), lse.contiguous()
     _, _, n_query, n_key = allocate.map_shape(query, key, given)
     with torch.cuda.device_of(query):
-        kept, readers = lists.unpack(bits, n_query, n_key)
-        dq, delta = query_gradient(grad_out, query, key, value, out, lse, grad_lse, kept, given)
-        dk, dv = key_gradients(grad_out, query, key, value, lse, delta, readers, given)
+        counters = None if hopper_refusal(query.device) else bits.new_empty(2)
+        kept, readers = lists.unpack(bits, n_query, n_key, counters)
+        first, second = (None, None) if counters is None else (counters[:1], counters[1:])
+        dq, delta = query_gradient(grad_out, query, key, value, out, lse, grad_lse, kept, given, first)
+        dk, dv = key_gradients(grad_out, query, key, value, lse, delta, readers, given, second)
     return dq, dk, dv

@@ -1,7 +1,7 @@
 """The gradients of keys and values: each key block walks the list of query blocks that read it.
 
 dv = P^T dout and dk = scale * dS^T q, added up over a group's query heads inside one program, so that equal inputs give
-equal bits. Calls come from :mod:`backward`.
+equal bits. On Hopper most calls go to :mod:`backward_key_hopper`. Calls come from :mod:`backward`.
 """
 
 from __future__ import annotations
@@ -176,10 +176,12 @@ def key_gradients(
     delta: Tensor,
     readers: BlockMap,
     how: How,
+    counter: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dk and dv [B, Hk, S, D] in the dtypes and orders of dimensions of k and v.
 
-    ``delta`` is float32 [B, H, L]; ``readers`` says which query blocks read each key block.
+    ``delta`` is float32 [B, H, L]; ``readers`` says which query blocks read each key block. Hopper's kernel takes what
+    it can where there is a ``counter``, one that holds 0.
     """
     heads, length = q.shape[1:3]
     key_heads, keys = k.shape[1:3]
@@ -188,6 +190,12 @@ def key_gradients(
     dk, dv = allocate.dense_like(k), allocate.dense_like(v)
     if how.packed:
         dk.zero_(), dv.zero_()  # there may be rows of no sequence
+    if counter is not None:
+        from . import backward_key_hopper as hopper
+
+        if hopper.takes(q, k, v, dout, how):
+            hopper.key_gradients(dout, q, k, v, lse, delta, readers, how, counter, dk, dv)
+            return dk, dv
     tile = launch.attention_launch("dkv", max(q.shape[3], v.shape[3]), q.dtype, q.device)
     counts, indices = (x.expand(batch, heads, *x.shape[2:]) for x in readers)
     described, q_source, dout_source = tile_sources(q, dout, tile.rows, how.packed)

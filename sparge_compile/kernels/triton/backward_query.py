@@ -1,7 +1,8 @@
 """The gradient of the queries: each query block walks its list of key blocks, as in the forward.
 
 P is recomputed from lse: dS = P * (dout v^T - delta), dq = scale * dS k. delta = rowsum(dout * out) - dlse of each row
-is made on the way, for :mod:`backward_key`. Calls come from :mod:`backward`.
+is made on the way, for :mod:`backward_key`. On Hopper most calls go to :mod:`backward_query_hopper`. Calls come from
+:mod:`backward`.
 """
 
 from __future__ import annotations
@@ -176,13 +177,23 @@ def query_gradient(
     dlse: Tensor | None,
     kept: BlockMap,
     how: How,
+    counter: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """dq [B, H, L, D] in q's dtype and order of dimensions, and delta, float32 [B, H, L]."""
+    """dq [B, H, L, D] in q's dtype and order of dimensions, and delta, float32 [B, H, L].
+
+    Hopper's kernel takes what it can where there is a ``counter``, one that holds 0.
+    """
     heads, length = q.shape[1:3]
     batch, n_key, scale = how.sequences(q), ceil_div(how.keys(k), KEY_BLOCK), how.scale
     dq, delta = allocate.dense_like(q), torch.empty_like(lse)
     if how.packed:
         dq.zero_()  # there may be rows of no sequence
+    if counter is not None:
+        from . import backward_query_hopper as hopper
+
+        if hopper.takes(q, k, v, dout, out, how):
+            hopper.query_gradient(dout, q, k, v, out, lse, dlse, kept, how, counter, dq, delta)
+            return dq, delta
     tile = launch.attention_launch("dq", max(q.shape[3], v.shape[3]), q.dtype, q.device)
     n_tiles = triton.cdiv(how.length(q), tile.rows)
     counts, indices = (x.expand(batch, heads, *x.shape[2:]) for x in kept)

@@ -24,102 +24,43 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .. import launch
 from ..block_map import KEY_BLOCK, QUERY_BLOCK, ceil_div
 from ..how import How
-from . import recording, tiles
+from . import hopper, recording, tiles
+from .hopper import (
+    COLUMNS,
+    ROWS,
+    copy,
+    descriptor,
+    diagonal_of,
+    item,
+    mask_scores,
+    pair_of,
+    reinterpret,
+    sequence,
+    start_scores,
+    tma_store,
+    word,
+)
 
-ROWS = QUERY_BLOCK // 2  # of one consumer
-COLUMNS = 64  # elements of 16 bits in the 128 bytes of one swizzled line
 LOADER_REGISTERS, CONSUMER_REGISTERS = 24, 240  # 128 threads each, of 65,536 registers
 STAGES = {64: 3, 128: 2}  # pairs of K and V tiles in the ring, by padded head size: 227 KB hold no more
-_GLUON_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-
-# Gluon is experimental: names of Triton 3.8 and 3.9, else those before them.
-_tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-_tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-_shared = gl.shared_memory_descriptor
-_reinterpret = getattr(_shared, "reinterpret", None) or _shared._reinterpret
-
-
-@gluon.jit
-def _tile(number, n_tiles, heads, CAUSAL: gl.constexpr):
-    """(b, h, query block) of work item ``number``: query blocks vary fastest, so that a head's keys stay in L2.
-
-    Of packed sequences b is the number.
-    """
-    i = number % n_tiles
-    if CAUSAL:
-        i = n_tiles - 1 - i  # the longest lists first
-    h = number // n_tiles % heads
-    b = number // n_tiles // heads
-    return b, h, i
-
-
-@gluon.jit
-def _sequence(starts_ptr, b, rows, PACKED: gl.constexpr):
-    """(first row, rows) of a sequence of a packed tensor; else all rows."""
-    if PACKED:
-        start = gl.load(starts_ptr + b)
-        return start, gl.load(starts_ptr + b + 1) - start
-    else:
-        return 0, rows
-
-
-@gluon.jit
-def _diagonal(length, keys, CAUSAL: gl.constexpr):
-    """How many keys after its own number a query sees under causality: see How.diagonal."""
-    if CAUSAL == 2:  # BOTTOM_RIGHT
-        return keys - length
-    else:
-        return 0
 
 
 @gluon.jit
 def _next(number, counter_ptr, q_starts_ptr, n_tiles, heads, total, HALF: gl.constexpr, CAUSAL: gl.constexpr):
     """The first work item from ``number`` on whose query block is not past the end of its sequence."""
-    b, _, i = _tile(number, n_tiles, heads, CAUSAL)
+    b, _, i = item(number, n_tiles, heads, CAUSAL)
     start = gl.load(q_starts_ptr + b, mask=number < total, other=0)
     rows = gl.load(q_starts_ptr + b + 1, mask=number < total, other=0) - start
     while (number < total) & (2 * i * HALF >= rows):
         number = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1, sem="relaxed")
-        b, _, i = _tile(number, n_tiles, heads, CAUSAL)
+        b, _, i = item(number, n_tiles, heads, CAUSAL)
         start = gl.load(q_starts_ptr + b, mask=number < total, other=0)
         rows = gl.load(q_starts_ptr + b + 1, mask=number < total, other=0) - start
     return number
-
-
-@gluon.jit
-def _pair(list_ptr, pair, wanted):
-    """Blocks 2 * pair and 2 * pair + 1 of a list, if wanted; else any."""
-    return gl.load(list_ptr + 2 * pair, mask=wanted, other=0), gl.load(list_ptr + 2 * pair + 1, mask=wanted, other=0)
-
-
-@gluon.jit
-def _copy(
-    desc, b, h, row, start, n_rows, tile, full,
-    ROWS: gl.constexpr, COLUMNS: gl.constexpr, PART: gl.constexpr, PACKED: gl.constexpr,
-):  # fmt: skip
-    """Start the copy of ROWS rows of a head, from ``row`` on, into rows PART * ROWS and on of ``tile``.
-
-    A packed sequence begins at row ``start`` and has ``n_rows``: what is past its end comes as zeros, so that nothing
-    of the next one gets into a product (tiles.sequence_coordinates).
-
-    ``tile`` is swizzled: its memory holds, for each COLUMNS columns, all rows one after the other.
-    """
-    across: gl.constexpr = tile.shape[1] // COLUMNS
-    down: gl.constexpr = tile.shape[0] // ROWS
-    PIECE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], desc.dtype)
-    pieces = _reinterpret(tile, desc.dtype, [across * down, ROWS, COLUMNS], PIECE)
-    for c in gl.static_range(across):
-        if PACKED:
-            to = _reinterpret(pieces.index(down * c + PART), desc.dtype, [1, 1, 1, ROWS, COLUMNS], desc.layout)
-            _tma_load(desc, [0x40000000, start + n_rows, h, 0x40000000 - n_rows + row, c * COLUMNS], full, to)
-        else:
-            to = _reinterpret(pieces.index(down * c + PART), desc.dtype, [1, 1, ROWS, COLUMNS], desc.layout)
-            _tma_load(desc, [b, h, row, c * COLUMNS], full, to)
 
 
 @gluon.jit
@@ -139,9 +80,9 @@ def _load(
     if PACKED:
         number = _next(number, counter_ptr, q_starts_ptr, n_tiles, heads, total, HALF, CAUSAL)
     while number < total:
-        b, h, i = _tile(number, n_tiles, heads, CAUSAL)
-        q_start, q_rows = _sequence(q_starts_ptr, b, length, PACKED)
-        k_start, k_rows = _sequence(k_starts_ptr, b, keys, PACKED)
+        b, h, i = item(number, n_tiles, heads, CAUSAL)
+        q_start, q_rows = sequence(q_starts_ptr, b, length, PACKED)
+        k_start, k_rows = sequence(k_starts_ptr, b, keys, PACKED)
         count = gl.load(counts_ptr + b.to(gl.int64) * counts_stride_b + h * counts_stride_h + i * counts_stride_i)
         list_ptr = indices_ptr + b.to(gl.int64) * indices_stride_b + h.to(gl.int64) * indices_stride_h
         list_ptr += i.to(gl.int64) * indices_stride_i
@@ -164,25 +105,25 @@ def _load(
         for part in gl.static_range(2):
             tile = q_smem.index(2 * slot + part)
             row = (2 * i + part) * HALF
-            _copy(q_desc, b, h, row, q_start, q_rows, tile, q_full.index(slot), HALF, COLUMNS, 0, PACKED)
+            copy(q_desc, b, h, row, q_start, q_rows, tile, q_full.index(slot), HALF, COLUMNS, 0, PACKED)
         turn += 1
 
         for n in range(pairs):
-            next_first, next_second = _pair(list_ptr, pairs - n - 2, n + 2 <= pairs)
+            next_first, next_second = pair_of(list_ptr, pairs - n - 2, n + 2 <= pairs)
             stage = done % STAGES
             phase = (done // STAGES) & 1
             mbarrier.wait(k_empty.index(stage), phase ^ 1)
             mbarrier.expect(k_full.index(stage), 2 * KEYS * HEAD_PAD * 2)
             k_tile = k_smem.index(stage)
             ready = k_full.index(stage)
-            _copy(k_desc, b, key_head, first * KEYS, k_start, k_rows, k_tile, ready, KEYS, COLUMNS, 0, PACKED)
-            _copy(k_desc, b, key_head, second * KEYS, k_start, k_rows, k_tile, ready, KEYS, COLUMNS, 1, PACKED)
+            copy(k_desc, b, key_head, first * KEYS, k_start, k_rows, k_tile, ready, KEYS, COLUMNS, 0, PACKED)
+            copy(k_desc, b, key_head, second * KEYS, k_start, k_rows, k_tile, ready, KEYS, COLUMNS, 1, PACKED)
             mbarrier.wait(v_empty.index(stage), phase ^ 1)
             mbarrier.expect(v_full.index(stage), 2 * KEYS * HEAD_PAD * 2)
             v_tile = v_smem.index(stage)
             ready = v_full.index(stage)
-            _copy(v_desc, b, key_head, first * KEYS, k_start, k_rows, v_tile, ready, KEYS, COLUMNS, 0, PACKED)
-            _copy(v_desc, b, key_head, second * KEYS, k_start, k_rows, v_tile, ready, KEYS, COLUMNS, 1, PACKED)
+            copy(v_desc, b, key_head, first * KEYS, k_start, k_rows, v_tile, ready, KEYS, COLUMNS, 0, PACKED)
+            copy(v_desc, b, key_head, second * KEYS, k_start, k_rows, v_tile, ready, KEYS, COLUMNS, 1, PACKED)
             done += 1
             first = next_first
             second = next_second
@@ -194,39 +135,11 @@ def _load(
 
 
 @gluon.jit
-def _word(work, slot, PLACE: gl.constexpr):
-    """One number of the loader's message."""
-    EVERYWHERE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    return gl.max(work.index(4 * slot + PLACE).load(EVERYWHERE), 0)
-
-
-@gluon.jit
-def _scores(q, k_smem, k_full, done, STAGES: gl.constexpr, SCORE: gl.constexpr):
-    """Start q k^T for pair number ``done`` of the ring."""
-    stage = done % STAGES
-    mbarrier.wait(k_full.index(stage), (done // STAGES) & 1)
-    SHAPE: gl.constexpr = [q.shape[0], k_smem.shape[1]]
-    zeros = gl.zeros(SHAPE, gl.float32, SCORE)
-    return warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
-
-
-@gluon.jit
 def _outputs(p, v_smem, v_full, acc, done, STAGES: gl.constexpr):
     """Start acc + p v for pair number ``done`` of the ring."""
     stage = done % STAGES
     mbarrier.wait(v_full.index(stage), (done // STAGES) & 1)
     return warpgroup_mma(p, v_smem.index(stage), acc, is_async=True)
-
-
-@gluon.jit
-def _mask(scores, first, second, last_key, keys, KEYS: gl.constexpr, SCORE: gl.constexpr, CAUSAL: gl.constexpr):
-    """-inf for keys past the end or the last that a query sees, and the missing partner of an odd list's last block."""
-    column = gl.arange(0, 2 * KEYS, layout=gl.SliceLayout(0, SCORE))
-    key = gl.where(column < KEYS, first * KEYS, (second - 1) * KEYS) + column
-    seen = ((key < keys) & ((column < KEYS) | (second > first)))[None, :]
-    if CAUSAL:
-        seen = seen & (key[None, :] <= last_key[:, None])
-    return gl.where(seen, scores, float("-inf"))
 
 
 @gluon.jit
@@ -261,12 +174,12 @@ def _step(
     ``first`` and ``second`` are its blocks, if MASKED.
     """
     OUT: gl.constexpr = acc.type.layout
-    s_token = _scores(q, k_smem, k_full, done + 1, STAGES, SCORE)
+    s_token = start_scores(q, k_smem, k_full, done + 1, STAGES, SCORE)
     o_token = _outputs(p, v_smem, v_full, acc, done, STAGES)
     scores = warpgroup_mma_wait(1, deps=[s_token])
     mbarrier.arrive(k_empty.index((done + 1) % STAGES), count=1)
     if MASKED:
-        scores = _mask(scores, first, second, last_key, keys, KEYS, SCORE, CAUSAL)
+        scores = mask_scores(scores, first, second, last_key, keys, KEYS, SCORE, CAUSAL)
     new_p, fade, top, weight = _softmax(scores, top, weight, scale_log2, MASKED)
     acc = warpgroup_mma_wait(0, deps=[o_token])
     mbarrier.arrive(v_empty.index(done % STAGES), count=1)
@@ -294,16 +207,16 @@ def _consume(
     done = 0
     turn = 0
     mbarrier.wait(q_full.index(0), 0)
-    number = _word(work, 0, 0)
+    number = word(work, 0)
     while number < total:
         slot = turn % 2
-        b, h, i = _tile(number, n_tiles, heads, CAUSAL)
-        q_start, length = _sequence(q_starts_ptr, b, all_rows, PACKED)
-        _, keys = _sequence(k_starts_ptr, b, all_keys, PACKED)
-        diagonal = _diagonal(length, keys, CAUSAL)
-        count = _word(work, slot, 1)
-        first = _word(work, slot, 2)
-        second = _word(work, slot, 3)
+        b, h, i = item(number, n_tiles, heads, CAUSAL)
+        q_start, length = sequence(q_starts_ptr, b, all_rows, PACKED)
+        _, keys = sequence(k_starts_ptr, b, all_keys, PACKED)
+        diagonal = diagonal_of(length, keys, CAUSAL)
+        count = word(work, 4 * slot + 1)
+        first = word(work, 4 * slot + 2)
+        second = word(work, 4 * slot + 3)
         row = (2 * i + PART) * HALF + gl.arange(0, HALF, layout=ROW)
         last_key = row + diagonal  # that causality lets each row see
         pairs = (count + 1) // 2
@@ -314,9 +227,9 @@ def _consume(
 
         q = q_smem.index(2 * slot + PART)
         if pairs > 0:
-            scores = warpgroup_mma_wait(0, deps=[_scores(q, k_smem, k_full, done, STAGES, SCORE)])
+            scores = warpgroup_mma_wait(0, deps=[start_scores(q, k_smem, k_full, done, STAGES, SCORE)])
             mbarrier.arrive(k_empty.index(done % STAGES), count=1)
-            scores = _mask(scores, first, second, last_key, keys, KEYS, SCORE, CAUSAL)
+            scores = mask_scores(scores, first, second, last_key, keys, KEYS, SCORE, CAUSAL)
             p, _fade, top, weight = _softmax(scores, top, weight, scale_log2, True)
             p_op = gl.convert_layout(p.to(dtype), OPERAND)
             left = pairs - 1
@@ -324,7 +237,7 @@ def _consume(
                 list_ptr = indices_ptr + b.to(gl.int64) * indices_stride_b + h.to(gl.int64) * indices_stride_h
                 list_ptr += i.to(gl.int64) * indices_stride_i
                 dense_blocks = gl.maximum(2 * i * HALF + 1 + diagonal, 0) // KEYS  # those that the first row sees whole
-                first, second = _pair(list_ptr, left - 1, left > 0)
+                first, second = pair_of(list_ptr, left - 1, left > 0)
                 while (left > 0) & (second >= dense_blocks):
                     acc, p_op, top, weight = _step(
                         q, k_smem, v_smem, k_full, k_empty, v_full, v_empty, acc, p_op, top, weight, done,
@@ -332,7 +245,7 @@ def _consume(
                     )  # fmt: skip
                     done += 1
                     left -= 1
-                    first, second = _pair(list_ptr, left - 1, left > 0)
+                    first, second = pair_of(list_ptr, left - 1, left > 0)
             for _ in range(left):
                 acc, p_op, top, weight = _step(
                     q, k_smem, v_smem, k_full, k_empty, v_full, v_empty, acc, p_op, top, weight, done,
@@ -358,17 +271,17 @@ def _consume(
         tile.store(out)
         fence_async_shared()
         if PACKED:
-            tile = _reinterpret(tile, out_desc.dtype, [1, 1, 1, HALF, HEAD_PAD], out_desc.layout)
-            _tma_store(out_desc, [0x40000000, q_start + length, h, 0x40000000 - length + first_row, 0], tile)
+            tile = reinterpret(tile, out_desc.dtype, [1, 1, 1, HALF, HEAD_PAD], out_desc.layout)
+            tma_store(out_desc, [0x40000000, q_start + length, h, 0x40000000 - length + first_row, 0], tile)
             lse_head = lse_ptr + h.to(gl.int64) * all_rows + q_start
         else:
-            tile = _reinterpret(tile, out_desc.dtype, [1, 1, HALF, HEAD_PAD], out_desc.layout)
-            _tma_store(out_desc, [b, h, first_row, 0], tile)
+            tile = reinterpret(tile, out_desc.dtype, [1, 1, HALF, HEAD_PAD], out_desc.layout)
+            tma_store(out_desc, [b, h, first_row, 0], tile)
             lse_head = lse_ptr + (b * heads + h).to(gl.int64) * all_rows
         gl.store(lse_head + row, lse, mask=row < length)
         turn += 1
         mbarrier.wait(q_full.index(turn % 2), (turn // 2) & 1)
-        number = _word(work, turn % 2, 0)
+        number = word(work, 4 * (turn % 2))
     tma.store_wait(0)
 
 
@@ -438,22 +351,9 @@ def _forward_hopper_kernel(
     )  # fmt: skip
 
 
-def _descriptor(x: Tensor, rows: int, columns: int, packed: bool) -> TensorDescriptor:
-    plain = tiles.descriptor(x, rows, columns, packed)
-    layout = gl.NVMMASharedLayout.get_default_for(plain.block_shape, _GLUON_TYPES[x.dtype])
-    return TensorDescriptor(plain.base, plain.shape, plain.strides, plain.block_shape, layout)
-
-
 def takes(q: Tensor, k: Tensor, v: Tensor, out: Tensor, how: How) -> bool:
-    """Whether :func:`forward` computes this call: 16 bits, one head size of 33 to 128, no mask, memory for TMA."""
-    return (
-        how.attn_mask is None
-        and how.scale > 0  # a scaled maximum is the maximum of scaled scores
-        and launch.pad_head(q.shape[3]) in STAGES
-        and q.shape[3] == v.shape[3]
-        and q.dtype in _GLUON_TYPES
-        and all(tiles.has_descriptor(x) for x in (q, k, v, out))
-    )
+    """Whether :func:`forward` computes this call: see :func:`hopper.takes`."""
+    return how.scale > 0 and hopper.takes(STAGES, how, q, k, v, out)  # a scaled maximum is that of scaled scores
 
 
 def forward(
@@ -481,8 +381,8 @@ def forward(
     )  # what is not given is not read
     recording.launch(
         _forward_hopper_kernel, (min(launch.multiprocessors(q.device), total),),
-        _descriptor(q, ROWS, COLUMNS, packed), _descriptor(k, KEY_BLOCK, COLUMNS, packed),
-        _descriptor(v, KEY_BLOCK, COLUMNS, packed), _descriptor(out, ROWS, head_pad, packed),
+        descriptor(q, ROWS, COLUMNS, packed), descriptor(k, KEY_BLOCK, COLUMNS, packed),
+        descriptor(v, KEY_BLOCK, COLUMNS, packed), descriptor(out, ROWS, head_pad, packed),
         counts, indices, *starts, counter, lse,
         *counts.stride(), *indices.stride()[:3],
         heads, heads // k.shape[1], length, k.shape[2], n_tiles, total, how.scale * tiles.LOG2_E,

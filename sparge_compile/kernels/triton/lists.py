@@ -116,13 +116,16 @@ def _invert_word(
 @triton.jit
 def _unpack_kernel(
     bits_ptr,
-    counts_ptr, indices_ptr, reader_counts_ptr, reader_indices_ptr,
+    counts_ptr, indices_ptr, reader_counts_ptr, reader_indices_ptr, counters_ptr,
     bits_stride_b, bits_stride_h, bits_stride_i,
     heads, words, n_query, n_key, inverting,
     BLOCKS: tl.constexpr, ROWS: tl.constexpr, WORD_SIZE: tl.constexpr,
 ):  # fmt: skip
     """The first ``inverting`` programs, which take longer, make the lists of key blocks, the others those of rows."""
     pid = tl.program_id(0).to(tl.int64)
+    if counters_ptr is not None:  # noqa: SIM102  (a constant and a number)
+        if pid == 0:
+            tl.store(counters_ptr + tl.arange(0, 2), tl.zeros([2], tl.int32))
     if pid < inverting:
         _invert_word(
             bits_ptr, reader_counts_ptr, reader_indices_ptr, bits_stride_b, bits_stride_h, bits_stride_i,
@@ -135,11 +138,11 @@ def _unpack_kernel(
         )  # fmt: skip
 
 
-def unpack(bits: Tensor, n_query: int, n_key: int) -> tuple[BlockMap, BlockMap]:
+def unpack(bits: Tensor, n_query: int, n_key: int, counters: Tensor | None = None) -> tuple[BlockMap, BlockMap]:
     """The lists of a map from its bits, and the inverted ones; a row's words are adjacent.
 
     The inverted lists say which query blocks read each key block, ascending: counts int32 [B, H, Nk] and indices int32
-    [B, H, Nk, Nq].
+    [B, H, Nk, Nq]. On the way the two ``counters`` are set to 0.
     """
     batch, heads, _, words = bits.shape
     kept, readers = (
@@ -154,7 +157,7 @@ def unpack(bits: Tensor, n_query: int, n_key: int) -> tuple[BlockMap, BlockMap]:
             _unpack_kernel, (inverting + batch * heads * n_query,),
             bits_ptr=bits,
             counts_ptr=kept.counts, indices_ptr=kept.indices,
-            reader_counts_ptr=readers.counts, reader_indices_ptr=readers.indices,
+            reader_counts_ptr=readers.counts, reader_indices_ptr=readers.indices, counters_ptr=counters,
             bits_stride_b=bits.stride(0), bits_stride_h=bits.stride(1), bits_stride_i=bits.stride(2),
             heads=heads, words=words, n_query=n_query, n_key=n_key, inverting=inverting,
             BLOCKS=min(UNPACK_BLOCKS, max(32, triton.next_power_of_2(n_key))), ROWS=INVERT_ROWS, WORD_SIZE=WORD_BITS,

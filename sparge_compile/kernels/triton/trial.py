@@ -1,9 +1,9 @@
 """Whether the kernels in Gluon run here, and the trial of versions of Triton that nobody has tried.
 
 Gluon is experimental: another version may compile a kernel to something wrong, to nothing, or to what never ends. So a
-version that is not on record tries the Hopper kernel on small problems first, once per process and device, in a process
-of its own, where a crash or a hang takes nothing with it. That process has its own context, so the trial may come at
-any time: while a graph is compiled or captured, too. What comes out of it is said in one warning.
+version that is not on record tries the Hopper kernels on small problems first, once per process and device, in a
+process of its own, where a crash or a hang takes nothing with it. That process has its own context, so the trial may
+come at any time: while a graph is compiled or captured, too. What comes out of it is said in one warning.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 import triton
@@ -49,19 +51,19 @@ def hopper_refusal(device: torch.device) -> str:
 
 def _warn(fault: str) -> None:
     outcome = (
-        f"It failed ({fault}), so the portable kernel attends instead: right, and slower."
+        f"They failed ({fault}), so the portable kernels attend instead: right, and slower."
         if fault
-        else "It passed, so the kernel is used."
+        else "They passed, so they are used."
     )
     warnings.warn(
-        f"sparge: the attention kernel for Hopper GPUs is new to Triton {triton.__version__}; it was checked against "
-        f"the rule. {outcome} `sparge doctor` shows more.",
+        f"sparge: the attention kernels for Hopper GPUs are new to Triton {triton.__version__}; they were checked "
+        f"against the rule. {outcome} `sparge doctor` shows more.",
         stacklevel=2,
     )
 
 
 def _try(device: torch.device) -> str:
-    """What is wrong with the Hopper kernel on a device, found out in another process; empty if nothing is."""
+    """What is wrong with the Hopper kernels on a device, found out in another process; empty if nothing is."""
     paths = [str(PLACE), *(os.path.abspath(path) for path in sys.path if path)]
     command = [sys.executable, "-c", f"from {__name__} import main; main({device.index or 0})"]
     try:
@@ -83,7 +85,7 @@ def _try(device: torch.device) -> str:
 
 
 def main(index: int) -> None:
-    """Try the Hopper kernel on a GPU; where something is wrong, print it and exit with status 1."""
+    """Try the Hopper kernels on a GPU; where something is wrong, print it and exit with status 1."""
     device = torch.device("cuda", index)
     try:
         fault = _fault(device)
@@ -95,7 +97,9 @@ def main(index: int) -> None:
 
 
 def _fault(device: torch.device) -> str:
-    from . import forward_hopper
+    from . import forward_hopper, lists
+    from .backward_key import key_gradients
+    from .backward_query import query_gradient
 
     def forward(
         q: Tensor, k: Tensor, v: Tensor, counts: Tensor, indices: Tensor, mask: None, is_causal: bool, scale: float
@@ -104,10 +108,20 @@ def _fault(device: torch.device) -> str:
         forward_hopper.forward(q, k, v, counts, indices, How(mask, is_causal, scale), out, lse)
         return out, lse
 
+    def backward(
+        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: None, bits: Tensor, *how: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        given, counters = How(*how), bits.new_empty(2)
+        kept, readers = lists.unpack(bits, *allocate.map_shape(q, k, given)[2:], counters)
+        dq, delta = query_gradient(dout, q, k, v, out, lse, dlse, kept, given, counters[:1])
+        return dq, *key_gradients(dout, q, k, v, lse, delta, readers, given, counters[1:])
+
+    face = SimpleNamespace(forward=forward, backward=backward, pack=lists.pack)
     with torch.cuda.device(device):
         for head_size in forward_hopper.STAGES:
             for is_causal in (False, True):
-                fault = check.wrong_forward(forward, check.Problem(head_size, torch.bfloat16, is_causal), device)
+                problem = check.Problem(head_size, torch.bfloat16, is_causal)
+                fault = check.wrong_forward(forward, problem, device) or check.wrong_backward(face, problem, device)
                 if fault:
                     return fault
     return ""
