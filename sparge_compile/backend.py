@@ -27,7 +27,7 @@ from .notices import (
 )
 from .options import Options
 from .passes.find import Match
-from .passes.pipeline import Work, analyse, rewriting_passes, run, sheltered
+from .passes.pipeline import Work, analyse, foretell_orders, rewriting_passes, run, sheltered
 from .passes.pipeline import decide_sites as decide_with
 from .passes.read.fx_utils import value_of
 from .passes.write.threshold_inputs import make_constants
@@ -206,10 +206,17 @@ class _Seen(Observer):
 
     def report(self, settings: Options) -> Report:
         report = Report()
+        works: dict[GraphModule, list[Work]] = {}
         for graph, matches, attached in self.graphs.values():
             work = Work(graph.graph_module, as_to_run(matches, self.names))
             analyse(work, partial(decide_with, options=settings, attached=attached))
-            work.add_to(report).failures += graph.failures
+            work.failures += graph.failures
+            works.setdefault(work.graph_module, []).append(work)
+        for same in works.values():
+            with sheltered(same[0].failures, "hoist"):
+                foretell_orders(same, settings)
+        for work in (work for same in works.values() for work in same):
+            work.add_to(report)
         report.graphs = len({number for number, *_ in self.graphs})
         return self.outside.add_to(report)
 

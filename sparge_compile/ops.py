@@ -35,8 +35,8 @@ _PACKED = (  # the fields of a How after the first three, but for those of an or
 )
 # All fields of a How after the first three.
 _REST = f"{_PACKED}, Tensor? slots_q=None, Tensor? slots_k=None"
-_ORDERS = ", ".join(f"Tensor? {name}=None" for name in Orders._fields)
-_PACKED_FIELDS = _PACKED.count(",") + 1
+_ORDERS = ", ".join([*(f"Tensor? {name}=None" for name in Orders._fields), "bool reordered=False"])
+_PACKED_FIELDS, _ORDER_FIELDS = _PACKED.count(",") + 1, len(Orders._fields)
 
 library = torch.library.Library("sparge", "DEF")
 for _name in ("attention", "attention.as_given"):
@@ -48,7 +48,7 @@ library.define(
     "order(SymInt prefix, SymInt frames, SymInt height, SymInt width, SymInt suffix, int[] tile, Device device) "
     "-> (Tensor slots, Tensor places)"
 )
-library.define("rows(Tensor x, Tensor index, Tensor inverse) -> Tensor")
+library.define("rows(Tensor x, Tensor index, Tensor inverse, int dim=2) -> Tensor")
 library.define("mark(Tensor thresholds, int index) -> ()")
 library.define("grid(SymInt prefix, SymInt frames, SymInt height, SymInt width, SymInt suffix, str sites) -> ()")
 library.define("constant(float[] numbers, Device device, int width=2) -> Tensor")
@@ -120,11 +120,13 @@ def attend_listed(query: Tensor, key: Tensor, value: Tensor, block_map: BlockMap
     return torch.ops.sparge.forward.default(query, key, value, *block_map, *how)
 
 
-def in_order(query: Tensor, key: Tensor, value: Tensor, how: How, orders: Orders) -> tuple[Tensor, Tensor, Tensor, How]:
-    """Check everything and bring the operands of a call into the order of blocks."""
+def in_order(
+    query: Tensor, key: Tensor, value: Tensor, how: How, orders: Orders, reordered: bool = False
+) -> tuple[Tensor, Tensor, Tensor, How]:
+    """Check everything and bring the operands of a call into the order of blocks, unless they are in it already."""
     how = _checked(query, key, value, how)
     capability.check_orders(how, query, key, orders)
-    return into_order(query, key, value, how, orders)
+    return into_order(query, key, value, how, orders, reordered)
 
 
 def _checked_by_rule(query: Tensor, key: Tensor, value: Tensor, thresholds: Tensor, how: How) -> tuple[Tensor, How]:
@@ -153,12 +155,13 @@ def _checked(query: Tensor, key: Tensor, value: Tensor, how: How) -> How:
 def attention(query, key, value, thresholds, attn_mask=None, is_causal=False, scale=None, least_keys=0, gain=(), *rest):
     """What the op ``attention`` is made of."""
     thresholds = thresholds.float()  # as buffers of a module they were cast with it
-    packed, orders = rest[:_PACKED_FIELDS], Orders(*rest[_PACKED_FIELDS:])
+    packed, orders = rest[:_PACKED_FIELDS], Orders(*rest[_PACKED_FIELDS:][:_ORDER_FIELDS])
+    reordered = len(rest) > _PACKED_FIELDS + _ORDER_FIELDS and rest[-1]
     how = How(attn_mask, is_causal, default_scale(query.shape[-1], scale), *packed)
     if orders.given:
-        query, key, value, how = in_order(query, key, value, how, orders)
+        query, key, value, how = in_order(query, key, value, how, orders, reordered)
     out, _ = attend_by_rule(query, key, value, thresholds, how, Limit(least_keys, tuple(gain)))
-    return out_of_order(out, orders)
+    return out if reordered else out_of_order(out, orders)
 
 
 library.impl("attention", attention, "CompositeImplicitAutograd")

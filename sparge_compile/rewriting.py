@@ -142,7 +142,7 @@ def _rewrite_module(given: GraphModule, settings: Options, example_inputs: Seque
         new = fresh()
         opener.open(new, wanted)
         work = _decided(new, settings, partial(_attached_buffer, given, new))
-    for target, made in _substituted(work, settings, _attributes(given)):
+    for target, made in _substituted(work, settings, _attributes(given), report):
         _add_buffer(new, target, made.values)
         with new.graph.inserting_before(made.placeholder):
             buffer = new.graph.get_attr(target)
@@ -169,7 +169,7 @@ def _rewrite_program(given: ExportedProgram, settings: Options) -> ExportedProgr
     report = _report(work, settings)
     renamed: dict[str, str] = {}
     with new._set_replace_hook(lambda old, new, user: renamed.update({old.name: new})):
-        added = list(_substituted(work, settings, {*given.state_dict, *given.constants}))
+        added = list(_substituted(work, settings, {*given.state_dict, *given.constants}, report))
     specs, state = list(given.graph_signature.input_specs), dict(given.state_dict)
     # Parameters and buffers come before constants and what the user passes.
     early = {InputKind.TOKEN, InputKind.PARAMETER, InputKind.BUFFER}
@@ -250,12 +250,15 @@ def _attributes(given: GraphModule) -> set[str]:
     return {*modules, *given.__dict__, *dict(given.named_parameters()), *dict(given.named_buffers())}
 
 
-def _substituted(work: Work, settings: Options, taken: set[str]) -> Iterator[tuple[str, ThresholdInput]]:
+def _substituted(
+    work: Work, settings: Options, taken: set[str], report: Report
+) -> Iterator[tuple[str, ThresholdInput]]:
     """Substitute: for each sparse site the full name of its buffer, and the graph input made for its thresholds.
 
-    ``taken`` are the names that the given graph has already.
+    ``taken`` are the names that the given graph has already. What became of orders is added to the report.
     """
     run(work, *rewriting_passes(settings, _as_input(work.graph_module)))
+    work.update(report)
     owner = THRESHOLDS
     while owner in taken:
         owner += "_"

@@ -50,6 +50,7 @@ INNER_ROOMS = {
         ["decide", "order"],
         ["write"],
         ["substitute"],
+        ["hoist"],
         ["pipeline"],
     ],
 }

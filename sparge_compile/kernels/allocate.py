@@ -5,6 +5,7 @@ Sizes may be symbols. Nothing here asks them a question whose answer would be a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,9 +45,19 @@ def order_of(x: Tensor) -> list[int]:
     Strides that are symbols are compared as they were traced. A call has other strides, but in the same order, except
     for a dimension of one entry, whose stride means nothing.
     """
-    steps = [hint(stride) for stride in x.stride()[:-1]]
+    return [*_sorted(x.stride()[:-1]), x.dim() - 1]
+
+
+def memory_order(x: Tensor) -> list[int]:
+    """:func:`order_of` with the last dimension where it stands in memory."""
+    return _sorted(x.stride())
+
+
+def _sorted(strides: Sequence[Any]) -> list[int]:
+    """The numbers of dimensions with these strides, the largest first; those without a stride keep their place."""
+    steps = [hint(stride) for stride in strides]
     stepped = iter(sorted((d for d, step in enumerate(steps) if step != 0), key=steps.__getitem__, reverse=True))
-    return [*(d if step == 0 else next(stepped) for d, step in enumerate(steps)), x.dim() - 1]
+    return [d if step == 0 else next(stepped) for d, step in enumerate(steps)]
 
 
 def new_lse(q: Tensor) -> Tensor:

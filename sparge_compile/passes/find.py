@@ -25,6 +25,7 @@ from .match.decomposed import is_softmax, match_softmax
 from .match.dialects import Spoken, match_spoken, spoken
 from .match.foreign import known_of, match_foreign
 from .match.joint import Parts, joint_parts
+from .match.scope import TRANSPARENT
 from .match.sdpa import is_sdpa, match_sdpa
 from .mha.autograd_function import is_autograd_function, open_function
 from .mha.flex import flex_refusal, flex_site, in_words_of_flex, is_flex
@@ -32,8 +33,6 @@ from .mha.open import OPENABLE, holds_attention, open_up, why_closed
 from .read.fx_utils import size_text, submodule_of, value_of
 from .read.reader import Reader
 
-# Higher-order operators whose body runs once, with the operands after it as its inputs.
-_TRANSPARENT = {"tag_activation_checkpoint", "wrap_with_autocast", "wrap_with_set_grad_enabled"}
 # torch.func.grad, vjp and jvp; our autograd formulas are not written for them (vmap is decomposed and works).
 _ENTER_TRANSFORM = {"_grad_increment_nesting", "_jvp_increment_nesting"}
 _LEAVE_TRANSFORM = {"_grad_decrement_nesting", "_jvp_decrement_nesting"}
@@ -140,7 +139,7 @@ def _find(
             for argument in node.all_input_nodes:
                 nested = submodule_of(argument, owner)
                 if nested is not None:
-                    once = node.target.name() in _TRANSPARENT and len(argument.users) == 1
+                    once = node.target.name() in TRANSPARENT and len(argument.users) == 1
                     inner = around if once else Reason.CONTROL_FLOW
                     yield from _find(nested, names, (*callers, caller), inner, _stored_inside(nested, caller, reader))
 

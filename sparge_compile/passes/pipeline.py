@@ -28,6 +28,7 @@ from ..report import Decision, Failure, Reason, Report, SiteReport
 from . import find as finding
 from .decide import decide, thresholds_for
 from .find import Match
+from .hoist.hoist import Plan, plan_gathers, write_gathers
 from .match.joint import Parts
 from .order import SiteOrder, order_sites
 from .read.fx_utils import value_of, without_guards
@@ -87,6 +88,14 @@ class Work:
     def sparse(self) -> list[Match]:
         """The matches that are, or will be, replaced."""
         return [step.match for step in self.steps if step.is_sparse]
+
+    def update(self, report: Report) -> Report:
+        """Note in a report that has the sites of this graph already what passes have done about their orders since."""
+        orders = {match.site.name: decision.order for match, decision in self.steps}
+        for i, row in enumerate(report.sites):
+            order = orders.get(row.name, row.order)
+            report.sites[i] = replace(row, decision=replace(row.decision, order=order))
+        return report
 
     def add_to(self, report: Report) -> Report:
         """Note this graph and its sites in a report."""
@@ -264,6 +273,35 @@ def return_dense(work: Work, matches: Iterable[Match]) -> None:
     work.changed |= bool(outputs)
 
 
+def hoist(work: Work) -> None:
+    """The order of tokens made once for many sites, where that gathers less than each of them by itself."""
+    done: set[Node] = set()
+    texts: dict[Node, str] = {}
+    while (plan := _planned(work, done)) is not None:
+        write_gathers(plan)
+        texts |= dict.fromkeys((site.node for site in plan.sites), f", {plan}")
+    said = {match.node: texts.get(op, "") for match, op in work.substituted}
+    work.steps = [Step(m, replace(d, order=d.order + said.get(m.node, ""))) for m, d in work.steps]
+
+
+def foretell_orders(works: list[Work], options: Options) -> None:
+    """Say what would become of the orders in these works of one graph, which is rewritten and of no more use then."""
+    first = works[0]
+    if first.orders:
+        run(first, partial(substitute, options=options, as_input=lambda values: values), hoist)
+        found = {step.match.node: step.decision.order for step in first.steps}
+        for work in works[1:]:
+            work.steps = [Step(m, replace(d, order=found.get(m.node, d.order))) for m, d in work.steps]
+
+
+def _planned(work: Work, done: set[Node]) -> Plan | None:
+    """The next order that is better made elsewhere. To be without it is slower, not wrong."""
+    if work.orders:
+        with sheltered(work.failures, "hoist"):
+            return plan_gathers(work.graph_module, done)
+    return None
+
+
 def erase_markers(work: Work) -> None:
     """Remove the markers that ``attach`` left, those without a site too."""
     work.changed |= erase_all_markers(work.graph_module)
@@ -279,7 +317,7 @@ def check(work: Work) -> None:
 def rewriting_passes(options: Options, as_input: Callable[[Tensor], Any], with_outputs: bool = False) -> list[Pass]:
     """The passes that change a graph, after ``decide_sites``."""
     passes: list[Pass] = [partial(substitute, options=options, as_input=as_input)]
-    return [*passes, *[return_outputs] * with_outputs, erase_markers, check]
+    return [*passes, *[return_outputs] * with_outputs, hoist, erase_markers, check]
 
 
 def graphs_of(graph_module: GraphModule) -> Iterator[GraphModule]:

@@ -77,7 +77,9 @@ def test_a_model_shows_its_grid_and_gives_what_it_gave(build) -> None:
     orders = [row.order.split(", ")[0] for row in report.sparse if row.shapes["length"] == row.shapes["keys"]]
     assert orders == SHOWN[build] and not report.failures
     crossing = [row.order for row in report.sparse if row.shapes["length"] != row.shapes["keys"]]
-    assert all(order.startswith("queries tiles") and order.endswith("keys raster") for order in crossing)
+    assert all(order.startswith("queries tiles") and "keys raster" in order for order in crossing)
+    ordered = [row.order for row in report.sparse if "tiles" in row.order]
+    assert all(f" gathers for {len(ordered)} sites" in order for order in ordered) or build is unet
     with torch.no_grad():
         want = tensor_of(model(**inputs))
         got = tensor_of(torch.compile(model, backend="sparge", options=DENSE)(**inputs))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -12,6 +12,9 @@ from torch.fx import GraphModule, Node
 
 from ..read.fx_utils import submodule_of
 from ..read.reader import Reader
+
+# Higher-order operators whose body runs once, with the operands after it as its inputs.
+TRANSPARENT = {"tag_activation_checkpoint", "wrap_with_autocast", "wrap_with_set_grad_enabled"}
 
 
 @dataclass(eq=False)
@@ -41,6 +44,12 @@ class Scope:
                 return (inside, result, end) if isinstance(result, Node) else None
         return None
 
+    def place_of(self, placeholder: Node) -> int:
+        """Where the call that runs this graph has what an input stands for, among its arguments."""
+        assert self.call is not None
+        inputs = list(self._inputs)
+        return len(self.call.args) - len(inputs) + inputs.index(placeholder)
+
     def nested(self, call: Node) -> Scope | None:
         """The graph that a call runs, as checkpointed code is; None for other calls."""
         if call not in self._nested:
@@ -52,8 +61,25 @@ class Scope:
                     self._nested[call] = self.into(found[0], call, Reader(found[0]))
         return self._nested[call]
 
+    def below(self) -> Iterator[Scope]:
+        """This scope and those of the graphs that are run once in it, by calls that do nothing else."""
+        yield self
+        for node in self.reader.owner.graph.nodes:
+            if node.op == "call_function" and runs_once(node):
+                inside = self.nested(node)
+                if inside is not None:
+                    yield from inside.below()
+
     def into(self, graph_module: GraphModule, call: Node, reader: Reader, operands: Sequence[Node] = ()) -> Scope:
         """The scope of a graph that a call here runs; its operands are the last arguments of the call, if not given."""
         count = len(graph_module.graph.find_nodes(op="placeholder"))
         given = operands or [x for x in (call.args[-count:] if count else ()) if isinstance(x, Node)]
         return Scope(reader, self, call, given if len(given) == count else ())
+
+
+def runs_once(call: Node) -> bool:
+    """Whether a call of a higher-order operator runs the graph that it is given once, and nobody else runs it."""
+    target = call.target
+    if not isinstance(target, torch._ops.HigherOrderOperator) or target.name() not in TRANSPARENT:
+        return False
+    return all(len(x.users) == 1 for x in call.all_input_nodes if x.op == "get_attr")

@@ -105,8 +105,11 @@ def _number(size: Any) -> Any:
     return int(size) if constant else size
 
 
-_PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "linear": 0}  # which argument has the rows
+_PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}  # which argument has the rows; columns come next
 _NORMS = {"native_layer_norm", "layer_norm", "_fused_rms_norm", "rms_norm"}
+_ELEMENTWISE = {"_to_copy", "copy", "complex", "polar", "detach", "_conj"}  # beside what torch tags as pointwise
+_SOFTMAXES = {"_softmax", "_log_softmax"}
+_REDUCTIONS = {"mean": 1, "sum": 1, "amax": 1, "amin": 1, "var": 1, "var_mean": 1, "linalg_vector_norm": 2}  # of dims
 
 
 def earlier(call: Call, layout: Layout) -> Iterator[tuple[Value, Layout]]:
@@ -114,26 +117,77 @@ def earlier(call: Call, layout: Layout) -> Iterator[tuple[Value, Layout]]:
     if is_layout(call):
         if (at := before(call, layout)) is not None:
             yield call.args[0], at
-    elif torch.Tag.pointwise in call.op.tags:
+    elif torch.Tag.pointwise in call.op.tags or call.name in _ELEMENTWISE:
         yield from ((x, broadcast(layout, x.shape)) for x in call.inputs if len(x.shape) <= len(layout))
     elif call.name in _PRODUCTS:
-        rows = call.args[_PRODUCTS[call.name]]
-        yield rows, (*layout[:-1], new_dim(rows.shape[-1]))
+        rows, columns = call.args[_PRODUCTS[call.name] :][:2]
+        inner, lead = new_dim(rows.shape[-1]), layout[:-2]
+        yield rows, (*layout[:-1], inner)
+        yield columns, (*lead, inner, layout[-1])
+        yield from ((x, broadcast(layout, x.shape)) for x in call.inputs[:-2])
+    elif call.name == "linear":
+        x, weight, *bias = call.inputs
+        if len(weight.shape) == 2:
+            yield x, (*layout[:-1], new_dim(x.shape[-1]))
+            yield weight, (layout[-1], new_dim(weight.shape[-1]))
+            yield from ((y, layout[-1:]) for y in bias)
     elif call.name in _NORMS:
         rank = len(layout) - len(call.args[1])  # a norm over the tokens loses them here
         yield call.args[0], (*layout[:rank], *map(new_dim, call.args[0].shape[rank:]))
+        yield from ((y, tuple(map(new_dim, y.shape))) for y in call.inputs[1:])
     elif call.name == "native_group_norm":
-        x = call.args[0]
+        x, *others = call.inputs
         yield x, (*map(new_dim, x.shape[:2]), *layout[2:])
+        yield from ((y, tuple(map(new_dim, y.shape))) for y in others)
+    elif call.name in _REDUCTIONS:
+        yield call.args[0], _unreduced(call, layout)
     else:
         yield from _cut(call, layout)
+
+
+def mixes(call: Call, rank: int) -> set[int] | None:
+    """Along which dimensions of its result, of this rank, a call brings together what stands at several places.
+
+    Along all others :func:`earlier` says all that it reads. None: nothing is known of the call.
+    """
+    known = is_layout(call) or torch.Tag.pointwise in call.op.tags
+    if call.random:
+        return None
+    if call.name in _NORMS:
+        return set(range(rank - len(call.args[1]), rank))
+    if call.name == "native_group_norm":
+        return {0, 1}
+    if not known and call.name in _CUTS:
+        return {_cut_dim(call, rank)}
+    if call.name in _SOFTMAXES:
+        return {int(call.args[1]) % rank}
+    known = known or call.name in (*_ELEMENTWISE, *_VIEWS, *_PRODUCTS, *_REDUCTIONS, "linear")
+    return set() if known else None
+
+
+def _unreduced(call: Call, layout: Layout) -> Layout:
+    """The layout of what was summed up along some dimensions."""
+    x = call.args[0]
+    given = call.argument(_REDUCTIONS[call.name], "dim")
+    rank = len(x.shape)
+    dims = {int(d) % rank for d in ([given] if isinstance(given, int) else given or range(rank))}
+    left = iter(layout if len(layout) < rank else [dim for i, dim in enumerate(layout) if i not in dims])
+    return tuple(new_dim(size) if i in dims else next(left) for i, size in enumerate(x.shape))
+
+
+_CUTS = {"slice", "split", "split_with_sizes", "chunk", "cat", "slice_scatter"}
+_VIEWS = {"select", "unbind", "stack", "view_as_complex", "view_as_real"}
+
+
+def _cut_dim(call: Call, rank: int) -> int:
+    return int(call.argument(1 if call.name in ("slice", "cat") else 2, "dim", 0)) % rank
 
 
 def _cut(call: Call, layout: Layout) -> Iterator[tuple[Value, Layout]]:
     """Calls that cut or join along a dimension: the other dimensions keep their axes."""
     rank = len(layout)
-    if call.name in ("slice", "split", "split_with_sizes", "chunk", "cat"):
-        dim = int(call.argument(1 if call.name in ("slice", "cat") else 2, "dim", 0)) % rank
+    if call.name in _CUTS:
+        dim = _cut_dim(call, rank)
         for x in call.inputs:
             if len(x.shape) == rank:
                 yield x, (*layout[:dim], new_dim(x.shape[dim]), *layout[dim + 1 :])
@@ -141,12 +195,11 @@ def _cut(call: Call, layout: Layout) -> Iterator[tuple[Value, Layout]]:
         x = call.args[0]
         dim = int(call.argument(1, "dim", 0)) % (rank + 1)
         yield x, (*layout[:dim], new_dim(x.shape[dim]), *layout[dim:])
-    elif call.name == "slice_scatter":
-        dim = int(call.argument(2, "dim", 0)) % rank
-        yield call.args[1], (*layout[:dim], new_dim(call.args[1].shape[dim]), *layout[dim + 1 :])
     elif call.name == "stack":
         dim = int(call.argument(1, "dim", 0)) % rank
         yield from ((x, (*layout[:dim], *layout[dim + 1 :])) for x in call.inputs)
+    elif call.name in _SOFTMAXES:
+        yield call.args[0], layout
     elif call.name == "view_as_complex":
         yield call.args[0], (*layout, new_dim(2))
     elif call.name == "view_as_real":

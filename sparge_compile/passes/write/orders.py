@@ -7,14 +7,16 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import SymInt, Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from ... import ops  # noqa: F401  importing it registers the ops
+from ...kernels.sizes import surely
 from ..find import Match
 from ..match.tokens import Part
 from ..order import SiteOrder, Tile, tile_of
+from ..read.fx_utils import value_of
 from ..stated import SizedGrid
 from .emit import call
 from .threshold_inputs import hand_down
@@ -61,17 +63,35 @@ def _order(owner: GraphModule, sized: SizedGrid, tile: Tile, match: Match) -> li
     """The nodes of slots and places, in a graph that has the sizes of the grid."""
     graph = owner.graph
     position = {node: i for i, node in enumerate(graph.nodes)}
-    held = [x.node if isinstance(x, Part) else x for term in sized.terms for x in term]
+    terms = [[_earliest(graph, x) if isinstance(x, Part) else x for x in term] for term in sized.terms]
+    held = [x.node if isinstance(x, Part) else x for term in terms for x in term]
     latest = max((position[x] for x in held if isinstance(x, Node) and x in position), default=-1)
     assert match.attention is not None
     with graph.inserting_before(next(n for n, i in position.items() if i > latest and n.op != "placeholder")):
-        sizes = [_sum(owner, term) for term in sized.terms]
+        sizes = [_sum(owner, term) for term in terms]
         node = graph.call_function(ORDER, (*sizes, list(tile), match.attention.device))
         parts = [graph.call_function(operator.getitem, (node, i)) for i in range(2)]
     values = _values(sized, tile, match)
     for x, value in zip((node, *parts), () if values is None else (values, *values), strict=False):
         x.meta |= {"val": value, "example_value": value}
     return parts
+
+
+def _earliest(graph: Graph, part: Part) -> Part | Node | int:
+    """What has the size of a part before all else: a number, an input of the graph, or the part itself.
+
+    What is computed before the order is known cannot be in it.
+    """
+    if isinstance(part.size, int):
+        return part.size
+    for node in graph.find_nodes(op="placeholder"):
+        value = value_of(node)
+        if isinstance(value, SymInt) and surely(value == part.size):
+            return node
+        for dim, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
+            if isinstance(size, SymInt) and surely(size == part.size):
+                return Part(size, node, dim)
+    return part
 
 
 def _sum(owner: GraphModule, term: Iterable[Part | Node | int]) -> Any:
