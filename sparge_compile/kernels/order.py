@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import type_error, value_error
@@ -18,7 +19,6 @@ from .block_map import KEY_BLOCK, QUERY_BLOCK, ceil_div
 TILE = (2, 4, 8)  # frames, rows and columns of a tile
 MADE_ORDERS = 64  # how many are kept; the oldest goes first
 TIE = 1e-6  # what is closer is equal
-PAIR = 0.67  # of three tiles on an axis that are more than two on another, as cuts into whole tiles need it; near 1 / 2
 
 _FORMS = "Grid(prefix, frames, height, width, suffix), or these five numbers, or (frames, height, width)"
 
@@ -113,8 +113,7 @@ def make_order(grid: Grid, tile: Sequence[int], device: torch.device) -> Order:
     for _ in range(_levels(count)):
         held, begin, end = _cut(held, begin, end, grid, tile)
     slots = torch.cat((tokens[:first], held, tokens[first + count :]))
-    places = torch.empty_like(slots).scatter(0, slots, tokens)
-    return Order(slots.to(torch.int32), places.to(torch.int32))
+    return Order(slots.to(torch.int32), slots.argsort().to(torch.int32))
 
 
 def _levels(count: int) -> int:
@@ -134,10 +133,13 @@ def _cut(held: Tensor, begin: Tensor, end: Tensor, grid: Grid, tile: Sequence[in
     number = held - grid.prefix
     where = torch.stack((number // (grid.height * grid.width), number // grid.width % grid.height, number % grid.width))
     several = begin // QUERY_BLOCK < (end - 1) // QUERY_BLOCK
-    tiles = _tiles_in(where, begin - grid.prefix, end - begin, tile)  # [3, n]
+    tiles = _tiles_in(where, begin - grid.prefix, end - grid.prefix, tile)  # [3, n]
     weighed = tiles * torch.stack([torch.full_like(tiles[0], 1 + TIE * axis) for axis in range(3)])
-    # A query block is two tiles that touch on their largest face: it gets long where a tile is shortest.
-    weighed[tile.index(min(tile))] *= torch.where(several, PAIR, 1.0)
+    # A query block is two tiles that touch on their largest face: where a tile is shortest, parts count half as long.
+    # But three tiles are more than two on another axis, whose half might be no whole query blocks.
+    short = weighed[tile.index(min(tile))]
+    half = torch.where(short > 3 - TIE, (short / 2).clamp(min=2 + 9 * TIE), short / 2)
+    short.copy_(torch.where(several, half, short))
     axes = weighed.argsort(0, descending=True)
     steps = torch.stack([torch.full_like(held, size) for size in grid[1:4]]).gather(0, axes)
     slow, middle, fast = where.gather(0, axes)
@@ -157,17 +159,16 @@ def _cut(held: Tensor, begin: Tensor, end: Tensor, grid: Grid, tile: Sequence[in
     return held, torch.where(leads, begin, at), torch.where(leads, at, end)
 
 
-def _tiles_in(where: Tensor, part: Tensor, size: Tensor, tile: Sequence[int]) -> Tensor:
+def _tiles_in(where: Tensor, begin: Tensor, end: Tensor, tile: Sequence[int]) -> Tensor:
     """float64 [3, n]: how many tiles long the part of each token is, from the places [3, n] of tokens on the axes.
 
     The length is that of a box in which places vary as much, so that a few tokens of another plane do not count as one.
-    ``part`` [n] is a number below n for each part, ``size`` [n] its tokens.
+    ``begin`` and ``end`` [n] are the rows of a token's part. Sums of whole numbers are exact, in any order.
     """
-    part = part.expand_as(where)
-    sums = (torch.zeros_like(where).scatter_add(1, part, x).gather(1, part).double() for x in (where, where * where))
-    mean, mean_square = (x / size for x in sums)
-    variance = mean_square - mean.square()
-    length = (12 * variance.clamp(min=0) + 1).sqrt()
+    begin, end = begin.expand_as(where), end.expand_as(where)
+    so_far = (F.pad(x.cumsum(1), (1, 0)) for x in (where, where * where))
+    mean, mean_square = ((x.gather(1, end) - x.gather(1, begin)).double() / (end - begin) for x in so_far)
+    length = (12 * (mean_square - mean.square()).clamp(min=0) + 1).sqrt()
     return torch.stack([x / n for x, n in zip(length, tile, strict=True)])
 
 
