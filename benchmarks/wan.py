@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import harness
@@ -86,6 +87,12 @@ def grid_of(hidden_states: Tensor, **others: object) -> tuple[int, ...]:
     return frames, height // 2, width // 2
 
 
+def calibration_of(density: float, heads: int) -> sparge_compile.Calibration:
+    """Thresholds of which each head keeps another share, ``density`` in the mean."""
+    shares = [density * (SPREAD[0] + (SPREAD[1] - SPREAD[0]) * h / (heads - 1)) for h in range(heads)]
+    return sparge_compile.Calibration({"blocks.*.attn1": [(share, 0.0) for share in shares]})
+
+
 def relative(got: Tensor, want: Tensor) -> float:
     return ((got.float() - want.float()).norm() / want.float().norm()).item()
 
@@ -110,15 +117,14 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to see that everything runs")
     parser.add_argument("--layers", type=int, help="(30)")
     parser.add_argument("--inner", default="inductor", help="what compiles the graphs, the rival too (inductor)")
-    parser.add_argument("--density", type=float, default=0.05, help="mean share of key blocks to keep (0.05)")
+    parser.add_argument(
+        "--density", type=float, nargs="+", default=[0.05], help="mean shares of key blocks to keep (0.05)"
+    )
     parser.add_argument("--by-block", action="store_true", help="compile the blocks one by one")
     parser.add_argument("--csv", help="write the rows to this file as well")
     args = parser.parse_args()
     device, dtype = harness.start(args)
     model, inputs, heads, tokens = build(args, device, dtype)
-    shares = [args.density * (SPREAD[0] + (SPREAD[1] - SPREAD[0]) * h / (heads - 1)) for h in range(heads)]
-    sites = {"blocks.*.attn1": [(share, 0.0) for share in shares]}
-
     dense = compile_with(model, args.inner, by_block=args.by_block)
     want = dense(**inputs)[0].clone()
     times = harness.seconds_each({"dense": lambda: dense(**inputs)}, device, 3.0)
@@ -132,19 +138,22 @@ def main() -> None:
     if not error < LARGEST_ERROR:
         raise SystemExit("The rewritten model with all blocks kept is not the dense model: no time counts.")
 
-    options = {"calibration": sparge_compile.Calibration(sites), "min_seq_len": MIN_LENGTH}
-    report = sparge_compile.explain(model, options)(**inputs)
-    print(f"{len(report.sparse)} of {len(report)} attentions sparse; mean share of key blocks {args.density}")
+    calibrations = {density: calibration_of(density, heads) for density in args.density}
+    first = calibrations[args.density[0]]
+    report = sparge_compile.explain(model, {"calibration": first, "min_seq_len": MIN_LENGTH})(**inputs)
+    print(f"{len(report.sparse)} of {len(report)} attentions sparse; mean shares of key blocks {args.density}")
     for order in ("raster", "tiles"):
-        with sparge_compile.attach(model, options["calibration"], grid=grid_of):
-            sparse = compile_with(model, args.inner, options | {"token_order": order}, args.by_block)
-            sparse(**inputs)
-            ms = 1000 * harness.seconds_each({"sparse": lambda run=sparse: run(**inputs)}, device, 3.0)["sparse"]
-            rows.append({"backend": f"sparge, {order}", "ms": ms, "x": rows[0]["ms"] / ms})
-            if device.type == "cuda":
-                rows[-1] |= dict(
-                    zip(("GPU ms", "attention ms", "ours ms"), profile(lambda run=sparse: run(**inputs)), strict=True)
-                )
+        options = {"calibration": first, "min_seq_len": MIN_LENGTH, "token_order": order}
+        with sparge_compile.attach(model, first, grid=grid_of) as attached:
+            sparse = compile_with(model, args.inner, options, args.by_block)
+            for density, calibration in calibrations.items():
+                attached.set(calibration)
+                call = partial(sparse, **inputs)
+                ms = 1000 * harness.seconds_each({"sparse": call}, device, 3.0)["sparse"]
+                row = {"backend": f"sparge, {order}", "density": density, "ms": ms, "x": rows[0]["ms"] / ms}
+                if device.type == "cuda":
+                    row |= dict(zip(("GPU ms", "attention ms", "ours ms"), profile(call), strict=True))
+                rows.append(row)
     print(harness.table(rows))
     if args.csv:
         harness.write_csv(args.csv, rows)
