@@ -17,7 +17,9 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from ...sharding import is_sharded
 from ..match.scope import Scope
+from ..read.fx_utils import value_of
 from ..substitute import OP, OP_AS_GIVEN
 from ..write.emit import call
 from ..write.orders import ORDER
@@ -74,8 +76,12 @@ def _orders(graphs: Graphs) -> list[tuple[Order, list[Site]]]:
     orders: dict[Node, Order] = {}
     for graph, scope in graphs.scopes.items():
         for node in graph.nodes:
-            if node.target not in (OP, OP_AS_GIVEN) or node.kwargs.get("reordered"):
-                continue
+            if (
+                node.target not in (OP, OP_AS_GIVEN)
+                or node.kwargs.get("reordered")
+                or is_sharded(value_of(node.args[0]))
+            ):
+                continue  # of a sequence that is sharded, each rank would gather all
             slots = [node.kwargs.get(name) for name in ("slots_q", "slots_k")]
             made = {_made(scope, x) for x in slots if isinstance(x, Node)}
             if len(made) == 1:

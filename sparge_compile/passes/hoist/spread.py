@@ -42,6 +42,7 @@ class Spread:
         self._begin()
         while self._waiting:
             value = self._waiting.popleft()
+            self._look_back(value, self.places[value])
             for user in value.users:
                 self._look_at(value, self.places[value], user)
         for writer in self._writers:
@@ -85,13 +86,17 @@ class Spread:
         for writer in self.graphs.writers(value):
             self.alike.append((actor, writer))
             self._writers.add(writer)
+        return True
+
+    def _look_back(self, value: Node, place: Place) -> None:
+        """Note what a tensor is made of."""
+        actor = maker(value)
         if self.ends.get(actor) is not BLOCKS:
             origin = self._origin(value, place)
             if origin is None or not self.order.is_known(value):
                 self._settle(actor)
             for x, (at, use) in (origin or {}).items():
                 self._reads(x, at, actor, use)
-        return True
 
     def _origin(self, value: Node, place: Place) -> dict[Node, tuple[Place, Use]] | None:
         """The tensors of whose rows those of a value are made, the places of these, and where they are read."""

@@ -106,6 +106,14 @@ def test_two_blocks_have_one_order(monkeypatch):
     assert same_results(monkeypatch, finished(b, block(b, block(b, x)))) == ["x", "add_1"]
 
 
+def test_a_long_way_to_the_border(monkeypatch):
+    b = Builder()
+    x = b.input("x", 1, L, C)
+    for _ in range(600):
+        x = b.call(operator.neg, x)
+    assert len(same_results(monkeypatch, finished(b, block(b, block(b, x))))) == 2
+
+
 def test_a_site_alone_gathers_by_itself(monkeypatch):
     b = Builder()
     x = b.call(F.scaled_dot_product_attention, *(b.input(name, 1, 2, L, 4) for name in "qkv"))
