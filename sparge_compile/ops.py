@@ -64,7 +64,7 @@ library.define(f"forward({_QKV}, Tensor counts, Tensor indices, {_HOW}, {_REST})
 library.define("pack(Tensor counts, Tensor indices) -> Tensor")
 library.define(
     f"backward(Tensor grad_out, {_QKV}, Tensor out, Tensor lse, Tensor? grad_lse, Tensor bits, {_HOW}, "
-    f"{_REST}) "
+    f"{_REST}, {_LIMIT}) "
     "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)"
 )
 
@@ -233,11 +233,6 @@ def _run(face: Any, name: str, *args: Any) -> Any:
     return getattr(face, name)(*args)
 
 
-def _backward(face: Any, grad_out, query, key, value, out, lse, grad_lse, bits, *how):
-    bits = attend.used_bits(bits, query, key, How(*how))
-    return face.backward(grad_out, query, key, value, out, lse, grad_lse, bits, *how)
-
-
 # The ops that Inductor's code calls as ``direct`` or ``at`` a line, which are beside their ``default`` (lowering.py).
 DIRECT = [getattr(torch.ops.sparge, name).default for name in ("attend", "attend_for_backward", "backward")]
 
@@ -246,7 +241,7 @@ for _key, _face in (("CPU", cpu), ("CUDA", _TritonFace())):
         _name: partial(_run, _face, _name) for _name in ("block_map", "forward", "pack")
     }
     _kernels |= {
-        "backward": partial(_backward, _face),
+        "backward": partial(attend.backward, _face),
         "attend": partial(attend.attend, _face),
         "attend_for_backward": partial(attend.attend_for_backward, _face),
     }
@@ -320,9 +315,10 @@ class _Attention(torch.autograd.Function):
         if block_map is not None:
             (out, lse), how = given, How(*others[2:])
             # One bit for each (query block, key block), instead of the lists.
-            bits = torch.ops.sparge.pack.default(*block_map)
+            bits, ctx.limit = torch.ops.sparge.pack.default(*block_map), ()
         else:
             (out, lse, bits), how = given, How(*others[1:4], *others[6:])  # without thresholds and limit
+            ctx.limit = others[4:6]
             ctx.mark_non_differentiable(bits)
         ctx.names = [name for name in TENSORS if getattr(how, name) is not None]
         ctx.save_for_backward(query, key, value, out, lse, bits, *(getattr(how, name) for name in ctx.names))
@@ -341,7 +337,7 @@ class _Attention(torch.autograd.Function):
         how = ctx.how._replace(**dict(zip(ctx.names, tensors, strict=True)))
         backward = torch.ops.sparge.backward
         run = backward.direct if _are_plain(grad_out, query, key, value) else backward.default
-        return None, None, *run(grad_out, query, key, value, out, lse, grad_lse, bits, *how), None
+        return None, None, *run(grad_out, query, key, value, out, lse, grad_lse, bits, *how, *ctx.limit), None
 
 
 class _Gradients(torch.autograd.Function):

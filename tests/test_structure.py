@@ -37,6 +37,7 @@ INNER_ROOMS = {
         ["block_map", "how", "launch", "sizes"],
         ["kept", "order"],
         ["allocate", "capability", "rule", "reference"],
+        ["dense"],
         ["check", "attend", "reorder"],
         ["cpu", "triton"],
         ["inventory", "direct"],

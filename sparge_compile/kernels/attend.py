@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..limit import Limit
-from . import allocate, capability
+from . import allocate, capability, dense
 from .block_map import KEY_BLOCK, QUERY_BLOCK, WORD_BITS, BlockMap, ceil_div, visible_blocks
 from .how import How
 
@@ -40,8 +39,8 @@ def attend(
     if _is_sparse(query, key, value, how, least_keys, gain):
         counter = allocate.new_counter(query)
         block_map = face.block_map(query, key, thresholds, *how, counter=counter)
-    elif _sdpa_computes(query, key, how):
-        return _dense(query, key, value, how)
+    elif dense.is_sdpa(query, key, how):
+        return dense.attend(query, key, value, how)
     else:
         block_map = full_map(query, key, how)
     return face.forward(query, key, value, *block_map, *how, counter=counter)[0]
@@ -63,15 +62,44 @@ def attend_for_backward(
     """(out [B, H, L, Dv], log-sum-exp [B, H, L], the map as bits): all that the backward needs beside the operands."""
     how = How(attn_mask, is_causal, scale, *packed)
     _check(query, key, value, how)
-    counter, bits = None, allocate.new_bits(query, key, how)
+    bits = allocate.new_bits(query, key, how)
     if _is_sparse(query, key, value, how, least_keys, gain):
         counter = allocate.new_counter(query)
         block_map = face.block_map(query, key, thresholds, *how, counter=counter, bits=bits)
+        return *face.forward(query, key, value, *block_map, *how, counter=counter), bits
+    bits.zero_()  # which nobody reads
+    if dense.has_backward(query, key, value, how):
+        return *dense.attend_for_backward(query, key, value, how), bits
+    return *face.forward(query, key, value, *full_map(query, key, how), *how, counter=None), bits
+
+
+def backward(
+    face: Any,
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_lse: Tensor | None,
+    bits: Tensor,
+    *others: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value; ``others`` are the fields of a How and of a Limit.
+
+    Below the limit ``bits`` say nothing, since every visible block is kept.
+    """
+    how, limit = How(*others[:_FIELDS]), others[_FIELDS:]
+    if _is_sparse(query, key, value, how, *limit):
+        bits = used_bits(bits, query, key, how)
+    elif grad_lse is None and dense.has_backward(query, key, value, how):
+        return dense.backward(grad_out, query, key, value, out, lse, how)
     else:
-        block_map = full_map(query, key, how)
-        face.pack(*block_map, bits=bits)
-    out, lse = face.forward(query, key, value, *block_map, *how, counter=counter)
-    return out, lse, bits
+        bits = face.pack(*full_map(query, key, how))
+    return face.backward(grad_out, query, key, value, out, lse, grad_lse, bits, *how)
+
+
+_FIELDS = len(How._fields)
 
 
 def used_bits(bits: Tensor, query: Tensor, key: Tensor, how: How) -> Tensor:
@@ -105,26 +133,13 @@ def visible_in_sequences(n_query: int, n_key: int, how: How) -> Tensor:
     return visible & rows.unsqueeze(-1) & (torch.arange(n_key, device=device) * KEY_BLOCK < keys).unsqueeze(1)
 
 
-def _is_sparse(query: Tensor, key: Tensor, value: Tensor, how: How, least_keys: int, gain: Sequence[float]) -> bool:
+def _is_sparse(
+    query: Tensor, key: Tensor, value: Tensor, how: How, least_keys: int = 0, gain: Sequence[float] = ()
+) -> bool:
     """What a limit says of the sizes that are known here: of packed sequences, all queries over the longest keys."""
     batch, heads, length, head_size = query.shape
     sizes = (batch, heads, key.shape[1], length, how.keys(key), head_size, value.shape[3])
     return Limit(least_keys, tuple(gain)).holds(*sizes)
-
-
-def _sdpa_computes(query: Tensor, key: Tensor, how: How) -> bool:
-    """Whether dense attention is a call of SDPA, which aligns causality to the top left."""
-    aligned = not how.is_causal or how.diagonal(query.shape[2], key.shape[2]) == 0
-    return aligned and how.attn_mask is None and not how.packed
-
-
-def _dense(query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
-    """What torch takes for the fastest dense attention, where the op promises it."""
-    shared, (_, is_causal, scale, *_) = query.shape[1] != key.shape[1], how
-    found = F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=shared)
-    return (
-        found if found.stride() == allocate.out_strides(query, value) else allocate.new_out(query, value).copy_(found)
-    )
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, how: How) -> None:

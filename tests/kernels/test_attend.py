@@ -50,6 +50,37 @@ def test_below_the_limit_a_call_is_dense(how, grad, value_size):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("how, kv_heads, value_size, is_flash", [
+    ("plain", 4, 16, True), ("causal", 4, 16, True), ("mask", 4, 16, False), ("plain", 2, 16, False),
+    ("plain", 4, 24, False),
+])  # fmt: skip
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_training_below_the_limit_runs_torchs_kernels_where_they_take_the_call(
+    how, kv_heads, value_size, is_flash, with_lse, monkeypatch
+):
+    """A gradient of the log-sum-exp is none that they take: then ours go on from what they computed."""
+    q, k, v, _ = operands(kv_heads=kv_heads, value_size=value_size)
+    maps, full_map = [], attend.full_map
+    monkeypatch.setattr(attend, "full_map", lambda *given: maps.append(1) or full_map(*given))
+    rest = (*HOW[how], 0.25)
+    out, lse, bits = attend.attend_for_backward(cpu, q, k, v, torch.ones(4, 2), *rest, *DENSE)
+    assert len(maps) == (not is_flash) and not bits.any()
+    visible = torch.ones(300, 200, dtype=torch.bool).tril() if HOW[how][1] else torch.ones(300, 200, dtype=torch.bool)
+    visible = visible if HOW[how][0] is None else visible & HOW[how][0]
+    x = [y.detach().requires_grad_() for y in (q, k, v)]
+    keys, values = (y.repeat_interleave(4 // kv_heads, 1) for y in x[1:])
+    scores = (0.25 * x[0] @ keys.mT).masked_fill(~visible, -torch.inf)
+    want, want_lse = scores.softmax(-1) @ values, scores.logsumexp(-1)
+    torch.testing.assert_close((out, lse), (want, want_lse), atol=1e-5, rtol=1e-5)
+    grads = torch.randn_like(out), torch.randn_like(lse) if with_lse else None
+    found = attend.backward(cpu, grads[0], q, k, v, out, lse, grads[1], bits, *How(*rest), *DENSE)
+    given = [want, want_lse][: 1 + with_lse]
+    expected = torch.autograd.grad(given, x, list(grads[: 1 + with_lse]))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert len(maps) == (0 if is_flash else 1) + (not is_flash or with_lse)
+    assert [y.stride() for y in found] == [allocate.dense_like(y).stride() for y in (q, k, v)]
+
+
 def test_above_the_limit_it_is_sparse():
     *qkv, thresholds = operands()
     out = ATTEND(*qkv, thresholds, None, False, 0.25, 200)

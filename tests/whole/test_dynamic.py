@@ -201,13 +201,17 @@ def test_attention_called_in_compiled_code_takes_one_graph(train):
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_lengths_on_both_sides_of_the_limit_have_their_own_answer():
+@pytest.mark.parametrize("train", [False, True])
+def test_lengths_on_both_sides_of_the_limit_have_their_own_answer(train):
     """Below it a call is dense, to rounding; above, it is sparse; whichever was traced."""
     model = Block()
     compiled = torch.compile(model, backend="sparge", dynamic=True, options={**ALWAYS, "min_seq_len": 500})
     for length in (300, 900, 64, 499, 500):
-        x = tokens(2, length)
-        apart = (compiled(x) - model(x)).abs().max().item()
+        x = tokens(2, length).requires_grad_(train)
+        found, want = compiled(x), model(x)
+        if train:
+            found, want = (torch.autograd.grad(y.square().sum(), x)[0] for y in (found, want))
+        apart = (found - want).abs().max().item()
         assert apart > 1e-4 if length >= 500 else apart < 1e-5
 
 
