@@ -13,7 +13,7 @@ from typing import Any
 import sympy
 import torch
 
-from .cost_table import GATHER, GPU, HOST, PROGRAMS
+from .cost_table import GATHER, GPU, HOST, MASKED, PROGRAMS
 from .errors import value_error
 from .host import slowness
 from .kernels.block_map import KEY_BLOCK, QUERY_BLOCK, ceil_div
@@ -189,21 +189,28 @@ def cost_model(
     head_size: int = 128,
     value_head_size: int | None = None,
     launched: str = "compiled",
+    masked: bool = False,
 ) -> CostModel:
     """Return the coefficients for attention on a device; an unmeasured GPU is taken to be like the measured one.
 
     Args:
         device: where. On a GPU, the first call in a process measures how fast its host is (``host.py``).
         dtype, head_size, value_head_size: of the operands. Rows of a size that tiles do not have are padded there.
-        launched: by whom: ``"compiled"`` code, ``"eager"`` code, or a CUDA ``"graph"``, which needs no host;
-            ``"masked"``: by the first two under a mask, where nothing is prepared.
+        launched: by whom: ``"compiled"`` code, ``"eager"`` code, or a CUDA ``"graph"``, which needs no host.
+        masked: whether there is a mask.
     """
     slow = slowness(device) if device.type == "cuda" and launched in HOST else 0.0  # asked only where it counts
-    return class_costs(device_class(device), slow, dtype, head_size, value_head_size, launched)
+    return class_costs(device_class(device), slow, dtype, head_size, value_head_size, launched, masked)
 
 
 def class_costs(
-    name: str, slow: float, dtype: torch.dtype, head_size: int, value_head_size: int | None, launched: str
+    name: str,
+    slow: float,
+    dtype: torch.dtype,
+    head_size: int,
+    value_head_size: int | None,
+    launched: str,
+    masked: bool = False,
 ) -> CostModel:
     """Return those of a class of devices, whose hosts take ``slow`` times as long as the table's; as cost_model."""
     sizes = head_size, head_size if value_head_size is None else value_head_size
@@ -213,8 +220,9 @@ def class_costs(
     kind = next((k for k in kinds if k[0] >= pad_head(max(sizes))), kinds[-1])
     padding = 1.0 if name == "cpu" else sum(pad_heads(*sizes)) / sum(sizes)
     hosts = HOST.get(launched, ((0.0, 0.0),) * 2)
+    more = MASKED if masked and launched in HOST else (0.0, 0.0)
     inference, training = (
-        CostModel(*six[:5], six[5] * padding, slow * dense, slow * sparse)
-        for six, (dense, sparse) in zip(table[kind[1], kind[0]], hosts, strict=True)
+        CostModel(*six[:5], six[5] * padding, slow * dense, slow * (sparse + mask))
+        for six, (dense, sparse), mask in zip(table[kind[1], kind[0]], hosts, more, strict=True)
     )
     return replace(inference, training=training)

@@ -156,17 +156,17 @@ def test_the_table_of_costs_is_written_anew():
     from sparge_compile import cost_table
 
     text = Path(cost_table.__file__).read_text()
-    assert run_text(fitting.table_text(text, "sm90", {}, 0.0, {})) == run_text(text), "nothing was measured"
+    assert run_text(fitting.table_text(text, "sm90", {})) == run_text(text), "nothing was measured"
     kind, six = ("float32", 128), (1e-5, 2e-14, 3e-5, 4e-12, 0.0, 6e-14)
-    of_cpu = run_text(fitting.table_text(text, "cpu", {kind: [six, six]}, 0.0, {}))["GPU"]
+    of_cpu = run_text(fitting.table_text(text, "cpu", {kind: [six, six]}))["GPU"]
     assert of_cpu == {**cost_table.GPU, "cpu": {kind: (six, six)}}
     hosts = dict.fromkeys(cost_table.HOST, ((1e-5, 2e-5), (3e-5, 4e-5)))
-    written = run_text(fitting.table_text(text, "sm90", {kind: [six, six]}, 1.5e-5, hosts))
+    written = run_text(fitting.table_text(text, "sm90", {kind: [six, six]}, 1.5e-5, hosts, (1e-6, 2e-6)))
     assert written["GPU"]["sm90"].pop(kind) == (six, six)
     assert written["GPU"]["cpu"] == cost_table.GPU["cpu"] and written["REFERENCE"] == 1.5e-5
     assert written["GPU"]["sm90"] == {k: v for k, v in cost_table.GPU["sm90"].items() if k != kind}
-    assert written["HOST"] == hosts
-    assert written["ESTIMATED"] == cost_table.ESTIMATED - {("sm90", kind), *(("host", who) for who in hosts)}
+    assert written["HOST"] == hosts and written["MASKED"] == (1e-6, 2e-6)
+    assert written["ESTIMATED"] == cost_table.ESTIMATED - {("sm90", kind), ("host", "eager"), ("host", "masked")}
 
 
 def run_text(text):

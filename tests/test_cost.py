@@ -91,6 +91,10 @@ def test_who_launches_chooses_the_time_of_the_host(a_gpu, monkeypatch):
     assert (compiled.dense_host, compiled.sparse_host) == cost_table.HOST["compiled"][0]
     assert (eager.training.dense_host, eager.training.sparse_host) == cost_table.HOST["eager"][1]
     assert graph.sparse_host == graph.training.dense_host == 0 and graph.sparse_pair == compiled.sparse_pair
+    under = cost_model(CUDA, masked=True)
+    assert under.sparse_host == compiled.sparse_host + cost_table.MASKED[0] and under.dense_host == compiled.dense_host
+    assert under.training.sparse_host == compiled.training.sparse_host + cost_table.MASKED[1]
+    assert cost_model(CUDA, launched="graph", masked=True).sparse_host == 0
     monkeypatch.setattr(host, "_measured", {CUDA: 2.0})
     assert cost_model(CUDA, launched="eager").sparse_host == 2 * eager.sparse_host
     assert cost_model(CPU, launched="eager").sparse_host == 0, "a CPU's own times have it"
@@ -188,8 +192,8 @@ def test_the_tables_are_whole():
         for forward, step in kinds.values():
             assert len(forward) == len(step) == 6
             assert all(s >= f >= 0 for f, s in zip(forward, step, strict=True)), "a step is more than its forward"
-    assert set(cost_table.HOST) == {"compiled", "eager", "masked"}
+    assert set(cost_table.HOST) == {"compiled", "eager"}
     assert cost.GPU["sm90"], "what stands for every other GPU"
     assert set(cost_table.GATHER) == set(cost_table.PROGRAMS) == set(cost_table.GPU)
     for name, key in cost_table.ESTIMATED:
-        assert key in (cost_table.HOST if name == "host" else cost_table.GPU[name])
+        assert key in ({*cost_table.HOST, "masked"} if name == "host" else cost_table.GPU[name])

@@ -109,9 +109,8 @@ def costs_of(attention: Attention, options: Options) -> CostModel:
     """The coefficients for an attention, as the options give them or as they were measured."""
     if options.costs is not None:
         return options.costs
-    x, launched, shape = attention, options.launched, shape_of(attention)
-    launched = "masked" if x.masks and launched != "graph" else launched
-    costs = cost_model(x.device, x.dtype, x.head_size, x.value_head_size, launched)
+    x, shape = attention, shape_of(attention)
+    costs = cost_model(x.device, x.dtype, x.head_size, x.value_head_size, options.launched, bool(x.masks))
     if shape is not None:
         costs = costs.with_idle(x.device, shape)
     if options.token_order == "tiles" and not x.is_causal and x.packing is None:

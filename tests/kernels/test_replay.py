@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import weakref
 from collections.abc import Callable
@@ -12,7 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparge_compile.kernels import attend
+
 replay = pytest.importorskip("sparge_compile.kernels.triton.replay")
+triton = pytest.importorskip("sparge_compile.kernels.triton")
 recording = pytest.importorskip("sparge_compile.kernels.triton.recording")
 
 
@@ -283,3 +287,44 @@ def test_what_is_not_replayed_runs_in_a_line_too() -> None:
         x, y = pair()
         assert torch.allclose(call(x, y, 0.5), x + 0.5 * y)
         assert function.calls == n + 1
+
+
+MASKS = {
+    "none": (None, False),
+    "causal": (None, True),
+    "keys": (torch.arange(150) < 140, False),
+    "keys, causal": (torch.arange(150) < 140, True),
+    "rows": (torch.ones(200, 150, dtype=torch.bool), False),
+    "numbers": (torch.zeros(200, 150), True),
+}
+
+
+@pytest.mark.parametrize("how", MASKS)
+def test_every_kind_of_call_is_replayed(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing but memory, fills and launches: so the second call of a form runs none of our code."""
+    launched: list[str] = []
+
+    def launch(kernel: Any, grid: Any, **named: Any) -> None:
+        arguments = {name: named.get(name) for name in kernel.arg_names}
+        recorder = getattr(recording._recording, "active", None)
+        launched.append(kernel.fn.__name__)
+        if recorder is not None:
+            recorder.note(Compiled(lambda *_: launched.append("replayed")), kernel, grid, arguments)
+
+    monkeypatch.setattr(recording, "launch", launch)
+    mask, is_causal = MASKS[how]
+    mask = None if mask is None else mask.view(1, 1, -1, 150)
+    q, k, v = (torch.randn(1, 2, length, 16) for length in (200, 150, 150))
+    options = (mask, is_causal, 0.25)
+    forward = Counted(functools.partial(attend.attend_for_backward, triton))
+    call = replay.Replayed(forward)
+    thresholds = torch.tensor([[0.5, 0.0]] * 2)
+    for _ in range(3):
+        out, lse, bits = call(q, k, v, thresholds, *options)
+    backward = Counted(functools.partial(attend.backward, triton))
+    call = replay.Replayed(backward)
+    for _ in range(3):
+        call(torch.ones_like(out), q, k, v, out, lse, None, bits, *options)
+    assert (forward.calls, backward.calls) == (1, 1)
+    first = [name for name in launched if name != "replayed"]
+    assert launched.count("replayed") == 2 * len(first)

@@ -74,3 +74,25 @@ def test_replayed_calls_in_threads() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.parametrize("kind", ["keys", "rows", "numbers"])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_replayed_calls_under_a_mask_are_the_calls(kind: str, is_causal: bool) -> None:
+    for seed in range(4):  # the first is recorded
+        q, k, v = _call(seed, grad=True)
+        rows = 1 if kind == "keys" else 640
+        mask = torch.rand(1, 1, rows, 640, device="cuda") > 0.3
+        mask[..., : 64 * (seed + 1)] = False
+        mask = torch.where(mask, 0.5, -torch.inf).bfloat16() if kind == "numbers" else mask
+        out = sparge_compile.attention(q, k, v, mask, is_causal=is_causal, topk=0.4, topp=0.3)
+        out.float().square().sum().backward()
+        q2, k2, v2 = (x.detach().clone().requires_grad_() for x in (q, k, v))
+        thresholds = torch.tensor([[0.4, 0.3]] * 2, device="cuda")
+        counts = torch.ops.sparge.block_map(
+            q2, k2, thresholds, mask, is_causal, 0.125 + seed * 1e-9
+        )  # forms of their own
+        other, _ = torch.ops.sparge.forward(q2, k2, v2, *counts, mask, is_causal, 0.125)
+        other.float().square().sum().backward()
+        assert torch.equal(out, other)
+        assert all(torch.equal(x.grad, y.grad) for x, y in ((q, q2), (k, k2), (v, v2)))

@@ -169,7 +169,7 @@ def test_the_host_must_be_worth_it_too():
     "mode, mask, launched",
     [
         (None, None, "compiled"),
-        (None, padding, "masked"),
+        (None, padding, "compiled"),
         ("reduce-overhead", padding, "graph"),
     ],
 )
@@ -177,7 +177,7 @@ def test_who_launches_an_attention(monkeypatch, mode, mask, launched):
     asked = []
     monkeypatch.setattr(decide_module, "cost_model", lambda *given: asked.append(given) or CostModel(**FREE))
     decide(attention(length=64, keys=MIN_KEYS, mask=mask, dtype=torch.bfloat16), Options(inductor_mode=mode, topk=0.1))
-    assert set(asked) == {(torch.device("cpu"), torch.bfloat16, 4, 4, launched)}
+    assert set(asked) == {(torch.device("cpu"), torch.bfloat16, 4, 4, launched, mask is not None)}
 
 
 def test_kept_tokens_raise_the_bound_of_the_density():

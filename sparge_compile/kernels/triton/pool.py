@@ -7,7 +7,6 @@ pools a mask notes which rows count; rows that do not are not read.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,6 +18,9 @@ from . import recording
 from .tiles import how_arguments, load_tile, matrix_arguments, sequence, tile_offsets
 
 POOL_ELEMENTS = 4096  # elements of q or k that a pooling program holds at a time
+CUT_KEYS = 128  # key blocks that a program asks at a time whether they are cut
+REACH_ROWS = 4096  # keys, then queries, that a program looks at at a time
+NO_KEY = 1 << 30  # a position behind all
 
 
 @triton.jit
@@ -181,6 +183,44 @@ def _pool_mask_kernel(
     tl.store(sighted_ptr + pid, tl.sum(sighted, 0).to(tl.uint8))
 
 
+@triton.jit
+def _cut_kernel(
+    seeing_ptr, sighted_ptr,
+    cut_ptr,
+    rows, n_query, n_key,
+    ROW_BLOCK: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Which blocks of a query block some of its rows see and others, that see keys elsewhere, do not."""
+    pid = tl.program_id(0).to(tl.int64)
+    row = pid % n_query * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
+    sees = tl.load(seeing_ptr + pid // n_query * rows + row, mask=row < rows, other=0)
+    seeing = tl.sum(sees.to(tl.int32), 0)
+    for first in tl.range(0, n_key, KEYS):
+        j = first + tl.arange(0, KEYS)
+        sighted = tl.load(sighted_ptr + pid * n_key + j, mask=j < n_key, other=0)
+        tl.store(cut_ptr + pid * n_key + j, (sighted.to(tl.int32) < seeing).to(tl.uint8), mask=j < n_key)
+
+
+@triton.jit
+def _reach_kernel(
+    seen_ptr,
+    queries_ptr,
+    keys, length, diagonal,
+    ROWS: tl.constexpr, NO_KEY: tl.constexpr,
+):  # fmt: skip
+    """:func:`rule.queries_that_reach`: the queries from the first key on that is seen."""
+    pid = tl.program_id(0).to(tl.int64)
+    first = tl.full([ROWS], NO_KEY, tl.int32)
+    for start in tl.range(0, keys, ROWS):
+        j = start + tl.arange(0, ROWS)
+        seen = tl.load(seen_ptr + pid * keys + j, mask=j < keys, other=0)
+        first = tl.minimum(first, tl.where(seen != 0, j, NO_KEY))
+    first = tl.min(first, 0)
+    for start in tl.range(0, length, ROWS):
+        i = start + tl.arange(0, ROWS)
+        tl.store(queries_ptr + pid * length + i, (i + diagonal >= first).to(tl.uint8), mask=i < length)
+
+
 def pool_mask(attn_mask: Tensor, length: int, how: How, diagonal: int) -> tuple[Tensor, Tensor, rule.Counted]:
     """:func:`rule.pool_mask`, bias float32 and cut bool, each [Bm, Hm, Nq or 1, Nk], and :func:`rule.counted_rows`.
 
@@ -195,8 +235,11 @@ def pool_mask(attn_mask: Tensor, length: int, how: How, diagonal: int) -> tuple[
     is_bool = attn_mask.dtype == torch.bool
     bias = torch.empty((batch, heads, n_query, n_key), dtype=torch.float32, device=attn_mask.device)
     sighted = torch.empty_like(bias, dtype=torch.uint8)
-    seen = torch.zeros((batch, heads, keys), dtype=torch.bool, device=attn_mask.device)
-    seeing = None if one_row else torch.zeros((batch, heads, rows), dtype=torch.bool, device=attn_mask.device)
+    # Memory that is filled, as a call that is replayed takes it.
+    seen = torch.empty((batch, heads, keys), dtype=torch.bool, device=attn_mask.device).zero_()
+    seeing = None
+    if not one_row:
+        seeing = torch.empty((batch, heads, rows), dtype=torch.bool, device=attn_mask.device).zero_()
     with torch.cuda.device_of(attn_mask):
         recording.launch(
             _pool_mask_kernel, (bias.numel(),),
@@ -208,8 +251,30 @@ def pool_mask(attn_mask: Tensor, length: int, how: How, diagonal: int) -> tuple[
             heads=heads, rows=rows, keys=keys, n_query=n_query, n_key=n_key, last_row=length - 1, diagonal=diagonal,
             ROWS=min(row_block, 32), ROW_BLOCK=row_block, KEYS=KEY_BLOCK, IS_BOOL=is_bool, IS_CAUSAL=is_causal,
         )  # fmt: skip
+    cut = torch.empty_like(sighted, dtype=torch.bool)
     if seeing is None:
-        queries = rule.queries_that_reach(seen, length, diagonal) if is_causal else None
-        return bias, torch.zeros_like(sighted, dtype=torch.bool), rule.Counted(seen, queries)
-    some_key = F.pad(seeing, (0, n_query * row_block - rows)).unflatten(-1, (n_query, row_block)).sum(-1)
-    return bias, sighted < some_key.unsqueeze(-1), rule.Counted(seen, seeing)
+        return bias, cut.zero_(), rule.Counted(seen, _reaching(seen, length, diagonal) if is_causal else None)
+    with torch.cuda.device_of(attn_mask):
+        recording.launch(
+            _cut_kernel, (batch * heads * n_query,),
+            seeing_ptr=seeing.view(torch.uint8), sighted_ptr=sighted,
+            cut_ptr=cut.view(torch.uint8),
+            rows=rows, n_query=n_query, n_key=n_key,
+            ROW_BLOCK=row_block, KEYS=CUT_KEYS,
+        )  # fmt: skip
+    return bias, cut, rule.Counted(seen, seeing)
+
+
+def _reaching(seen: Tensor, length: int, diagonal: int) -> Tensor:
+    """:func:`rule.queries_that_reach`."""
+    batch, heads, keys = seen.shape
+    queries = torch.empty((batch, heads, length), dtype=torch.bool, device=seen.device)
+    with torch.cuda.device_of(seen):
+        recording.launch(
+            _reach_kernel, (batch * heads,),
+            seen_ptr=seen.view(torch.uint8),
+            queries_ptr=queries.view(torch.uint8),
+            keys=keys, length=length, diagonal=diagonal,
+            ROWS=REACH_ROWS, NO_KEY=NO_KEY,
+        )  # fmt: skip
+    return queries

@@ -6,7 +6,7 @@ first call of a form is watched: which memory it takes and which kernels it laun
 takes as much memory and launches the same kernels on the new addresses, and does nothing else.
 
 What cannot be repeated so (a call that does anything but take memory, fill it with a number, look at it and launch
-kernels of ours: under a mask, below the limit, in Triton's interpreter) runs as it is each time; a dispatch mode
+kernels of ours: below the limit, in Triton's interpreter) runs as it is each time; a dispatch mode
 watches for it.
 """
 
@@ -64,6 +64,9 @@ class _Tape:
                 self.pieces.append((number, self.workspace))
                 self.workspace += -(-fresh.size // ALIGNMENT) * ALIGNMENT
         self.room = [0] * len(recorder.fresh)
+        self.whole = all(x.view is None for x in self.outputs)
+        self.shapes = [(number, *fresh[:3]) for number, fresh in self.taken]  # with strides and dtypes
+        self.device_index = device.index
 
     def _output(self, x: Tensor, recorder: Recorder) -> _Output:
         source = recorder.source(x)
@@ -80,7 +83,7 @@ class _Tape:
         """The call on other tensors of the same form, which begin there, on the current device."""
         addresses = inputs + self.room
         taken = {}
-        for number, (shape, stride, dtype, *_) in self.taken:
+        for number, shape, stride, dtype in self.shapes:
             taken[number] = fresh = _take(shape, stride, dtype)
             addresses[number] = fresh.data_ptr()
         if self.workspace:
@@ -88,14 +91,16 @@ class _Tape:
             start = workspace.data_ptr()
             for number, offset in self.pieces:
                 addresses[number] = start + offset
-        stream = torch._C._cuda_getCurrentRawStream(self.device.index)
+        stream = torch._C._cuda_getCurrentRawStream(self.device_index)
         for step in self.steps:
-            if isinstance(step, tuple):
+            if type(step) is tuple:
                 taken[step[0]].fill_(step[1])
             else:
                 step(addresses, stream)
         if self.single:
             return self._result(taken, self.outputs[0])
+        if self.whole:
+            return tuple([taken[number] for number, _ in self.outputs])
         return tuple([self._result(taken, output) for output in self.outputs])
 
     @staticmethod
@@ -144,7 +149,7 @@ class Replayed:
             return result
         if tape is None:
             return self.function(*arguments)
-        if torch._C._cuda_getDevice() == tape.device.index:
+        if torch._C._cuda_getDevice() == tape.device_index:
             return tape.run(addresses)
         with torch.cuda.device(tape.device):
             return tape.run(addresses)
@@ -173,7 +178,7 @@ class Line:
         if tape is None:
             return self._first(arguments)
         addresses = [arguments[n].data_ptr() for n in self._places]
-        if not _are_apart(addresses) or torch._C._cuda_getDevice() != tape.device.index:
+        if not _are_apart(addresses) or torch._C._cuda_getDevice() != tape.device_index:
             return self._replayed(*arguments)
         return tape.run(addresses)
 
