@@ -93,7 +93,7 @@ class _Tape:
                 addresses[number] = start + offset
         stream = torch._C._cuda_getCurrentRawStream(self.device_index)
         for step in self.steps:
-            if type(step) is tuple:
+            if isinstance(step, tuple):
                 taken[step[0]].fill_(step[1])
             else:
                 step(addresses, stream)
