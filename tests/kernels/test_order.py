@@ -118,6 +118,31 @@ def test_blocks_of_any_grid_are_nearly_as_compact_as_tiles(
         assert spread(where, QUERY_BLOCK, (2 * tile[0], *tile[1:])).mean() < 1.4
 
 
+@pytest.mark.parametrize("dim", [0, 1, 2, 3])
+def test_rows_of_any_dimension(dim: int) -> None:
+    grid = (7, 7, 7, 7)
+    x = torch.randn(grid, dtype=torch.float64).permute(2, 0, 3, 1).requires_grad_()
+    index = torch.randperm(7).int()
+    inverse = index.argsort().int()
+    got = torch.ops.sparge.rows(x, index, inverse, dim)
+    torch.testing.assert_close(got, x.index_select(dim, index))
+    assert got.stride() == x.stride()
+    assert torch.autograd.gradcheck(lambda y: torch.ops.sparge.rows(y, index, inverse, dim), x, fast_mode=True)
+    opcheck(torch.ops.sparge.rows.default, (x, index, inverse, dim))
+
+
+def test_operands_that_are_reordered_already() -> None:
+    grid = Grid(5, 3, 5, 7, 9)
+    slots, places = torch.ops.sparge.order(*grid, [2, 4, 8], CPU)
+    q, k, v = (x.detach() for x in operands(grid))
+    keep = torch.rand(2, 1, 1, grid.tokens) > 0.3
+    how = {"attn_mask": keep, "slots_q": slots, "places_q": places, "slots_k": slots, "places_k": places}
+    want = torch.ops.sparge.attention(q, k, v, thresholds(2), **how)
+    moved = (x.index_select(2, slots) for x in (q, k, v))
+    got = torch.ops.sparge.attention(*moved, thresholds(2), **how, reordered=True)
+    torch.testing.assert_close(got.index_select(2, places), want)
+
+
 def test_the_op_gives_copies() -> None:
     arguments = (*GRIDS[0], [2, 4, 8], CPU)
     first = torch.ops.sparge.order(*arguments)
