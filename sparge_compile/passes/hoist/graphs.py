@@ -11,7 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 from ..match.carried import Origin, Rows
 from ..match.scope import Scope, runs_once
 from ..read.axes import same
-from ..read.fx_utils import size_hint, value_of
+from ..read.fx_utils import as_number, size_hint, value_of
 from ..read.reader import Reader
 
 LAUNCH = 1 << 20  # bytes that are gathered in the time of a launch
@@ -35,11 +35,11 @@ class Place(NamedTuple):
 
     def before(self, origin: Origin) -> Place:
         """The place in what a tensor with its tokens here is made of."""
-        return Place(origin.dim, self.start - origin.shift)
+        return Place(origin.dim, as_number(self.start - origin.shift))
 
     def after(self, origin: Origin, dim: int) -> Place:
         """The place in what is made of a tensor with its tokens here."""
-        return Place(dim, self.start + origin.shift)
+        return Place(dim, as_number(self.start + origin.shift))
 
     def equals(self, other: Place) -> bool:
         """Whether two places are the same for certain."""

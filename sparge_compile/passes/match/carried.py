@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor
 from torch.fx import Node
 
+from ...kernels.sizes import surely
 from ..read.axes import Dim, Layout, new_layout, same, settle
 from ..read.calls import Value
 from ..read.reader import Reader
@@ -171,9 +172,10 @@ def _of_setitem(node: Node, dim: int, reader: Reader) -> Carried | None:
         items[at : at + 1] = [slice(None)] * (rank - len(items) + 1)
     items += [slice(None)] * (rank - len(items))
     start, step = (items[dim].start, items[dim].step) if isinstance(items[dim], slice) else (0, 0)
-    if step not in (None, 1) or isinstance(start, Node):
+    start = reader.fake(start) if isinstance(start, Node) else 0 if start is None else start
+    if step not in (None, 1) or start is None:
         return None
-    start = 0 if start is None else start + reader.fake(x).shape[dim] * (start < 0)
+    start = start + reader.fake(x).shape[dim] if surely(start < 0) else start
     behind = sum(isinstance(item, slice) for item in items[dim:])  # dimensions of the part from this one on
     shape = reader.fake(rows).shape if isinstance(rows, Node) and isinstance(reader.fake(rows), Tensor) else ()
     at = len(shape) - behind

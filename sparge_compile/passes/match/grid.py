@@ -42,7 +42,8 @@ class ShownGrid(NamedTuple):
         """The grid of the part of the sequence that begins there and has this size; None where it is no whole part."""
         grid = self.grid
         area = grid.frames * grid.height * grid.width
-        for before, after in itertools.product(dict.fromkeys((self.before, ())), dict.fromkeys((self.after, ()))):
+        choices = [(parts, ()) if parts else ((),) for parts in (self.before, self.after)]
+        for before, after in itertools.product(*choices):
             prefix, suffix = (sum(part.size for part in some) for some in (before, after))
             if same(start + prefix, grid.prefix) and same(prefix + area + suffix, size):
                 return ShownGrid(before, self.axes, after)

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Node
 
+from ...kernels.sizes import surely
 from ..read.axes import Dim, Layout, before, broadcast, is_layout, new_dim, new_layout, same, settle, settle_dim
 from ..read.calls import Call, Value
-from ..read.fx_utils import value_of
+from ..read.fx_utils import as_number, value_of
 from ..read.reader import Reader
 from .attention import Operand
 
@@ -46,7 +47,7 @@ def parts_of_cat(call: Call, layout: Layout, token: Dim) -> tuple[Part, ...] | N
     if call.name != "cat":
         return None
     dim = int(call.argument(1, "dim", 0)) % len(layout)
-    parts = [Part(_number(x.shape[dim]), x.node, dim) for x in call.args[0] if x.node is not None]
+    parts = [Part(as_number(x.shape[dim]), x.node, dim) for x in call.args[0] if x.node is not None]
     whole = layout[dim] == token and len(parts) == len(call.args[0]) > 1
     return tuple(parts) if whole else None
 
@@ -68,7 +69,7 @@ def cut_of(value: Value, layout: Layout, token: Dim) -> Cut | None:
         return None
     if call.name == "slice":
         start = call.argument(2, "start") or 0
-        start = start + call.args[0].shape[dim] if isinstance(start, int) and start < 0 else start
+        start = start + call.args[0].shape[dim] if surely(start < 0) else start
         return Cut(dim, start) if call.argument(4, "step", 1) == 1 else None
     sizes = call.args[1]
     fitting = [i for i, size in enumerate(sizes) if same(size, value.shape[dim])]
@@ -98,11 +99,6 @@ def _is_in_last_dimension(writer: Node, node: Node, rank: int, reader: Reader) -
         return False
     name = str(getattr(writer.target, "__name__", writer.target))
     return name.split(".")[0] == "copy_" and int(call.argument(1, "dim", 0)) % rank == rank - 1
-
-
-def _number(size: Any) -> Any:
-    constant = isinstance(size, torch.SymInt) and size.node.expr.is_number
-    return int(size) if constant else size
 
 
 _PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}  # which argument has the rows; columns come next

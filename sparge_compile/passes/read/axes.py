@@ -14,7 +14,7 @@ import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .calls import Call
-from .fx_utils import size_hint
+from .fx_utils import as_number, size_hint
 
 
 class Axis:
@@ -23,8 +23,7 @@ class Axis:
     __slots__ = ("parts", "size")
 
     def __init__(self, size: Any) -> None:
-        constant = isinstance(size, torch.SymInt) and size.node.expr.is_number  # 4·s ÷ s
-        self.size = int(size) if constant else size
+        self.size = as_number(size)  # 4·s ÷ s
         self.parts: tuple[Axis, ...] | None = None
 
     def settled(self) -> Iterable[Axis]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -132,9 +133,8 @@ class Calls:
         recorder = _Recorder()
         try:
             with mode, torch.no_grad():
-                args, kwargs = tree_map(
-                    lambda x: self._blank(x, recorder) if isinstance(x, Node) else x, (node.args, node.kwargs)
-                )
+                # Nodes in slices, too, which are no containers to pytree.
+                args, kwargs = map_arg((node.args, node.kwargs), lambda x: self._blank(x, recorder))
                 function: Any = node.target
                 if node.op == "call_method":
                     function = getattr(args[0], str(node.target))

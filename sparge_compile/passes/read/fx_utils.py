@@ -69,6 +69,12 @@ def size_hint(size: Any) -> int | None:
     return int(size)
 
 
+def as_number(size: Any) -> Any:
+    """A size, as an int where its symbols cancel out."""
+    constant = isinstance(size, torch.SymInt) and size.node.expr.is_number
+    return int(size) if constant else size
+
+
 def size_text(size: Any) -> int | str:
     """An int, or a symbolic size as text."""
     return str(size) if isinstance(size, torch.SymInt) else int(size)

@@ -20,7 +20,7 @@ from sparge_compile.options import Options
 from sparge_compile.passes import pipeline
 from sparge_compile.passes.hoist.hoist import ROWS
 from sparge_compile.passes.pipeline import Work, graphs_of
-from sparge_compile.passes.read.fx_utils import clone
+from sparge_compile.passes.read.fx_utils import clone, size_hint
 
 T, H, W, C, TEXT = 5, 6, 7, 8, 9
 L = T * H * W
@@ -97,7 +97,8 @@ def same_results(monkeypatch: pytest.MonkeyPatch, given: GraphModule, options: O
 
 def _real(node: Node) -> Tensor:
     fake = node.meta["example_value"]
-    return torch.rand(fake.shape) > 0.5 if fake.dtype == torch.bool else torch.randn(fake.shape)
+    shape = [size_hint(size) for size in fake.shape]
+    return torch.rand(shape) > 0.5 if fake.dtype == torch.bool else torch.randn(shape)
 
 
 def test_two_blocks_have_one_order(monkeypatch):
@@ -325,14 +326,24 @@ def test_gathers_are_outside_of_code_without_gradients(monkeypatch):
 
 
 @pytest.mark.parametrize("text_first", [True, False])
-def test_sizes_that_are_symbols(text_first):
+def test_sizes_that_are_symbols(monkeypatch, text_first):
     b = Builder()
     video = b.input("x", 1, 4, T, H, W, dynamic=(2, 3, 4))
     x = b.method("transpose", b.method("flatten", b.call(F.conv3d, video, weight(b, C, 4, 1, 1, 1)), 2), 1, 2)
     text = b.input("text", 1, TEXT, C, dynamic=(1,))
-    x = b.call(torch.cat, [text, x] if text_first else [x, text], 1)
-    graph = rewritten(finished(b, block(b, block(b, x))), Options(**{**vars(TILES), "grid": None}))
-    assert len(rows_in(graph)) == 2
+    size = b.call(torch.ops.aten.sym_size.int, text, 1)
+    where = slice(size, None) if text_first else slice(None, b.call(operator.neg, size))
+    for _ in range(2):
+        joint = block(b, b.call(torch.cat, [text, x] if text_first else [x, text], 1))
+        part = b.call(operator.mul, part_of(b, joint, where), 2.0)
+        b.opaque(operator.setitem, joint, (slice(None), where), b.call(F.silu, part))
+        x = part_of(b, block(b, joint), where)
+    found = same_results(monkeypatch, finished(b, x), Options(**{**vars(TILES), "grid": None}))
+    assert len(found) == 2
+
+
+def part_of(b: Builder, x: Node, where: slice) -> Node:
+    return b.call(operator.getitem, x, (slice(None), where))
 
 
 STEPS: dict[str, Middle] = {

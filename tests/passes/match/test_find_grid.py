@@ -141,6 +141,16 @@ def test_a_video_that_is_cut_out_of_what_it_was_joined_to():
     assert found == [*both(0, T, H, W, 0) * 2, NO_GRID]
 
 
+@pytest.mark.parametrize("text_first", [True, False])
+def test_a_video_that_is_cut_out_at_a_symbol(text_first: bool):
+    b = Builder()
+    text, x = b.input("text", 1, TEXT, C, dynamic=(1,)), tokens_of(b, video(b, dynamic=(2, 3, 4)))
+    size = b.call(torch.ops.aten.sym_size.int, text, 1)
+    joint = b.call(torch.cat, [text, x] if text_first else [x, text], 1)
+    where = slice(size, None) if text_first else slice(None, b.call(operator.neg, size))
+    assert grids(b, attend(b, b.call(operator.getitem, joint, (slice(None), where)))) == both(0, T, H, W, 0)
+
+
 def test_cross_attention_has_keys_as_they_are():
     b = Builder()
     assert grids(b, attend(b, tokens_of(b, video(b)), b.input("text", 1, TEXT, C))) == [(Grid(0, T, H, W, 0), None)]
