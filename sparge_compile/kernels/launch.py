@@ -92,6 +92,7 @@ _LARGE = {
     "dq": {64: (64, 4, 2), 128: (64, 4, 2), 256: (64, 4, 3), 512: (64, 8, 2)},
     "dkv": {64: (64, 4, 2), 128: (64, 4, 2), 256: (64, 4, 2), 512: (32, 8, 2)},
 }
+_DATA_CENTRE_BLACKWELL = _LARGE | {"dq": _LARGE["dq"] | {512: (64, 8, 1)}}  # two stages under a mask take 240 KB there
 _SMALL = {
     "forward": {64: (128, 4, 3), 128: (128, 4, 2), 256: (64, 4, 2), 512: (64, 8, 1)},
     "dq": {64: (64, 4, 2), 128: (64, 4, 2), 256: (64, 4, 1), 512: (32, 8, 1)},
@@ -108,7 +109,7 @@ _WIDE = {
 def attention_launch(direction: str, head_size: int, dtype: torch.dtype, device: torch.device) -> Launch:
     """The table's entry for ``direction`` "forward", "dq" or "dkv", a head size, an item size and an architecture."""
     row_bytes = max(64, pad_head(head_size) * dtype.itemsize)
-    narrow = _LARGE if architecture(device) in MAJORS_WITH_227_KB else _SMALL
+    narrow = {9: _LARGE, 10: _DATA_CENTRE_BLACKWELL}.get(architecture(device), _SMALL)
     table = _WIDE if dtype.itemsize > 2 else narrow
     return Launch(*table[direction][row_bytes])
 

@@ -21,15 +21,29 @@ def on_hopper(monkeypatch):
     """A Hopper GPU with a Triton from the future."""
     monkeypatch.setattr(launch, "architecture", lambda device: 9)
     monkeypatch.setattr(trial, "version", lambda: (99, 0))
-    trial.hopper_refusal.cache_clear()
+    trial.hopper_refusal.cache_clear(), trial._outcome.cache_clear()
     yield
-    trial.hopper_refusal.cache_clear()
+    trial.hopper_refusal.cache_clear(), trial._outcome.cache_clear()
 
 
 def test_versions_on_record_are_not_tried_again(monkeypatch):
     monkeypatch.setattr(trial, "_try", lambda device: pytest.fail("tried"))
     monkeypatch.setattr(trial, "version", lambda: trial.TRIED[0])
     assert trial.hopper_refusal(HOPPER) == ""
+
+
+def test_the_backward_has_a_record_of_its_own(monkeypatch):
+    calls = []
+    monkeypatch.setattr(trial, "_try", lambda device: calls.append(device) or "")
+    monkeypatch.setattr(trial, "TRIED", ((9, 8), (9, 9)))
+    for version, expected in (((9, 8), 0), ((9, 9), 1)):
+        monkeypatch.setattr(trial, "version", lambda version=version: version)
+        trial.hopper_refusal.cache_clear()
+        assert trial.hopper_refusal(HOPPER, trial.TRIED) == "" and not calls
+        with warnings.catch_warnings():
+            warnings.simplefilter("error" if not expected else "ignore")
+            assert trial.hopper_refusal(HOPPER, ((9, 8),)) == ""
+        assert len(calls) == expected
 
 
 def test_another_gpu_tries_nothing(monkeypatch):

@@ -17,7 +17,7 @@ from ..how import How
 from . import lists
 from .backward_key import key_gradients
 from .backward_query import query_gradient
-from .trial import hopper_refusal
+from .trial import TRIED_BACKWARD, hopper_refusal
 
 
 def backward(
@@ -42,7 +42,7 @@ def backward(
     given, lse = How(*how), lse.contiguous()
     _, _, n_query, n_key = allocate.map_shape(query, key, given)
     with torch.cuda.device_of(query):
-        counters = None if hopper_refusal(query.device) else bits.new_empty(2)
+        counters = None if hopper_refusal(query.device, TRIED_BACKWARD) else bits.new_empty(2)
         kept, readers = lists.unpack(bits, n_query, n_key, counters)
         first, second = (None, None) if counters is None else (counters[:1], counters[1:])
         dq, delta = query_gradient(grad_out, query, key, value, out, lse, grad_lse, kept, given, first)

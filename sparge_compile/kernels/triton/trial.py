@@ -24,8 +24,9 @@ from torch import Tensor
 from .. import allocate, check, launch
 from ..how import How
 
-# (major, minor) of Triton with which the kernels in Gluon ran on a GPU, against the reference.
+# (major, minor) of Triton with which the kernels in Gluon ran on a GPU, against the reference: the forward, both.
 TRIED = ((3, 6), (3, 7), (3, 8), (3, 9))
+TRIED_BACKWARD = ((3, 6), (3, 8))
 
 SECONDS = 300  # for the trial; a fresh machine takes some 20
 PLACE = Path(__file__).parents[3]  # where the package is imported from
@@ -38,12 +39,19 @@ def version() -> tuple[int, int]:
 
 
 @functools.cache
-def hopper_refusal(device: torch.device) -> str:
-    """Why the kernels that are written for Hopper do not run on a device; empty where they do."""
+def hopper_refusal(device: torch.device, tried: tuple[tuple[int, int], ...] = TRIED) -> str:
+    """Why the kernels that are written for Hopper do not run on a device; empty where they do.
+
+    ``tried`` are the versions that need no trial: those of the forward, or ``TRIED_BACKWARD``.
+    """
     if launch.architecture(device) != 9:
         return "not a Hopper GPU"
-    if version() in TRIED:
-        return ""
+    return "" if version() in tried else _outcome(device)
+
+
+@functools.cache
+def _outcome(device: torch.device) -> str:
+    """Why the kernels do not run with this version of Triton, by trial; empty where they do."""
     fault = _try(device)
     _warn(fault)
     return f"Triton {triton.__version__} was tried: {fault}" if fault else ""
