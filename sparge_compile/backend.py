@@ -20,8 +20,8 @@ from .notices import (
     forget_warnings,
     raise_left,
     tell_of_left,
-    warn_of_no_grid,
     warn_of_nothing,
+    warn_of_orders,
     warn_of_text,
     warn_of_unsupported,
 )
@@ -79,7 +79,7 @@ def sparge(
     logger.info("%s", report)
     warn_of_unsupported(report, settings)
     warn_of_text((step for step in graph.steps if step.match.node not in graph.attached), settings)
-    warn_of_no_grid(((step.match.site.name, step.decision.order) for step in graph.steps), settings)
+    warn_of_orders(graph.orders_by_name, settings)
     if is_whole_call(graph_module):
         warn_of_nothing(report, settings, type(graph.names.root).__name__ if graph.names else "the compiled function")
     names = [match.site.name for match in graph.sparse if match.node not in graph.attached]

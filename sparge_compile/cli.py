@@ -26,6 +26,11 @@ _INFLUENCE = (
     "sparsity and for the output's error)"
 )
 
+_ORDERS = (
+    "orders of tokens to choose from, where the grid of a site is known: raster, or tiles in frames, rows and columns "
+    "(raster 2x4x8 4x4x4 4x8x2 8x4x2 1x8x8); the first batch runs once more for it"
+)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status.
@@ -84,6 +89,7 @@ def _calibrate_arguments(parser: argparse.ArgumentParser) -> None:
     aim.add_argument("--target-sparsity", type=float, help=_SPARSITY)
     aim.add_argument("--target-output-error", type=float, help=_OUTPUT)
     parser.add_argument("--influence", action=argparse.BooleanOptionalAction, help=_INFLUENCE)
+    parser.add_argument("--orders", nargs="+", metavar="ORDER", help=_ORDERS)
     by = "which error of a head counts, over samples (worst with --target-error, else mean)"
     parser.add_argument("--by", choices=("worst", "mean"), help=by)
     parser.add_argument(
@@ -203,6 +209,14 @@ def _source_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of a pipeline: load in this dtype")
     parser.add_argument("--min-seq-len", type=int, help="attention over fewer keys stays dense (1024)")
     parser.add_argument("--additive-masks", action="store_true", help="attention with masks that change scores, too")
+    parser.add_argument(
+        "--grid",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="frames, rows and columns of the tokens, where graphs do not show it; or five numbers, with the tokens "
+        "before and behind",
+    )
 
 
 def _source(args: argparse.Namespace) -> Any:
@@ -222,7 +236,7 @@ def _source(args: argparse.Namespace) -> Any:
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    return {"min_seq_len": args.min_seq_len, "additive_masks": args.additive_masks}
+    return {"min_seq_len": args.min_seq_len, "additive_masks": args.additive_masks, "grid": args.grid}
 
 
 def _calibrate(args: argparse.Namespace) -> int:
@@ -244,6 +258,7 @@ def _calibrate(args: argparse.Namespace) -> int:
         target_sparsity=args.target_sparsity,
         target_output_error=args.target_output_error,
         influence=args.influence,
+        orders=args.orders,
         by=args.by,
         mode=args.mode,
         phases=args.phases,

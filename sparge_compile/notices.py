@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 
 from .errors import value_error
 from .options import Options
-from .passes.order import NO_GRID
+from .passes.order import NO_GRID, SiteOrder
 from .passes.pipeline import Step
 from .report import Failure, Reason, Report
 from .running.frames import Left
@@ -86,18 +86,28 @@ def warn_of_text(steps: Iterable[Step], settings: Options) -> None:
             return
 
 
-def warn_of_no_grid(orders: Iterable[tuple[str, str]], settings: Options) -> None:
-    """Warn once where a sparse site was to have its tokens in tiles, and nobody knows their grid.
-
-    ``orders`` are the names of sites, each with what became of its order.
-    """
-    lacking = [name for name, order in orders if order == f"raster: {NO_GRID}"]
-    if lacking and settings.on_unsupported != "dense":
+def warn_of_orders(orders: Mapping[str, SiteOrder], settings: Options) -> None:
+    """Warn once where a sparse site was to have its tokens in tiles, and they stay in raster order. By site name."""
+    if settings.on_unsupported == "dense":
+        return
+    lacking = [name for name, order in orders.items() if order.is_raster and order.why == NO_GRID]
+    missed = [name for name, order in orders.items() if order.misses]
+    todo = (
+        "Give it as the option 'grid' or with attach(..., grid=), as (frames, height, width) in tokens; "
+        if lacking
+        else ""
+    ) + "sparge_compile.explain(model)(...) says the order of each site."
+    if missed and settings.token_order is None:
+        name = missed[0]
+        warn(
+            "missed order",
+            f"sparge: the thresholds of {name} were measured in tiles, but its tokens are in raster order "
+            f"({orders[name].why}), where they leave more error. {todo}",
+        )
+    elif lacking:
         warn(
             "no grid",
-            f"sparge: the tokens of {lacking[0]} stay in raster order, since no grid of theirs is known. Give it as "
-            "the option 'grid' or with attach(..., grid=), as (frames, height, width) in tokens; "
-            "sparge_compile.explain(model)(...) says the order of each site.",
+            f"sparge: the tokens of {lacking[0]} stay in raster order, since no grid of theirs is known. {todo}",
         )
 
 

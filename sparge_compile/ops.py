@@ -49,7 +49,7 @@ library.define(
     "-> (Tensor slots, Tensor places)"
 )
 library.define("rows(Tensor x, Tensor index, Tensor inverse, int dim=2) -> Tensor")
-library.define("mark(Tensor thresholds, int index) -> ()")
+library.define("mark(Tensor thresholds, int index, int[] tile=[]) -> ()")
 library.define("grid(SymInt prefix, SymInt frames, SymInt height, SymInt width, SymInt suffix, str sites) -> ()")
 library.define("constant(float[] numbers, Device device, int width=2) -> Tensor")
 library.define(f"attend({_QKV}, Tensor thresholds, {_HOW}, {_LIMIT}, {_REST}) -> Tensor")
@@ -186,7 +186,7 @@ def _autocast(device: str):
 
 
 # What ``attach`` calls where a module is entered: the backend reads it off Dynamo's graph; to all others it is nothing.
-library.impl("mark", lambda thresholds, index: None, "CompositeImplicitAutograd")
+library.impl("mark", lambda thresholds, index, tile=(): None, "CompositeImplicitAutograd")
 # The same for the grid that ``attach(..., grid=)`` states, for the sites of this name or pattern; "": of this module.
 library.impl("grid", lambda *sizes_and_sites: None, "CompositeImplicitAutograd")
 REST = -1  # the index of a marker for every attention of its module that has none of its own

@@ -19,7 +19,7 @@ from typing import Any
 from .cost import CostModel
 from .errors import type_error, value_error
 from .keeping import NOTHING, Kept, parse_kept
-from .kernels.order import TILE, Grid, parse_grid, parse_tile
+from .kernels.order import TILE, Grid, Tile, parse_grid, parse_tile
 from .pair import Pair, check_pair
 from .schedule import Schedule, parse_schedule
 from .thresholds.calibration import Calibration
@@ -57,12 +57,14 @@ class Options:
     a long one. `None` leaves it to the calibration, which by default keeps none."""
     dense_queries: bool = False
     """The query rows of these tokens keep every visible key block, where queries and keys are one sequence."""
-    token_order: str = "raster"
+    token_order: str | None = None
     """Which tokens form a block: `"raster"`, consecutive ones, or `"tiles"` of space and time, where a site's grid is
-    known: as the graph shows it, as `grid` says, or as `attach(..., grid=)` does."""
-    tile: tuple[int, int, int] = TILE
+    known: as the graph shows it, as `grid` says, or as `attach(..., grid=)` does. `None` leaves it to the calibration,
+    which has the order that each site was measured in; without one it is raster."""
+    tile: tuple[int, int, int] | None = None
     """Frames, rows and columns of a tile, at most 64 tokens together: the shape that blocks come close to. An image has
-    one frame: there `(2, 4, 8)` is 8 rows of 8."""
+    one frame: there `(2, 4, 8)` is 8 rows of 8. `None` leaves it to the calibration; without one it is `(2, 4,
+    8)`."""
     grid: Grid | tuple[int, ...] | Mapping[str, Any] | None = None
     """The grid of tokens, where the graph does not show it: `(frames, height, width)` in tokens, or `(prefix, frames,
     height, width, suffix)` with the numbers of tokens before and behind; or a dict of these by site name or pattern."""
@@ -99,7 +101,8 @@ class Options:
         if isinstance(self.keep_keys, list):
             object.__setattr__(self, "keep_keys", tuple(self.keep_keys))
         parse_kept(self.keep_keys, self.dense_queries, "options")
-        object.__setattr__(self, "tile", parse_tile(self.tile, "options"))
+        if self.tile is not None:
+            object.__setattr__(self, "tile", parse_tile(self.tile, "options"))
         if isinstance(self.grid, Mapping):
             object.__setattr__(
                 self, "grid", {name: parse_grid(x, f"options: {name!r}") for name, x in self.grid.items()}
@@ -112,7 +115,11 @@ class Options:
         _expect("additive_masks", self.additive_masks, (bool,), "True or False")
         if self.costs is not None:
             object.__setattr__(self, "costs", CostModel.parse(self.costs))
-        for name, known in (("token_order", TOKEN_ORDER), ("on_unsupported", ON_UNSUPPORTED), ("inner", INNER)):
+        for name, known in (
+            ("token_order", (*TOKEN_ORDER, None)),
+            ("on_unsupported", ON_UNSUPPORTED),
+            ("inner", INNER),
+        ):
             if getattr(self, name) not in known:
                 raise _bad_value(name, getattr(self, name), ", ".join(map(repr, known)))
         _expect("inductor", self.inductor, (Mapping,), "a dict of Inductor's options")
@@ -199,6 +206,18 @@ class Options:
         """The thresholds of a site as a tensor holds them; with ranges where these options keep tokens, or ``wide``."""
         ranges = self.kept_of(name).numbers if self.keeps or wide else ()
         return [(*pair, *ranges) for pair in pairs]
+
+    def tile_of(self, measured: Tile | None) -> Tile | None:
+        """The tile of a site whose thresholds were measured in this one; None: raster order, measured or asked for."""
+        if self.token_order == "raster" or (self.token_order is None and measured is None):
+            return None
+        return self.tile or measured or TILE
+
+    @property
+    def orders_tokens(self) -> bool:
+        """Whether tokens of some site are to be in tiles."""
+        measured = self.calibration is not None and bool(self.calibration.tiles)
+        return self.token_order == "tiles" or (self.token_order is None and measured)
 
     def grid_of(self, name: str) -> Grid | None:
         """The grid that is given for a site; of several patterns that fit, the first."""

@@ -37,7 +37,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .errors import type_error, value_error
 from .naming import user_path
-from .notices import warn_of_unsupported
+from .notices import warn_of_orders, warn_of_unsupported
 from .options import Options
 from .passes.mha.leaves import LeafOpener
 from .passes.mha.open import EXAMPLE_SHAPES
@@ -337,6 +337,7 @@ def _report(work: Work, settings: Options) -> Report:
     report = work.add_to(Report())
     logger.info("%s", report)
     warn_of_unsupported(report, settings)
+    warn_of_orders(work.orders_by_name, settings)
     return report
 
 

@@ -84,6 +84,11 @@ class NotedCalls:
                 self._batch_stride *= 2
             self._calls = [(place, call) for place, call in self._calls if self._keeps(place, call.batch)]
 
+    def forget(self) -> None:
+        """Keep nothing of what was offered."""
+        self._calls = []
+        self._offered.clear()
+
     def calls(self) -> list[ModelCall]:
         """Return what is kept, by batch and number."""
         return sorted((call for _, call in self._calls), key=lambda call: call[:2])

@@ -7,15 +7,16 @@ and looked at after each of a ladder of prefix lengths. Cost: dense attention of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..kernels import rule
-from ..kernels.block_map import KEY_BLOCK, QUERY_BLOCK, ceil_div, diagonal_blocks, visible_blocks
+from ..kernels.block_map import KEY_BLOCK, QUERY_BLOCK, ceil_div
 from ..kernels.kept import Always
+from .problem import Problem, Running
 
 # The candidates. The smallest topk keeps one block of up to 10,000, so that topp is alone; topp = 0 leaves topk alone.
 TOPK = (1e-4, *(round(0.01 * 1.17**i, 3) for i in range(29)), 0.95, 1.0)
@@ -81,84 +82,75 @@ def measure(
     Returns:
         Sums over the batch and the sampled query blocks, on the device.
     """
-    batch, heads = q.shape[:2]
     diagonal = k.shape[2] - q.shape[2] if bottom_right else 0
-    problem = _Problem(q, k, v, attn_mask, is_causal, scale, diagonal, always)
+    problem = Problem(q, k, v, attn_mask, is_causal, scale, diagonal, always)
     steps = ladder(ceil_div(k.shape[2], KEY_BLOCK))
-    at_once = max(1, memory // scratch(steps, max(q.shape[3], v.shape[3])))
-    lead = torch.arange(batch * heads, device=q.device).view(batch, heads, 1).expand_as(sample).flatten()
-    parts = [_curves(problem, some, blocks, steps) for some, blocks in _chunks(lead, sample.flatten(), at_once)]
-    sums = [
-        torch.cat(part).view(batch, heads, sample.shape[-1], *part[0].shape[1:]) for part in zip(*parts, strict=True)
-    ]
-    return Sums(*(x.sum((0, 2)) for x in sums))
+    return Sums(*_summed(problem, sample, steps, memory, _curves))
+
+
+def measure_prefixes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    scale: float,
+    sample: Tensor,
+    memory: int,
+    shares: Sequence[float],
+    always: Always | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Measure the error of some query blocks where each reads the same share of all key blocks, those that score best.
+
+    Args: as of :func:`measure`; ``shares`` of the key blocks, in (0, 1). It takes less time: nothing else is looked at.
+
+    Returns:
+        Σ|O_share − O| [H, shares], and Σ|O| [H], float32 on the device.
+    """
+    problem = Problem(q, k, v, attn_mask, False, scale, 0, always)
+    n_key = ceil_div(k.shape[2], KEY_BLOCK)
+    lengths = [max(1, min(n_key, round(share * n_key))) for share in shares]
+    steps = sorted({*lengths, n_key})
+
+    def errors(problem: Problem, lead: Tensor, block: Tensor, steps: list[int]) -> tuple[Tensor, Tensor]:
+        found = _prefixes(problem, lead, block, steps)
+        return found.error[:, [steps.index(length) for length in lengths]], found.norm
+
+    error, norm = _summed(problem, sample, steps, memory, errors)
+    return error, norm
+
+
+def _summed(
+    problem: Problem,
+    sample: Tensor,
+    steps: list[int],
+    memory: int,
+    of: Callable[[Problem, Tensor, Tensor, list[int]], tuple[Tensor, ...]],
+) -> Iterator[Tensor]:
+    """What a function gives of query blocks [B, H, n], a few at a time, summed over batch and blocks."""
+    batch, heads, n = sample.shape
+    at_once = max(1, memory // scratch(steps, max(problem.q.shape[3], problem.v.shape[-1])))
+    lead = torch.arange(batch * heads, device=sample.device).view(batch, heads, 1).expand_as(sample).flatten()
+    parts = [of(problem, some, blocks, steps) for some, blocks in _chunks(lead, sample.flatten(), at_once)]
+    for part in zip(*parts, strict=True):
+        yield torch.cat(part).view(batch, heads, n, *part[0].shape[1:]).sum((0, 2))
 
 
 def _chunks(lead: Tensor, blocks: Tensor, at_once: int) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(lead.split(at_once), blocks.split(at_once), strict=True)
 
 
-class _Problem:
-    """One attention call, and the pooled keys that all of its query blocks share."""
+class _Prefixes(NamedTuple):
+    """Of n query blocks: Σ|O_prefix − O| after each of the lengths that were looked at [n, steps], Σ|O| [n], and how
+    many blocks each pair keeps [n, K, P], of so many visible ones [n]."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        attn_mask: Tensor | None,
-        is_causal: bool,
-        scale: float,
-        diagonal: int,
-        always: Always | None,
-    ) -> None:
-        self.q, self.attn_mask, self.is_causal, self.scale = q, attn_mask, is_causal, scale
-        self.diagonal = diagonal
-        self.heads, self.length, self.keys = q.shape[1], q.shape[2], k.shape[2]
-        self.n_key = ceil_div(self.keys, KEY_BLOCK)
-        self.group = self.heads // k.shape[1]
-        counted = rule.counted_rows(attn_mask, self.length, self.keys, is_causal, q.device, diagonal)
-        self.k_mean = rule.pool_keys(k, self.heads, counted.keys)  # [B, H, Nk, D]
-        self.queries = None if counted.queries is None else counted.queries.expand(*q.shape[:3])
-        padding = (0, 0, 0, self.n_key * KEY_BLOCK - self.keys)
-        self.k, self.v = (torch.nn.functional.pad(x, padding).unflatten(2, (-1, KEY_BLOCK)) for x in (k, v))
-        n_query = ceil_div(self.length, QUERY_BLOCK)
-        self.visible = visible_blocks(n_query, self.n_key, self.length, is_causal, q.device, diagonal)
-        self.forced = diagonal_blocks(n_query, self.n_key, q.device, diagonal) if is_causal else None
-        self.always = always
-        self.anchor = rule.needs_anchor(attn_mask, is_causal)
-        self.pooled = (
-            None if attn_mask is None else rule.pool_mask(attn_mask, self.length, is_causal, diagonal=diagonal)
-        )
-
-    def place(self, lead: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """batch, query head and key head of flattened (batch, head) numbers."""
-        head = lead % self.heads
-        return lead // self.heads, head, head // self.group
-
-    def pooled_mask(self, which: Tensor, batch: Tensor, head: Tensor, block: Tensor) -> Tensor:
-        """Rows [n, Nk] of a pooled mask [B or 1, H or 1, Nq or 1, Nk]."""
-        at = (index if size > 1 else index * 0 for index, size in zip((batch, head, block), which.shape, strict=False))
-        return which[tuple(at)]
-
-    def allowed(self, batch: Tensor, head: Tensor, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor | None]:
-        """For rows [n, 128] and keys [n, s]: the pairs that exist and may attend, and what is added to their scores."""
-        seen = (keys < self.keys).unsqueeze(1)
-        if self.is_causal:
-            seen = seen & (keys.unsqueeze(1) <= rows.unsqueeze(2) + self.diagonal)
-        if self.attn_mask is None:
-            return seen, None
-        sizes = self.attn_mask.shape
-        at = [x.view(-1, 1, 1) if size > 1 else 0 for x, size in zip((batch, head), sizes, strict=False)]
-        row = rows.unsqueeze(2) if sizes[2] > 1 else rows.new_zeros(1, 1, 1)
-        entry = self.attn_mask[at[0], at[1], row, keys.clamp(max=self.keys - 1).unsqueeze(1)]  # [n, 128 or 1, s]
-        if entry.dtype == torch.bool:
-            return seen & entry, None
-        return seen & (entry != -math.inf), entry.float()
+    error: Tensor
+    norm: Tensor
+    kept: Tensor
+    visible: Tensor
 
 
-def _curves(problem: _Problem, lead: Tensor, block: Tensor, steps: list[int]) -> Sums:
-    """The sums of n query blocks, each by itself: [n, K, P] and [n]."""
+def _prefixes(problem: Problem, lead: Tensor, block: Tensor, steps: list[int]) -> _Prefixes:
+    """Attention of n query blocks, accumulated in the order of the rule and looked at after some lengths."""
     batch, head, key_head = problem.place(lead)
     rows = block.unsqueeze(1) * QUERY_BLOCK + torch.arange(QUERY_BLOCK, device=block.device)  # [n, 128]
     exist = (rows < problem.length).unsqueeze(2)
@@ -182,7 +174,7 @@ def _curves(problem: _Problem, lead: Tensor, block: Tensor, steps: list[int]) ->
             scores += added
         return scores.masked_fill_(~seen, -math.inf), values
 
-    running = _Running(query, problem.v.shape[-1])
+    running = Running(query, problem.v.shape[-1])
     outs = query.new_empty(len(steps), *running.values.shape)  # after each prefix
     for step, (first, last) in enumerate(zip([0, *steps], steps, strict=False)):
         running.add(*segment(first, last))
@@ -190,38 +182,23 @@ def _curves(problem: _Problem, lead: Tensor, block: Tensor, steps: list[int]) ->
     out = outs[-1] * exist
     error = outs.sub_(outs[-1].clone()).abs_().mul_(exist).sum((2, 3)).T  # [n, len(steps)]
 
+    # A query block without a visible key is no one's error; its output is zeros under any thresholds.
+    return _Prefixes(error, out.abs().sum((1, 2)), kept, visible)
+
+
+def _curves(problem: Problem, lead: Tensor, block: Tensor, steps: list[int]) -> Sums:
+    """The sums of n query blocks, each by itself: [n, K, P] and [n]."""
+    error, norm, kept, visible = _prefixes(problem, lead, block, steps)
     # Of a length that was not looked at, the next shorter one speaks: the error is not smaller than the true one.
     looked = _on(block.device, steps)
     at = torch.searchsorted(looked, kept.flatten(1), right=True).sub_(1).clamp_(min=0)
     chosen = error.gather(1, at).view_as(kept)
     chosen = torch.where(kept >= visible.view(-1, 1, 1), 0.0, chosen)
-    # A query block without a visible key is no one's error; its output is zeros under any thresholds.
-    return Sums(chosen, kept.float(), out.abs().sum((1, 2)), visible.float())
-
-
-class _Running:
-    """Softmax attention of rows over the keys so far: running maximum, normaliser and weighted values, in float32."""
-
-    def __init__(self, query: Tensor, value_size: int) -> None:
-        # A finite lowest score: of rows that see no key, the exponentials are 0 and not NaN.
-        self.top = query.new_full((*query.shape[:2], 1), -1e30)
-        self.normaliser = torch.zeros_like(self.top)
-        self.values = query.new_zeros((*query.shape[:2], value_size))
-
-    def add(self, scores: Tensor, values: Tensor) -> None:
-        """Take more keys in: scores [n, 128, s], which are used up, and values [n, s, Dv]."""
-        top = torch.maximum(self.top, scores.amax(-1, keepdim=True))
-        shrink, weights = torch.exp(self.top - top), scores.sub_(top).exp_()
-        self.normaliser.mul_(shrink).add_(weights.sum(-1, keepdim=True))
-        self.values.mul_(shrink).baddbmm_(weights, values)
-        self.top = top
-
-    def out(self) -> Tensor:
-        return self.values / self.normaliser.masked_fill(self.normaliser == 0, 1.0)
+    return Sums(chosen, kept.float(), norm, visible.float())
 
 
 def _order(
-    problem: _Problem, query: Tensor, counted: Tensor, place: tuple[Tensor, Tensor, Tensor]
+    problem: Problem, query: Tensor, counted: Tensor, place: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The order in which a query block takes key blocks, and how many it takes for each pair.
 

@@ -56,8 +56,7 @@ def head_influence(
             enough. All floating tensors that it returns count.
         density: each head is tried with the measured pair whose density is nearest to this. Default: the density that
             the calibration has in all, or 0.2 if that is denser.
-        options: the backend's; ``additive_masks`` must be what it was when the model was calibrated, and
-            ``token_order`` with what belongs to it what the model will be compiled with.
+        options: the backend's; ``additive_masks`` and ``grid`` must be what they were when the model was calibrated.
         progress: show a bar.
 
     Returns:
@@ -81,7 +80,8 @@ def head_influence(
     density = min(aimed_at, DENSEST) if density is None else _checked(density)
     sites = {name: len(pairs) for name, pairs in calibration.sites.items()}
     found = []
-    with on_trial(target, sites, calibration.kept, Options.parse(options)) as trial:
+    beside: dict[str, Any] = {"kept": calibration.kept, "tiles": calibration.tiles}
+    with on_trial(target, sites, Options.parse(options), **beside) as trial:
         for number, batch in enumerate(batches):
             call = ModelCall.of(number, 0, *arguments(batch))
             found.append(of_call(trial, call, points_at(curves, 0, density), 1, progress))

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from ..keeping import Kept
+from ..kernels.order import Tile
 from ..thresholds.calibration import Calibration, from_points
 from ..thresholds.choice import Key, choose
 from ..thresholds.fronts import MODES, Point, error_of, pareto, thin
 from ..thresholds.measured import Origin
 from ..thresholds.site_curves import PhaseCurves, SiteCurves
 from .curves import TOPK, TOPP
-from .record import Batch, Sample
+from .measuring import Sample
+from .record import Batch
 
 POINTS = 32  # of a front that is kept in the file
 FOLDS = 4  # parts of the samples, each of which is left out once
@@ -115,10 +117,12 @@ def search(
     origin: Origin,
     keeping: Mapping[str, Kept] = MappingProxyType({}),
     firsts: Iterable[Sample] = (),
+    tiles: Mapping[str, Tile] = MappingProxyType({}),
 ) -> Calibration:
     """Choose thresholds for the aim of ``origin``, which gets the fronts, the modes' sparsity, and the check.
 
-    ``keeping`` says what each site keeps; ``firsts`` are samples that were measured without it, too.
+    ``keeping`` says what each site keeps; ``firsts`` are samples that were measured without it, too. ``tiles`` are
+    those that sites were measured in.
     """
     margin, held_out = _check(measured, origin)
     origin = replace(origin, margin=margin, held_out=held_out)
@@ -131,7 +135,8 @@ def search(
         for site, some in own.items()
     }
     gains = {sample.site: _gain(sample, points, origin) for sample in firsts if sample.plain is not None}
-    return from_points(replace(origin, curves=kept, modes=modes, gains=gains), starts, points, keeping)
+    origin = replace(origin, curves=kept, modes=modes, gains=gains)
+    return from_points(origin, starts, points, kept=keeping, tiles=tiles)
 
 
 def _gain(sample: Sample, points: Mapping[Key, Point], origin: Origin) -> tuple[float, float]:

@@ -9,10 +9,12 @@ from typing import Any
 from torch import nn
 
 from ..errors import value_error
+from ..kernels.order import Tile
 from ..options import Options
 from ..thresholds.checks import check_aim
 from ..thresholds.fronts import BY, MODES
 from ..version import __version__
+from .orders import shares_for
 
 DEFAULT_ERROR = 0.05  # of a head's attention output: below it, images of video models were seen not to change
 
@@ -45,6 +47,7 @@ class Settings:
     memory: int  # MiB
     seed: int
     influence: bool | None = None  # None: for a sparsity by the mean, if the model allows
+    orders: tuple[Tile | None, ...] = (None,)  # of tokens, which are tried where they are several
 
     def __post_init__(self) -> None:
         for name in ("query_blocks", "every", "memory"):
@@ -94,6 +97,7 @@ class Settings:
         return {
             "version": __version__,
             "model": type(model).__qualname__,
-            "options": [self.options.min_seq_len, self.options.additive_masks, *self._kept()],
+            "options": [self.options.min_seq_len, self.options.additive_masks, self.options.grid, *self._kept()],
             "numbers": [self.query_blocks, self.every, self.seed],
+            "orders": [self.orders, shares_for(self.aim.get("target_sparsity"))],
         }

@@ -1,10 +1,11 @@
-"""How long the stages of a calibration run took."""
+"""How far a calibration run is, and how long its stages took."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
+from typing import Any
 
 
 class Stages:
@@ -35,3 +36,11 @@ class Stages:
             for stage, seconds in self._seconds.items()
         ]
         return f"time: {total:.1f} s: " + "; ".join(parts)
+
+
+def bar_of(batches: Iterable[Any], done: int, shown: bool) -> Any:
+    """Return a bar of progress over batches, some of which are done."""
+    from tqdm import tqdm
+
+    total = len(batches) if isinstance(batches, Sized) else None
+    return tqdm(total=total, initial=done, desc="calibrating", unit="batch", disable=not shown)

@@ -18,9 +18,13 @@ from typing import Any
 import torch
 
 from ..errors import value_error
+from ..kernels.order import Tile
 from ..thresholds.json_file import write_atomically
 from .curves import Sums
-from .record import Batch, Sample
+from .measuring import Sample
+from .record import Batch
+
+_TILES = "tiles.json"
 
 
 class Folder:
@@ -51,6 +55,19 @@ class Folder:
         """Write a batch to a file of its own."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path / f"batch-{number:06}.pt", _encode(self._key, batch))
+
+    def save_tiles(self, tiles: Mapping[str, Tile | None]) -> None:
+        """Write which tiles were chosen."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path / _TILES, json.dumps({"key": self._key, "tiles": tiles}).encode())
+
+    def load_tiles(self) -> dict[str, Tile | None] | None:
+        """Return what :meth:`save_tiles` wrote; None where there is nothing of this run."""
+        path = self.path / _TILES
+        document = json.loads(path.read_bytes()) if path.exists() else {}
+        if document.get("key") != self._key:
+            return None
+        return {name: None if tile is None else tuple(tile) for name, tile in document["tiles"].items()}
 
     def remove(self) -> None:
         """Delete the folder, once the result is written."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,12 +20,14 @@ from ..distill.forwards import GraphCalls
 from ..eager.replacement import Replacement, replace_attention
 from ..errors import value_error
 from ..keeping import Kept
+from ..kernels.order import Tile
 from ..notices import unsaid
 from ..options import Options
 from ..pair import Sites
 from ..running.listeners import heard_by
 from ..running.observe import uncompiled
-from ..thresholds.attachment import Attachment, attach
+from ..thresholds.attached import Attachment
+from ..thresholds.attachment import attach
 from ..thresholds.buffers import attached_to
 from ..thresholds.calibration import Calibration
 from ..thresholds.fronts import DENSE
@@ -46,13 +49,14 @@ class Trial:
         sparse: Callable[..., Any],
         attached: Attachment,
         open_eagerly: Callable[[], Replacement],
+        dense: dict[tuple[int, int], list[Tensor]] | None = None,
     ) -> None:
         self._model, self._sparse, self._attached, self._open_eagerly = model, sparse, attached, open_eagerly
         start = attached.get()
         self._sites, self._kept = {name: len(pairs) for name, pairs in start.sites.items()}, start.kept
         self._eager: Replacement | None = None
-        self._outputs: dict[tuple[int, int], list[Tensor]] = {}
-        self._held = 0
+        self._outputs = {} if dense is None else dense
+        self._held = sum(x.nbytes for each in self._outputs.values() for x in each)
         self._repeats = False
         self.forwards = 0
 
@@ -126,8 +130,18 @@ class Trial:
 
 
 @contextmanager
-def on_trial(model: nn.Module, sites: Mapping[str, int], kept: Mapping[str, Kept], options: Options) -> Iterator[Trial]:
+def on_trial(
+    model: nn.Module,
+    sites: Mapping[str, int],
+    options: Options,
+    *,
+    kept: Mapping[str, Kept] = MappingProxyType({}),
+    tiles: Mapping[str, Tile] = MappingProxyType({}),
+    dense: dict[tuple[int, int], list[Tensor]] | None = None,
+) -> Iterator[Trial]:
     """A model that takes thresholds, by the names of its sites and their numbers of heads.
+
+    What sites keep, and which tiles are their blocks, is by name, too. ``dense`` are outputs that are known, by call.
 
     It runs as the options say (masks, the order of tokens), but for thresholds and for who compiles it. What this
     process has compiled, of this model or others, is compiled anew when it is used next.
@@ -136,7 +150,7 @@ def on_trial(model: nn.Module, sites: Mapping[str, int], kept: Mapping[str, Kept
         ValueError: a model in training mode, or with thresholds attached.
     """
     _check_model(model)
-    start = Calibration({name: dense_pairs(heads) for name, heads in sites.items()}, kept=kept)
+    start = Calibration({name: dense_pairs(heads) for name, heads in sites.items()}, kept=kept, tiles=tiles)
     eager = replace(
         options.with_thresholds(*DENSE[:2]),
         dense_steps=None,
@@ -149,7 +163,7 @@ def on_trial(model: nn.Module, sites: Mapping[str, int], kept: Mapping[str, Kept
     with unsaid(), attach(model, start) as attached, uncompiled(model), torch.no_grad(), ExitStack() as stack:
         compiled: Any = replace(eager, inner="eager")
         sparse = torch.compile(model, backend=sparge, options=compiled)
-        yield Trial(model, sparse, attached, lambda: stack.enter_context(replace_attention(model, eager)))
+        yield Trial(model, sparse, attached, lambda: stack.enter_context(replace_attention(model, eager)), dense)
 
 
 def dense_pairs(heads: int) -> tuple[tuple[float, float], ...]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import value_error
 from ..options import DEFAULT_TOPK, DEFAULT_TOPP
 from ..pair import check_pair
-from ..thresholds.attachment import Attachment
+from ..thresholds.attached import Attachment
 
 _STATE = {"step", "steps", "start", "target"}
 

@@ -12,7 +12,7 @@ from torch.nn import Module
 from ..errors import type_error, value_error
 from ..misfits import check_model, warn_of_misfits, warn_of_names, warn_of_unused_in_eager_code
 from ..naming import ROOT, numbered
-from ..notices import warn, warn_of_unsupported
+from ..notices import warn, warn_of_orders, warn_of_unsupported
 from ..options import Options
 from ..report import Decision, Report, Site, SiteReport
 from ..running.graph import OpenGraph
@@ -171,6 +171,7 @@ class Replacement:
         self._seen.failures += [each for each in found.failures if each not in self._seen.failures]
         self._seen.kernels |= found.kernels
         warn_of_unsupported(found, self._settings)
+        warn_of_orders(graph.orders_by_name, self._settings)
         names = next((names for names in self.scope.names if names.root is where.root), None)
         free = [match.site.name for match in graph.matches if match.is_attention and match.node not in graph.attached]
         sparse = [match.site.name for match in graph.sparse if match.site.name in free]

@@ -16,7 +16,9 @@ from torch import Tensor
 from ..errors import type_error, value_error
 from .block_map import KEY_BLOCK, QUERY_BLOCK, ceil_div
 
-TILE = (2, 4, 8)  # frames, rows and columns of a tile
+Tile = tuple[int, int, int]  # frames, rows and columns
+
+TILE: Tile = (2, 4, 8)
 MADE_ORDERS = 64  # how many are kept; the oldest goes first
 TIE = 1e-6  # what is closer is equal
 
@@ -79,7 +81,7 @@ def parse_grid(grid: Any, where: str) -> Grid:
     return found
 
 
-def parse_tile(tile: Any, where: str) -> tuple[int, int, int]:
+def parse_tile(tile: Any, where: str) -> Tile:
     """A tile as a user gives it: frames, rows and columns, at most 64 tokens together.
 
     Raises:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
+from ..kernels.order import Tile
 from ..naming import SiteNames, code_of, join, module_path
 from ..report import Reason, Site
 from .match.attention import Attention, Refusal
@@ -53,7 +54,7 @@ class Match:
     ``node`` belongs to ``graph_module``, which the ``callers`` (outermost first) run. Where attention is inside a
     larger call, ``inside`` is that call as a graph. ``attention`` is None where it cannot be replaced; ``refusal`` says
     why, or names what is around it that forbids a rewrite. ``path`` is the module that it belongs to. ``by_plan``: the
-    thresholds that are attached for it say that it is dense.
+    thresholds that are attached for it say that it is dense; ``tile``: they are for blocks that are such tiles.
     """
 
     site: Site
@@ -66,6 +67,7 @@ class Match:
     attention: Attention | None = None
     refusal: Refusal | None = None
     by_plan: bool = False
+    tile: Tile | None = None
 
     @cached_property
     def parts(self) -> Parts | str:

@@ -89,6 +89,11 @@ class Work:
         """The matches that are, or will be, replaced."""
         return [step.match for step in self.steps if step.is_sparse]
 
+    @property
+    def orders_by_name(self) -> dict[str, SiteOrder]:
+        """The orders by the names of their sites."""
+        return {match.site.name: self.orders[match.node] for match in self.sparse if match.node in self.orders}
+
     def update(self, report: Report) -> Report:
         """Note in a report that has the sites of this graph already what passes have done about their orders since."""
         orders = {match.site.name: decision.order for match, decision in self.steps}
@@ -161,6 +166,8 @@ def find(work: Work) -> None:
     """Every attention of the graph, and the markers that ``attach`` left for them."""
     work.matches = finding.find(work.graph_module, work.stored)
     work.markers = markers_of(work.graph_module, work.matches)
+    tiles = {node: marker.tile for node, marker in work.markers.items()}
+    work.matches = [replace(match, tile=tiles.get(match.node)) for match in work.matches]
 
 
 def decide_sites(
@@ -180,10 +187,9 @@ def decide_sites(
             alone, all key blocks are kept.
     """
     work.steps = decided(work.matches, options, attached, alike)
-    if options.token_order == "tiles":
-        work.orders = order_sites(work.graph_module, work.sparse, options, alike)
-        texts = {node: str(order) for node, order in work.orders.items()}
-        work.steps = [Step(m, replace(decision, order=texts.get(m.node, ""))) for m, decision in work.steps]
+    work.orders = order_sites(work.graph_module, work.sparse, options, attached, work.markers, alike)
+    texts = {node: str(order) for node, order in work.orders.items()}
+    work.steps = [Step(m, replace(decision, order=texts.get(m.node, ""))) for m, decision in work.steps]
 
 
 def decided(
@@ -220,7 +226,8 @@ def _decide(match: Match, options: Options, attached: bool) -> Decision:
         return decide(match, options)
     if options.is_dense_layer(match.site.name):
         match = replace(match, by_plan=True)
-    decision = decide(match, options.with_thresholds(_ATTACHED_TOPK, 0.0))
+    order = options.token_order if options.tile_of(match.tile) is None else "tiles"
+    decision = decide(match, replace(options.with_thresholds(_ATTACHED_TOPK, 0.0), token_order=order))
     detail = "; ".join(filter(None, (decision.detail, "thresholds attached")))
     return replace(decision, detail=detail)
 

@@ -57,9 +57,12 @@ class Slot:
         return held if held is not None and held.get(self.number_at(place)) is not None else None
 
     def planned(self, place: Place, match: Match) -> Match:
-        """The match as what is attached there plans it: dense in every step, or not."""
+        """The match as what is attached there plans it: dense in every step, or not, and in which tiles."""
         held = self.attached(place)
-        return replace(match, by_plan=bool(held is not None and held.is_planned(self.number_at(place))))
+        if held is None:
+            return replace(match, by_plan=False, tile=None)
+        number = self.number_at(place)
+        return replace(match, by_plan=bool(held.is_planned(number)), tile=held.tile_of(number))
 
     def others(self) -> Iterator[Place]:
         """The other modules that may run the graph."""

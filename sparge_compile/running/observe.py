@@ -6,16 +6,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.nn import Module
 
+from ..options import Options
 from ..passes.find import Match, find
+from ..passes.order import SiteOrder, order_sites
 from ..passes.pipeline import sheltered
 from ..passes.read.fx_utils import clone
 from ..passes.write.taps import put_taps
@@ -32,7 +35,7 @@ class Watched:
 
     def __init__(self, graph: OpenGraph) -> None:
         self.graph_module = graph.graph_module
-        self._tapped: dict[tuple[int, ...], GraphModule] = {}
+        self._tapped: dict[tuple[Any, ...], GraphModule] = {}
         self.matches: list[Match] = graph.matches
         self.slots: list[Slot] = [graph.slots[match.node] for match in graph.matches]
         self.marked = set(graph.markers)
@@ -42,14 +45,27 @@ class Watched:
         """Run the graph as it is."""
         return self.graph_module.forward(*args)
 
-    def run_tapped(self, args: Sequence[Any], numbers: tuple[int, ...], with_parts: bool = False) -> Any:
-        """Run the graph with a tap at the matches with these numbers; each tells the parts of its sequence if asked."""
-        if numbers not in self._tapped:
+    def run_tapped(
+        self, args: Sequence[Any], wanted: Mapping[int, str], with_parts: bool = False, grids: Options | None = None
+    ) -> Any:
+        """Run the graph with a tap at the matches with these numbers, that are sites with these names.
+
+        Each tells the parts of its sequence if asked, and the grids of its tokens, as far as the graph shows them or
+        these options state them.
+        """
+        by_name = grids is not None and isinstance(grids.grid, Mapping)
+        key = tuple(wanted.items()) if by_name else tuple(wanted)
+        if key not in self._tapped:
             copy = clone(self.graph_module)
-            matches = find(copy)
-            put_taps(copy, [(number, matches[number]) for number in numbers], with_parts)
-            self._tapped[numbers] = copy
-        return self._tapped[numbers].forward(*args)
+            found = find(copy)
+            named = [(n, replace(found[n], site=replace(found[n].site, name=name))) for n, name in wanted.items()]
+            orders: dict[Node, SiteOrder] = {}
+            if grids is not None:
+                with sheltered(self.failures, "order"):
+                    orders = order_sites(copy, [match for _, match in named], replace(grids, token_order="tiles"))
+            put_taps(copy, named, with_parts, orders)
+            self._tapped[key] = copy
+        return self._tapped[key].forward(*args)
 
 
 class Observer:

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from .. import ops
 from ..errors import value_error
 from ..keeping import WIDTH
+from ..kernels.order import Tile
 from .followed import HERE, FollowedGrid, is_no_frame
 
 CHILD = "sparge"  # the child's name, and so a part of the keys in a state dict
@@ -39,6 +40,7 @@ class Attached(Module):
         self.indices: tuple[int, ...] = ()
         self.entries: dict[int, str] = {}  # the entry of the calibration that each index has its thresholds from
         self.planned: dict[int, bool] = {}  # indices that are dense by plan: always, or at times
+        self.tiles: dict[int, Tile] = {}  # whose tokens are the blocks that the thresholds of an index are for
         self.grid: FollowedGrid | None = None  # that of the tokens, where the model's inputs tell it
         self._held: dict[str, Tensor] = {}  # the buffers, or where one is on the meta device what it was before
         self._dense: dict[int, tuple[int, int]] = {}  # buffers that were written dense by plan, and their versions
@@ -117,12 +119,16 @@ class Attached(Module):
         index = index if index in self.indices else ops.REST
         return {self.entries[index]} if index in self.entries else set()
 
+    def tile_of(self, index: int) -> Tile | None:
+        """The tile whose tokens are the blocks that the thresholds of this index are for; None: no order is said."""
+        return self.tiles.get(index if index in self.indices else ops.REST)
+
     def drop(self, index: int) -> None:
         """Take off the thresholds for an index, if there are any."""
         if index in self.indices:
             delattr(self, buffer_name(index))
             del self._held[buffer_name(index)]
-            for known in (self.entries, self.planned, self._dense):
+            for known in (self.entries, self.planned, self.tiles, self._dense):
                 known.pop(index, None)
             self.indices = tuple(i for i in self.indices if i != index)
 
@@ -212,7 +218,7 @@ def mark(module: Module, args: Any) -> None:
         put = _traced(args)
     attached: Any = module._modules[CHILD]
     for index in attached.indices:
-        put(attached.get(index), index)
+        put(attached.get(index), index, attached.tiles.get(index, ()))
     numbers = None if attached.grid is None else attached.grid.numbers
     if numbers is not None and torch.compiler.is_compiling():  # here, not in a function, which would be a frame
         torch.ops.sparge.grid(*numbers.shape[1:], HERE)

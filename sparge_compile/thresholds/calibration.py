@@ -5,25 +5,24 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from ..errors import type_error, value_error
-from ..keeping import NOTHING, Kept
-from ..pair import Pair, Sites, Table, check_progress
-from ..schedule import ALWAYS_SPARSE, Schedule, parse_schedule
+from ..pair import Pair, check_progress
+from ..schedule import ALWAYS_SPARSE, parse_schedule
 from . import calibration_file, json_file
-from .checks import check_aim, check_influence, check_kept, check_phases, check_sites
+from .aiming import aimed_anew
+from .by_site import SiteThresholds
+from .checks import fitting
 from .choice import Key, choose, thresholds_of
 from .fronts import DENSE, Point
 from .measured import Origin
-from .output import ModelOutput
 from .site_curves import SitePoints, Summary, summarise
 from .table import kept_lines, measured_table, thresholds_table
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Calibration(SiteThresholds):
     """Thresholds by site, and how they were found. It does not change: what was compiled with it would not notice.
 
     ``sites`` maps a site's name, or a pattern with ``*`` and ``?``, to one (topk, topp) pair for each head. An exact
@@ -39,6 +38,9 @@ class Calibration:
     ``kept`` says of entries of ``sites`` which tokens are kept whatever the thresholds, as the options ``keep_keys``
     and ``dense_queries`` do: ``kept={"*": {"keep_keys": "text", "dense_queries": True}}``.
 
+    ``tiles`` says of entries of ``sites`` which tokens form a block, where the grid of a site's tokens is known:
+    ``tiles={"*": (2, 4, 8)}``, in frames, rows and columns. Others are in raster order.
+
     ``schedule`` says which steps and layers are dense whatever the thresholds; :meth:`scheduled` makes it.
 
     Raises:
@@ -46,35 +48,13 @@ class Calibration:
             start, measurements of others; an assignment to an entry.
     """
 
-    sites: Sites = field(default_factory=dict)
-    phases: Mapping[float, Sites] = field(default_factory=dict)
     origin: Origin | None = None
     source: json_file.Source | None = field(default=None, compare=False, repr=False)
-    kept: Mapping[str, Kept] = field(default_factory=dict, kw_only=True)
-    schedule: Schedule = field(default=ALWAYS_SPARSE, kw_only=True)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sites", Table(check_sites("sites", self.sites)))
-        later = check_phases(self.phases, self.sites)
-        object.__setattr__(self, "phases", Table({start: Table(sites) for start, sites in later.items()}))
-        object.__setattr__(self, "kept", Table(check_kept(self.kept, self.sites)))
-        if not isinstance(self.schedule, Schedule):
-            raise type_error(
-                "Calibration: bad schedule",
-                given=repr(self.schedule)[:80],
-                allowed="a Schedule",
-                todo="Use calibration.scheduled(dense_steps=…, dense_layers=…).",
-            )
+        super().__post_init__()
         if self.origin is not None:
-            self.origin.check(list(self._all_phases().values()))
-
-    def _all_phases(self) -> dict[float, Sites]:
-        """The thresholds by the progress from which they hold, those of the start at 0."""
-        return {0.0: self.sites, **self.phases}
-
-    def key_of(self, name: str) -> str | None:
-        """Return the entry that holds for a site: its name, else the first pattern that matches it, else None."""
-        return name if name in self.sites else next((p for p in self.sites if fnmatchcase(name, p)), None)
+            self.origin.check(list(self.all_phases().values()))
 
     def lookup(self, name: str, heads: int, head_size: int | None = None) -> tuple[Pair, ...] | None:
         """Return the pairs of a site with so many heads, or None where neither a name nor a pattern covers it.
@@ -83,35 +63,13 @@ class Calibration:
             ValueError: the site has another number of heads or another head size than the one that was calibrated, or
                 there are several phases, between which only ``attach`` can switch.
         """
-        key = self.key_of(name)
-        if key is None:
-            return None
-        if self.phases or self.schedule.dense_steps is not None:
-            raise value_error(
-                f"a calibration with phases was given for site {name!r}, and nothing says which of them holds",
-                given=f"thresholds from {', '.join(f'{start:g}' for start in self._all_phases())} of the run on"
-                + (f", dense steps {self.schedule.dense_steps}" if self.schedule.dense_steps else ""),
-                allowed="one phase",
-                todo="Use attach(model, calibration) and its set_progress, or calibration.at_progress(fraction).",
-            )
-        pairs = self.sites[key]
-        if self.schedule.is_dense_layer(name):
-            return (DENSE[:2],) * heads
+        pairs = self.pairs_of(name, heads)
+        if pairs is None or self.schedule.is_dense_layer(name):
+            return pairs
+        key = self.key_of(name) or ""
         measured = self.origin.curves.get(key) if self.origin is not None else None
-        if measured is not None and head_size not in (None, measured.head_size):
-            raise _does_not_fit(
-                name, f"thresholds for heads of size {measured.head_size}", f"heads of size {head_size}"
-            )
-        if len(pairs) == 1 and (measured is None or heads == 1):
-            return pairs * heads
-        if len(pairs) != heads:
-            allowed = f"{heads} pairs, one for each query head" + (", or a single pair" if measured is None else "")
-            raise _does_not_fit(name, f"thresholds for {len(pairs)} heads", allowed)
-        return pairs
-
-    def kept_of(self, name: str) -> Kept:
-        """Return what is kept of a site's tokens."""
-        return self.kept.get(self.key_of(name) or "", NOTHING)
+        size = None if measured is None else measured.head_size
+        return fitting(name, pairs, heads, size, head_size)
 
     def at_progress(self, fraction: float) -> Calibration:
         """Return the thresholds that hold at this share of a denoising run, in [0, 1], as one phase.
@@ -122,8 +80,9 @@ class Calibration:
             ValueError: a progress out of range.
         """
         check_progress(fraction)
-        sites = [sites for start, sites in self._all_phases().items() if start <= fraction][-1]
-        return Calibration(sites, kept=self.kept, schedule=self.schedule._replace(dense_steps=None))
+        sites = [sites for start, sites in self.all_phases().items() if start <= fraction][-1]
+        schedule = self.schedule._replace(dense_steps=None)
+        return replace(self, sites=sites, phases={}, origin=None, source=None, schedule=schedule)
 
     def scheduled(
         self,
@@ -165,7 +124,8 @@ class Calibration:
             for i, (start, sparsity) in enumerate(zip(starts, sparsities, strict=True))
             if not i or sparsity != sparsities[i - 1]
         }
-        return Calibration(phases.pop(0.0), phases, kept=self.kept, schedule=schedule)
+        first = phases.pop(0.0)
+        return replace(self, sites=first, phases=phases, origin=None, source=None, schedule=schedule)
 
     def at(
         self,
@@ -194,44 +154,21 @@ class Calibration:
                 influence with an error of heads as aim, for other sites or heads, or of a negative number; an output's
                 error without influence.
         """
-        if self.origin is None:
-            raise value_error(
-                "this calibration cannot be aimed anew",
-                given="thresholds without measurements",
-                allowed="what sparge_compile.calibrate or `sparge calibrate` made",
-                todo="Calibrate the model.",
-            )
-        origin = self.origin
-        if influence is False:
-            origin = replace(origin.aimed({"target_sparsity": 0.0}), output=None)
-        elif influence is not None:
-            check_influence(influence, self.sites, target_error=target_error, by=by)
-            given = ModelOutput({name: tuple(each) for name, each in influence.items()})
-            origin = replace(origin, output=given)
-        if target_output_error is not None and origin.output is None:
-            raise value_error(
-                "this calibration says nothing of the model's output",
-                given=f"target_output_error={target_output_error}",
-                allowed="one that was made with target_output_error, or target_sparsity by the mean",
-                todo="Calibrate with target_output_error, or give the influence of heads.",
-            )
-        if influence or target_output_error is not None:
-            by = by or "mean"
         aims = {
             "target_error": target_error,
             "target_sparsity": target_sparsity,
             "target_output_error": target_output_error,
         }
-        origin = origin.aimed(check_aim(aims, by or origin.by, origin.mode))
-        found = from_points(origin, list(self.phases), choose(origin), self.kept)
-        return replace(found, schedule=self.schedule)
+        origin = aimed_anew(self.origin, self.sites, aims, by, influence)
+        beside = {"kept": self.kept, "tiles": self.tiles, "schedule": self.schedule}
+        return from_points(origin, list(self.phases), choose(origin), **beside)
 
     def points(self) -> Iterator[SitePoints]:
         """Yield the measured point of each head, for each calibrated site and phase; nothing without measurements."""
         if self.origin is None:
             return
         for name, curves in self.origin.curves.items():
-            for phase, sites in enumerate(self._all_phases().values()):
+            for phase, sites in enumerate(self.all_phases().values()):
                 heads = zip(curves.phases[phase].heads, sites[name], strict=True)
                 yield SitePoints(name, phase, [_point(front, pair) for front, pair in heads], curves)
 
@@ -243,11 +180,11 @@ class Calibration:
         """Return a text for people: what is known, and a row for each site and phase with its extreme heads."""
         summary = self.summary()
         if self.origin is None or summary is None:
-            text = thresholds_table(self._all_phases()) + kept_lines(self.kept)
+            text = thresholds_table(self.all_phases()) + kept_lines(self.kept)
         else:
-            text = measured_table(self.origin, summary, list(self._all_phases()), self.points())
+            text = measured_table(self.origin, summary, list(self.all_phases()), self.points())
             text += kept_lines(self.kept, self.origin.gains)
-        return text + (f"\ndense by plan: {self.schedule}" if self.schedule != ALWAYS_SPARSE else "")
+        return "\n".join((text, *self.words()))
 
     def __repr__(self) -> str:
         known = [f"{len(self.sites)} sites"]
@@ -264,7 +201,7 @@ class Calibration:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as plain JSON types, as :meth:`save` writes it."""
-        return calibration_file.to_document(self._all_phases(), self.origin, self.kept, self.schedule)
+        return calibration_file.to_document(self.all_phases(), self.origin, self.kept, self.tiles, self.schedule)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file; a reader sees the old one or the new one, never a part."""
@@ -287,6 +224,7 @@ class Calibration:
                 contents.origin,
                 source,
                 kept=contents.kept,
+                tiles=contents.tiles,
                 schedule=parse_schedule(**contents.schedule),
             )
 
@@ -305,22 +243,12 @@ class Calibration:
         )
 
 
-def from_points(
-    origin: Origin, starts: Sequence[float], points: Mapping[Key, Point], kept: Mapping[str, Kept] = Table()
-) -> Calibration:
-    """Return a calibration with the thresholds of chosen points; ``starts`` are those of the later phases."""
+def from_points(origin: Origin, starts: Sequence[float], points: Mapping[Key, Point], **beside: Any) -> Calibration:
+    """Return a calibration with the thresholds of chosen points; ``starts`` are those of the later phases, ``beside``
+    its other fields."""
     first, *later = (thresholds_of(origin, points, phase) for phase in range(len(starts) + 1))
-    return Calibration(first, dict(zip(starts, later, strict=True)), origin, kept=kept)
+    return Calibration(first, dict(zip(starts, later, strict=True)), origin, **beside)
 
 
 def _point(front: Sequence[Point], pair: Pair) -> Point:
     return DENSE if pair == DENSE[:2] else next(p for p in front if p[:2] == pair)
-
-
-def _does_not_fit(name: str, given: str, allowed: str) -> ValueError:
-    return value_error(
-        f"calibration of site {name!r} does not fit the model",
-        given=given,
-        allowed=allowed,
-        todo="Calibrate this model, or load the file that was made for it.",
-    )

@@ -1,8 +1,8 @@
 """A calibration as a JSON document and back. In and out: thresholds by site and phase, and where they come from.
 
 Version 1 is a table of sites and nothing else, and may be written by hand. A file has the lowest version whose readers
-know all that it says: 2, 3 where tokens are kept, 4 where the model's output was asked or
-something is dense by plan.
+know all that it says: 2, 3 where tokens are kept, 4 where the model's output was asked or something is dense by plan, 5
+where sites have tiles.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from ..errors import value_error
 from ..keeping import Kept
+from ..kernels.order import Tile
 from ..pair import Sites
 from ..schedule import ALWAYS_SPARSE, Schedule
 from ..version import __version__
@@ -24,8 +25,8 @@ from .site_curves import SiteCurves
 
 FORMAT = "sparge-calibration"
 FORMAT_VERSION = 2
-_PLAIN_VERSION, _KEPT_VERSION, _LATEST_VERSION = 1, 3, 4
-_VERSIONS = (_PLAIN_VERSION, FORMAT_VERSION, _KEPT_VERSION, _LATEST_VERSION)
+_PLAIN_VERSION, _KEPT_VERSION, _ASKED_VERSION, _TILES_VERSION = 1, 3, 4, 5
+_VERSIONS = (_PLAIN_VERSION, FORMAT_VERSION, _KEPT_VERSION, _ASKED_VERSION, _TILES_VERSION)
 _FIELDS = {
     1: {"format", "format_version", "created_by", "sites"},
     2: {"format", "format_version", "created_by", "phases", "origin", "sites", json_file.CHECKSUM},
@@ -39,16 +40,21 @@ class Contents(NamedTuple):
     phases: Mapping[float, Mapping[str, Any]]
     origin: Origin | None
     kept: Mapping[str, Any]
+    tiles: Mapping[str, Any] = MappingProxyType({})
     schedule: Mapping[str, Any] = MappingProxyType({})
 
 
 def to_document(
-    phases: Mapping[float, Sites], origin: Origin | None, kept: Mapping[str, Kept], schedule: Schedule = ALWAYS_SPARSE
+    phases: Mapping[float, Sites],
+    origin: Origin | None,
+    kept: Mapping[str, Kept],
+    tiles: Mapping[str, Tile],
+    schedule: Schedule,
 ) -> dict[str, Any]:
     """Return the document, without its checksum. ``phases`` are all, by the progress they hold from; the first is 0."""
     return {
         "format": FORMAT,
-        "format_version": _version(origin, kept, schedule),
+        "format_version": _version(origin, kept, tiles, schedule),
         "created_by": f"sparge_compile {__version__}",
         "phases": list(phases),
         **({"schedule": schedule.to_dict()} if schedule != ALWAYS_SPARSE else {}),
@@ -58,15 +64,18 @@ def to_document(
                 "thresholds": [[list(pair) for pair in sites[name]] for sites in phases.values()],
                 **({} if origin is None else origin.curves[name].to_dict()),
                 **({"kept": _kept_entry(kept[name])} if name in kept else {}),
+                **({"tile": list(tiles[name])} if name in tiles else {}),
             }
             for name in phases[0.0]
         },
     }
 
 
-def _version(origin: Origin | None, kept: Mapping[str, Kept], schedule: Schedule) -> int:
+def _version(origin: Origin | None, kept: Mapping[str, Kept], tiles: Mapping[str, Tile], schedule: Schedule) -> int:
+    if tiles:
+        return _TILES_VERSION
     if schedule != ALWAYS_SPARSE or (origin is not None and origin.output is not None):
-        return _LATEST_VERSION
+        return _ASKED_VERSION
     return _KEPT_VERSION if kept else FORMAT_VERSION
 
 
@@ -87,7 +96,7 @@ def read(path: str | os.PathLike[str]) -> Contents:
     wrong = set(document) ^ _FIELDS[min(version, FORMAT_VERSION)]
     if version == _PLAIN_VERSION:
         wrong -= {"created_by"}
-    if version == _LATEST_VERSION:
+    if version >= _ASKED_VERSION:
         wrong -= {"schedule"}
     if wrong:
         raise _refusal(path, f"unknown or missing fields {sorted(wrong)}")
@@ -114,10 +123,9 @@ def _parse(document: dict[str, Any], sites: dict[str, Any]) -> Contents:
     starts = document["phases"]
     if not isinstance(starts, list) or not starts or starts[0] != 0 or starts != sorted(set(starts)):
         raise ValueError("phases that do not ascend from 0")
-    has_curves, curves, kept = document["origin"] is not None, {}, {}
-    if document["format_version"] >= _KEPT_VERSION:
-        kept = {name: entry["kept"] for name, entry in sites.items() if "kept" in entry}
-        sites = {name: {k: v for k, v in entry.items() if k != "kept"} for name, entry in sites.items()}
+    has_curves, curves = document["origin"] is not None, {}
+    kept, sites = _taken_out(sites, "kept", document["format_version"] >= _KEPT_VERSION)
+    tiles, sites = _taken_out(sites, "tile", document["format_version"] >= _TILES_VERSION)
     for name, entry in sites.items():
         if has_curves:
             curves[name] = SiteCurves.from_dict({k: v for k, v in entry.items() if k != "thresholds"}, name)
@@ -126,7 +134,17 @@ def _parse(document: dict[str, Any], sites: dict[str, Any]) -> Contents:
             raise ValueError(f"site {name!r} without thresholds for each of {len(starts)} phases")
     first, *later = ({name: entry["thresholds"][i] for name, entry in sites.items()} for i in range(len(starts)))
     origin = Origin.from_dict(document["origin"], curves) if has_curves else None
-    return Contents(first, dict(zip(starts[1:], later, strict=True)), origin, kept, document.get("schedule", {}))
+    phases = dict(zip(starts[1:], later, strict=True))
+    return Contents(first, phases, origin, kept, tiles, document.get("schedule", {}))
+
+
+def _taken_out(sites: dict[str, Any], field: str, known: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A field of the sites that have it, where a version knows it, and the sites without it."""
+    found = {name: entry[field] for name, entry in sites.items() if field in entry} if known else {}
+    return found, {
+        name: {k: v for k, v in entry.items() if k != field} if name in found else entry
+        for name, entry in sites.items()
+    }
 
 
 def _kept_entry(kept: Kept) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import type_error, value_error
 from ..keeping import NOTHING, Kept, parse_kept
+from ..kernels.order import Tile, parse_tile
 from ..pair import Pair, Sites, check_pair
 
 
@@ -41,6 +42,33 @@ def _check_site(name: object, pairs: Any) -> tuple[Pair, ...]:
     return tuple(check_pair(topk, topp, where) for topk, topp in pairs)
 
 
+def fitting(
+    name: str, pairs: tuple[Pair, ...], heads: int, measured_size: int | None, head_size: int | None
+) -> tuple[Pair, ...]:
+    """Return the pairs of a site with so many heads; ``measured_size`` is that of measured heads.
+
+    Raises:
+        ValueError: there are others, or heads of another size were measured.
+    """
+    if measured_size is not None and head_size not in (None, measured_size):
+        raise _does_not_fit(name, f"thresholds for heads of size {measured_size}", f"heads of size {head_size}")
+    if len(pairs) == 1 and (measured_size is None or heads == 1):
+        return pairs * heads
+    if len(pairs) != heads:
+        allowed = f"{heads} pairs, one for each query head" + (", or a single pair" if measured_size is None else "")
+        raise _does_not_fit(name, f"thresholds for {len(pairs)} heads", allowed)
+    return pairs
+
+
+def _does_not_fit(name: str, given: str, allowed: str) -> ValueError:
+    return value_error(
+        f"calibration of site {name!r} does not fit the model",
+        given=given,
+        allowed=allowed,
+        todo="Calibrate this model, or load the file that was made for it.",
+    )
+
+
 def check_kept(kept: Any, sites: Sites) -> dict[str, Kept]:
     """Return what is kept by entry of a calibration; entries that keep nothing are left out.
 
@@ -70,6 +98,22 @@ def _check_kept(name: str, entry: Any) -> Kept:
             todo='As {"keep_keys": 512, "dense_queries": True}.',
         )
     return parse_kept(entry.get("keep_keys"), entry.get("dense_queries", False), where)
+
+
+def check_tiles(tiles: Any, sites: Sites) -> dict[str, Tile]:
+    """Return the tiles by entry of a calibration.
+
+    Raises:
+        ValueError: no mapping, an entry without thresholds, or no box of at most 64 tokens.
+    """
+    if not isinstance(tiles, Mapping) or not set(tiles) <= set(sites):
+        raise value_error(
+            "Calibration: bad tiles",
+            given=f"entries {sorted(map(str, set(tiles) - set(sites)))}" if isinstance(tiles, Mapping) else repr(tiles),
+            allowed=f"a mapping from entries of sites: {', '.join(map(str, sites)) or 'none'}"[:200],
+            todo='Give tiles={"*": (2, 4, 8)} for an entry "*" of sites.',
+        )
+    return {name: parse_tile(tile, f"calibration of site {name!r}") for name, tile in tiles.items()}
 
 
 def check_phases(phases: Any, first: Sites) -> dict[float, dict[str, tuple[Pair, ...]]]:

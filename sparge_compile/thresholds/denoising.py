@@ -13,7 +13,7 @@ from torch import nn
 
 from ..errors import type_error
 from ..user_model import user_model
-from .attachment import Attachment
+from .attached import Attachment
 from .steps import set_step
 
 

@@ -66,7 +66,7 @@ def calibration_batches() -> list[tuple[Tensor, Tensor, Tensor]]:
 def calibrate(frames: int, out: Path) -> int:
     """Run ``sparge calibrate`` in this process; print what one would type in a shell."""
     command = ["calibrate", "--model", "transformer:load", "--inputs", "demo:calibration_batches", "--out", str(out)]
-    command += ["--target-error", "0.05", "--query-blocks", "12", "--min-seq-len", "0"]
+    command += ["--target-error", "0.05", "--query-blocks", "12", "--min-seq-len", "0", "--orders", "raster"]
     os.environ[FRAMES_VARIABLE] = str(frames)
     settings = f"PYTHONPATH={shlex.quote(os.path.relpath(HERE))} "
     settings += "" if frames == FRAMES else f"{FRAMES_VARIABLE}={frames} "

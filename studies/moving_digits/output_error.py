@@ -71,6 +71,7 @@ def one_run(model: nn.Module, args: argparse.Namespace, seed: int) -> dict[str, 
         target_output_error=args.goal,
         query_blocks=args.query_blocks,
         options=OPTIONS,
+        orders=args.orders,
         seed=seed,
     )
     seconds = time.perf_counter() - start
@@ -114,6 +115,7 @@ def main() -> None:
     parser.add_argument("--times", type=float, nargs="+", default=[0.97, 0.9, 0.75, 0.4], help="at which each is shown")
     parser.add_argument("--frames", type=int, default=FRAMES, help=f"of a clip; 256 tokens each ({FRAMES})")
     parser.add_argument("--query-blocks", type=int, default=16)
+    parser.add_argument("--orders", nargs="+", default=["raster"], help="of tokens, to choose from (raster)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--out", type=Path, default=Path("output_error.csv"))

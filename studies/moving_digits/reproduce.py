@@ -84,8 +84,9 @@ def calibrated(lab: Lab, seed: int, rule: str) -> sparge_compile.Calibration:
     """What ``sparge_compile.calibrate`` measures on clips that are seen, to be aimed with ``at``."""
     batches = [(mixed, when, classes) for mixed, when, _, classes in lab.seen(seed)]
     with precision(lab.device):
+        options = {"min_seq_len": 0, "token_order": "raster"}  # as the pairs beside it
         return sparge_compile.calibrate(
-            lab.teacher, batches, target_sparsity=0.8, influence=False, mode=rule, options={"min_seq_len": 0}
+            lab.teacher, batches, target_sparsity=0.8, influence=False, mode=rule, options=options
         )
 
 

@@ -35,16 +35,16 @@ def test_a_tapped_run_hands_over_the_sites_that_are_asked_for(numbers):
     graph, x = two_sites(), torch.randn(1, H, L, D)
     watched, heard = Watched(open_graph(graph, None)), []
     with listening(lambda number, *operands: heard.append(number)):
-        result = watched.run_tapped([x], numbers)
+        result = watched.run_tapped([x], dict.fromkeys(numbers, "site"))
     assert heard == list(numbers) and torch.equal(result[0], graph(x)[0])
 
 
 def test_a_tapped_graph_is_made_once_and_leaves_the_plain_one_alone():
     watched, x = Watched(open_graph(two_sites(), None)), torch.randn(1, H, L, D)
     with listening(lambda *args: None):
-        watched.run_tapped([x], (0,))
+        watched.run_tapped([x], {0: "site"})
         tapped = watched._tapped[0,]
-        watched.run_tapped([x], (0,))
+        watched.run_tapped([x], {0: "site"})
     assert watched._tapped == {(0,): tapped}
     watched.run([x])  # nobody listens, and no tap is there
 

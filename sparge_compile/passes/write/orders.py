@@ -1,9 +1,13 @@
-"""The nodes that carry the order of a site's tokens: one ``sparge::order`` for each grid and tile of a graph."""
+"""The nodes that carry the order of a site's tokens: one ``sparge::order`` for each grid and tile of a graph.
+
+For whoever only looks they carry the grid itself, as the sizes of an empty tensor.
+"""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,17 +16,18 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
 from ... import ops  # noqa: F401  importing it registers the ops
+from ...kernels.order import Tile
 from ...kernels.sizes import surely
 from ..find import Match
 from ..match.tokens import Part
-from ..order import SiteOrder, Tile, tile_of
+from ..order import SiteOrder, tile_of
 from ..read.fx_utils import value_of
 from ..stated import SizedGrid
 from .emit import call
 from .threshold_inputs import hand_down
 
 ORDER = torch.ops.sparge.order.default
-_NAME = "sparge_order"
+_NAME, _GRID = "sparge_order", "sparge_grid"
 _QUERIES, _KEYS = ("slots_q", "places_q"), ("slots_k", "places_k")  # arguments of sparge::attention
 
 
@@ -53,25 +58,64 @@ def write_orders(
     for match in matches:
         order = orders.get(match.node)
         if order is not None and not order.is_raster:
+            assert order.tile is not None
             queries, keys = (tensors(match, sized, order.tile) for sized in (order.queries, order.keys))
             given = dict(zip(_QUERIES, queries, strict=False))
             arguments[match.node] = given | dict(zip(_KEYS, keys, strict=False))
     return arguments
 
 
-def _order(owner: GraphModule, sized: SizedGrid, tile: Tile, match: Match) -> list[Node]:
-    """The nodes of slots and places, in a graph that has the sizes of the grid."""
+def write_grids(
+    root: GraphModule, matches: Iterable[Match], orders: Mapping[Node, SiteOrder]
+) -> dict[Node, list[Node | None]]:
+    """Write the nodes that carry the grids of the queries and the keys of these matches, by the node of the match.
+
+    Each is a tensor [0, prefix, frames, height, width, suffix], or None where tokens are in raster order.
+    """
+    made: dict[Any, Node] = {}
+
+    def tensor(match: Match, sized: SizedGrid | None) -> Node | None:
+        if sized is None:
+            return None
+        owner = sized.owner if sized.owner in match.graphs else root
+        key = (match.graph_module, owner, tuple(map(str, sized.grid)))
+        if key not in made:
+            with _sizes_of(owner, sized) as sizes:
+                node = owner.graph.call_function(torch.empty, ((0, *sizes),))
+            value = _value(match, lambda: torch.empty((0, *sized.grid)))
+            node.meta |= {"val": value, "example_value": value}
+            made[key] = hand_down(match, node, match.graphs.index(owner), _GRID)
+        return made[key]
+
+    found = {}
+    for match in matches:
+        order = orders.get(match.node)
+        if order is not None and not order.is_raster:
+            found[match.node] = [tensor(match, sized) for sized in (order.queries, order.keys)]
+    return found
+
+
+@contextmanager
+def _sizes_of(owner: GraphModule, sized: SizedGrid) -> Iterator[list[Any]]:
+    """The sizes of a grid as numbers and nodes of a graph that has them. What is written meanwhile stands behind."""
     graph = owner.graph
     position = {node: i for i, node in enumerate(graph.nodes)}
     terms = [[_earliest(graph, x) if isinstance(x, Part) else x for x in term] for term in sized.terms]
     held = [x.node if isinstance(x, Part) else x for term in terms for x in term]
     latest = max((position[x] for x in held if isinstance(x, Node) and x in position), default=-1)
-    assert match.attention is not None
     with graph.inserting_before(next(n for n, i in position.items() if i > latest and n.op != "placeholder")):
-        sizes = [_sum(owner, term) for term in terms]
+        yield [_sum(owner, term) for term in terms]
+
+
+def _order(owner: GraphModule, sized: SizedGrid, tile: Tile, match: Match) -> list[Node]:
+    """The nodes of slots and places, in a graph that has the sizes of the grid."""
+    graph = owner.graph
+    assert match.attention is not None
+    with _sizes_of(owner, sized) as sizes:
         node = graph.call_function(ORDER, (*sizes, list(tile), match.attention.device))
         parts = [graph.call_function(operator.getitem, (node, i)) for i in range(2)]
-    values = _values(sized, tile, match)
+    device = match.attention.device
+    values = _value(match, lambda: ORDER(*sized.grid, list(tile), device))
     for x, value in zip((node, *parts), () if values is None else (values, *values), strict=False):
         x.meta |= {"val": value, "example_value": value}
     return parts
@@ -109,12 +153,11 @@ def _sum(owner: GraphModule, term: Iterable[Part | Node | int]) -> Any:
     return total
 
 
-def _values(sized: SizedGrid, tile: Tile, match: Match) -> tuple[Tensor, ...] | None:
-    """What the nodes of an order stand for."""
+def _value(match: Match, make: Callable[[], Any]) -> Any:
+    """What a node stands for that computes this, in the fake tensors of a match; None where there are none."""
     assert match.attention is not None
     fake = match.attention.result
     if not isinstance(fake, FakeTensor):
         return None
     with fake.fake_mode:
-        values: tuple[Tensor, ...] = ORDER(*sized.grid, list(tile), match.attention.device)
-    return values
+        return make()

@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 
 from ... import ops
 from ...errors import value_error
+from ...kernels.order import Tile
 from ...naming import join, module_base, module_path
 from ...thresholds.buffers import CHILD, buffer_name
 from ..find import Match
@@ -37,6 +38,12 @@ class Marker(NamedTuple):
     graph_module: GraphModule
     node: Node
     number: int
+
+    @property
+    def tile(self) -> Tile | None:
+        """The tile whose tokens are the blocks that the thresholds are for; None: no order is said."""
+        sizes: Any = self.node.args[2] if len(self.node.args) > 2 else self.node.kwargs.get("tile", ())
+        return (sizes[0], sizes[1], sizes[2]) if sizes else None
 
 
 @dataclass(frozen=True)
