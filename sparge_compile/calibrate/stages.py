@@ -17,12 +17,13 @@ class Stages:
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        """Count the time that a block takes as a stage's."""
-        start = time.perf_counter()
+        """Count the time that a block takes as a stage's, but for that of stages inside it."""
+        start, before = time.perf_counter(), sum(self._seconds.values())
         try:
             yield
         finally:
-            self._seconds[stage] = self._seconds.get(stage, 0.0) + time.perf_counter() - start
+            inside = sum(self._seconds.values()) - before
+            self._seconds[stage] = self._seconds.get(stage, 0.0) + time.perf_counter() - start - inside
 
     def note(self, stage: str, text: str) -> None:
         """Have something said of a stage."""

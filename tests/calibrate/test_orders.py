@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparge_compile import Calibration, Options, attention, calibrate, explain
-from sparge_compile.calibrate import order_choice, orders
+from sparge_compile.calibrate import order_choice, orders, stages
 from sparge_compile.calibrate.calls import NotedCalls
 from sparge_compile.calibrate.curves import TOPK
 from sparge_compile.calibrate.orders import Trials, best_for_attention, own_orders, parse_orders, shares_for
@@ -244,3 +244,12 @@ def test_orders_of_their_own_must_win_in_what_the_model_returns(own, chosen, mon
         noted.note(0, number, (), {})
     settings = SimpleNamespace(aim={}, orders=(None, TILE))
     assert order_choice.choose_orders(made(), recorder, noted, settings, lambda: None) == (chosen, None)
+
+
+def test_the_time_of_a_stage_inside_another_counts_once(monkeypatch):
+    now = iter([0.0, 1.0, 3.0, 4.0])
+    monkeypatch.setattr(stages.time, "perf_counter", lambda: next(now))
+    times = stages.Stages()
+    with times("samples"), times("orders"):
+        pass
+    assert str(times) == "time: 4.0 s: orders 2.0 s, 50%; samples 2.0 s, 50%"
