@@ -48,7 +48,8 @@ def calibrate(
         model: the model, compiled or not, on its device and in evaluation mode.
         batches: its inputs: a tuple of arguments, a dict of keyword arguments, a tuple of both, or the single argument.
             They must be the same again if an interrupted run shall go on.
-        forward_loop: instead of batches, a function that calls the model as often as it likes: one batch.
+        forward_loop: instead of batches, a function that calls the model as often as it likes: one batch. It is run
+            twice where orders of tokens are tried; with ``orders=["raster"]``, once.
         call: runs a batch's arguments; default: the model. As in ``calibrate(pipe.transformer, prompts, call=pipe)``.
             If it takes ``callback_on_step_end``, as diffusers pipelines do, it is asked so where its steps end.
         target_error: bound of each head's relative L1 error Σ|O_sparse − O_dense| ÷ Σ|O_dense|, with as few blocks as
