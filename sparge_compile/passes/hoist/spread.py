@@ -11,6 +11,7 @@ from __future__ import annotations
 import operator
 from collections import defaultdict, deque
 from collections.abc import Hashable, Iterable
+from functools import partial
 from typing import Any, cast
 
 from torch import Tensor
@@ -50,6 +51,9 @@ class Spread:
             place = self.places.get(target)
             if place is None or graphs.rows(writer).carried(writer, place.dim) is None:
                 self._settle(writer)
+        for value in self.places:
+            if any(map(partial(self._is_view, value), self.in_tokens[value])):
+                self._settle(maker(value))
 
     def _begin(self) -> None:
         for site in self._sites.values():
@@ -60,6 +64,13 @@ class Spread:
                         self._add(site.node.args[place], Place(2))
             if site.queries:
                 self._add(site.node, Place(2))
+
+    def _is_view(self, value: Node, use: Use) -> bool:
+        """Whether a reader looks at a tensor that is written to, and would look at a copy once it is gathered."""
+        writers = self.graphs.writers(value)
+        parts = [user for user in use.node.users if user.target is operator.getitem]
+        results = [use.node, *parts] if writers and use.node.op != "output" else []
+        return any(writer in self.graphs.writers(x) for x in results for writer in writers)
 
     def _settle(self, actor: Actor) -> None:
         """Have an actor in the order of the tokens."""
@@ -144,7 +155,8 @@ class Spread:
         rows, fake = self.graphs.rows(user), self.graphs.fake(user)
         several = isinstance(fake, (tuple, list)) and any(isinstance(x, Tensor) for x in fake)
         results = list(user.users) if several else [user]
-        told = all(x.target is operator.getitem and isinstance(x.args[1], int) for x in results if several)
+        understood = (isinstance(x.args[-1], int) and rows.reader.value(x) is not None for x in results)
+        told = not several or (bool(results) and all(understood))
         found = {x: self._place_in(x, value, place) for x in (results if told else ())}
         held = {x: at for x, at in found.items() if at is not None and self.order.holds(x, at)}
         added = [self._add(x, at) for x, at in held.items()]

@@ -14,12 +14,11 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor
 from torch.fx import Node
 
-from ...kernels.sizes import surely
 from ..read.axes import Dim, Layout, new_layout, same, settle
 from ..read.calls import Value
 from ..read.reader import Reader
 from .sdpa import arguments_of, is_sdpa
-from .tokens import cut_of, earlier, mixes
+from .tokens import cut_of, earlier, mixes, start_of
 
 # What holds the same everywhere, whatever the tensor holds that it is like.
 _FILLED = {
@@ -172,10 +171,9 @@ def _of_setitem(node: Node, dim: int, reader: Reader) -> Carried | None:
         items[at : at + 1] = [slice(None)] * (rank - len(items) + 1)
     items += [slice(None)] * (rank - len(items))
     start, step = (items[dim].start, items[dim].step) if isinstance(items[dim], slice) else (0, 0)
-    start = reader.fake(start) if isinstance(start, Node) else 0 if start is None else start
+    start = start_of(reader.fake(start) if isinstance(start, Node) else start or 0, reader.fake(x).shape[dim])
     if step not in (None, 1) or start is None:
         return None
-    start = start + reader.fake(x).shape[dim] if surely(start < 0) else start
     behind = sum(isinstance(item, slice) for item in items[dim:])  # dimensions of the part from this one on
     shape = reader.fake(rows).shape if isinstance(rows, Node) and isinstance(reader.fake(rows), Tensor) else ()
     at = len(shape) - behind

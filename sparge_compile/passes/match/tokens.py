@@ -59,6 +59,15 @@ class Cut(NamedTuple):
     start: Any
 
 
+def start_of(start: Any, size: Any) -> Any:
+    """Where a slice begins in a dimension of a size, as Python counts; None where that cannot be told."""
+    if start is None:
+        return None
+    start = as_number(start + size) if surely(start < 0) else start
+    start = max(start, 0) if isinstance(start, int) else start  # before the first row is the first row
+    return start if surely(start >= 0) else None
+
+
 def cut_of(value: Value, layout: Layout, token: Dim) -> Cut | None:
     """How a call cuts a value with all tokens in one dimension out of a sequence; None where it does something else."""
     call = value.call
@@ -68,9 +77,8 @@ def cut_of(value: Value, layout: Layout, token: Dim) -> Cut | None:
     if layout[dim] != token:
         return None
     if call.name == "slice":
-        start = call.argument(2, "start") or 0
-        start = start + call.args[0].shape[dim] if surely(start < 0) else start
-        return Cut(dim, start) if call.argument(4, "step", 1) == 1 else None
+        start = start_of(call.argument(2, "start") or 0, call.args[0].shape[dim])
+        return None if start is None or call.argument(4, "step", 1) != 1 else Cut(dim, start)
     sizes = call.args[1]
     fitting = [i for i, size in enumerate(sizes) if same(size, value.shape[dim])]
     return Cut(dim, sum(sizes[: fitting[0]])) if len(fitting) == 1 else None
@@ -153,10 +161,12 @@ def mixes(call: Call, rank: int) -> set[int] | None:
         return set(range(rank - len(call.args[1]), rank))
     if call.name == "native_group_norm":
         return {0, 1}
-    if not known and call.name in _CUTS:
+    if not known and call.name in (*_CUTS, "stack"):
         return {_cut_dim(call, rank)}
     if call.name in _SOFTMAXES:
         return {int(call.args[1]) % rank}
+    if call.name == "view_as_real":
+        return {rank - 1}
     known = known or call.name in (*_ELEMENTWISE, *_VIEWS, *_PRODUCTS, *_REDUCTIONS, "linear")
     return set() if known else None
 
@@ -176,7 +186,7 @@ _VIEWS = {"select", "unbind", "stack", "view_as_complex", "view_as_real"}
 
 
 def _cut_dim(call: Call, rank: int) -> int:
-    return int(call.argument(1 if call.name in ("slice", "cat") else 2, "dim", 0)) % rank
+    return int(call.argument(1 if call.name in ("slice", "cat", "stack") else 2, "dim", 0)) % rank
 
 
 def _cut(call: Call, layout: Layout) -> Iterator[tuple[Value, Layout]]:
@@ -192,7 +202,7 @@ def _cut(call: Call, layout: Layout) -> Iterator[tuple[Value, Layout]]:
         dim = int(call.argument(1, "dim", 0)) % (rank + 1)
         yield x, (*layout[:dim], new_dim(x.shape[dim]), *layout[dim:])
     elif call.name == "stack":
-        dim = int(call.argument(1, "dim", 0)) % rank
+        dim = _cut_dim(call, rank)
         yield from ((x, (*layout[:dim], *layout[dim + 1 :])) for x in call.inputs)
     elif call.name in _SOFTMAXES:
         yield call.args[0], layout

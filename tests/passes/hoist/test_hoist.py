@@ -20,7 +20,7 @@ from sparge_compile.options import Options
 from sparge_compile.passes import pipeline
 from sparge_compile.passes.hoist.hoist import ROWS
 from sparge_compile.passes.pipeline import Work, graphs_of
-from sparge_compile.passes.read.fx_utils import clone, size_hint
+from sparge_compile.passes.read.fx_utils import clone, size_hint, value_of
 
 T, H, W, C, TEXT = 5, 6, 7, 8, 9
 L = T * H * W
@@ -143,6 +143,20 @@ def positions(b: Builder, x: Node) -> Node:
     return b.call(operator.add, x, b.method("unsqueeze", b.call(torch.arange, L), -1))
 
 
+def written_late(b: Builder, x: Node) -> Node:
+    """A part that cuts the grid, read before what it is a part of is changed."""
+    y = b.call(F.gelu, x)
+    part = b.call(operator.getitem, y, (slice(None), slice(3, 4)))
+    b.method("mul_", y, 2.0)
+    return b.call(operator.add, y, part)
+
+
+def stacked(b: Builder, x: Node) -> Node:
+    """Positions, one by one."""
+    w = weight(b, C)
+    return b.call(operator.add, x, b.call(torch.stack, [b.call(operator.mul, w, float(i)) for i in range(L)]))
+
+
 MIXING = {
     "conv": conv,
     "planes": planes,
@@ -156,6 +170,7 @@ MIXING = {
     "product": lambda b, x: b.call(torch.matmul, weight(b, L, L), x),
     "causal": lambda b, x: attend(b, x, is_causal=True),
     "norm": lambda b, x: b.call(F.layer_norm, x, (L, C)),
+    "written late": written_late,
 }
 
 
@@ -192,6 +207,13 @@ def in_place(b: Builder, x: Node) -> Node:
     return b.call(operator.add, b.method("flatten", view, 2), y)
 
 
+def written_over(b: Builder, x: Node) -> Node:
+    """Into the last tokens, where more are asked for than there are."""
+    out = b.call(torch.zeros_like, x)
+    b.opaque(operator.setitem, out, (slice(None), slice(-9 * L, None)), b.call(F.silu, x))
+    return b.call(operator.getitem, out, (slice(None), slice(-2 * L, None)))
+
+
 def by_hand(b: Builder, x: Node) -> Node:
     """A norm and an activation that cuts channels in two, written out."""
     scale = b.method("rsqrt", b.method("mean", b.method("pow", x, 2), -1, keepdim=True))
@@ -204,6 +226,7 @@ KEEPING = {
     "gated": gated,
     "in place": in_place,
     "by hand": by_hand,
+    "written over": written_over,
     "dense": attend,
     "masked": lambda b, x: b.method("masked_fill", x, b.call(operator.gt, x, 0.5), 0.0),
     "text": lambda b, x: attend(b, x, weight(b, 1, TEXT, C)),
@@ -219,6 +242,25 @@ def test_what_keeps_tokens_apart_is_none(monkeypatch, name):
     x = KEEPING[name](b, block(b, b.input("x", 1, L, C)))
     found = same_results(monkeypatch, finished(b, block(b, x)))
     assert "x" in found and len(found) == (3 if name == "gated" else 2)
+
+
+def test_rows_that_are_stacked_are_gathered(monkeypatch):
+    b = Builder()
+    x = stacked(b, block(b, b.input("x", 1, L, C)))
+    assert len(same_results(monkeypatch, finished(b, block(b, x)))) == 3
+
+
+def test_a_graph_that_is_run_twice_reads_in_the_order_of_tokens(monkeypatch):
+    b = Builder()
+    inner = Builder(of=b)
+    y = inner.input("y", 1, L, C)
+    body = finished(inner, inner.method("cumsum", y, 1), inner.method("flip", y, [1]))
+    x = block(b, block(b, b.input("x", 1, L, C)))
+    once = b.nested(CHECKPOINT, body, x)
+    again = b.opaque(CHECKPOINT, once.args[0], x, value=value_of(once))
+    for part in (b.call(operator.getitem, call, i) for call in (once, again) for i in (0, 1)):
+        x = b.call(operator.add, x, part)
+    assert len(same_results(monkeypatch, finished(b, block(b, block(b, x))))) > 3
 
 
 def joined(b: Builder, x: Node) -> Node:
