@@ -66,11 +66,13 @@ class Spread:
                 self._add(site.node, Place(2))
 
     def _is_view(self, value: Node, use: Use) -> bool:
-        """Whether a reader looks at a tensor that is written to, and would look at a copy once it is gathered."""
-        writers = self.graphs.writers(value)
-        parts = [user for user in use.node.users if user.target is operator.getitem]
-        results = [use.node, *parts] if writers and use.node.op != "output" else []
-        return any(writer in self.graphs.writers(x) for x in results for writer in writers)
+        """Whether a reader looks at a tensor that is written to, here or by the caller, and would look at a copy."""
+        node, reader = use.node, self.graphs.scopes[value.graph].reader
+        if node.op == "output":
+            others = [*node.graph.find_nodes(op="placeholder"), *node.all_input_nodes]
+            return any(x is not value and reader.share_memory(x, value) for x in others)
+        results = [node, *(user for user in node.users if user.target is operator.getitem)]
+        return bool(self.graphs.writers(value)) and any(reader.share_memory(x, value) for x in results)
 
     def _settle(self, actor: Actor) -> None:
         """Have an actor in the order of the tokens."""

@@ -66,6 +66,10 @@ class Reader:
         """The nodes that change a tensor in place, through whatever view, in graph order."""
         return self._writes.writers(node)
 
+    def share_memory(self, one: Node, other: Node) -> bool:
+        """Whether what is written to one tensor may be seen in another."""
+        return self._writes.share_memory(one, other)
+
     def written(self, node: Node) -> list[Node]:
         """The tensors that a node changes."""
         return self._writes.written(node)

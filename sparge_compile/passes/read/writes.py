@@ -72,6 +72,10 @@ class Writes:
         """The nodes that change a tensor, in graph order."""
         return list(dict.fromkeys(writer for writer, _ in self._writes_to(node)))
 
+    def share_memory(self, one: Node, other: Node) -> bool:
+        """Whether what is written to one tensor may be seen in another."""
+        return not set(self._storages(one)).isdisjoint(self._storages(other))
+
     def written(self, node: Node) -> list[Node]:
         """The tensors that a node changes."""
         return self._written.get(node, [])

@@ -311,6 +311,17 @@ def test_what_users_attend_to_is_returned_in_the_order_of_tokens():
     assert first.target is ROWS and second.target is ROWS
 
 
+def test_results_that_share_memory_go_on_to():
+    b = Builder()
+    y = b.call(operator.mul, block(b, block(b, b.input("x", 1, L, C))), 2.0)
+    views = [b.method("transpose", b.method("unflatten", y, -1, (heads, -1)), 1, 2) for heads in (2, 4)]
+    found = [b.call(F.scaled_dot_product_attention, q, q, q) for q in views]
+    graph_module = rewritten(finished(b, *views, *found))
+    inputs = [torch.randn(value_of(x).shape) for x in graph_module.graph.find_nodes(op="placeholder")]
+    one, other, *_ = graph_module(*inputs)
+    assert rows_in(graph_module) and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
 def checkpointed(b: Builder, body: Callable[[Builder, Node], Node], x: Node) -> Node:
     inner = Builder(of=b)
     y, w = inner.input("y", 1, L, C), inner.input("w", C, C)
