@@ -69,8 +69,9 @@ class Spread:
         """Whether a reader looks at a tensor that is written to, here or by the caller, and would look at a copy."""
         node, reader = use.node, self.graphs.scopes[value.graph].reader
         if node.op == "output":
-            others = [*node.graph.find_nodes(op="placeholder"), *node.all_input_nodes]
-            return any(x is not value and reader.share_memory(x, value) for x in others)
+            served = [] if self.graphs.writers(value) else [x for x in value.users if x not in self.places]
+            others = {*node.graph.find_nodes(op="placeholder"), *node.all_input_nodes} - {value, *served}
+            return any(reader.share_memory(x, value) for x in others)  # but views of the one copy for all
         results = [node, *(user for user in node.users if user.target is operator.getitem)]
         return bool(self.graphs.writers(value)) and any(reader.share_memory(x, value) for x in results)
 
