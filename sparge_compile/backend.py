@@ -206,16 +206,19 @@ class _Seen(Observer):
 
     def report(self, settings: Options) -> Report:
         report = Report()
-        works: dict[GraphModule, list[Work]] = {}
+        works: list[Work] = []
         for graph, matches, attached in self.graphs.values():
             work = Work(graph.graph_module, as_to_run(matches, self.names))
             analyse(work, partial(decide_with, options=settings, attached=attached))
             work.failures += graph.failures
-            works.setdefault(work.graph_module, []).append(work)
-        for same in works.values():
+            works.append(work)
+        alike: dict[GraphModule, list[Work]] = {}
+        for work in works:
+            alike.setdefault(work.graph_module, []).append(work)
+        for same in alike.values():
             with sheltered(same[0].failures, "hoist"):
                 foretell_orders(same, settings)
-        for work in (work for same in works.values() for work in same):
+        for work in works:
             work.add_to(report)
         report.graphs = len({number for number, *_ in self.graphs})
         return self.outside.add_to(report)
