@@ -26,13 +26,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _fresh() -> None:
-    """The same random numbers for each test, no compiled code left over, no warning spoken already."""
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same random numbers for each test; no compiled code, no hook and no warning left over from another."""
     torch.manual_seed(0)
     torch.compiler.reset()
     from sparge_compile import notices
+    from sparge_compile.running import listeners
 
     notices.forget_warnings()
+    monkeypatch.setattr(listeners, "_wanted", 0)
 
 
 @pytest.fixture
