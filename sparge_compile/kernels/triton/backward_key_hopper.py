@@ -23,7 +23,7 @@ from .. import allocate, launch
 from ..block_map import KEY_BLOCK, BlockMap
 from ..how import How
 from . import hopper, recording, tiles
-from .hopper import COLUMNS, ROWS, copy, descriptor, diagonal_of, sequence, store_rows, word
+from .hopper import COLUMNS, ROWS, copy, descriptor, diagonal_of, lse_in_log2, sequence, store_rows, word
 
 LOADER_REGISTERS, CONSUMER_REGISTERS = 32, 240  # 128 threads each, of 65,536 registers
 # Tiles in each consumer's rings of q, which are kept longest, and of dout, by padded head size: 227 KB hold no more.
@@ -89,8 +89,7 @@ def _load_tile(
     mbarrier.wait(dout_empty.index(place), ((number // DOUT_STAGES) & 1) ^ 1)
     mbarrier.expect(ready, HALF * HEAD_PAD * 2)
     copy(dout_desc, b, h, row, start, n_rows, dout_smem.index(place), ready, HALF, COLUMNS, 0, PACKED)
-    # So is P of a row that has no keys.
-    lse_smem.index(place).store(gl.where(lse == float("-inf"), float("inf"), lse) * 1.4426950408889634)  # LOG2_E
+    lse_smem.index(place).store(lse_in_log2(lse))
     delta_smem.index(place).store(delta)
     rows.index(place).store(gl.full([1], row, gl.int32, WORD))
     mbarrier.arrive(ready, count=1)
@@ -101,8 +100,8 @@ def _load(
     q_desc, k_desc, v_desc, dout_desc, counts_ptr, indices_ptr, counter_ptr, lse_ptr, delta_ptr, q_starts_ptr,
     k_starts_ptr, items, rows, k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem, kv_full, kv_empty, q_full,
     q_empty, dout_full, dout_empty, map_stride_b, map_stride_h, heads, group, all_rows, all_keys, n_query, n_key, total,
-    WHO: gl.constexpr, HEAD_PAD: gl.constexpr, KEYS: gl.constexpr, HALF: gl.constexpr, COLUMNS: gl.constexpr,
-    Q_STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr, PACKED: gl.constexpr,
+    WHO: gl.constexpr, KEYS: gl.constexpr, HALF: gl.constexpr, COLUMNS: gl.constexpr, Q_STAGES: gl.constexpr,
+    DOUT_STAGES: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """A loading warp. For each key block: a first tile of q and dout, a message, K, V, then the other tiles."""
     WORD: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
@@ -319,14 +318,14 @@ def _dkv_hopper_kernel(
                 q_starts_ptr, k_starts_ptr, items, rows, k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem,
                 kv_full, kv_empty, q_full, q_empty, dout_full, dout_empty, map_stride_b, map_stride_h,
                 heads, group, length, keys, n_query, n_key, total,
-                0, HEAD_PAD, KEYS, HALF, COLUMNS, Q_STAGES, DOUT_STAGES, PACKED,
+                0, KEYS, HALF, COLUMNS, Q_STAGES, DOUT_STAGES, PACKED,
             )),
             (_load, (
                 q_desc, k_desc, v_desc, dout_desc, counts_ptr, indices_ptr, counter_ptr, lse_ptr, delta_ptr,
                 q_starts_ptr, k_starts_ptr, items, rows, k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem,
                 kv_full, kv_empty, q_full, q_empty, dout_full, dout_empty, map_stride_b, map_stride_h,
                 heads, group, length, keys, n_query, n_key, total,
-                1, HEAD_PAD, KEYS, HALF, COLUMNS, Q_STAGES, DOUT_STAGES, PACKED,
+                1, KEYS, HALF, COLUMNS, Q_STAGES, DOUT_STAGES, PACKED,
             )),
         ],
         [4, 1, 1],

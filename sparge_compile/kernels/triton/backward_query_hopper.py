@@ -30,6 +30,8 @@ from .hopper import (
     descriptor,
     diagonal_of,
     item,
+    load_pair,
+    lse_in_log2,
     mask_scores,
     pair_of,
     sequence,
@@ -40,21 +42,6 @@ from .hopper import (
 
 LOADER_REGISTERS, CONSUMER_REGISTERS = 24, 240  # 128 threads each, of 65,536 registers
 STAGES = {128: 2}  # pairs of K and V tiles in the ring, by padded head size: 227 KB hold no more
-
-
-@gluon.jit
-def _load_pair(
-    desc, smem, full, empty, number, b, head, first, second, start, rows,
-    KEYS: gl.constexpr, STAGES: gl.constexpr, COLUMNS: gl.constexpr, PACKED: gl.constexpr,
-):  # fmt: skip
-    """Start the copies of two key blocks into place ``number`` of a ring, once that is free."""
-    stage = number % STAGES
-    mbarrier.wait(empty.index(stage), ((number // STAGES) & 1) ^ 1)
-    ready = full.index(stage)
-    tile = smem.index(stage)
-    mbarrier.expect(ready, 2 * KEYS * tile.shape[1] * 2)
-    copy(desc, b, head, first * KEYS, start, rows, tile, ready, KEYS, COLUMNS, 0, PACKED)
-    copy(desc, b, head, second * KEYS, start, rows, tile, ready, KEYS, COLUMNS, 1, PACKED)
 
 
 @gluon.jit
@@ -104,7 +91,7 @@ def _load(
         work.index(3).store(gl.full([1], second, gl.int32, WORD))
         _load_rows(q_desc, q_smem, q_full, b, h, i, q_start, q_rows, HALF, COLUMNS, PACKED)
         if pairs > 0:  # the first scores need no more than q and K
-            _load_pair(
+            load_pair(
                 k_desc, k_smem, k_full, k_empty, done, b, key_head, first, second, k_start, k_rows,
                 KEYS, STAGES, COLUMNS, PACKED,
             )  # fmt: skip
@@ -117,11 +104,11 @@ def _load(
         for n in range(pairs):
             next_first, next_second = pair_of(list_ptr, pairs - n - 2, n + 2 <= pairs)
             if n > 0:
-                _load_pair(
+                load_pair(
                     k_desc, k_smem, k_full, k_empty, done, b, key_head, first, second, k_start, k_rows,
                     KEYS, STAGES, COLUMNS, PACKED,
                 )  # fmt: skip
-            _load_pair(
+            load_pair(
                 v_desc, v_smem, v_full, v_empty, done, b, key_head, first, second, k_start, k_rows,
                 KEYS, STAGES, COLUMNS, PACKED,
             )  # fmt: skip
@@ -210,9 +197,7 @@ def _consume(
         pairs = (count + 1) // 2
         head = h.to(gl.int64) if PACKED else (b * heads + h).to(gl.int64)
         line = head * all_rows + q_start + row
-        lse = gl.load(lse_ptr + line, mask=row < length, other=float("inf"))
-        # A row that has no keys, or does not exist, has P = exp2(-inf) = 0.
-        lse = gl.where(lse == float("-inf"), float("inf"), lse) * 1.4426950408889634  # LOG2_E
+        lse = lse_in_log2(gl.load(lse_ptr + line, mask=row < length, other=float("inf")))
 
         dlse = gl.zeros([HALF], gl.float32, ROW)
         if WITH_DLSE:

@@ -36,6 +36,7 @@ from .hopper import (
     descriptor,
     diagonal_of,
     item,
+    load_pair,
     mask_scores,
     pair_of,
     reinterpret,
@@ -110,20 +111,14 @@ def _load(
 
         for n in range(pairs):
             next_first, next_second = pair_of(list_ptr, pairs - n - 2, n + 2 <= pairs)
-            stage = done % STAGES
-            phase = (done // STAGES) & 1
-            mbarrier.wait(k_empty.index(stage), phase ^ 1)
-            mbarrier.expect(k_full.index(stage), 2 * KEYS * HEAD_PAD * 2)
-            k_tile = k_smem.index(stage)
-            ready = k_full.index(stage)
-            copy(k_desc, b, key_head, first * KEYS, k_start, k_rows, k_tile, ready, KEYS, COLUMNS, 0, PACKED)
-            copy(k_desc, b, key_head, second * KEYS, k_start, k_rows, k_tile, ready, KEYS, COLUMNS, 1, PACKED)
-            mbarrier.wait(v_empty.index(stage), phase ^ 1)
-            mbarrier.expect(v_full.index(stage), 2 * KEYS * HEAD_PAD * 2)
-            v_tile = v_smem.index(stage)
-            ready = v_full.index(stage)
-            copy(v_desc, b, key_head, first * KEYS, k_start, k_rows, v_tile, ready, KEYS, COLUMNS, 0, PACKED)
-            copy(v_desc, b, key_head, second * KEYS, k_start, k_rows, v_tile, ready, KEYS, COLUMNS, 1, PACKED)
+            load_pair(
+                k_desc, k_smem, k_full, k_empty, done, b, key_head, first, second, k_start, k_rows,
+                KEYS, STAGES, COLUMNS, PACKED,
+            )  # fmt: skip
+            load_pair(
+                v_desc, v_smem, v_full, v_empty, done, b, key_head, first, second, k_start, k_rows,
+                KEYS, STAGES, COLUMNS, PACKED,
+            )  # fmt: skip
             done += 1
             first = next_first
             second = next_second

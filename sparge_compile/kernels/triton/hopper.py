@@ -94,6 +94,27 @@ def copy(
 
 
 @gluon.jit
+def load_pair(
+    desc, smem, full, empty, number, b, head, first, second, start, rows,
+    KEYS: gl.constexpr, STAGES: gl.constexpr, COLUMNS: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    """Start the copies of two key blocks into place ``number`` of a ring, once that is free."""
+    stage = number % STAGES
+    mbarrier.wait(empty.index(stage), ((number // STAGES) & 1) ^ 1)
+    ready = full.index(stage)
+    tile = smem.index(stage)
+    mbarrier.expect(ready, 2 * KEYS * tile.shape[1] * 2)
+    copy(desc, b, head, first * KEYS, start, rows, tile, ready, KEYS, COLUMNS, 0, PACKED)
+    copy(desc, b, head, second * KEYS, start, rows, tile, ready, KEYS, COLUMNS, 1, PACKED)
+
+
+@gluon.jit
+def lse_in_log2(lse):
+    """lse in log2 units; +inf where a row has no keys, or does not exist, so that its P is exp2(-inf) = 0."""
+    return gl.where(lse == float("-inf"), float("inf"), lse) * 1.4426950408889634  # LOG2_E
+
+
+@gluon.jit
 def word(words, place):
     """One number of a loader's message."""
     EVERYWHERE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
