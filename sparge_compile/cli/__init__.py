@@ -1,0 +1,51 @@
+"""The command ``sparge``. Each command is a file of this folder: its arguments, and what it runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from . import calibrate, doctor, explain, plot, show
+
+# In the order of the list that `sparge --help` prints. Each has HELP, perhaps DESCRIPTION, `add_arguments` and `run`.
+_COMMANDS: tuple[Any, ...] = (calibrate, show, plot, explain, doctor)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status.
+
+    Errors about arguments and files are printed as a sentence; SPARGE_TRACEBACK=1 shows where they come from.
+    """
+    args = _parser().parse_args(arguments)
+    try:
+        status: int = args.run(args)
+        return status
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if os.environ.get("SPARGE_TRACEBACK"):
+            raise
+        print(f"sparge: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sparge", description="Thresholds for block-sparse attention, and what they do."
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+    for command in _COMMANDS:
+        text: str = command.HELP
+        own = commands.add_parser(
+            command.__name__.rpartition(".")[2],
+            help=text,
+            description=getattr(command, "DESCRIPTION", f"{text[0].upper()}{text[1:]}."),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_arguments(own)
+        own.set_defaults(run=command.run)
+    return parser

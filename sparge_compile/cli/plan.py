@@ -1,0 +1,35 @@
+"""Arguments that say what is dense by plan, and how sparse each step is."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def add_plan(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``Calibration.scheduled``."""
+    parser.add_argument(
+        "--dense-steps",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="for denoising: dense in the first N steps, the last -N, or from one to another, as 2 10",
+    )
+    parser.add_argument(
+        "--dense-layers", nargs="+", metavar="NAME", help="dense in every step: N for blocks 0 to N - 1, or patterns"
+    )
+    parser.add_argument(
+        "--sparsities", type=float, nargs="+", metavar="SHARE", help="for denoising: a target sparsity for each step"
+    )
+
+
+def planned(calibration: Any, args: argparse.Namespace) -> Any:
+    """The calibration with the plan that is asked for; itself where none is."""
+    steps, layers = args.dense_steps, args.dense_layers
+    given = {
+        "dense_steps": steps[0] if steps and len(steps) == 1 else steps,
+        "dense_layers": int(layers[0]) if layers and len(layers) == 1 and layers[0].isdigit() else layers,
+        "sparsities": args.sparsities,
+    }
+    plan = {name: value for name, value in given.items() if value is not None}
+    return calibration.scheduled(**plan) if plan else calibration
