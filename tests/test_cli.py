@@ -10,6 +10,7 @@ import torch
 
 from sparge_compile import Calibration
 from sparge_compile.cli import main
+from sparge_compile.version import __version__
 
 MODULE = """
 import torch
@@ -152,6 +153,12 @@ def test_the_package_runs_as_a_module(here):
     command = [sys.executable, "-W", "ignore", "-m", "sparge_compile.calibrate", "--help"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "--target-sparsity" in text and "goes on where it stopped" in text
+
+
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0 and capsys.readouterr().out == f"sparge_compile {__version__}\n"
 
 
 def tiny_wan(**parts):

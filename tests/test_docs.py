@@ -19,7 +19,7 @@ from sparge_compile.running.graph import open_graph
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "sparge_compile"
 DESIGN = ROOT / "docs" / "design.md"
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md")), *ROOT.glob("examples/*.md")]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md")), *ROOT.glob("examples/*.md")]
 SOURCES = [p for folder in (PACKAGE, *map(ROOT.joinpath, ("tests", "benchmarks", "studies", "examples"))) for p in
            sorted(folder.rglob("*.py"))]  # fmt: skip
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from ..version import __version__
 from . import calibrate, doctor, explain, plot, show
 
 # In the order of the list that `sparge --help` prints. Each has HELP, perhaps DESCRIPTION, `add_arguments` and `run`.
@@ -37,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sparge", description="Thresholds for block-sparse attention, and what they do."
     )
+    parser.add_argument("--version", action="version", version=f"sparge_compile {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
     for command in _COMMANDS:
         text: str = command.HELP
