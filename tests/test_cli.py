@@ -58,6 +58,10 @@ def test_from_calibration_to_pictures(here, capsys):
     assert main(["show", "c.json"]) == 0 and capsys.readouterr().out == shown.out
     assert main(["show", "c.json", "--target-sparsity", "0.3", "--out", "d.json"]) == 0
     assert Calibration.load("d.json").summary().sparsity >= 0.3 - 1e-3
+    capsys.readouterr()
+    assert main(["show", "c.json", "--site", "blocks.1", "--about", "model_id=mine", "--out", "d.json"]) == 0
+    assert Calibration.load("d.json") == found.described(model_id="mine")
+    assert capsys.readouterr().out.count("blocks.1") == len(found.sites["blocks.1"])
     assert main(["plot", "c.json"]) == 0
     for name in capsys.readouterr().out.split()[-2:]:
         assert (here / name).read_bytes().startswith(b"\x89PNG")
@@ -194,9 +198,18 @@ def test_a_pipeline_in_a_folder(here, capsys, monkeypatch):
     (here / "prompts.txt").write_text("a cat\n\na dog\n")
     source = ["--pipeline", "wan", "--prompts", "prompts.txt", "--steps", "2", "--device", "cpu"]
     source += ["--arguments", '{"height": 256, "width": 256, "num_frames": 9}', "--min-seq-len", "600"]
-    more = ["--query-blocks", "2", "--every", "2", "--phases", "0.5"]
+    more = ["--query-blocks", "2", "--every", "2", "--phases", "0.5", "--about", "note=tiny", "inputs=two pets"]
     assert main(["calibrate", *source, *more, "--out", "c.json"]) == 0, capsys.readouterr().err
     found = Calibration.load("c.json")
     assert set(found.sites) == {"blocks.0.attn1", "blocks.1.attn1"} and found.origin.model == "WanTransformer3DModel"
     assert found.origin.batches == 2 and list(found.phases) == [0.5]
+    assert dict(found.about) == {
+        "model_id": "wan",
+        "part": "transformer",
+        "resolution": "9x256x256",
+        "scheduler": "FlowMatchEulerDiscreteScheduler",
+        "steps": "2",
+        "inputs": "two pets",
+        "note": "tiny",
+    }
     assert found.origin.curves["blocks.0.attn1"].samples == 4, "two of four calls for each prompt"

@@ -7,8 +7,9 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -18,11 +19,12 @@ from ..errors import explain_error, value_error
 
 
 class Source(NamedTuple):
-    """A model, what runs it on a batch (None: the model itself), and the batches."""
+    """A model, what runs it on a batch (None: the model itself), the batches, and what is known about it."""
 
     model: nn.Module
     call: Callable[..., Any] | None
     batches: Iterable[Any]
+    about: Mapping[str, str] = MappingProxyType({})
 
 
 def from_python(model: str, inputs: str) -> Source:
@@ -90,7 +92,8 @@ def from_pipeline(
     )
     pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     pipe.set_progress_bar_config(disable=True)
-    model = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
+    part = "transformer" if getattr(pipe, "transformer", None) is not None else "unet"
+    model = getattr(pipe, part, None)
     if not isinstance(model, nn.Module):
         raise _wrong_argument("--pipeline", type(pipe).__name__, "a pipeline with a transformer or a unet")
 
@@ -100,7 +103,17 @@ def from_pipeline(
         given = {"output_type": "latent", **keywords, **more}
         return pipe(prompt, num_inference_steps=steps, generator=generator, **given)
 
-    return Source(model, call, list(enumerate(lines)))
+    about = {
+        "model_id": Path(folder).resolve().name,
+        "part": part,
+        "scheduler": type(pipe.scheduler).__name__,
+        "steps": str(steps),
+        "inputs": f"{len(lines)} prompt{'s' * (len(lines) > 1)}",
+    }
+    sizes = [keywords[name] for name in ("num_frames", "height", "width") if name in keywords]
+    if sizes:
+        about["resolution"] = "x".join(map(str, sizes))
+    return Source(model, call, list(enumerate(lines)), about)
 
 
 def _named(name: str) -> Any:

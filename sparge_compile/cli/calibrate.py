@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from .plan import add_plan, planned
+from .plan import add_about, add_plan, described, planned
 from .source import add_source, options_of, source_of
 
 HELP = "find thresholds"
@@ -60,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the random choice of query blocks (0)")
     parser.add_argument("--batches", type=int, help="use only the first so many batches")
     add_plan(parser)
+    add_about(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     shared = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if shared:
         _join_processes()
-    model, call, batches = source_of(args)
+    model, call, batches, about = source_of(args)
     if args.batches is not None:
         batches = list(itertools.islice(batches, args.batches))
     calibration = calibrate(
@@ -96,7 +97,8 @@ def run(args: argparse.Namespace) -> int:
         progress=True,
     )
     if not shared or int(os.environ["RANK"]) == 0:
-        changed = planned(calibration, args)
+        named = calibration.described(**about) if about else calibration
+        changed = described(planned(named, args), args)
         if changed is not calibration:
             changed.save(args.out)
         print(changed.table())

@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     from ..calibrate.inputs import arguments
     from ..thresholds.calibration import Calibration
 
-    model, call, batches = source_of(args)
+    model, call, batches, _ = source_of(args)
     thresholds = {name: getattr(args, name) for name in ("topk", "topp") if getattr(args, name) is not None}
     calibration = Calibration.load(args.calibration) if args.calibration else None
     positional, named = arguments(next(iter(batches)))

@@ -1,4 +1,4 @@
-"""Arguments that say what is dense by plan, and how sparse each step is."""
+"""Arguments that change a calibration without measuring: what is dense by plan, and what the file says of itself."""
 
 from __future__ import annotations
 
@@ -21,6 +21,25 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sparsities", type=float, nargs="+", metavar="SHARE", help="for denoising: a target sparsity for each step"
     )
+
+
+def add_about(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``Calibration.described``."""
+    parser.add_argument(
+        "--about",
+        nargs="+",
+        default=(),
+        metavar="NAME=TEXT",
+        help="what the file says of itself: model_id, part, resolution, scheduler, steps, inputs, licence, note",
+    )
+
+
+def described(calibration: Any, args: argparse.Namespace) -> Any:
+    """The calibration with what it shall say of itself; itself where that is nothing."""
+    from ..thresholds.about import parse_about
+
+    about = parse_about(args.about)
+    return calibration.described(**about) if about else calibration
 
 
 def planned(calibration: Any, args: argparse.Namespace) -> Any:

@@ -1,4 +1,4 @@
-"""Thresholds by site and phase, and what belongs to them: kept tokens, tiles, a plan.
+"""Thresholds by site and phase, and what belongs to them: kept tokens, tiles, a plan, what they are for.
 
 In: a site's name. Out: what holds there. It is what a ``Calibration`` is without how it was found.
 """
@@ -6,16 +6,20 @@ In: a site's name. Out: what holds there. It is what a ``Calibration`` is withou
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 from ..errors import type_error, value_error
 from ..keeping import NOTHING, Kept
 from ..kernels.order import Tile
 from ..pair import Pair, Sites, Table
 from ..schedule import ALWAYS_SPARSE, Schedule
+from .about import check_about
 from .checks import check_kept, check_phases, check_sites, check_tiles
 from .fronts import DENSE
+
+Own = TypeVar("Own", bound="SiteThresholds")
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class SiteThresholds:
     kept: Mapping[str, Kept] = field(default_factory=dict, kw_only=True)
     tiles: Mapping[str, Tile] = field(default_factory=dict, kw_only=True)
     schedule: Schedule = field(default=ALWAYS_SPARSE, kw_only=True)
+    about: Mapping[str, str] = field(default_factory=dict, kw_only=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sites", Table(check_sites("sites", self.sites)))
@@ -34,6 +39,7 @@ class SiteThresholds:
         object.__setattr__(self, "phases", Table({start: Table(sites) for start, sites in later.items()}))
         object.__setattr__(self, "kept", Table(check_kept(self.kept, self.sites)))
         object.__setattr__(self, "tiles", Table(check_tiles(self.tiles, self.sites)))
+        object.__setattr__(self, "about", Table(check_about(self.about)))
         if not isinstance(self.schedule, Schedule):
             raise type_error(
                 "Calibration: bad schedule",
@@ -76,6 +82,18 @@ class SiteThresholds:
     def tile_of(self, name: str) -> Tile | None:
         """Return the tile whose tokens form a block of a site: (frames, rows, columns); None: raster order."""
         return self.tiles.get(self.key_of(name) or "")
+
+    def described(self: Own, **about: str | None) -> Own:
+        """Return the same with more that it says of itself; None takes a name away.
+
+        Args:
+            about: ``model_id``, ``part``, ``resolution``, ``scheduler``, ``steps``, ``inputs``, ``licence``, ``note``.
+
+        Raises:
+            ValueError: another name, or a text of several lines.
+        """
+        said = {**self.about, **about}
+        return replace(self, about={name: text for name, text in said.items() if text is not None})
 
     def words(self) -> Iterator[str]:
         """Yield what belongs to the thresholds, a line for each entry or plan."""

@@ -18,7 +18,7 @@ from .choice import Key, choose, thresholds_of
 from .fronts import DENSE, Point
 from .measured import Origin
 from .site_curves import SitePoints, Summary, summarise
-from .table import kept_lines, measured_table, thresholds_table
+from .table import about_lines, heads_table, in_short, sites_table
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class Calibration(SiteThresholds):
 
     ``tiles`` says of entries of ``sites`` which tokens form a block, where the grid of a site's tokens is known:
     ``tiles={"*": (2, 4, 8)}``, in frames, rows and columns. Others are in raster order.
+
+    ``about`` says what it is for, in short texts by name; :meth:`described` adds to it.
 
     ``schedule`` says which steps and layers are dense whatever the thresholds; :meth:`scheduled` makes it.
 
@@ -160,7 +162,7 @@ class Calibration(SiteThresholds):
             "target_output_error": target_output_error,
         }
         origin = aimed_anew(self.origin, self.sites, aims, by, influence)
-        beside = {"kept": self.kept, "tiles": self.tiles, "schedule": self.schedule}
+        beside = {"kept": self.kept, "tiles": self.tiles, "schedule": self.schedule, "about": self.about}
         return from_points(origin, list(self.phases), choose(origin), **beside)
 
     def points(self) -> Iterator[SitePoints]:
@@ -176,32 +178,29 @@ class Calibration(SiteThresholds):
         """Return sparsity and error over the whole model, as measured; None without measurements."""
         return None if self.origin is None else summarise(self.points(), self.origin.by)
 
-    def table(self) -> str:
-        """Return a text for people: what is known, and a row for each site and phase with its extreme heads."""
-        summary = self.summary()
-        if self.origin is None or summary is None:
-            text = thresholds_table(self.all_phases()) + kept_lines(self.kept)
-        else:
-            text = measured_table(self.origin, summary, list(self.all_phases()), self.points())
-            text += kept_lines(self.kept, self.origin.gains)
-        return "\n".join((text, *self.words()))
+    def table(self, site: str | None = None) -> str:
+        """Return a text for people: what is known, and a row for each site and phase with its extreme heads.
+
+        Args:
+            site: a name or pattern: instead, a row for each head of these sites.
+
+        Raises:
+            ValueError: no entry has that name or fits the pattern.
+        """
+        phases, points = self.all_phases(), list(self.points())
+        if site is not None:
+            return heads_table(phases, points, site)
+        text = sites_table(phases, self.kept, self.origin, self.summary(), points)
+        return "\n".join((*about_lines(self.about), text, *self.words()))
 
     def __repr__(self) -> str:
-        known = [f"{len(self.sites)} sites"]
-        if self.phases:
-            known.append(f"{1 + len(self.phases)} phases")
-        if (total := self.summary()) is not None:
-            known.append(f"sparsity {total.sparsity:.1%}")
-            known.append(f"errors of heads {total.mean_error:.4f} on average, {total.worst_error:.4f} at most")
-        if self.schedule != ALWAYS_SPARSE:
-            known.append(f"dense: {self.schedule}")
-        if self.origin is not None and not self.origin.complete:
-            known.append("not complete")
-        return f"<Calibration: {', '.join(known)}>"
+        planned = [f"dense: {self.schedule}"] if self.schedule != ALWAYS_SPARSE else []
+        return f"<Calibration: {', '.join([*in_short(self.all_phases(), self.origin, self.summary()), *planned])}>"
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as plain JSON types, as :meth:`save` writes it."""
-        return calibration_file.to_document(self.all_phases(), self.origin, self.kept, self.tiles, self.schedule)
+        beside = (self.kept, self.tiles, self.schedule, self.about)
+        return calibration_file.to_document(self.all_phases(), self.origin, *beside)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file; a reader sees the old one or the new one, never a part."""
@@ -226,6 +225,7 @@ class Calibration(SiteThresholds):
                 kept=contents.kept,
                 tiles=contents.tiles,
                 schedule=parse_schedule(**contents.schedule),
+                about=contents.about,
             )
 
     @staticmethod

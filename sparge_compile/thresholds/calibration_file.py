@@ -2,7 +2,7 @@
 
 Version 1 is a table of sites and nothing else, and may be written by hand. A file has the lowest version whose readers
 know all that it says: 2, 3 where tokens are kept, 4 where the model's output was asked or something is dense by plan, 5
-where sites have tiles.
+where sites have tiles, 6 where it says what it is for.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from .site_curves import SiteCurves
 
 FORMAT = "sparge-calibration"
 FORMAT_VERSION = 2
-_PLAIN_VERSION, _KEPT_VERSION, _ASKED_VERSION, _TILES_VERSION = 1, 3, 4, 5
-_VERSIONS = (_PLAIN_VERSION, FORMAT_VERSION, _KEPT_VERSION, _ASKED_VERSION, _TILES_VERSION)
+_PLAIN_VERSION, _KEPT_VERSION, _ASKED_VERSION, _TILES_VERSION, _ABOUT_VERSION = 1, 3, 4, 5, 6
+_VERSIONS = (_PLAIN_VERSION, FORMAT_VERSION, _KEPT_VERSION, _ASKED_VERSION, _TILES_VERSION, _ABOUT_VERSION)
 _FIELDS = {
     1: {"format", "format_version", "created_by", "sites"},
     2: {"format", "format_version", "created_by", "phases", "origin", "sites", json_file.CHECKSUM},
@@ -42,6 +42,7 @@ class Contents(NamedTuple):
     kept: Mapping[str, Any]
     tiles: Mapping[str, Any] = MappingProxyType({})
     schedule: Mapping[str, Any] = MappingProxyType({})
+    about: Mapping[str, Any] = MappingProxyType({})
 
 
 def to_document(
@@ -50,12 +51,14 @@ def to_document(
     kept: Mapping[str, Kept],
     tiles: Mapping[str, Tile],
     schedule: Schedule,
+    about: Mapping[str, str],
 ) -> dict[str, Any]:
     """Return the document, without its checksum. ``phases`` are all, by the progress they hold from; the first is 0."""
     return {
         "format": FORMAT,
-        "format_version": _version(origin, kept, tiles, schedule),
+        "format_version": _ABOUT_VERSION if about else _version(origin, kept, tiles, schedule),
         "created_by": f"sparge_compile {__version__}",
+        **({"about": dict(about)} if about else {}),
         "phases": list(phases),
         **({"schedule": schedule.to_dict()} if schedule != ALWAYS_SPARSE else {}),
         "origin": None if origin is None else origin.to_dict(),
@@ -98,6 +101,8 @@ def read(path: str | os.PathLike[str]) -> Contents:
         wrong -= {"created_by"}
     if version >= _ASKED_VERSION:
         wrong -= {"schedule"}
+    if version >= _ABOUT_VERSION:
+        wrong -= {"about"}
     if wrong:
         raise _refusal(path, f"unknown or missing fields {sorted(wrong)}")
     sites = document["sites"]
@@ -135,7 +140,8 @@ def _parse(document: dict[str, Any], sites: dict[str, Any]) -> Contents:
     first, *later = ({name: entry["thresholds"][i] for name, entry in sites.items()} for i in range(len(starts)))
     origin = Origin.from_dict(document["origin"], curves) if has_curves else None
     phases = dict(zip(starts[1:], later, strict=True))
-    return Contents(first, phases, origin, kept, tiles, document.get("schedule", {}))
+    beside = (document.get(field, {}) for field in ("schedule", "about"))
+    return Contents(first, phases, origin, kept, tiles, *beside)
 
 
 def _taken_out(sites: dict[str, Any], field: str, known: bool) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from types import MappingProxyType
 
 from tabulate import tabulate
 
+from ..errors import value_error
 from ..keeping import Kept
 from ..pair import Pair, Sites
 from .fronts import Point, error_of
@@ -28,7 +30,33 @@ _HEADERS = (
 )
 
 
-def thresholds_table(phases: Mapping[float, Sites]) -> str:
+def in_short(phases: Mapping[float, Sites], origin: Origin | None, summary: Summary | None) -> list[str]:
+    """Return a few words for each thing that is known."""
+    known = [f"{len(phases[0.0])} sites"]
+    if len(phases) > 1:
+        known.append(f"{len(phases)} phases")
+    if summary is not None:
+        known.append(f"sparsity {summary.sparsity:.1%}")
+        known.append(f"errors of heads {summary.mean_error:.4f} on average, {summary.worst_error:.4f} at most")
+    if origin is not None and not origin.complete:
+        known.append("not complete")
+    return known
+
+
+def sites_table(
+    phases: Mapping[float, Sites],
+    kept: Mapping[str, Kept],
+    origin: Origin | None,
+    summary: Summary | None,
+    points: Sequence[SitePoints],
+) -> str:
+    """Return a row for each site and phase, and what is kept; ``points`` are those of each, where it was measured."""
+    if origin is None or summary is None:
+        return _thresholds_table(phases) + _kept_lines(kept)
+    return _measured_table(origin, summary, list(phases), points) + _kept_lines(kept, origin.gains)
+
+
+def _thresholds_table(phases: Mapping[float, Sites]) -> str:
     """Return the table of thresholds without measurements, by the progress from which they hold."""
     rows = [
         (name, f"{start:g}", len(pairs), *_spans(pairs))
@@ -38,7 +66,7 @@ def thresholds_table(phases: Mapping[float, Sites]) -> str:
     return "without measurements\n" + tabulate(rows, headers=("site", "from", "heads", "topk", "topp"))
 
 
-def kept_lines(kept: Mapping[str, Kept], gains: Mapping[str, tuple[float, float]] = MappingProxyType({})) -> str:
+def _kept_lines(kept: Mapping[str, Kept], gains: Mapping[str, tuple[float, float]] = MappingProxyType({})) -> str:
     """Return lines that say what is kept, and what that was measured to gain; nothing where nothing is kept."""
     lines = []
     for name, what in kept.items():
@@ -48,7 +76,42 @@ def kept_lines(kept: Mapping[str, Kept], gains: Mapping[str, tuple[float, float]
     return "".join(lines)
 
 
-def measured_table(origin: Origin, summary: Summary, starts: Sequence[float], sites: Iterable[SitePoints]) -> str:
+def about_lines(about: Mapping[str, str]) -> list[str]:
+    """Return what a calibration is for, a line for each name."""
+    return [f"{name.replace('_', ' ')}: {text}" for name, text in about.items()]
+
+
+def heads_table(phases: Mapping[float, Sites], points: Sequence[SitePoints], site: str) -> str:
+    """Return a row for each head of the entries that have this name or fit this pattern, phase by phase.
+
+    Args:
+        points: the chosen points of each site and phase; none without measurements.
+
+    Raises:
+        ValueError: there are no such entries.
+    """
+    first = phases[0.0]
+    names = [name for name in first if name == site or fnmatchcase(name, site)]
+    if not names:
+        raise value_error(
+            "no such site",
+            given=repr(site),
+            allowed=f"a name or pattern of {', '.join(list(first)[:6])}{', …' if len(first) > 6 else ''}",
+            todo="Calibration.table() and `sparge show` list all of them.",
+        )
+    measured = {(each.name, each.phase): each.points for each in points}
+    rows = []
+    for name in names:
+        for phase, (start, sites) in enumerate(phases.items()):
+            known = measured.get((name, phase), [None] * len(sites[name]))
+            for head, (pair, point) in enumerate(zip(sites[name], known, strict=True)):
+                found = () if point is None else (f"{1 - point.density:.1%}", f"{point.mean:.4f}", f"{point.worst:.4f}")
+                rows.append((name, f"{start:g}", head, *(f"{x:.4g}" for x in pair), *found))
+    headers = ("site", "from", "head", "topk", "topp", "sparsity", "mean error", "worst error")
+    return tabulate(rows, headers=headers if measured else headers[:5], disable_numparse=True)
+
+
+def _measured_table(origin: Origin, summary: Summary, starts: Sequence[float], sites: Iterable[SitePoints]) -> str:
     """Return what is known of measured thresholds, and a row for each site and phase.
 
     Args:
