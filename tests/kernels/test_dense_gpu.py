@@ -42,7 +42,11 @@ def test_below_the_limit_training_is_flash_attention(kv_heads, is_causal, head_s
     torch.testing.assert_close(lse.double(), scores.masked_fill(~visible, -torch.inf).logsumexp(-1), atol=0.02, rtol=0)
     for found, true in zip((out, *grads), (want, *expected), strict=True):
         assert (found.double() - true).norm() < 0.02 * true.norm()
-    assert [y.stride() for y in (out, *grads)] == [y.stride() for y in (q, q, k, v)]
+    # The stride of a dimension of size one says nothing: torch may give any.
+    for found, given in zip((out, *grads), (q, q, k, v), strict=True):
+        assert [found.stride(d) for d in range(4) if found.shape[d] > 1] == [
+            given.stride(d) for d in range(4) if given.shape[d] > 1
+        ]
 
 
 def test_a_gradient_of_the_log_sum_exp_goes_on_with_our_kernels():
