@@ -17,9 +17,12 @@ from .version import __version__ as __version__
 _WHERE = {
     "attach": "thresholds.attachment",
     "attention": "functional",
+    "calibration_part": "sharing.parts",
+    "compare_calibrations": "sharing.difference",
     "diffusers_callback": "thresholds.denoising",
     "explain": "backend",
     "head_influence": "calibrate.influence",
+    "merge_calibrations": "sharing.merging",
     "BlockMap": "kernels.block_map",
     "Calibration": "thresholds.calibration",
     "CostModel": "cost",
@@ -46,9 +49,12 @@ __all__ = [
     "attach",
     "attention",
     "calibrate",
+    "calibration_part",
+    "compare_calibrations",
     "diffusers_callback",
     "explain",
     "head_influence",
+    "merge_calibrations",
     "replace_attention",
     "rewrite",
     "set_step",
@@ -68,6 +74,9 @@ if TYPE_CHECKING:
     from .options import Options
     from .report import Report
     from .rewriting import rewrite
+    from .sharing.difference import compare_calibrations
+    from .sharing.merging import merge_calibrations
+    from .sharing.parts import calibration_part
     from .thresholds.attachment import attach
     from .thresholds.calibration import Calibration
     from .thresholds.denoising import diffusers_callback

@@ -20,7 +20,7 @@ ROOMS = [
     ["kernels", "dialects"],
     ["ops", "cost"],
     ["functional", "lowering", "thresholds"],
-    ["options"],
+    ["options", "sharing"],
     ["passes"],
     ["running", "inner"],
     ["notices"],

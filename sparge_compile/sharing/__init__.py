@@ -1,0 +1,1 @@
+"""Calibration files among people: what differs between two, and several put together."""
