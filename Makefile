@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test test-slow test-gpu test-matrix lint format package bench coverage clean
+.PHONY: help demo test test-slow test-gpu test-matrix lint format docs package bench coverage clean
 help:
 	@echo "make demo      a trained video model, dense, sparse and distilled (about 3 minutes on 2 cores)"
 	@echo "make test      the test suite (CPU and Triton's interpreter)"
@@ -10,6 +10,7 @@ help:
 	@echo "make test-gpu  the GPU tests, with the python on the PATH (PYTHON=...)"
 	@echo "make test-matrix  the test suite on the oldest and the newest versions that are supported, into docs/compatibility.md"
 	@echo "make lint      ruff, format check, mypy"
+	@echo "make docs      the pages as a site, into build/site"
 	@echo "make package   the source distribution and the wheel, tried in an empty environment"
 	@echo "make bench     attention benchmark on this machine's device"
 	@echo "make coverage  what is found in real models, into docs/coverage.md (about 10 minutes)"
@@ -17,7 +18,7 @@ help:
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,test,lint,package]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,test,lint,docs,package]"
 	touch $@
 
 demo: .venv/ready
@@ -56,6 +57,9 @@ lint: .venv/ready
 format: .venv/ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: .venv/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 package: .venv/ready
 	PYTHON=$(PYTHON) .ci/package

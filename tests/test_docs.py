@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import sparge_compile
 from sparge_compile.options import Options, option_table
 from sparge_compile.passes.pipeline import decide_sites, rewriting_passes, run
 from sparge_compile.running.graph import open_graph
@@ -30,9 +31,10 @@ def section(page: Path, heading: str) -> str:
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings, as GitHub makes them."""
+    """The anchors of the headings, as GitHub makes them, and of the README's sections that the site shows there."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    shown = re.findall(r"^\[README: .+\]\(\.\./README\.md#([\w-]+)\)$", page.read_text(), re.MULTILINE)
+    return {*shown} | {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -65,6 +67,13 @@ def test_sources_cite_pages_that_are_there():
 def test_readme_has_the_table_of_options():
     table = "\n".join(line for line in section(ROOT / "README.md", "Options").splitlines() if line.startswith("|"))
     assert table == option_table(), f"README.md, Options, should have this table:\n\n{option_table()}\n"
+
+
+def test_the_reference_has_every_public_name():
+    listed = re.findall(
+        r"^::: sparge_compile\.(?:[\w.]+\.)?(\w+)$", (ROOT / "docs" / "reference.md").read_text(), re.MULTILINE
+    )
+    assert sorted(listed) == sorted(sparge_compile.__all__)
 
 
 def test_design_lists_the_passes_that_run():
