@@ -96,10 +96,14 @@ class Examination:
         right = f"All is well: the kernels on {self.device} compute the rule"
         if self.timing is None:
             return f"{right}; nothing was timed{f' ({self.trouble})' if self.trouble else ''}."
-        faster = "faster" if self.timing.speedup >= 1 else "slower"
-        factor = max(self.timing.speedup, 1 / self.timing.speedup)
+        timing = self.timing
+        if timing.speedup < 1:
+            return (
+                f"{right}. At {timing.sparsity:.0%} sparsity attention of this shape takes "
+                f"{1 / timing.speedup:.1f} times as long as dense: try a longer one (--shape B,H,L,D)."
+            )
         return (
-            f"{right}, and at {self.timing.sparsity:.0%} sparsity attention is {factor:.1f} times {faster} than dense."
+            f"{right}, and at {timing.sparsity:.0%} sparsity attention is {timing.speedup:.1f} times faster than dense."
         )
 
     def to_dict(self) -> dict[str, Any]:

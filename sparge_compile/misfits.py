@@ -62,13 +62,16 @@ def warn_of_names(settings: Options, names: Iterable[str]) -> None:
                     "calibration",
                     f"sparge: the calibration names {near[0]!r}, but here the site is {name!r} and gets topk = "
                     f"{settings.topk}, topp = {settings.topp} from the options. Names begin at the module that "
-                    "torch.compile was called on or, block by block, at the outermost module that is called.",
+                    "torch.compile was called on or, block by block, at the outermost module that is called. Compile "
+                    "the module that was calibrated, or rename the entries of the calibration.",
                 )
             elif origin is not None:
                 warn(
                     "calibration lacks a site",
                     f"sparge: the calibration of {origin.model} has no thresholds for site {name!r}, which gets topk = "
-                    f"{settings.topk}, topp = {settings.topp} from the options.",
+                    f"{settings.topk}, topp = {settings.topp} from the options, whose error was not measured. "
+                    "Calibrate with inputs that reach it and the min_seq_len that you compile with, or keep it dense "
+                    "by dense_layers.",
                 )
 
 

@@ -19,15 +19,15 @@ _silent: ContextVar[bool] = ContextVar("sparge_silent", default=False)
 
 
 _PLEASE_REPORT = (
-    "Please open an issue in the repository of sparge_compile with this text, the versions of torch and "
-    'sparge_compile, and what TORCH_LOGS="+sparge_compile" prints.'
+    "Please open an issue in the repository of sparge_compile with this text, what `sparge doctor` prints, and what "
+    'TORCH_LOGS="+sparge_compile" prints.'
 )
 
 
 def warn_of_failures(failures: Iterable[Failure]) -> None:
     """Warn once of each analysis that failed inside, and where to report it."""
     for failure in dict.fromkeys(failures):
-        warn(str(failure), f"sparge: a graph stays dense, because {failure}. This is a bug. {_PLEASE_REPORT}")
+        warn(str(failure), f"sparge: a graph stays as it is, dense, because {failure}. This is a bug. {_PLEASE_REPORT}")
 
 
 def warn_of_unsupported(report: Report, settings: Options) -> None:
@@ -68,8 +68,9 @@ def warn_of_nothing(report: Report, settings: Options, model: str) -> None:
     if nothing and settings.on_unsupported != "dense":
         warn(
             "no attention",
-            f"sparge: no attention was found in {model}, so nothing is replaced. sparge_compile.explain(model)(...) "
-            "shows what was looked at; options={'on_unsupported': 'dense'} silences this.",
+            f"sparge: no attention was found in {model}, so nothing is replaced, and nothing gets faster. "
+            "sparge_compile.explain(model)(...) shows what was looked at, and what runs outside of graphs; "
+            "options={'on_unsupported': 'dense'} silences this.",
         )
 
 
@@ -80,7 +81,8 @@ def warn_of_text(steps: Iterable[Step], settings: Options) -> None:
         if lost and decision.status == "sparse" and settings.on_unsupported != "dense":
             warn(
                 "no text",
-                f"sparge: no text is kept at {match.site.name}: {match.parts}. Give keep_keys as a number of tokens "
+                f"sparge: no text is kept at {match.site.name}: {match.parts}. Its key blocks are dropped as all "
+                "others are, which may lose what a prompt says. Give keep_keys as a number of tokens "
                 "(512: the first, -512: the last); sparge_compile.explain(model)(...) says what each site keeps.",
             )
             return
@@ -107,7 +109,8 @@ def warn_of_orders(orders: Mapping[str, SiteOrder], settings: Options) -> None:
     elif lacking:
         warn(
             "no grid",
-            f"sparge: the tokens of {lacking[0]} stay in raster order, since no grid of theirs is known. {todo}",
+            f"sparge: the tokens of {lacking[0]} stay in raster order, where the same sparsity leaves more error, "
+            f"since no grid of theirs is known. {todo}",
         )
 
 
@@ -153,8 +156,9 @@ def _warn_once(reason: str, where: str, detail: str) -> None:
     because = f"{reason}: {detail}" if detail else reason
     warn(
         reason,
-        f"sparge: attention stays dense ({because}), first at {where}. sparge_compile.explain(model)(...) lists every "
-        "site; options={'on_unsupported': 'dense'} silences this.",
+        f"sparge: attention stays dense ({because}), first at {where}: it computes what it did, and gets no faster. "
+        "sparge_compile.explain(model)(...) lists every site; the README's 'What stays dense, and why' says for each "
+        "reason what to do; options={'on_unsupported': 'dense'} silences this.",
     )
 
 

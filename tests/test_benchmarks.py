@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
+import messages
 import methods
 import plot_sweep
 import pytest
@@ -220,3 +221,31 @@ def test_whole_models_are_measured(capsys):
     whole_models.main(["--device", "cpu", "--tiny", "--inner", "eager", "--check", *of_wan])
     printed = capsys.readouterr().out
     assert "error against dense" in printed and "sparge, 75 %" in printed and "Error" not in printed
+
+
+def test_every_message_says_what_to_do():
+    """What happened and what to do about it, in whole sentences. (What another message quotes is no message.)"""
+    listed = messages.Package().messages()
+    assert len(listed) > 200
+    for message in listed:
+        _, colon, allowed = message.text.partition("; allowed: ")
+        told = message.text if message.kind == "warning" else allowed
+        whole = told.count(". ") or "}" in told  # a part of it may be known at run time alone
+        assert (message.kind != "warning" and not colon) or (whole and told[-1] in '.}")?'), message
+
+
+def test_the_list_of_messages_reads_what_functions_hand_on():
+    texts = [message.text for message in messages.Package().messages()]
+    for words in (
+        "--model {model}: got ",
+        "option min_seq_len has a bad value: got ",
+        "sparge: no attention was found in ",
+    ):
+        assert any(text.startswith(words) for text in texts), words
+
+
+@pytest.mark.slow
+def test_the_list_of_messages_knows_which_test_raised_one():
+    found = messages.witnesses(["tests/test_errors.py", "-k", "dropout", "-p", "no:cacheprovider"])
+    assert {place.partition(":")[0] for place in found} >= {"sparge_compile/functional.py"}
+    assert {*found.values()} == {"tests/test_errors.py::test_bad_input_is_refused_in_four_parts[dropout]"}

@@ -29,7 +29,7 @@ def test_a_healthy_cpu(capsys):
         assert word in text
     assert "bfloat16, causal" in text and "dense SDPA" in text
     assert sum(line.endswith("right") for line in lines) == 18, "3 kernels, 3 dtypes, 2 problems"
-    assert lines[-1].startswith("All is well") and "sparsity attention is" in lines[-1]
+    assert lines[-1].startswith("All is well") and "sparsity attention" in lines[-1]
 
 
 def test_the_same_as_json(capsys):
@@ -38,6 +38,19 @@ def test_the_same_as_json(capsys):
     assert found["healthy"] and found["versions"]["torch"] == torch.__version__
     assert found["timing"]["shape"] == [1, 2, 600, 32] and 0.4 < found["timing"]["sparsity"] < 0.6
     assert {each["kernel"] for each in found["checks"]} == {"map", "forward", "backward"}
+
+
+@pytest.mark.parametrize(
+    "dense, words",
+    [
+        (3e-3, "and at 50% sparsity attention is 3.0 times faster than dense."),
+        (5e-4, "At 50% sparsity attention of this shape takes 2.0 times as long as dense: try a longer one"),
+    ],
+)
+def test_the_verdict_says_whether_it_pays(dense, words):
+    found = doctor.Examination({}, "a device", [Kernel("a kernel", "")], "need no table")
+    found.timing = doctor.Timing((1, 2, 600, 32), "float32", False, 0.5, dense, 1e-3)
+    assert found.healthy and words in found.verdict
 
 
 def test_a_wrong_kernel_and_one_that_fails(capsys, monkeypatch):

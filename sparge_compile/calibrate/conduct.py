@@ -200,8 +200,8 @@ class Run:
                 raise
             warn(
                 "influence",
-                f"sparge: a sparsity is aimed at without asking which heads the model's output depends on: {error} "
-                "influence=False says so without a warning.",
+                "sparge: a sparsity is aimed at without asking which heads the model's output depends on, which leaves "
+                f"it more error: {error} influence=False says so without a warning.",
             )
             return measured, origin
         return measured, replace(asked, curves={})

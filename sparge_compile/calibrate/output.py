@@ -179,7 +179,7 @@ def _best(tried: Sequence[_Tried]) -> _Tried:
             "target_output_error is out of reach",
             given=f"{best.goal:g}; the least error that was reached is {best.error:.4g}",
             allowed="more than rounding makes of the model's output",
-            todo="Ask for more; or run the model in a longer dtype.",
+            todo="Allow a larger error, or run the model in a wider dtype, as float32.",
         )
     return best
 
@@ -192,8 +192,9 @@ def _finished(origin: Origin, inquiry: Inquiry, tried: Sequence[_Tried]) -> Orig
     output = replace(origin.output, trials=trials, safety=float(f"{best.aim / best.goal:.4g}"))
     if best.error < FAR * best.aim:
         warnings.warn(
-            f"sparge: the model's output has an error of {best.error:.4g} where {best.goal:g} is allowed: of the "
-            "thresholds that were measured none comes nearer. Longer inputs allow sparser ones.",
+            f"sparge: the model's output has an error of {best.error:.4g}, less than the {best.goal:g} that is "
+            "allowed: of the thresholds that were measured none comes nearer, so the model is less sparse than it "
+            "might be. Longer inputs allow sparser ones.",
             stacklevel=2,
         )
     if best.held_out and (over := statistics.fmean(best.held_out) / best.goal) > 1:

@@ -72,7 +72,9 @@ def from_pipeline(
         from diffusers import DiffusionPipeline
     except ImportError as error:
         raise ImportError(
-            explain_error("--pipeline needs diffusers", given="none", allowed="diffusers", todo="pip install diffusers")
+            explain_error(
+                "--pipeline needs diffusers", given="none", allowed="diffusers", todo="Run `pip install diffusers`."
+            )
         ) from error
     if not Path(folder).is_dir():
         raise _wrong_argument(

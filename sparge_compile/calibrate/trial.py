@@ -72,10 +72,10 @@ class Trial:
             missing, exact = self._heard(call)
         if missing:
             raise value_error(
-                "calibrate: sites on trial",
+                "calibrate: measured attention does not run sparse when the model is asked for its output",
                 given=f"{', '.join(sorted(missing))}: not replaced or not run",
-                allowed="sparse ones",
-                todo="Give inputs that reach them, and the options of the calibration (additive_masks).",
+                allowed="sites that run sparse on these inputs",
+                todo="Give inputs that reach them, and the options that they were measured with (additive_masks).",
             )
         self._check_repeats(self._sparse, call, exact)
         return exact
@@ -180,18 +180,18 @@ def squared_error(changed: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     if [u.shape for u in changed] != [v.shape for v in exact]:
         raise value_error(
             "calibrate: the model",
-            given="outputs whose shapes differ between calls",
-            allowed="the same ones",
-            todo="Give other inputs.",
+            given="outputs whose shapes differ between calls on the same input",
+            allowed="equal shapes",
+            todo="Take out what makes the size of the output depend on its values.",
         )
     norm = sum(float(v.square().sum()) for v in exact)
     error = sum(float((u - v).square().sum()) for u, v in zip(changed, exact, strict=True))
     if not (0 < norm < float("inf") and error < float("inf")):
         raise value_error(
             "calibrate: the model",
-            given=f"outputs with squares of {norm:g}",
+            given=f"outputs whose squares add up to {norm:g}",
             allowed="finite numbers, not all 0",
-            todo="Check model and inputs.",
+            todo="Run the model on this batch without calibration and see where they come from.",
         )
     return error / norm
 

@@ -146,7 +146,10 @@ def check_mask(attn_mask: Tensor, q: Tensor, k: Tensor) -> None:
         )
     if attn_mask.device != q.device:
         raise value_error(
-            "attn_mask is on another device", given=attn_mask.device, allowed=str(q.device), todo="Move it."
+            "attn_mask is on another device",
+            given=attn_mask.device,
+            allowed=str(q.device),
+            todo="Move it to the query's.",
         )
     if attn_mask.requires_grad:
         raise value_error(
