@@ -1,7 +1,8 @@
 """What the site adds to docs/: sections of the README, links that lead elsewhere, pages without a place.
 
 A paragraph that is one link, ``[README: Options](../README.md#options)``, becomes that section on the site; a reader of
-the repository follows the link. ``{{ sparge show --help }}`` becomes what that command prints.
+the repository follows the link. ``{{ sparge --help }}`` becomes what that command prints, and what each of its commands
+prints when asked the same.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 SECTION = re.compile(r"^\[README: [^\]]+\]\(\.\./README\.md#([\w-]+)\)$", re.MULTILINE)
-COMMAND = re.compile(r"^\{\{ (sparge[^}]*) \}\}$", re.MULTILINE)
+HELP = "{{ sparge --help }}"
 CODE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 SHARED = re.compile(r"^( +)(\w+), (\w+(?:, \w+)*): (.*\n(?:\1 +.*\n)*)", re.MULTILINE)  # a, b: what they are
@@ -61,7 +62,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     pieces = SECTION.split(markdown)  # texts, and anchors between them
     pieces[0::2] = [turn(text, ROOT if uri in PAGES.values() else (DOCS / uri).parent) for text in pieces[0::2]]
     pieces[1::2] = [turn(sections()[anchor], ROOT) for anchor in pieces[1::2]]
-    return COMMAND.sub(printed, "".join(pieces))
+    text = "".join(pieces)
+    return text.replace(HELP, commands()) if HELP in text else text
 
 
 @cache
@@ -118,9 +120,18 @@ def address(inside: str, anchor: str) -> str | None:
     return f"{page}#{anchor}" if page and anchor else page
 
 
-def printed(match: re.Match[str]) -> str:
-    """What a command prints, as a block of code."""
-    command = [sys.executable, "-m", "sparge_compile.cli", *match[1].split()[1:]]
+def commands() -> str:
+    """What ``sparge --help`` prints, and each of its commands."""
+    whole = printed("--help")
+    return whole + "".join(
+        f"\n\n## sparge {name}\n\n{printed(name, '--help')}"
+        for name in re.findall(r"^    (\w+)\b", whole, re.MULTILINE)
+    )
+
+
+def printed(*arguments: str) -> str:
+    """What ``sparge`` prints, as a block of code."""
+    command = [sys.executable, "-m", "sparge_compile.cli", *arguments]
     run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env={"COLUMNS": "100"})
     return f"```text\n{run.stdout.rstrip()}\n```"
 
