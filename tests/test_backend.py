@@ -130,6 +130,19 @@ def test_what_calls_the_model_may_be_given(compiled):
         explain(pipe, call=pipe)
 
 
+def test_what_attends_beside_the_model_is_not_in_its_report():
+    class Attending(Pipe):
+        """As a pipeline's encoder of texts and its decoder of latents do."""
+
+        def __call__(self, length):
+            x = torch.randn(1, length, 32)
+            return self.model(F.scaled_dot_product_attention(x, x, x)) + Stack()(x)
+
+    pipe = Attending(Stack())
+    report = explain(pipe.model, FAST, call=pipe)(300)
+    assert [(row.name, row.status) for row in report] == [("blocks.0", "sparse"), ("blocks.1", "sparse")]
+
+
 def test_graph_breaks_give_one_report():
     report = explain(Broken(), FAST)(torch.randn(1, 300, 32))
     assert [row.name for row in report] == ["blocks.0", "blocks.1"]

@@ -89,8 +89,9 @@ class Outside:
                 return  # noted when it was called
             if code is None and not is_function and not at.f_code.co_filename.startswith(TORCH):
                 code = f"{at.f_code.co_filename}:{at.f_lineno}"
-        module = self.names.called() if self.names is not None else None
-        self.calls[module or ROOT, kind, code or ""] += 1
+        module = ROOT if self.names is None else self.names.called()
+        if module is not None:  # else somebody else attends: what calls the model, another model beside it
+            self.calls[module or ROOT, kind, code or ""] += 1
 
 
 def _kind_of_call(frame: FrameType) -> str | None:
