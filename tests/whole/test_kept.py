@@ -39,8 +39,8 @@ def turned(x: Tensor) -> Tensor:
 
 
 class Dual(nn.Module):
-    """Text and image have projections of their own and are joined in the attention, as in Flux and CogVideoX (text
-    first), SD3 and HunyuanVideo (text last)."""
+    """Text and image have projections of their own and are joined in the attention, as in Flux (text first),
+    SD3 and HunyuanVideo (text last)."""
 
     def __init__(self, text_first: bool, dim: int, late: bool = False, out: bool = True) -> None:
         super().__init__()
@@ -95,9 +95,23 @@ class Written(Dual):
         return out[:, : text.shape[1]], out[:, text.shape[1] :]
 
 
+class Turning(Dual):
+    """Rotary embeddings are written into the image's rows of queries and keys, as in CogVideoX."""
+
+    def forward(self, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        start = text.shape[1]
+        q, k, v = (heads(x) for x in torch.cat([self.text(text), self.image(image)], 1).chunk(3, -1))
+        q, k = self.norm_q(q), self.norm_k(k)
+        q[:, :, start:] = turned(q[:, :, start:])
+        k[:, :, start:] = turned(k[:, :, start:])
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return out[:, :start], out[:, start:]
+
+
 MODELS = {
     "flux": lambda: Dual(text_first=True, dim=2),
-    "cogvideox": lambda: Dual(text_first=True, dim=1),
+    "joined early": lambda: Dual(text_first=True, dim=1),
+    "cogvideox": lambda: Turning(text_first=True, dim=1),
     "sd3": lambda: Dual(text_first=False, dim=1),
     "hunyuanvideo": lambda: Dual(text_first=False, dim=2),
     "single": lambda: Single(),

@@ -66,7 +66,7 @@ def _parts(operand: Operand, tokens: Dim, reader: Reader) -> Parts | None:
         if key in seen or not any(axis in dim for dim in settle(layout) for axis in settle_dim(token)):
             continue
         seen.add(key)
-        made = reader.definition(value, user)
+        made = _definition(value, user, reader)
         if made is None or made[0].call is None:
             continue
         found = parts_of_cat(made[0].call, settle(layout), settle_dim(token))
@@ -74,3 +74,15 @@ def _parts(operand: Operand, tokens: Dim, reader: Reader) -> Parts | None:
             return found
         waiting += ((earlier_value, made[1], at) for earlier_value, at in earlier(made[0].call, layout))
     return None
+
+
+def _definition(value: Value, user: Node, reader: Reader) -> tuple[Value, Node] | None:
+    """What computed a value, and the node of that; what is written into a tensor moves none of its tokens."""
+    while value.call is None:
+        found = reader.made(value, user)
+        if found is None and value.node is not None and (before := reader.value(value.node)) is not None:
+            found = before, value.node
+        if found is None:
+            return None
+        value, user = found
+    return value, user
