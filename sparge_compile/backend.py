@@ -41,6 +41,7 @@ from .running.observe import Observer, Watched, calls_through, watching
 from .running.outside import Outside
 from .running.phases import DenseCalls, by_plan, dense_copy
 from .running.places import Place, find_names
+from .running.stack import is_innermost
 from .running.thresholds import RunTime
 from .thresholds.buffers import has_attached
 from .thresholds.json_file import Source
@@ -80,7 +81,7 @@ def sparge(
     warn_of_unsupported(report, settings)
     warn_of_text((step for step in graph.steps if step.match.node not in graph.attached), settings)
     warn_of_orders(graph.orders_by_name, settings)
-    if is_whole_call(graph_module):
+    if is_whole_call(graph_module) and (graph.names is None or is_innermost(graph.names.root)):  # no block among others
         warn_of_nothing(report, settings, type(graph.names.root).__name__ if graph.names else "the compiled function")
     names = [match.site.name for match in graph.sparse if match.node not in graph.attached]
     check_model(settings, names, graph.names)

@@ -43,6 +43,12 @@ def modules_on_stack() -> Iterator[Module]:
     return (module for module, _ in module_calls(sys._getframe(1)))
 
 
+def is_innermost(module: Module) -> bool:
+    """Whether no part of a module is being called inside its own call."""
+    innermost = next(modules_on_stack(), None)
+    return innermost is not None and bare(innermost) is module
+
+
 def outermost_call() -> tuple[Module, FrameType] | tuple[None, None]:
     """The outermost module that is being called, without what wraps it, and the frame of its call."""
     calls = list(module_calls(sys._getframe(1)))

@@ -129,6 +129,17 @@ def test_a_graph_without_attention_beside_others_is_no_reason_to_warn(x):
     assert not said(compiled(Stack(), x), "no attention")
 
 
+def test_a_block_without_attention_is_not_the_model(x):
+    """As the patch embedding that diffusers compiles among the repeated blocks of HunyuanVideo."""
+    model = torch.nn.Sequential(torch.nn.Linear(32, 32), Stack())
+    model[0].compile(backend="sparge", options=FAST)
+    model[1].compile(backend="sparge", options=FAST)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model(x)
+    assert not said(caught, "no attention")
+
+
 def test_hooks_of_the_compiled_model_are_no_model_without_attention(x):
     model = Stack()
     model.register_forward_pre_hook(lambda module, args: (2 * args[0],))
