@@ -22,6 +22,11 @@ _WHERE = {
     "diffusers_callback": "thresholds.denoising",
     "explain": "backend",
     "head_influence": "calibrate.influence",
+    "plot_calibration": "showing.plots",
+    "plot_survey": "showing.plots",
+    "side_by_side": "showing.clips",
+    "survey": "showing.survey",
+    "write_report": "showing.page",
     "merge_calibrations": "sharing.merging",
     "BlockMap": "kernels.block_map",
     "Calibration": "thresholds.calibration",
@@ -55,10 +60,15 @@ __all__ = [
     "explain",
     "head_influence",
     "merge_calibrations",
+    "plot_calibration",
+    "plot_survey",
     "replace_attention",
     "rewrite",
     "set_step",
+    "side_by_side",
+    "survey",
     "varlen_attention",
+    "write_report",
 ]
 
 if TYPE_CHECKING:
@@ -77,6 +87,10 @@ if TYPE_CHECKING:
     from .sharing.difference import compare_calibrations
     from .sharing.merging import merge_calibrations
     from .sharing.parts import calibration_part
+    from .showing.clips import side_by_side
+    from .showing.page import write_report
+    from .showing.plots import plot_calibration, plot_survey
+    from .showing.survey import survey
     from .thresholds.attachment import attach
     from .thresholds.calibration import Calibration
     from .thresholds.denoising import diffusers_callback

@@ -240,13 +240,14 @@ def _time(device: torch.device, shape: tuple[int, ...], sparsity: float, dtype: 
         times: dict[str, list[float]] = {"dense": [], "sparse": []}
         for turn in range(REPEATS + 1):  # the first warms up
             for name, call in (("dense", dense), ("sparse", sparse)):
-                seconds = _seconds(call, device)
-                times[name] += [seconds] if turn else []
+                took = seconds(call, device)
+                times[name] += [took] if turn else []
     medians = {name: statistics.median(each) for name, each in times.items()}
     return Timing(shape, str(dtype).removeprefix("torch."), is_causal, float(reached), **medians)
 
 
-def _seconds(call: Callable[[], Any], device: torch.device) -> float:
+def seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Return how long a call takes on a device, its launches and its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()

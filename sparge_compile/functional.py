@@ -242,12 +242,20 @@ def _thresholds(
 
 def sparsity(block_map: BlockMap, query: Tensor, key: Tensor, how: How) -> Tensor:
     """1 − kept ÷ visible key blocks over the whole tensor: a float32 scalar, computed on the query's device."""
-    attn_mask, is_causal, *_ = how
+    visible = visible_in(block_map, query, key, how)
+    kept = block_map.counts.expand(visible.shape[:3]).sum()
+    return 1 - kept / visible.sum().clamp(min=1)
+
+
+def visible_in(block_map: BlockMap, query: Tensor, key: Tensor, how: How) -> Tensor:
+    """Which key blocks the map of a call that is not packed could keep: bool [B, H, Nq, Nk]."""
     batch, heads, length = query.shape[:3]
     n_query, n_key = block_map.indices.shape[-2:]
-    visible = visible_blocks(n_query, n_key, length, is_causal, query.device).expand(batch, heads, n_query, n_key)
-    if attn_mask is not None:
-        bias, _ = pool_mask(capability.normal_mask(attn_mask, key.shape[2]), length, is_causal)
+    diagonal = how.diagonal(length, key.shape[2])
+    visible = visible_blocks(n_query, n_key, length, how.is_causal, query.device, diagonal)
+    if how.attn_mask is not None:
+        bias, _ = pool_mask(
+            capability.normal_mask(how.attn_mask, key.shape[2]), length, how.is_causal, diagonal=diagonal
+        )
         visible = visible & (bias != float("-inf"))
-    kept = block_map.counts.expand(batch, heads, n_query).sum()
-    return 1 - kept / visible.sum().clamp(min=1)
+    return visible.expand(batch, heads, n_query, n_key)

@@ -65,6 +65,14 @@ def test_from_calibration_to_pictures(here, capsys):
     assert main(["plot", "c.json"]) == 0
     for name in capsys.readouterr().out.split()[-2:]:
         assert (here / name).read_bytes().startswith(b"\x89PNG")
+    assert main(["plot", "c.json", *SOURCE, "--site", "blocks.1", "--out", "seen", "--no-times"]) == 0
+    assert capsys.readouterr().out.split() == ["seen-map.png"] and (here / "seen-map.png").exists()
+    assert main(["report", "c.json", *SOURCE, "--out", "page.html", "--title", "mine"]) == 0
+    page = (here / "page.html").read_text("utf-8")
+    assert "<title>mine</title>" in page and "Block maps" in page and "Time by site" in page
+    assert (
+        main(["report", "c.json", "--out", "file.html"]) == 0 and "Block maps" not in (here / "file.html").read_text()
+    )
     assert main(["explain", *SOURCE, "--calibration", "c.json"]) == 0
     assert "2 of 2 attention sites sparse" in capsys.readouterr().out
 
@@ -114,6 +122,7 @@ def test_a_callable_may_run_the_model_and_calls_may_be_skipped(here):
             "nothing is downloaded",
         ),
         (["plot", "plain.json"], "without measurements"),
+        (["report", "--out", "c.html"], "a calibration or a survey"),
         (["calibrate", "--pipeline", ".", "--prompts", "x", "--arguments", "[1]", "--out", "c.json"], "JSON object"),
     ],
 )

@@ -27,6 +27,7 @@ ROOMS = [
     ["misfits"],
     ["distill", "backend", "rewriting", "doctor", "eager"],
     ["calibrate"],
+    ["showing"],
     ["cli"],
 ]
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}

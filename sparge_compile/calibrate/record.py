@@ -5,28 +5,22 @@ A sample is one call of one site (:mod:`.measuring`).
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import Module
 
 from ..eager.observation import eager_calls_of
 from ..kernels.order import Tile
-from ..notices import warn_of_failures
 from ..options import Options
-from ..passes.decide import least_keys, refusal
-from ..passes.pipeline import sheltered
-from ..passes.write.taps import listening
-from ..running.observe import Observer, Watched, calls_through, watching
-from ..running.places import Place
+from ..running.observe import calls_through, watching
 from ..user_model import user_model
 from .calls import NotedCalls
-from .measuring import Measuring, Operands, Sample, SiteCall, longest_sequence, to_host
+from .measuring import Measuring, Operands, Sample, SiteCall, to_host
 from .orders import Trials
+from .site_calls import SiteCalls
 
 
 @dataclass
@@ -44,7 +38,7 @@ class Batch:
         return self.steps[call] / (self.steps[-1] + 1)
 
 
-class Recorder(Observer):
+class Recorder(SiteCalls):
     """Measures the sites of a model.
 
     Args:
@@ -72,15 +66,14 @@ class Recorder(Observer):
     ) -> None:
         target = user_model(model)
         assert isinstance(target, Module)
-        super().__init__(target)
+        super().__init__(target, options)
         self._model, self._called = target, model
-        self._options, self._every, self.noted = options, every, noted
+        self._every, self.noted = every, noted
         self._measuring = Measuring(options, query_blocks, memory, seed, tile)
         self._trials: Trials | None = None  # of orders, where these are what is recorded
         self._watched = watching(target, self)
         self._batch, self._number = Batch(), 0
         self._ended = 0  # steps of this batch
-        self._turns: Counter[str] = Counter()  # how often a site was met in this call
 
     def record(self, number: int, run: Callable[[], Any]) -> Batch:
         """Return the samples of one batch; ``run`` calls the model on it, once or as often as it likes.
@@ -91,7 +84,7 @@ class Recorder(Observer):
         with calls_through(self._called, self._call), torch.no_grad():
             run()
         samples = [to_host(sample) for sample in self._batch.samples]
-        return Batch(samples, _without_gaps(self._batch.steps) if self._ended else list(range(self._calls)))
+        return Batch(samples, without_gaps(self._batch.steps) if self._ended else list(range(self._calls)))
 
     def try_orders(
         self, number: int, run: Callable[[], Any], orders: Sequence[Tile | None], shares: Sequence[float]
@@ -139,7 +132,7 @@ class Recorder(Observer):
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         """One call of the model."""
         measured = self._calls % self._every == 0
-        self._turns.clear()
+        self.turns.clear()
         self._note(args, kwargs)
         try:
             if not measured:
@@ -149,46 +142,22 @@ class Recorder(Observer):
         finally:
             self._batch.steps.append(self._ended)
 
-    def ran(self, graph: Watched, places: list[Place], args: Sequence[Any]) -> Any:
-        """Run a graph, and measure those of its sites that may become sparse; see ``running.observe.Observer``."""
-        wanted: dict[int, str] = {}
-        with sheltered(graph.failures, "refusal"):
-            wanted = {
-                number: graph.slots[number].name(places[number])
-                for number, match in enumerate(graph.matches)
-                if match.is_attention and refusal(match, self._options) is None
-            }
-        warn_of_failures(graph.failures)
-        if not wanted:
-            return graph.run(args)
+    @property
+    def wants_grids(self) -> bool:
+        """Whether some site may be in tiles."""
+        return self._measuring.in_tiles
 
-        def listen(
-            number: int, query: Tensor, key: Tensor, value: Tensor, *masks_and_starts: Any, **known: Any
-        ) -> None:
-            attention = graph.matches[number].attention
-            mask, *starts = masks_and_starts
-            query, key, value = longest_sequence(query, key, value, *starts)
-            if attention is None or key.shape[2] < least_keys(self._options):
-                return
-            name = wanted[number]
-            turn = self._turns[name]
-            self._turns[name] += 1
-            call = Operands.of(attention, query, key, value, mask, **known)
-            self._heard(SiteCall(name, self._number, self._calls, turn), call)
-
-        with listening(listen):
-            grids = self._options if self._measuring.in_tiles else None
-            return graph.run_tapped(args, wanted, with_parts=self._options.keeps, grids=grids)
-
-    def _heard(self, site: SiteCall, operands: Operands) -> None:
+    def heard(self, name: str, turn: int, operands: Operands) -> None:
+        """Measure a site."""
+        site = SiteCall(name, self._number, self._calls, turn)
         if self._trials is not None and any(operands.grids):
             self._trials.add(site.name, self._measuring.try_orders(site, operands))
         else:
             self._batch.samples.append(self._measuring.sample(site, operands))
 
 
-def _without_gaps(steps: Sequence[int]) -> list[int]:
-    """Ascending numbers of steps, renumbered from 0."""
+def without_gaps(steps: Sequence[int]) -> list[int]:
+    """Return ascending numbers of steps, renumbered from 0."""
     numbers = {step: number for number, step in enumerate(dict.fromkeys(steps))}
     return [numbers[step] for step in steps]
 

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..version import __version__
-from . import calibrate, diff, doctor, explain, merge, plot, show
+from . import calibrate, diff, doctor, explain, merge, plot, report, show
 
 # In the order of the list that `sparge --help` prints. Each has HELP, perhaps DESCRIPTION, `add_arguments` and `run`.
-_COMMANDS: tuple[Any, ...] = (calibrate, show, diff, merge, plot, explain, doctor)
+_COMMANDS: tuple[Any, ...] = (calibrate, show, diff, merge, plot, report, explain, doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

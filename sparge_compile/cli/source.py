@@ -59,6 +59,26 @@ def source_of(args: argparse.Namespace) -> Any:
     )
 
 
+def add_survey(parser: argparse.ArgumentParser) -> None:
+    """How to look at a model: thresholds beside those of the file, which calls, whether to time them."""
+    parser.add_argument("--topk", type=float, help="threshold of sites without one in the file")
+    parser.add_argument("--topp", type=float, help="threshold of sites without one in the file")
+    parser.add_argument("--every", type=int, default=1, help="look at every n-th call of the model (1)")
+    parser.add_argument("--no-times", action="store_true", help="time nothing")
+
+
+def surveyed(args: argparse.Namespace, calibration: Any) -> Any:
+    """What ``survey`` sees on the first batch; None where no model is given."""
+    if not (args.model or args.inputs or args.pipeline or args.prompts):
+        return None
+    from ..showing.survey import survey
+
+    model, call, batches, _ = source_of(args)
+    thresholds = {name: getattr(args, name) for name in ("topk", "topp") if getattr(args, name) is not None}
+    options = {**options_of(args), **thresholds, "calibration": calibration}
+    return survey(model, next(iter(batches)), options, call=call, every=args.every, timed=not args.no_times)
+
+
 def options_of(args: argparse.Namespace) -> dict[str, Any]:
     """The backend's options that the arguments give."""
     return {"min_seq_len": args.min_seq_len, "additive_masks": args.additive_masks, "grid": args.grid}
