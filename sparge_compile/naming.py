@@ -27,6 +27,10 @@ _MODULES = re.compile(
     r"(?:\.__dict__)?(?:\['_(?:modules|parameters|buffers)'\]|\._(?:modules|parameters|buffers))\['([^']*)'\]"
 )  # diffusers' models reach children so
 _GETATTR = re.compile(r"getattr\(([^()]*), '([^']*)'\)")  # below functional_call: getattr(L['self'].blocks, '0')
+# A hook of diffusers: the owner of the forward that it keeps, and what it calls that with, are the module itself.
+_HOOKED = re.compile(
+    r"(?:(?:\.forward\.func\.__closure__\[\d+\]\.cell_contents)+\.forward\.__self__|\.forward\.args\[0\])(?=[.\[]|$)"
+)
 _ITEM = re.compile(r"\['?([^'\]]*)'?\]")  # blocks[0], layers['a']
 
 _LINE = re.compile(r'File "([^"]+)", line (\d+)')
@@ -42,11 +46,11 @@ def clean_path(path: str) -> str:
 
 
 def _dotted(path: str) -> str:
-    """Return a path of Dynamo with ``a.b`` for ``getattr(a, 'b')``."""
+    """Return a path of Dynamo with ``a.b`` for ``getattr(a, 'b')``, straight to what a hook keeps."""
     changed = 1
     while changed:
         path, changed = _GETATTR.subn(r"\1.\2", path)
-    return path
+    return _HOOKED.sub("", path)
 
 
 def user_path(name: str) -> str:

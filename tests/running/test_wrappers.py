@@ -41,6 +41,14 @@ def blocks(wrap):
     return wrapped
 
 
+def hooked(module):
+    hooks = pytest.importorskip("diffusers.hooks")
+    registry = hooks.HookRegistry.check_if_exists_or_initialize(module)
+    for name in ("first", "second"):
+        registry.register_hook(hooks.ModelHook(), name)
+    return module
+
+
 WRAPS = {
     "DataParallel": nn.DataParallel,
     "AveragedModel": AveragedModel,
@@ -49,6 +57,8 @@ WRAPS = {
     "blocks with PEFT": blocks(with_adapters),
     "DataParallel of PEFT": lambda model: nn.DataParallel(with_adapters(model)),
     "checkpointed blocks": blocks(checkpoint_wrapper),
+    "hooks of diffusers": hooked,
+    "blocks with hooks of diffusers": blocks(hooked),
     "compiled blocks": blocks(lambda block: torch.compile(block, backend="sparge", options=FAST)),
 }
 ONLY_AS_A_WHOLE = "compiled blocks"
