@@ -38,6 +38,9 @@ _WHERE = {
     "SparsitySchedule": "distill.schedule",
     "replace_attention": "eager.replacement",
     "rewrite": "rewriting",
+    "Ranks": "parallel.attention",
+    "shard_attention": "parallel.models",
+    "sharded_attention": "parallel.attention",
     "set_step": "thresholds.steps",
     "varlen_attention": "functional",
 }
@@ -49,6 +52,7 @@ __all__ = [
     "DistillationHook",
     "Grid",
     "Options",
+    "Ranks",
     "Report",
     "SparsitySchedule",
     "attach",
@@ -65,6 +69,8 @@ __all__ = [
     "replace_attention",
     "rewrite",
     "set_step",
+    "shard_attention",
+    "sharded_attention",
     "side_by_side",
     "survey",
     "varlen_attention",
@@ -82,6 +88,8 @@ if TYPE_CHECKING:
     from .kernels.block_map import BlockMap
     from .kernels.order import Grid
     from .options import Options
+    from .parallel.attention import Ranks, sharded_attention
+    from .parallel.models import shard_attention
     from .report import Report
     from .rewriting import rewrite
     from .sharing.difference import compare_calibrations

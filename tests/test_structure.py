@@ -20,7 +20,7 @@ ROOMS = [
     ["kernels", "dialects"],
     ["ops", "cost"],
     ["functional", "lowering", "thresholds"],
-    ["options", "sharing"],
+    ["options", "parallel", "sharing"],
     ["passes"],
     ["running", "inner"],
     ["notices"],

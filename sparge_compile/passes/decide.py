@@ -148,7 +148,7 @@ def _known(condition: Any) -> bool | None:
 def thresholds_for(match: Match, options: Options) -> tuple[Pair, ...]:
     """One (topk, topp) for each query head of a site."""
     assert match.attention is not None
-    return options.thresholds_of(match.site.name, int(match.attention.heads), int(match.attention.head_size))
+    return options.thresholds_of(match.site.name, int(match.attention.all_heads), int(match.attention.head_size))
 
 
 def expected_density(pairs: tuple[Pair, ...], kept: Kept = NOTHING, match: Match | None = None) -> float:
@@ -191,6 +191,8 @@ def refusal(match: Match, options: Options) -> Decision | None:
     unsupported = capability.refusal(attention.device, attention.dtype, *head_sizes)
     if unsupported is not None:
         return Decision(*unsupported)
+    if attention.ring is not None and options.kept_of(match.site.name) != NOTHING:
+        return Decision(Reason.ARGUMENT, "kept tokens in a ring")
     if attention.packing is not None and attention.masks:
         return Decision(Reason.MASK_SHAPE, "a mask beside packed sequences")
     if attention.learned_mask:

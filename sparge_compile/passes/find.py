@@ -26,6 +26,7 @@ from .match.decomposed import is_softmax, match_softmax
 from .match.dialects import Spoken, match_spoken, spoken
 from .match.foreign import known_of, match_foreign
 from .match.joint import Parts, joint_parts
+from .match.ranks import exchanged, is_ring, match_ring
 from .match.scope import TRANSPARENT
 from .match.sdpa import is_sdpa, match_sdpa
 from .mha.autograd_function import is_autograd_function, open_function
@@ -112,6 +113,8 @@ def _find(
         where["path"] = module_path(node)
         if is_sdpa(node):
             yield _match(names, "sdpa", match_sdpa(node, reader), around, where)
+        elif is_ring(node):
+            yield _match(names, "ring", match_ring(node, reader), around, where)
         elif is_softmax(node, reader):
             found = match_softmax(node, reader)
             where["node"] = found.output if isinstance(found, Attention) else found.node or node
@@ -205,7 +208,7 @@ def _match(
         is_causal=found.is_causal,
         code=code_of(where["node"]),
     )
-    found = replace(found, trains=_trains(where["node"], found))
+    found = replace(exchanged(found, where["node"]), trains=_trains(where["node"], found))
     return Match(site, attention=found, refusal=Refusal(around) if around else None, **where)
 
 

@@ -155,8 +155,9 @@ class _Orders:
         """The order of a site in such tiles; this grid is stated for it, if one is."""
         attention = match.attention
         assert attention is not None
-        if attention.packing is not None or attention.is_causal:
-            return SiteOrder(tile, why="packed" if attention.packing is not None else "causal")
+        if attention.packing is not None or attention.is_causal or attention.ring is not None:
+            why = "packed" if attention.packing is not None else "causal" if attention.is_causal else "in a ring"
+            return SiteOrder(tile, why=why)
         axes = attention.axes
         queries = self._side(match, attention.query, axes.rows, attention.length, stated)
         keys = self._side(match, attention.key, axes.keys, attention.keys, stated)

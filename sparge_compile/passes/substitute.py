@@ -13,6 +13,7 @@ from .. import ops  # noqa: F401  importing it registers the op
 from ..limit import Limit
 from .find import Match
 from .match.joint import Parts
+from .match.ranks import RING
 from .match.sdpa_kernels import gives_several, replace_kernel
 from .mha.open import put_inside
 from .write.emit import Emitter, values_like
@@ -50,6 +51,7 @@ def substitute_match(
     emitter = Emitter(graph, attention, translate)
     with graph.inserting_before(output):
         query, key, value = emitter.operands()
+        thresholds = emitter.of_rank(thresholds)
         options: dict[str, Any] = {
             "attn_mask": emitter.mask(),
             "is_causal": attention.is_causal,
@@ -63,7 +65,12 @@ def substitute_match(
         if parts:
             options["parts"] = [emitter.size(part) for part in parts]
         options |= order
-        new = graph.call_function(OP if attention.autocast else OP_AS_GIVEN, (query, key, value, thresholds), options)
+        if attention.ring is None:
+            op = OP if attention.autocast else OP_AS_GIVEN
+            new = graph.call_function(op, (query, key, value, thresholds), options)
+        else:
+            ring = (attention.scale, attention.ring.rank, attention.ring.ranks, attention.ring.group)
+            new = graph.call_function(RING, (query, key, value, thresholds, *ring))
         new.meta = {**output.meta, **values_like(query)}
         result = emitter.result(new)
     result.meta = dict(output.meta)

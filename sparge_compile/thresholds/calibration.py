@@ -174,6 +174,20 @@ class Calibration(SiteThresholds):
                 heads = zip(curves.phases[phase].heads, sites[name], strict=True)
                 yield SitePoints(name, phase, [_point(front, pair) for front, pair in heads], curves)
 
+    def densities(self, name: str, heads: int) -> list[float] | None:
+        """Return the share of key blocks that each head of a site keeps: as measured, else at most; None: not known.
+
+        Of several phases it is the mean.
+        """
+        key = self.key_of(name)
+        if key is None:
+            return None
+        measured = [[point.density for point in site.points] for site in self.points() if site.name == key]
+        if not measured:
+            chosen = [sites[key] for sites in self.all_phases().values()]
+            measured = [[max(pair) for pair in pairs] * (heads if len(pairs) == 1 else 1) for pairs in chosen]
+        return [sum(each) / len(each) for each in zip(*measured, strict=True)]
+
     def summary(self) -> Summary | None:
         """Return sparsity and error over the whole model, as measured; None without measurements."""
         return None if self.origin is None else summarise(self.points(), self.origin.by)

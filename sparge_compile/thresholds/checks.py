@@ -56,16 +56,17 @@ def fitting(
         return pairs * heads
     if len(pairs) != heads:
         allowed = f"{heads} pairs, one for each query head" + (", or a single pair" if measured_size is None else "")
-        raise _does_not_fit(name, f"thresholds for {len(pairs)} heads", allowed)
+        raise _does_not_fit(name, f"thresholds for {len(pairs)} heads", allowed, len(pairs) % heads == 0)
     return pairs
 
 
-def _does_not_fit(name: str, given: str, allowed: str) -> ValueError:
+def _does_not_fit(name: str, given: str, allowed: str, shared: bool = False) -> ValueError:
+    more = " Where processes share the heads of a diffusers model, call sparge_compile.shard_attention(model)."
     return value_error(
         f"calibration of site {name!r} does not fit the model",
         given=given,
         allowed=allowed,
-        todo="Calibrate this model, or load the file that was made for it.",
+        todo=f"Calibrate this model, or load the file that was made for it.{more * shared}",
     )
 
 

@@ -35,6 +35,7 @@ from sparge_compile.limit import Limit
 
 THRESHOLDS = [[0.34, 0.55], [0.12, 0.81]]
 OPS = ("block_map", "forward", "pack", "backward")
+PARTS = ("means", "select")  # the two halves of block_map, which are no ops
 
 
 def map_of(
@@ -57,10 +58,19 @@ def test_a_face_has_the_arguments_of_the_op(device: str, op: str) -> None:
     assert all(x.default is inspect.Parameter.empty for x in arguments)
     names = [name for x in arguments for name in (How._fields if x.name == "how" else (x.name,))]
     assert names == [x.name for x in schema.arguments if x.name not in Limit._fields]  # asked before a face is
-    assert set(OPS) == set(face_of(device).__all__)
+    assert {*OPS, *PARTS} == set(face_of(device).__all__)
 
 
 # ---- block maps
+
+
+@pytest.mark.parametrize("kept", [(), (70.0, 130.0, 0.0, 0.0)], ids=["", "kept"])
+def test_a_map_is_that_of_the_means_of_its_blocks(face: ModuleType, kept: tuple[float, ...]) -> None:
+    q, k = torch.randn(2, 4, 300, 16), torch.randn(2, 2, 320, 16)
+    thresholds = torch.tensor([(*pair, *kept) for pair in [*THRESHOLDS, *THRESHOLDS]])
+    with poisoned_memory():
+        want = BlockMap(*face.block_map(q, k, thresholds, None, False, 0.25))
+        assert_same_map(BlockMap(*face.select(*face.means(q, k), thresholds, 0.25)), want)
 
 
 def constant_mask(kind: str, length: int, keys: int) -> Tensor | None:

@@ -1,4 +1,5 @@
-"""The face of the CPU: the four functions of the op schemas (ops.py), with the same arguments as those of the GPU.
+"""The face of the CPU: the four functions of the op schemas (ops.py), with the same arguments as those of the GPU,
+and the two halves of ``block_map``, for a sequence of which several processes hold parts.
 
 The last arguments of each are the fields of a :class:`How`. What is given by name serves the GPU, where it saves a
 launch (``counter``) or a copy (``bits``).
@@ -11,10 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from .. import block_map as forms
+from .. import rule
 from ..how import How
 from . import attention, packed
 
-__all__ = ["backward", "block_map", "forward", "pack"]
+__all__ = ["backward", "block_map", "forward", "means", "pack", "select"]
 
 
 def block_map(
@@ -29,6 +31,16 @@ def block_map(
     made = _place(how).block_map(query, key, thresholds, How(*how))
     _ = bits is None or pack(*made, bits=bits)
     return made
+
+
+def means(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 [B, H, Nq, D] and [B, Hk, Nk, D]: the means of all blocks, of which ``select`` takes some."""
+    return rule.pool(query, forms.QUERY_BLOCK), rule.pool(key, forms.KEY_BLOCK)
+
+
+def select(q_mean: Tensor, k_mean: Tensor, thresholds: Tensor, scale: float) -> forms.BlockMap:
+    """The block map by means [B, H, Nq, D] and [B, Hk, Nk, D], where nothing is masked."""
+    return attention.select(q_mean, k_mean, thresholds, scale)
 
 
 def forward(

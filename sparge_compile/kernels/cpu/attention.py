@@ -89,6 +89,18 @@ def block_map(query: Tensor, key: Tensor, thresholds: Tensor, how: How) -> Block
     return out
 
 
+def select(q_mean: Tensor, k_mean: Tensor, thresholds: Tensor, scale: float) -> BlockMap:
+    """The block map by means [B, H, Nq, D] and [B, Hk, Nk, D], where nothing is masked."""
+    heads, n_query, n_key = q_mean.shape[1], q_mean.shape[2], k_mean.shape[2]
+    scores = (q_mean * scale) @ k_mean.repeat_interleave(heads // k_mean.shape[1], dim=1).mT
+    visible = torch.ones(n_query, n_key, dtype=torch.bool, device=scores.device)
+    thresholds = thresholds.expand(heads, -1)
+    always = always_read(thresholds, 0, n_key * KEY_BLOCK, beside_longest(None))
+    if always is not None:  # no row is dense: queries and keys are not one sequence here
+        always = Always(always.keys, torch.zeros_like(always.keys[:, :, :1]))
+    return BlockMap.from_dense(rule.select(scores, visible, thresholds, always=always))
+
+
 def for_heads(x: Tensor, at: Heads) -> Tensor:
     """The part of x [B or 1, H or 1, ...] for some heads: [b or 1, h or 1, ...]."""
     return x[tuple(slice(None) if size == 1 else some for size, some in zip(x.shape, at, strict=False))]

@@ -9,6 +9,6 @@ from __future__ import annotations
 from .backward import backward
 from .forward import forward
 from .lists import pack
-from .select import block_map
+from .select import block_map, means, select
 
-__all__ = ["backward", "block_map", "forward", "pack"]
+__all__ = ["backward", "block_map", "forward", "means", "pack", "select"]

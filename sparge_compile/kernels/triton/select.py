@@ -222,10 +222,9 @@ def block_map(
     rows and words to spare, where zeros go.
     """
     given = How(*how)
-    attn_mask, is_causal, scale, *_ = given
-    length, keys, head_size = query.shape[2], key.shape[2], query.shape[3]
+    attn_mask, is_causal, *_ = given
+    length, keys = query.shape[2], key.shape[2]
     result = allocate.new_block_map(query, key, given)
-    batch, heads, n_query, n_key = result.indices.shape
     if result.indices.numel() == 0:
         _ = bits is None or bits.zero_()
         return BlockMap(result.counts.zero_(), result.indices)
@@ -234,37 +233,75 @@ def block_map(
         diagonal = given.diagonal(length, keys)
         bias, cut, counted = pool_mask(rule.without_copies(attn_mask), length, given, diagonal)
     q_mean, k_mean = pool(query, key, counted, given)
+    _select(
+        result, q_mean, k_mean, thresholds, given, length, keys, counter, bits,
+        bias_ptr=bias, cut_ptr=None if cut is None else cut.view(torch.uint8),
+        bias_stride_b=0 if bias is None or bias.shape[0] == 1 else bias.stride(0),
+        bias_stride_h=0 if bias is None or bias.shape[1] == 1 else bias.stride(1),
+        bias_stride_i=0 if bias is None or bias.shape[2] == 1 else bias.stride(2),
+        HAS_MASK=bias is not None, ANCHOR=rule.needs_anchor(attn_mask, is_causal),
+    )  # fmt: skip
+    return result
+
+
+def means(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 [B, H, Nq, D] and [B, Hk, Nk, D]: the means of all blocks, of which ``select`` takes some."""
+    return pool(query, key, rule.Counted(None, None), How(None, False, 1.0))
+
+
+def select(q_mean: Tensor, k_mean: Tensor, thresholds: Tensor, scale: float) -> BlockMap:
+    """The block map by means [B, H, Nq, D] and [B, Hk, Nk, D], contiguous, where nothing is masked."""
+    shape, n_key = q_mean.shape[:3], k_mean.shape[2]
+    result = BlockMap(*(q_mean.new_empty(size, dtype=torch.int32) for size in (shape, (*shape, n_key))))
+    _select(
+        result, q_mean, k_mean, thresholds, How(None, False, scale), 0, n_key * KEY_BLOCK, None, None,
+        bias_ptr=None, cut_ptr=None, bias_stride_b=0, bias_stride_h=0, bias_stride_i=0, HAS_MASK=False, ANCHOR=False,
+    )  # fmt: skip
+    return result
+
+
+def _select(
+    result: BlockMap,
+    q_mean: Tensor,
+    k_mean: Tensor,
+    thresholds: Tensor,
+    how: How,
+    length: int,
+    keys: int,
+    counter: Tensor | None,
+    bits: Tensor | None,
+    **masked: Any,
+) -> None:
+    """Write the map of L queries over S keys by the means of their blocks; ``masked`` tells the kernel of a mask."""
+    batch, heads, n_query, n_key = result.indices.shape
+    head_size = q_mean.shape[3]
     row_tiles, key_tiles = triton.cdiv(n_query, SCORE_ROWS), triton.cdiv(n_key, SCORE_KEYS)
     n_pad = max(WORD_BITS, triton.next_power_of_2(n_key))
     bit_batch, _, bit_rows, bit_words = (0, 0, 0, 0) if bits is None else bits.shape
-    found_start, found_stop = beside_longest(given.parts)
-    with torch.cuda.device_of(query):
+    found_start, found_stop = beside_longest(how.parts)
+    with torch.cuda.device_of(q_mean):
         recording.launch(
             _score_kernel, (batch * heads * row_tiles * key_tiles,),
             q_mean_ptr=q_mean, k_mean_ptr=k_mean,
             scores_ptr=result.indices.view(torch.float32),
             heads=heads, group=heads // k_mean.shape[1], n_query=n_query, n_key=n_key,
-            row_tiles=row_tiles, key_tiles=key_tiles, scale=scale,
+            row_tiles=row_tiles, key_tiles=key_tiles, scale=how.scale,
             HEAD_SIZE=head_size, HEAD_PAD=max(SCORE_DEPTH, launch.pad_head(head_size)), DEPTH=SCORE_DEPTH,
-            ROWS=SCORE_ROWS, KEYS=SCORE_KEYS, PRECISION=launch.score_precision(query.device), num_warps=4, num_stages=2,
+            ROWS=SCORE_ROWS, KEYS=SCORE_KEYS, PRECISION=launch.score_precision(q_mean.device),
+            num_warps=4, num_stages=2,
         )  # fmt: skip
         recording.launch(
             _select_kernel, (batch * heads * n_query,),
-            thresholds_ptr=thresholds, bias_ptr=bias, cut_ptr=None if cut is None else cut.view(torch.uint8),
+            thresholds_ptr=thresholds,
             counts_ptr=result.counts, indices_ptr=result.indices, counter_ptr=counter, bits_ptr=bits,
             thresholds_stride_h=thresholds.stride(0), thresholds_stride_t=thresholds.stride(1),
-            bias_stride_b=0 if bias is None or bias.shape[0] == 1 else bias.stride(0),
-            bias_stride_h=0 if bias is None or bias.shape[1] == 1 else bias.stride(1),
-            bias_stride_i=0 if bias is None or bias.shape[2] == 1 else bias.stride(2),
             batch=batch, heads=heads, length=length, keys=keys, n_query=n_query, n_key=n_key,
             found_start=found_start, found_stop=found_stop,
             bit_batch=bit_batch, bit_rows=bit_rows, bit_words=bit_words,
-            **kept_arguments(thresholds, given, length, keys),
-            N_PAD=n_pad, QUERY_ROWS=QUERY_BLOCK, KEY_ROWS=KEY_BLOCK,
-            HAS_MASK=bias is not None, ANCHOR=rule.needs_anchor(attn_mask, is_causal), **how_arguments(given),
+            **kept_arguments(thresholds, how, length, keys),
+            N_PAD=n_pad, QUERY_ROWS=QUERY_BLOCK, KEY_ROWS=KEY_BLOCK, **how_arguments(how), **masked,
             CEIL_SLACK=rule.CEIL_SLACK, LINEAR_STEPS=LINEAR_STEPS,
             KEEPS=thresholds.shape[1] == WIDTH, OF_GRAPH=OF_GRAPH, WORD_SIZE=WORD_BITS,
             num_warps=launch.select_warps(n_pad), num_stages=1,
             enable_fp_fusion=False,  # topk * n - slack must round as torch does, before the ceiling
         )  # fmt: skip
-    return result

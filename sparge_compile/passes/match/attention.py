@@ -94,11 +94,34 @@ class Packing:
 
 
 @dataclass(frozen=True)
+class Exchange:
+    """Ranks have exchanged parts of the sequence for heads: each has the whole of it, for its share of the heads.
+
+    ``key_heads`` are those of all ranks; ``order`` [Hk] says which belong to which rank, None: as they come.
+    """
+
+    rank: int
+    ranks: int
+    key_heads: int
+    order: Node | None
+
+
+@dataclass(frozen=True)
+class Ring:
+    """Keys and values go round among ranks, each of which has its part of the queries and of the keys."""
+
+    rank: int
+    ranks: int
+    group: str
+
+
+@dataclass(frozen=True)
 class Attention:
     """softmax(scale · Q Kᵀ + masks) V of a graph, and the node that holds its result.
 
     ``bottom_right``: the causal diagonal ends at the last query and key (flash-attn), instead of beginning at the first
-    ones (SDPA). ``packing``: rows and keys hold several sequences.
+    ones (SDPA). ``packing``: rows and keys hold several sequences. ``exchange``, ``ring``: other processes
+    have heads or tokens of it.
 
     ``autocast``: where it is on, it casts queries, keys and values, as it does those of SDPA and of products.
     ``rewritten``: the result is changed in place later on. ``region`` are the nodes that have no reader but one another
@@ -116,6 +139,8 @@ class Attention:
     is_causal: bool = False
     bottom_right: bool = False
     packing: Packing | None = None
+    exchange: Exchange | None = None
+    ring: Ring | None = None
     scale: float | None = None
     factors: tuple[Factor, ...] = ()
     dropout: Any = 0.0
@@ -140,14 +165,21 @@ class Attention:
         return size_of(self.axes.heads) * size_of(self.axes.group)
 
     @property
+    def all_heads(self) -> Any:
+        """The number of query heads of all ranks: thresholds belong to these."""
+        return self.heads * (1 if self.exchange is None else self.exchange.ranks)
+
+    @property
     def length(self) -> Any:
         """L: the number of queries."""
         return size_of(self.axes.rows)
 
     @property
     def keys(self) -> Any:
-        """S: the number of keys; of packed sequences, those of the longest."""
-        return size_of(self.axes.keys) if self.packing is None else value_of(self.packing.max_seqlen_k)
+        """S: the number of keys; of packed sequences, those of the longest, in a ring, those of all ranks."""
+        if self.packing is not None:
+            return value_of(self.packing.max_seqlen_k)
+        return size_of(self.axes.keys) * (1 if self.ring is None else self.ring.ranks)
 
     @property
     def head_size(self) -> Any:

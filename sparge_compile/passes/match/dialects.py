@@ -54,10 +54,11 @@ def match_spoken(call: Spoken, reader: Reader) -> tuple[str, Attention | Refusal
     if isinstance(meaning, Unspoken):
         return call.dialect.kind, Refusal(meaning.reason, meaning.detail)
     kind = call.dialect.packed_kind if meaning.layout == "thd" else call.dialect.kind
-    return kind, _match(call.node, meaning, reader)
+    return kind, match_meaning(call.node, meaning, reader)
 
 
-def _match(node: Node, meaning: Meaning, reader: Reader) -> Attention | Refusal:
+def match_meaning(node: Node, meaning: Meaning, reader: Reader) -> Attention | Refusal:
+    """The attention of a call that is understood, or why it cannot be replaced."""
     result = reader.fake(node)
     if isinstance(result, (tuple, list)) and not only_attention_is_read(node):
         twice = meaning.cu_seqlens_q is not None and meaning.cu_seqlens_q is meaning.cu_seqlens_k

@@ -98,6 +98,14 @@ class Emitter:
         by = self.translate(factor.operand) if isinstance(factor.operand, Node) else self.operand(factor.operand)
         return self.call(op, query, by)
 
+    def of_rank(self, thresholds: Node) -> Node:
+        """The thresholds of this rank's heads, of those of all ranks."""
+        found = self.attention.exchange
+        if found is None:
+            return thresholds
+        order = None if found.order is None else self.translate(found.order)
+        return self.call(torch.ops.sparge.of_rank.default, thresholds, found.key_heads, order, found.rank, found.ranks)
+
     def packing(self) -> dict[str, Node | int]:
         """The arguments that say where packed sequences begin; none for other attention."""
         found = self.attention.packing

@@ -122,7 +122,7 @@ def attached_thresholds(match: Match, marker: Marker) -> Node:
     given = hand_down(match, given, match.graphs.index(marker.graph_module))
     value = value_of(given)
     assert match.attention is not None
-    heads = int(match.attention.heads)
+    heads = int(match.attention.all_heads)
     if value.shape[0] not in (1, heads):
         raise value_error(
             f"thresholds that are attached at {match.site.name!r} do not fit the model",

@@ -1,0 +1,129 @@
+"""Attention of a sequence that two processes share: outputs, gradients and block maps are those of one process.
+
+Over gloo on a CPU, over NCCL where there are two GPUs (``make test-multigpu``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from processes import run_in_processes
+from torch import Tensor, nn
+
+from sparge_compile import Calibration, Ranks, attach, explain, sharded_attention
+
+pytestmark = pytest.mark.multigpu
+
+HEADS, KEY_HEADS, SIZE, LENGTH, WIDTH = 4, 2, 16, 512, 32
+PAIRS = [(0.15, 0.0), (0.3, 0.2), (0.9, 0.0), (0.1, 0.5)]
+CALIBRATION = Calibration({"0": PAIRS, "1": PAIRS[::-1]})
+OPTIONS = {"calibration": CALIBRATION, "min_seq_len": 0, "inner": "eager"}
+HEADS_OF_RANKS = [1, 0]
+
+
+class Block(nn.Module):
+    """Attention with grouped queries, over this process alone, or as ``shared`` says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, (HEADS + 2 * KEY_HEADS) * SIZE)
+        self.out = nn.Linear(HEADS * SIZE, WIDTH)
+        self.shared: dict[str, Any] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (-1, SIZE)).transpose(1, 2).split((HEADS, KEY_HEADS, KEY_HEADS), 1)
+        if self.shared is None:
+            out = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        else:
+            out = sharded_attention(q, k, v, enable_gqa=True, **self.shared)
+        return x + self.out(out.transpose(1, 2).flatten(2))
+
+
+def outcome(model: nn.Module, x: Tensor, target: Tensor) -> list[Tensor]:
+    """The output and the gradients of a loss that is a sum over tokens."""
+    out = model(x)
+    model.zero_grad()
+    (out * target).sum().backward()
+    return [out.detach(), *(p.grad.clone() for p in model.parameters())]
+
+
+def apart(got: list[Tensor], want: list[Tensor]) -> float:
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(got, want, strict=True))
+
+
+def compiled(model: nn.Module, **options: Any) -> nn.Module:
+    torch._dynamo.reset()
+    return torch.compile(model, backend="sparge", options={**OPTIONS, **options}, fullgraph=True)
+
+
+def sharded(device: torch.device) -> dict[str, Any]:
+    """How far each way to share a sequence is from one process, and what the report says."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(), Block()).to(device)
+    x, target = (torch.randn(2, LENGTH, WIDTH, device=device) for _ in range(2))
+    dense, want = outcome(model, x, target), outcome(compiled(model), x, target)
+    ranks, found = Ranks.of(), {"sparse": apart(want[:1], dense[:1])}
+    mine = [y.chunk(ranks.size, 1)[ranks.rank] for y in (x, target)]
+
+    def distance(run: nn.Module, wanted: list[Tensor]) -> float:
+        got = outcome(run, *mine)
+        for grad in got[1:]:
+            dist.all_reduce(grad)
+        return apart(got, [wanted[0].chunk(ranks.size, 1)[ranks.rank], *wanted[1:]])
+
+    order = torch.tensor(HEADS_OF_RANKS, device=device)
+    for name, shared in {
+        "heads": {"heads": ranks},
+        "heads in an order": {"heads": ranks, "order": order},
+        "ring": {"ring": ranks},
+    }.items():
+        for block in model:
+            block.shared = shared
+        found[f"{name}, dense"] = distance(model, dense)
+        found[name] = distance(compiled(model), want)
+        torch._dynamo.reset()
+        rows = explain(model, OPTIONS)(mine[0]).sparse
+        found[f"{name}, report"] = [(row.name, row.kind, row.shapes["length"], row.shapes["keys"]) for row in rows]
+    with attach(model, CALIBRATION):
+        found["attached"] = distance(compiled(model, calibration=None), want)
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    first, second = run_in_processes(sharded, tmp_path_factory.mktemp("sharded"))
+    assert first.keys() == second.keys()
+    return {name: max(value, second[name]) for name, value in first.items()}
+
+
+@pytest.mark.parametrize("way", ["heads", "heads in an order", "ring", "attached"])
+def test_outputs_and_gradients_are_those_of_one_process(found, way):
+    assert found["sparse"] > 1e-2, "thresholds that change nothing show nothing"
+    assert found[way] < 1e-5
+
+
+@pytest.mark.parametrize("way", ["heads", "heads in an order", "ring"])
+def test_without_the_backend_it_is_dense_attention(found, way):
+    assert found[f"{way}, dense"] < 1e-5
+
+
+def test_sites_are_reported_with_the_whole_sequence(found):
+    assert found["heads, report"] == [("0", "sdpa", LENGTH, LENGTH), ("1", "sdpa", LENGTH, LENGTH)]
+    assert found["ring, report"] == [("0", "ring", LENGTH // 2, LENGTH), ("1", "ring", LENGTH // 2, LENGTH)]
+
+
+def test_heads_that_ranks_do_not_divide_are_refused():
+    q, kv = torch.randn(1, 6, 64, 16), torch.randn(1, 3, 64, 16)
+    with pytest.raises(ValueError, match="3 key heads over 2 ranks; allowed: a number"):
+        sharded_attention(q, kv, kv, enable_gqa=True, heads=Ranks(0, 2, "none"))
+
+
+@pytest.mark.parametrize("given", [{"is_causal": True}, {"attn_mask": torch.ones(64, dtype=torch.bool)}])
+def test_a_ring_refuses_what_hides_keys(given):
+    q = torch.randn(1, 2, 64, 16)
+    with pytest.raises(ValueError, match="every query sees every key"):
+        sharded_attention(q, q, q, ring=Ranks(0, 2, "none"), **given)
