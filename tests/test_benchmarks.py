@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,8 @@ import plot_sweep
 import pytest
 import torch
 import varlen
+
+from sparge_compile.report import Reason
 
 CPU = torch.device("cpu")
 
@@ -223,9 +226,13 @@ def test_whole_models_are_measured(capsys):
     assert "error against dense" in printed and "sparge, 75 %" in printed and "Error" not in printed
 
 
-def test_every_message_says_what_to_do():
+@pytest.fixture(scope="module")
+def listed():
+    return messages.Package().messages()
+
+
+def test_every_message_says_what_to_do(listed):
     """What happened and what to do about it, in whole sentences. (What another message quotes is no message.)"""
-    listed = messages.Package().messages()
     assert len(listed) > 200
     for message in listed:
         _, colon, allowed = message.text.partition("; allowed: ")
@@ -234,14 +241,23 @@ def test_every_message_says_what_to_do():
         assert (message.kind != "warning" and not colon) or (whole and told[-1] in '.}")?'), message
 
 
-def test_the_list_of_messages_reads_what_functions_hand_on():
-    texts = [message.text for message in messages.Package().messages()]
+def test_the_list_of_messages_reads_what_functions_hand_on(listed):
+    texts = [message.text for message in listed]
     for words in (
         "--model {model}: got ",
         "option min_seq_len has a bad value: got ",
         "sparge: no attention was found in ",
     ):
         assert any(text.startswith(words) for text in texts), words
+
+
+def test_symptoms_that_a_page_quotes_are_messages(listed):
+    said = [*(message.text for message in listed), *(reason.value for reason in Reason)]
+    headings = re.findall("^### (.+)$", (messages.ROOT / "docs" / "trouble.md").read_text(), re.MULTILINE)
+    quoted = [part.strip() for line in headings for quote in re.findall('"([^"]+)"', line) for part in quote.split("…")]
+    assert len(quoted) > 5
+    for part in quoted:
+        assert any(part in text for text in said), f"docs/trouble.md quotes {part!r}, which nothing says"
 
 
 @pytest.mark.slow

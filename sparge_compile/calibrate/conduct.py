@@ -113,7 +113,9 @@ class Run:
                 count = number + 1
                 args, kwargs = arguments(batch)
                 run = partial(call, *args, **kwargs)
-                is_recorded = number == 0 and len(self._settings.orders) > 1 and self._choose_orders(run)
+                tries_orders = number == 0 and len(self._settings.orders) > 1
+                bar.set_postfix_str("choosing the order of tokens" if tries_orders else "")
+                is_recorded = tries_orders and self._choose_orders(run)
                 if not self._processes.owns(number):
                     continue
                 if number in self._done and not is_recorded:
