@@ -17,7 +17,7 @@ pytestmark = pytest.mark.interpreter
 def test_forms_of_a_map(n_key: int, density: float, monkeypatch: pytest.MonkeyPatch) -> None:
     from sparge_compile.kernels.triton import lists
 
-    small = {"PACK_ENTRIES": 16, "PACK_WORDS": 2, "UNPACK_BLOCKS": 32, "INVERT_ROWS": 4}
+    small = {"PACK_ENTRIES": 16, "PACK_WORDS": 2, "UNPACK_WORDS": 1, "INVERT_ROWS": 4}
     for name, value in small.items():
         monkeypatch.setattr(lists, name, value)  # several steps and parts even for short lists
     dense = torch.rand(2, 1, 5, n_key) < density

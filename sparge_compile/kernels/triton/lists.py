@@ -1,7 +1,8 @@
 """Forms of a block map, converted on the GPU: lists to bits, and bits to lists, both ways.
 
 The forms are those of :mod:`block_map`. Each program writes its own words or list in a fixed order: no atomics, so
-equal input gives equal memory.
+equal input gives equal memory. How many bits are set before each one, which is its place in a list, is a product with a
+triangle of ones: tensor cores do it at once, where a running sum goes from thread to thread.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from . import recording
 
 PACK_ENTRIES = 64  # list entries that a packing program compares at a time
 PACK_WORDS = 64  # words that it writes: 2048 key blocks
-UNPACK_BLOCKS = 1024  # key blocks that an unpacking program looks at in one step
-INVERT_ROWS = 128  # query blocks that an inverting program looks at in one step
+UNPACK_WORDS = 64  # words that an unpacking program looks at in one step: 2048 key blocks
+INVERT_ROWS = 32  # query blocks that an inverting program looks at in one step
 
 
 @triton.jit
@@ -74,20 +75,24 @@ def pack(counts: Tensor, indices: Tensor, *, bits: Tensor | None = None) -> Tens
 
 @triton.jit
 def _unpack_row(
-    bits_ptr, counts_ptr, indices_ptr, bits_stride_b, bits_stride_h, bits_stride_i, row, heads, n_query, n_key,
-    BLOCKS: tl.constexpr,
+    bits_ptr, counts_ptr, indices_ptr, bits_stride_b, bits_stride_h, bits_stride_i, row, heads, words, n_query, n_key,
+    WORDS: tl.constexpr, WORD_SIZE: tl.constexpr,
 ):  # fmt: skip
     """The list of one query block."""
     i, h, b = row % n_query, row // n_query % heads, row // n_query // heads
     bits_ptr += b * bits_stride_b + h * bits_stride_h + i * bits_stride_i
+    lane = tl.arange(0, WORD_SIZE)
+    before = (lane[:, None] < lane[None, :]).to(tl.float16)
     count = 0
-    for first in tl.range(0, n_key, BLOCKS):
-        j = first + tl.arange(0, BLOCKS)
-        word = tl.load(bits_ptr + (j >> 5), mask=j < n_key, other=0)
-        kept = (word >> (j & 31)) & 1
-        place = count + tl.cumsum(kept, 0) - 1
+    for first in tl.range(0, words, WORDS):
+        number = first + tl.arange(0, WORDS)
+        word = tl.load(bits_ptr + number, mask=number < words, other=0)
+        j = number[:, None] * WORD_SIZE + lane[None, :]
+        kept = tl.where(j < n_key, (word[:, None] >> lane[None, :]) & 1, 0)
+        in_word = tl.sum(kept, 1)
+        place = (count + tl.cumsum(in_word, 0) - in_word)[:, None] + tl.dot(kept.to(tl.float16), before).to(tl.int32)
         tl.store(indices_ptr + row * n_key + place, j, mask=kept != 0)
-        count += tl.sum(kept, 0)
+        count += tl.sum(in_word, 0)
     tl.store(counts_ptr + row, count)
 
 
@@ -101,12 +106,14 @@ def _invert_word(
     lane = tl.arange(0, WORD_SIZE)  # one word holds this many key blocks
     j = word_number * WORD_SIZE + lane
     list_ptrs = indices_ptr + (bh * n_key + j)[None, :] * n_query
+    row = tl.arange(0, ROWS)
+    before = (row[:, None] > row[None, :]).to(tl.float16)
     count = tl.zeros([WORD_SIZE], tl.int32)
     for first in tl.range(0, n_query, ROWS):
-        i = first + tl.arange(0, ROWS)
+        i = first + row
         word = tl.load(bits_ptr + i.to(tl.int64) * bits_stride_i, mask=i < n_query, other=0)
         kept = (word[:, None] >> lane[None, :]) & 1
-        place = count[None, :] + tl.cumsum(kept, 0) - 1
+        place = count[None, :] + tl.dot(before, kept.to(tl.float16)).to(tl.int32)
         block = tl.broadcast_to(i[:, None], [ROWS, WORD_SIZE])
         tl.store(list_ptrs + place, block, mask=(kept != 0) & (j < n_key)[None, :])
         count += tl.sum(kept, 0)
@@ -119,7 +126,7 @@ def _unpack_kernel(
     counts_ptr, indices_ptr, reader_counts_ptr, reader_indices_ptr, counters_ptr,
     bits_stride_b, bits_stride_h, bits_stride_i,
     heads, words, n_query, n_key, inverting,
-    BLOCKS: tl.constexpr, ROWS: tl.constexpr, WORD_SIZE: tl.constexpr,
+    WORDS: tl.constexpr, ROWS: tl.constexpr, WORD_SIZE: tl.constexpr,
 ):  # fmt: skip
     """The first ``inverting`` programs, which take longer, make the lists of key blocks, the others those of rows."""
     pid = tl.program_id(0).to(tl.int64)
@@ -134,7 +141,7 @@ def _unpack_kernel(
     else:
         _unpack_row(
             bits_ptr, counts_ptr, indices_ptr, bits_stride_b, bits_stride_h, bits_stride_i, pid - inverting, heads,
-            n_query, n_key, BLOCKS=BLOCKS,
+            words, n_query, n_key, WORDS=WORDS, WORD_SIZE=WORD_SIZE,
         )  # fmt: skip
 
 
@@ -160,7 +167,7 @@ def unpack(bits: Tensor, n_query: int, n_key: int, counters: Tensor | None = Non
             reader_counts_ptr=readers.counts, reader_indices_ptr=readers.indices, counters_ptr=counters,
             bits_stride_b=bits.stride(0), bits_stride_h=bits.stride(1), bits_stride_i=bits.stride(2),
             heads=heads, words=words, n_query=n_query, n_key=n_key, inverting=inverting,
-            BLOCKS=min(UNPACK_BLOCKS, max(32, triton.next_power_of_2(n_key))), ROWS=INVERT_ROWS, WORD_SIZE=WORD_BITS,
-            num_warps=4,
+            WORDS=min(UNPACK_WORDS, max(16, triton.next_power_of_2(words))), ROWS=INVERT_ROWS, WORD_SIZE=WORD_BITS,
+            num_warps=1,
         )  # fmt: skip
     return kept, readers
