@@ -28,6 +28,7 @@ class Layer(torch.nn.Module):
 folder = Path(sparge_compile.__file__).parent
 assert folder.is_relative_to(sys.prefix), f"{folder} is not what was installed"
 assert (folder / "py.typed").exists(), "no type information"
+assert (folder / "showing" / "page.html").exists(), "no page for reports"
 for module in pkgutil.walk_packages([str(folder)], "sparge_compile."):
     if not module.name.endswith("__main__"):
         importlib.import_module(module.name)

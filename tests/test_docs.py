@@ -20,7 +20,12 @@ from sparge_compile.running.graph import open_graph
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "sparge_compile"
 DESIGN = ROOT / "docs" / "design.md"
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md")), *ROOT.glob("examples/*.md")]
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted(ROOT.glob("docs/**/*.md")),
+    *ROOT.glob("examples/*.md"),
+    *ROOT.glob("gallery/*.md"),
+]
 SOURCES = [p for folder in (PACKAGE, *map(ROOT.joinpath, ("tests", "benchmarks", "studies", "examples"))) for p in
            sorted(folder.rglob("*.py"))]  # fmt: skip
 

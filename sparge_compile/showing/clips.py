@@ -74,7 +74,7 @@ def frames_of(output: Any) -> Any:
     if frames is None or not len(frames) or (isinstance(frames, Tensor) and frames.dim() != 5 - single):
         return None  # latents, perhaps
     first = frames[0]
-    if isinstance(first, Tensor) and first.dim() >= 3 and first.shape[-3] in (1, 3):  # channels before rows
+    if isinstance(first, Tensor) and first.dim() == 4 - single and first.shape[-3] in (1, 3):  # channels before rows
         first = first.movedim(-3, -1)
     return [first] if single else first
 

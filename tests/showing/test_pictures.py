@@ -162,6 +162,7 @@ def test_what_pipelines_give():
     assert torch.equal(frames_of(SimpleNamespace(frames=video)), video[0].movedim(1, -1))
     array = video.movedim(2, -1).numpy()
     assert frames_of(SimpleNamespace(frames=array)).shape == (4, 8, 8, 3)
+    assert frames_of(SimpleNamespace(frames=[video[0, :3, 0]])).shape == (3, 8, 8), "three grey frames, no channels"
     pictures = [Image.new("RGB", (8, 8))] * 4
     assert frames_of(SimpleNamespace(frames=[pictures])) == pictures
     assert frames_of(SimpleNamespace(images=pictures)) == pictures[:1]
