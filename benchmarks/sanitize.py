@@ -17,7 +17,9 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 from tabulate import tabulate
@@ -33,14 +35,28 @@ def pytest_command(args: argparse.Namespace) -> list[str]:
     return [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "gpu", "-k", args.k, *args.tests]
 
 
-def under(tool: str, args: argparse.Namespace) -> subprocess.Popen[str]:
-    """The tests under one tool, begun."""
-    # Children (compilers) are left alone; launches that the kernels' trial makes are checked like all others.
+def under(tool: str, args: argparse.Namespace, log: Path) -> subprocess.Popen[str]:
+    """The tests under one tool, begun; what the tool finds goes to the log."""
+    # Children (compilers) are left alone. cuDNN's kernels, which some tests compare with, are not ours to check.
     command = ["compute-sanitizer", "--tool", tool, "--target-processes", "application-only", "--error-exitcode", "99"]
+    command += ["--kernel-regex-exclude", "kns=cudnn", "--log-file", str(log)]
     environment = dict(os.environ, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     return subprocess.Popen(
         [*command, *pytest_command(args)], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
+
+
+def found_in(log: Path) -> tuple[str, list[str]]:
+    """How many errors the tool counted ("–": it came to no end), and what it said of them, most frequent first."""
+    text = log.read_text(errors="replace") if log.exists() else ""
+    count = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", text)
+    said = Counter(
+        re.sub(r"0x[0-9a-f]+|\[\d+ hazards?\]|\(\d+,\d+,\d+\)", "…", line[10:]) for line in text.splitlines()
+    )
+    errors = [
+        f"{n}x {line}" for line, n in said.most_common() if re.search(r"error|race|hazard|barrier| at ", line, re.I)
+    ]
+    return count[1] if count else "–", errors[:12]
 
 
 def main() -> int:
@@ -48,6 +64,7 @@ def main() -> int:
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS), help="which checks are made (all)")
     parser.add_argument("--tests", nargs="+", default=TESTS, help="files of tests (those of the Triton kernels)")
     parser.add_argument("-k", default=CHOICE, help="which of their tests, as pytest takes it")
+    parser.add_argument("--logs", help="a folder that keeps what the tools wrote")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds for all tools (1800)")
     args = parser.parse_args()
     if shutil.which("compute-sanitizer") is None:
@@ -56,17 +73,21 @@ def main() -> int:
         print("the tests fail without a tool: mend them first")
         return 1
     start, rows, wrong = time.perf_counter(), [], []
-    for tool, process in [(tool, under(tool, args)) for tool in args.tools]:
-        try:
-            output, _ = process.communicate(timeout=max(1.0, args.timeout - (time.perf_counter() - start)))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            output = process.communicate()[0] + f"\nstopped after {args.timeout:.0f} s"
-        found = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", output)
-        ran = re.search(r"\d+ passed[^\n]*", output)
-        rows.append((tool, ran[0] if ran else "–", found[1] if found else "–", time.perf_counter() - start))
-        if process.returncode or found is None or found[1] != "0":
-            wrong.append(f"{tool}, exit status {process.returncode}:\n" + "\n".join(output.splitlines()[-40:]))
+    with tempfile.TemporaryDirectory() as folder:
+        logs = {tool: Path(args.logs or folder) / f"{tool}.log" for tool in args.tools}
+        for tool, process in [(tool, under(tool, args, log)) for tool, log in logs.items()]:
+            try:
+                output, _ = process.communicate(timeout=max(1.0, args.timeout - (time.perf_counter() - start)))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                output = process.communicate()[0] + f"\nstopped after {args.timeout:.0f} s"
+            count, errors = found_in(logs[tool])
+            ran = re.search(r"\d+ (?:passed|failed)[^\n]*", output)
+            rows.append((tool, ran[0] if ran else "–", count, time.perf_counter() - start))
+            if process.returncode or count != "0":
+                wrong.append(
+                    "\n".join([f"{tool}, exit status {process.returncode}:", *errors, *output.splitlines()[-8:]])
+                )
     print(tabulate(rows, ["tool", "tests", "errors", "seconds"], floatfmt=".0f", tablefmt="github"))
     print("\n\n".join(wrong))
     return int(bool(wrong))
