@@ -100,6 +100,7 @@ def turned(text: str, base: Path, uri: str, repository: str | None) -> str:
             return match[0]
         inside = posixpath.relpath((base / path if path else ROOT / "README.md").resolve().as_posix(), ROOT.as_posix())
         if to := address(inside, anchor):
+            shown = title(inside) if inside.endswith(".md") and shown in (inside, Path(inside).name) else shown
             return f"{mark}[{shown}]({posixpath.relpath(to, posixpath.dirname(uri) or '.')})"
         return f"[{shown}]({repository.rstrip('/')}/blob/main/{inside})" if repository else shown
 
@@ -127,6 +128,12 @@ def commands() -> str:
         f"\n\n## sparge {name}\n\n{printed(name, '--help')}"
         for name in re.findall(r"^    (\w+)\b", whole, re.MULTILINE)
     )
+
+
+def title(inside: str) -> str:
+    """What a page of the repository calls itself: links that show its path show this on the site."""
+    heading = re.search(r"^# (.+)$", (ROOT / inside).read_text(), re.MULTILINE)
+    return heading[1] if heading else inside
 
 
 def printed(*arguments: str) -> str:
