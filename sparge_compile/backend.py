@@ -94,8 +94,8 @@ def sparge(
     with_outputs = outputs_wanted()
     as_input = faker(example_inputs)
     is_dense = DenseCalls([graph.slots[match.node] for match in graph.sparse], settings)
-    two_graphs = is_dense.there_are_some and not with_outputs and not is_stored(graph_module)
-    dense = compile_graph(dense_copy(graph), example_inputs, settings) if two_graphs else None
+    two_graphs = is_dense.there_are_some and not is_stored(graph_module)
+    dense = compile_graph(dense_copy(graph, with_outputs), example_inputs, settings) if two_graphs else None
     run(graph, *rewriting_passes(settings, as_input, with_outputs))
     logger.debug("rewritten graph:\n%s", graph.graph_module.graph)
     thresholds = RunTime(graph.threshold_inputs, graph.slots, settings, partial(_new_place, settings))
@@ -105,10 +105,11 @@ def sparge(
         graph.threshold_inputs.clear()
     inputs = [*example_inputs, *(value_of(x.placeholder) for x in graph.threshold_inputs)]
     outlet = Outlet(settings, [graph.slots[match.node] for match in graph.sparse], with_outputs)
-    compiled = with_outlet(compile_graph(graph.graph_module, inputs, settings), outlet)
+    compiled = compile_graph(graph.graph_module, inputs, settings)
+    compiled = compiled if dense is None else by_plan(compiled, dense, is_dense, len(example_inputs))
+    compiled = with_outlet(compiled, outlet)
     if is_stored(graph_module):
         return compiled
-    compiled = compiled if dense is None else by_plan(compiled, dense, is_dense, len(example_inputs))
     compiled = note_first_forward(compiled, settings, sites)
     compiled = _with_thresholds(compiled, thresholds) if graph.threshold_inputs else compiled
     if settings.calibration is None or settings.calibration.source is None:

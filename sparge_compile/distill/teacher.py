@@ -23,7 +23,7 @@ from ..inner import compile_graph
 from ..notices import warn_of_failures
 from ..options import Options
 from ..passes.pipeline import check, erase_markers, return_dense, run
-from ..running.graph import open_graph
+from ..running.graph import Slot, open_graph
 from ..running.listeners import Listener, Outlet, heard_by, with_outlet
 from ..running.observe import uncompiled
 from ..running.places import Names
@@ -117,10 +117,14 @@ class _Dense:
     def __call__(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         graph = open_graph(graph_module, self._names)
         warn_of_failures(graph.failures)
-        wanted = [match for match in graph.matches if match.attention is not None and match.site.name in self._sites]
+        wanted = [match for match in graph.matches if match.attention and self._names_of(graph.slots[match.node])]
         run(graph, partial(return_dense, matches=wanted), erase_markers, check)
         outlet = Outlet(self._options, [graph.slots[match.node] for match in wanted], bool(wanted), self._names)
         return with_outlet(compile_graph(graph.graph_module, example_inputs, self._options), outlet)
+
+    def _names_of(self, slot: Slot) -> frozenset[str]:
+        """Those of the sites that a slot is in one of the modules that share its graph."""
+        return self._sites & {slot.name(place) for place in (slot.locator.first, *slot.others())}
 
 
 def refuse_in_optimizers(teacher: Teacher) -> Any:

@@ -64,6 +64,12 @@ class Slot:
         number = self.number_at(place)
         return replace(match, by_plan=bool(held.is_planned(number)), tile=held.tile_of(number))
 
+    def is_dense_layer(self, place: Place, options: Options) -> bool:
+        """Whether the site is dense in every step there, as the options plan it or what is attached does."""
+        held, number = self.attached(place), self.number_at(place)
+        planned = held is not None and bool(held.is_planned(number)) and held.is_dense(number)
+        return planned or options.is_dense_layer(self.name(place))
+
     def others(self) -> Iterator[Place]:
         """The other modules that may run the graph."""
         return (place for place in self.locator.places() if place is not self.locator.first)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import compress
 from typing import Any, Protocol
 
 import torch
@@ -82,7 +83,8 @@ def refuse_outputs(wanted: bool) -> None:
 class Outlet:
     """Tells listeners of each call of a graph, and takes the additional outputs off its results.
 
-    ``names`` are those of the model that runs it; without them it is looked for on the stack.
+    Sites that are dense by plan in every step where the graph runs are not told of, though equal blocks have them
+    sparse. ``names`` are those of the model that runs it; without them it is looked for on the stack.
     """
 
     def __init__(self, options: Options, slots: Sequence[Slot], has_outputs: bool, names: Names | None = None) -> None:
@@ -94,8 +96,10 @@ class Outlet:
     def __call__(self, args: Sequence[Any], results: Sequence[Any]) -> Sequence[Any]:
         end = len(results) - self._count
         for listener in () if is_rehearsal(args) else _listeners.get():
-            names = [slot.name(self._place(slot, args)) for slot in self._slots]
-            listener.ran(self._options, names, results[end:])
+            places = [(slot, self._place(slot, args)) for slot in self._slots]
+            told = [not slot.is_dense_layer(place, self._options) for slot, place in places]
+            names = compress((slot.name(place) for slot, place in places), told)
+            listener.ran(self._options, list(names), list(compress(results[end:], told)))
         return results[:end] if self._count else results
 
     def _place(self, slot: Slot, args: Sequence[Any]) -> Place:

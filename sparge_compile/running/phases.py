@@ -7,13 +7,14 @@ it beside the buffers (``Attached.is_dense``), and a second graph, compiled with
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch.fx import GraphModule
 
 from ..options import Options
+from ..passes.pipeline import Work, check, erase_markers, find, return_dense, run
 from ..passes.read.fx_utils import clone
-from ..passes.write.threshold_inputs import erase_markers
 from ..thresholds.steps import step_of
 from .graph import OpenGraph, Slot
 from .places import Place
@@ -58,13 +59,18 @@ class DenseCalls:
         return self._options.is_dense_layer(slot.name(place))
 
 
-def dense_copy(graph: OpenGraph) -> GraphModule:
-    """The graph as it was given, without the markers of attached thresholds."""
-    copy = clone(graph.graph_module)
-    if erase_markers(copy):
-        copy.graph.lint()
-        copy.recompile()
-    return copy
+def dense_copy(graph: OpenGraph, with_outputs: bool) -> GraphModule:
+    """The graph as it was given, without the markers of attached thresholds.
+
+    ``with_outputs``: it returns also what those sites give that are sparse in the other graph, in their order.
+    """
+    copy = Work(clone(graph.graph_module))
+    if with_outputs:  # the same sites, found anew: a match belongs to the nodes of one graph
+        run(copy, find)
+        sites = [match for match, step in zip(copy.matches, graph.steps, strict=True) if step.is_sparse]
+        run(copy, partial(return_dense, matches=sites))
+    run(copy, erase_markers, check)
+    return copy.graph_module
 
 
 def by_plan(

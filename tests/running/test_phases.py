@@ -10,7 +10,7 @@ from torch import Tensor
 from toys import Stack
 
 import sparge_compile
-from sparge_compile import Calibration, attach, explain, replace_attention, set_step
+from sparge_compile import Calibration, DistillationHook, attach, explain, replace_attention, set_step
 from sparge_compile.kernels import cpu
 
 EAGER = {"min_seq_len": 0, "inner": "eager"}
@@ -232,6 +232,29 @@ def test_dense_steps_as_an_option_in_eager_code(model, x, maps) -> None:
         assert sparse_sites(model, x, maps) == 0
         set_step(model, 1, 2)
         assert sparse_sites(model, x, maps) == LAYERS
+
+
+@pytest.mark.parametrize("how", ["whole", "blocks"])
+def test_a_distillation_by_layers_leaves_the_plan_as_it_is(model, x, maps, how) -> None:
+    """Its graphs, the dense one too, return what attention gives, and a layer that is dense for good has no loss."""
+    exact = copy.deepcopy(model)(x)
+    run = compiled_as(how, model, {**EAGER, "calibration": FEW, "dense_steps": 1, "dense_layers": "blocks.0"})
+    with DistillationHook(run, layers=1.0) as hook:
+        for step, expected in ((0, 0), (1, LAYERS - 1), (0, 0)):
+            set_step(run, step)
+            maps.clear()
+            out = run.train()(x)
+            assert len(maps) == expected and torch.equal(out, exact) == (step == 0)
+            hook.loss().backward()
+            assert list(hook.parts) == ["output", "blocks.1", "blocks.2"]
+            assert (max(hook.parts.values()) == 0) == (step == 0)
+
+
+def test_a_distillation_of_another_model_leaves_dense_steps_as_they_are(model, x, maps) -> None:
+    run = compiled_as("whole", model, {**EAGER, "calibration": FEW, "dense_steps": 1})
+    with DistillationHook(compiled_as("whole", Stack(1), {**EAGER, "topk": 0.5}), layers=1.0):
+        set_step(run, 0)
+        assert torch.equal(run(x), model(x)) and not maps
 
 
 @pytest.mark.slow
