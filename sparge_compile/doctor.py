@@ -15,7 +15,6 @@ import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +26,7 @@ from .functional import attention
 from .host import slowness, time_dense_call
 from .installed import versions
 from .kernels import check, inventory, launch
+from .kernels.capability import HAS_TRITON
 
 SMALL = {"length": 300, "keys": 330, "heads": 2, "key_heads": 1}  # a CPU and Triton's interpreter do it in a moment
 SHAPES = {"cuda": (1, 12, 16_384, 128), "cpu": (1, 2, 4_096, 64)}  # what is timed unless a shape is given
@@ -191,7 +191,7 @@ def _checks(device: torch.device) -> list[Check]:
     if device.type == "cuda":
         return _checks_of("triton", "", dtypes, ((64, False), (128, True)), device)
     found = _checks_of("cpu", "", dtypes, ((64, False), (128, True)), device)
-    if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None:
+    if os.environ.get("TRITON_INTERPRET") == "1" and HAS_TRITON:
         found += _checks_of("triton", "interpreted ", (torch.float32,), ((64, True),), device)
     return found
 

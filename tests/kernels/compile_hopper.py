@@ -1,4 +1,4 @@
-"""Compile a Hopper kernel for sm_90 on a machine without a GPU; print a JSON object of what came out.
+"""Compile Hopper kernels for sm_90 on a machine without a GPU; print a JSON object of what came out of each.
 
 Run by test_hopper_compiles.py in a process of its own, without Triton's interpreter.
 """
@@ -57,5 +57,6 @@ def main(direction: str, head_pad: int, causality: int, packed: bool) -> None:
 
 
 if __name__ == "__main__":
-    kind = sys.argv[3].split("-")
-    main(sys.argv[1], int(sys.argv[2]), 2 if "corner" in kind else int("causal" in kind), "packed" in kind)
+    for case in sys.argv[1:]:
+        direction, head_pad, *kind = case.split("-")
+        main(direction, int(head_pad), 2 if "corner" in kind else int("causal" in kind), "packed" in kind)

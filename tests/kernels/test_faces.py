@@ -89,8 +89,8 @@ def constant_mask(kind: str, length: int, keys: int) -> Tensor | None:
 @pytest.mark.parametrize("is_causal", [False, True], ids=["dense", "causal"])
 @pytest.mark.parametrize("mask", ["none", "key", "full", "add"])
 def test_map_is_the_references_where_scores_tie(face: ModuleType, mask: str, is_causal: bool) -> None:
-    q, k = block_constant(1, 2, 600, 16, QUERY_BLOCK, values=1), block_constant(1, 1, 700, 16, KEY_BLOCK, values=1)
-    attn_mask = constant_mask(mask, 600, 700)
+    q, k = block_constant(1, 2, 300, 16, QUERY_BLOCK, values=1), block_constant(1, 1, 500, 16, KEY_BLOCK, values=1)
+    attn_mask = constant_mask(mask, 300, 500)
     want = reference.block_map(q, k, torch.tensor(THRESHOLDS), attn_mask, is_causal, 0.25)
     assert_same_map(map_of(face, q, k, attn_mask, is_causal), want)
 

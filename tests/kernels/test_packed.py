@@ -105,7 +105,7 @@ def check(face: ModuleType, case: Packed, inputs: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("causal, value_size", [("", 16), ("top_left", 16), ("bottom_right", 16), ("bottom_right", 40)])
 def test_packed_sequences_are_the_loop_over_them(face: ModuleType, causal: str, value_size: int) -> None:
-    case = Packed((200, 1, 130, 256), (70, 300, 64, 250), causal, longer=30, value_size=value_size)
+    case = Packed((128, 1, 200), (70, 200, 64), causal, longer=30, value_size=value_size)
     torch.manual_seed(0)
     check(face, case, case.inputs())
 
@@ -122,22 +122,21 @@ def test_packed_sequences_of_any_lengths(sizes: list[tuple[int, int]], causal: s
     check(face_of("cpu"), case, case.inputs())
 
 
-@pytest.mark.parametrize("stuff", [torch.nan, torch.inf])
-def test_nothing_of_a_neighbour_gets_into_a_sequence(face: ModuleType, stuff: float) -> None:
+def test_nothing_of_a_neighbour_gets_into_a_sequence(face: ModuleType) -> None:
     case = Packed((130, 70, 200), (100, 90, 130), "bottom_right")
     inputs = case.inputs()
     how = case.how()
     _, want = run(face, case, inputs, how)
     rows, keys = case.places()[1]
     for x, at in zip(inputs, (rows, keys, keys, rows, rows), strict=True):
-        x[:, :, at], x[:, :, -case.spare :] = stuff, stuff
+        x[:, :, at], x[:, :, -case.spare :] = torch.nan, torch.inf
     _, found = run(face, case, inputs, how)
     for x, y, n in zip(found, want, (0, 0, 0, 1, 1), strict=True):
         for place in (case.places()[0][n], case.places()[2][n]):
             assert torch.equal(x[:, :, place], y[:, :, place])
 
 
-SIZES = [(150, 150), (300, 330), (130, 700), (1, 200), (300, 150), (200, 65), (129, 1), (257, 193)]
+SIZES = [(150, 150), (200, 330), (1, 200), (200, 65), (129, 1), (257, 193)]
 
 
 @pytest.mark.parametrize("length, keys", SIZES)

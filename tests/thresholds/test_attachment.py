@@ -9,13 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import wan
-from test_names import FAST, NAMES, Block, BreakBetween, Model, around, by_block, calibration, expected, run
+from test_names import FAST, NAMES, Attend, Block, BreakBetween, Model, around, by_block, calibration, expected, run
 from torch.utils.checkpoint import checkpoint
 
 from sparge_compile import Calibration, attach, attention, explain
 
 X = (1, 300, 32)
-INNERS = ("eager", "aot_eager", "inductor")
 
 
 def compiled(model, **options):
@@ -40,12 +39,21 @@ def test_the_marker_is_nothing_by_itself():
     assert torch.equal(compiled(x), x + 1) and "sparge.mark" in graphs[0].code
 
 
-@pytest.mark.parametrize("grad", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-@pytest.mark.parametrize("inner", INNERS)
+@pytest.mark.parametrize(
+    "inner, grad",
+    [
+        ("eager", torch.enable_grad),
+        ("aot_eager", torch.no_grad),
+        ("aot_eager", torch.inference_mode),
+        ("aot_eager", torch.enable_grad),
+        ("inductor", torch.no_grad),
+    ],
+)
 def test_twelve_blocks_take_one_compilation_and_have_their_own_thresholds(inner, grad, opened_graphs):
     model, x = Model(12), torch.randn(X, requires_grad=grad is torch.enable_grad)
-    dense, want = run(model, x), expected(model, x)
-    attach(model, calibration())
+    names = [f"blocks.{i}.attn.inner" for i in range(12)]  # more than Dynamo compiles one by one
+    dense, want = run(model, x), expected(model, x, calibration(names), names)
+    attach(model, calibration(names))
     by_block(model, {"min_seq_len": 0, "inner": inner, "topk": 1.0})
     with grad():
         close(model(x * 1), want)  # made in inference mode too: Dynamo guards on that
@@ -76,7 +84,7 @@ def test_gradients_are_those_of_the_op():
         torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("inner", INNERS)
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_under_checkpointing(inner):
     class Checkpointed(Model):
         def forward(self, x):
@@ -243,7 +251,16 @@ def test_thresholds_stay_float32(cast):
     assert got.dtype == x.dtype and got.isfinite().all()
 
 
-@pytest.mark.parametrize("how", [None, "eager", "inductor"])
+def test_without_the_backend_inductor_computes_what_it_did():
+    q, k, v = (torch.randn(1, 4, 300, 8, requires_grad=True) for _ in range(3))
+    model = Attend()
+    with attach(model, Calibration({"(root)": [(0.3, 0.0)]})):
+        got = torch.compile(model, backend="inductor", fullgraph=True)(q, k, v)
+        close(got, F.scaled_dot_product_attention(q, k, v))
+        got.sum().backward()
+
+
+@pytest.mark.parametrize("how", [None, "aot_eager"])
 def test_without_the_backend_nothing_changes(how):
     model, x = Model(2).train(), torch.randn(X, requires_grad=True)
     want = model(x)

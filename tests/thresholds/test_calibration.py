@@ -302,17 +302,6 @@ def test_bad_phases_are_refused(phases):
         Calibration({"a": [(0.5, 0.0)] * 2}, phases=phases)
 
 
-def test_the_name_is_a_package_and_a_function_whichever_is_imported_first():
-    import subprocess
-    import sys
-
-    for code in (
-        "import sparge_compile; assert callable(sparge_compile.calibrate); from sparge_compile.calibrate import record",
-        "from sparge_compile.calibrate import record; import sparge_compile; assert callable(sparge_compile.calibrate)",
-    ):
-        subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
-
-
 def test_a_calibration_is_shown_in_a_line_and_as_a_table():
     measured = measured_calibration(2, complete=False)
     # Of eight heads one keeps a tenth with an error of 0.09, three 0.6 with 0.08, and four stay dense.

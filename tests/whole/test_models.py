@@ -111,8 +111,9 @@ def test_sdpa_gets_what_the_table_says(case: Case, sdpa_calls):
         assert call.get("dropout_p", 0.0) == 0.0
 
 
+@pytest.mark.parametrize("inner", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_topk_1_is_dense_attention_and_every_call_is_in_the_report(case: Case):
+def test_topk_1_is_dense_attention_and_every_call_is_in_the_report(case: Case, inner: str):
     model, inputs = case.make()
     report = sparge_compile.explain(model, DENSE)(**inputs)
     found = [(row.name, row.kind, row.shapes["length"], row.shapes["keys"], row.reason) for row in report]
@@ -123,7 +124,7 @@ def test_topk_1_is_dense_attention_and_every_call_is_in_the_report(case: Case):
         assert (row.site.mask, row.site.is_causal) == (expected.recognised or expected.mask, expected.is_causal)
         assert (row.shapes["heads"] != row.shapes["kv_heads"]) == expected.enable_gqa
 
-    call = compiled(model, DENSE)
+    call = compiled(model, {**DENSE, "inner": inner})
     output, gradients = run(model, call, inputs)
     expected_output, expected_gradients = run(model, model, inputs)
     assert_equal_output(output, expected_output)
@@ -133,7 +134,7 @@ def test_topk_1_is_dense_attention_and_every_call_is_in_the_report(case: Case):
 
 def test_short_keys_stay_dense_and_the_others_do_not():
     model, inputs = by_name["wan"].make()
-    options = {**DENSE, "min_seq_len": 100}
+    options = {**DENSE, "min_seq_len": 100, "inner": "eager"}
     report = sparge_compile.explain(model, options)(**inputs)
     reasons = {row.name: row.reason for row in report}
     assert reasons == {

@@ -35,8 +35,9 @@ from torch.profiler import ProfilerActivity, profile
 
 import sparge_compile
 from sparge_compile.options import Options
+from sparge_compile.passes.pipeline import Work
 from sparge_compile.passes.read.fx_utils import clone
-from sparge_compile.report import Reason
+from sparge_compile.report import Reason, Report, SiteReport
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +57,7 @@ GRADIENT_ERROR = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2
 spellings = pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda s: s.name)
 
 
-def rows(function: Callable[..., Any], inputs: tuple[Any, ...]) -> list[sparge_compile.report.SiteReport]:
+def rows(function: Callable[..., Any], inputs: tuple[Any, ...]) -> list[SiteReport]:
     return sparge_compile.explain(function, LOOK)(*inputs).sites
 
 
@@ -90,14 +91,16 @@ def sparse_calls(call: Callable[..., Any], inputs: tuple[Any, ...]) -> int:
     return sum(event.name in ("sparge::attend", "sparge::attend_for_backward") for event in profiled.events())
 
 
-def assert_untouched(function: Callable[..., Any], inputs: tuple[Any, ...]) -> None:
-    """The graph that is handed on is the one that Dynamo made, to the byte."""
+def untouched(function: Callable[..., Any], inputs: tuple[Any, ...]) -> list[SiteReport]:
+    """The sites of a graph; what is handed on is what Dynamo made, to the byte."""
     graphs: list[torch.fx.GraphModule] = []
     torch.compile(function, backend=lambda gm, _: graphs.append(gm) or gm.forward, fullgraph=True)(*inputs)
     graph, options = clone(graphs[0]), Options.parse(LOOK)
     before = graph.code
-    assert rewrite_graph(graph, options).threshold_inputs == []
+    work = rewrite_graph(graph, options)
+    assert work.threshold_inputs == []
     assert graph.code == before == graphs[0].code
+    return work.add_to(Report()).sites
 
 
 @pytest.mark.parametrize("table, least", [(SPELLINGS, 50), (LOOKALIKES, 20)], ids=["spellings", "look-alikes"])
@@ -123,9 +126,8 @@ def test_a_twin_is_not_the_spelling(spelling: Spelling):
     assert isinstance(twin, tuple) or not torch.allclose(twin.float(), output.float(), rtol=1e-2, atol=1e-3)
 
 
-@spellings
-def test_a_spelling_is_found(spelling: Spelling):
-    (row,) = rows(spelling.function, spelling.inputs())
+def assert_found(spelling: Spelling, graphs: list[Work]) -> None:
+    (row,) = (row for graph in graphs for row in graph.add_to(Report()).sites)
     assert (row.kind, row.status, row.reason) == (
         spelling.kind,
         "sparse" if spelling.sparse else "dense",
@@ -143,16 +145,18 @@ def test_a_spelling_is_found(spelling: Spelling):
 
 
 @spellings
-def test_a_spelling_replaced_is_dense_attention_at_topk_1(spelling: Spelling):
+@pytest.mark.parametrize("inner", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_a_spelling_is_found_and_replaced_is_dense_attention_at_topk_1(spelling: Spelling, inner, opened_graphs):
     inputs = spelling.inputs()
     leaves = differentiable(inputs)
-    call = compiled(spelling.function, DENSE)
+    call = compiled(spelling.function, {**DENSE, "inner": inner})
     got, want = call(*inputs), spelling.same(F.scaled_dot_product_attention, *inputs)
     assert_near(got.detach(), want.detach(), OUTPUT_ERROR)
     for a, b in zip(gradients(got, leaves), gradients(want, leaves), strict=True):
         assert (a is None or not a.any()) == (b is None or not b.any())
         if b is not None and b.any():
             assert_near(a, b, GRADIENT_ERROR)
+    assert_found(spelling, opened_graphs)
     assert sparse_calls(call, inputs) == spelling.sparse
 
 
@@ -163,10 +167,11 @@ def test_a_spelling_replaced_is_dense_attention_at_topk_1(spelling: Spelling):
     [s for s in SPELLINGS if s.sparse and s.mask is not None and s.inputs()[0].dtype == torch.float32],
     ids=lambda s: s.name,
 )
-def test_scale_mask_and_heads_are_understood(spelling: Spelling):
-    """Sparse, it is what the op gives on the same queries, keys and values."""
+def test_scale_mask_and_heads_are_understood(spelling: Spelling, opened_graphs):
+    """Sparse and without gradients, it is what the op gives on the same queries, keys and values."""
     inputs = spelling.inputs()
     got = compiled(spelling.function, SPARSE)(*inputs)
+    assert_found(spelling, opened_graphs)
     assert_near(got, spelling.same(partial(sparge_compile.attention, topk=0.3), *inputs), OUTPUT_ERROR)
     if spelling.keys > 64 and spelling.mask == "none":  # blocks enough, and none that a mask hides or forces
         dense = spelling.function(*inputs)
@@ -175,31 +180,27 @@ def test_scale_mask_and_heads_are_understood(spelling: Spelling):
 
 @spellings
 def test_a_twin_stays_to_the_byte(spelling: Spelling):
-    inputs = spelling.inputs()
-    found = rows(spelling.twin, inputs)
-    assert [row.status for row in found] == ["dense"]
-    assert found[0].reason in spelling.why
-    assert_untouched(spelling.twin, inputs)
+    (row,) = untouched(spelling.twin, spelling.inputs())
+    assert row.status == "dense" and row.reason in spelling.why
 
 
 @pytest.mark.parametrize("lookalike", LOOKALIKES, ids=lambda s: s.name)
 def test_a_lookalike_stays_to_the_byte(lookalike: LookAlike):
-    found = rows(lookalike.function, lookalike.inputs())
+    found = untouched(lookalike.function, lookalike.inputs())
     assert found or lookalike.silent
     for row in found:
         assert (row.status, row.kind in lookalike.kinds) == ("dense", True)
         assert row.reason in lookalike.reasons
-    assert_untouched(lookalike.function, lookalike.inputs())
 
 
 DYNAMIC = (
-    "at_operator",
     "einsum_blhd",
     "keys_repeated_by_expand_and_reshape",
     "tril_filled",
     *(
         pytest.param(name, marks=pytest.mark.slow)
         for name in (
+            "at_operator",
             "bmm_on_flattened_heads",
             "scale_from_the_shape",
             "scale_by_a_tensor_constant",
@@ -211,7 +212,7 @@ DYNAMIC = (
 
 
 @pytest.mark.parametrize("name", DYNAMIC)
-def test_one_graph_serves_all_lengths(name: str):
+def test_one_graph_serves_all_lengths(name: str, opened_graphs):
     """Batch, heads and head size are as they were; the lengths are symbols."""
     spelling = next(s for s in SPELLINGS if s.name == name)
     axis = 1 if spelling.name == "einsum_blhd" else 2
@@ -220,11 +221,11 @@ def test_one_graph_serves_all_lengths(name: str):
         inputs = tuple(torch.cat([x, x.narrow(axis, 0, grow)], axis) for x in spelling.inputs())
         for x in inputs:
             torch._dynamo.maybe_mark_dynamic(x, axis)  # causal code makes some of them equal
-        (row,) = rows(spelling.function, inputs)
-        assert row.status == "sparse" and isinstance(row.shapes["keys"], str)
         with torch.compiler.set_stance("default" if grow == 0 else "fail_on_recompile"):
             got = call(*inputs)
         assert_near(got, spelling.function(*inputs), OUTPUT_ERROR)
+    (row,) = opened_graphs[0].add_to(Report()).sites
+    assert row.status == "sparse" and isinstance(row.shapes["keys"], str)
     assert sparse_calls(call, inputs) == 1
 
 
@@ -333,7 +334,7 @@ STATED = (Reason.DROPOUT, Reason.ADDITIVE_MASK, Reason.DTYPE)
 
 
 @pytest.mark.parametrize("function, examples, fixed", list(inductor_patterns()))
-def test_what_inductor_knows_as_attention_is_found(function, examples, fixed):
+def test_what_inductor_knows_as_attention_is_found(function, examples, fixed, opened_graphs):
     inputs = tuple(filled(x) for x in examples)
 
     def pattern(*tensors: Tensor) -> list[Tensor]:
@@ -344,16 +345,16 @@ def test_what_inductor_knows_as_attention_is_found(function, examples, fixed):
         pattern(*inputs)
     except RuntimeError as error:  # float16 beside float32
         pytest.skip(f"the pattern does not run on its own example: {error}")
-    (row,) = rows(pattern, inputs)
+    call = compiled(pattern, {**DENSE, "inner": "eager"})
+    torch.manual_seed(2)  # for dropout
+    got = call(*inputs)
+    (row,) = opened_graphs[0].add_to(Report()).sites
     active = fixed.get("dropout_p", 0.0) > 0
     assert row.kind == "decomposed"
     assert row.status == "sparse" or row.reason in STATED
     assert row.status == "dense" or not active
     if len(inputs) == 3 and not active and len({x.dtype for x in (*inputs, *pattern(*inputs))}) == 1:
         assert row.status == "sparse"
-    call = compiled(pattern, {**DENSE, "inner": "eager"})
-    torch.manual_seed(2)  # for dropout
-    got = call(*inputs)
     torch.manual_seed(2)
     for a, b in zip(got, pattern(*inputs), strict=True):
         assert_near(a.detach(), b.detach(), OUTPUT_ERROR)
