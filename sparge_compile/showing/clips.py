@@ -79,6 +79,12 @@ def frames_of(output: Any) -> Any:
     return [first] if single else first
 
 
+def clips_of(outputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The first clip of each output by name; nothing where one of them has none."""
+    found = {name: frames_of(output) for name, output in outputs.items()}
+    return found if all(frames is not None for frames in found.values()) else {}
+
+
 def _frames(name: str, clip: Any) -> list[Any]:
     """uint8 arrays [H, W, 3]."""
     if isinstance(clip, (list, tuple)) and clip and hasattr(clip[0], "convert"):

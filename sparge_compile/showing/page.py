@@ -16,13 +16,14 @@ from ..errors import value_error
 from ..report import Reason
 from ..thresholds.calibration import Calibration
 from ..version import __version__
-from .clips import frames_of, gif
+from .clips import gif
 from .drawn import chart, colour, data_uri, picture
 from .names import short_names
 from .needed import needed
 from .site_survey import SiteSurvey
 from .survey import Survey
 
+SHOWN = 12  # sites whose times and maps are open
 HEADS_SHOWN = 4  # of each map, from the sparsest to the densest
 
 
@@ -62,8 +63,7 @@ def write_report(
         todo = "Give a calibration, what survey(model, batch, …) gave, or both."
         raise value_error("nothing to report", given="neither", allowed="a calibration or a survey", todo=todo)
     if clips is None and survey is not None:
-        found = {name: frames_of(output) for name, output in (("dense", survey.dense), ("sparse", survey.sparse))}
-        clips = found if all(frames is not None for frames in found.values()) else None
+        clips = survey.clips
     jinja = needed("jinja2", "a report")
     template = resources.files(__package__).joinpath("page.html").read_text("utf-8")
     environment = jinja.Environment(
@@ -77,6 +77,7 @@ def write_report(
         strips=[*_strips_of_calibration(calibration), *_strips_of_survey(survey)],
         chart=None if calibration is None or calibration.origin is None else chart(calibration),
         bars=_bars(survey),
+        shown=SHOWN,
         maps=_maps(survey),
         clips=data_uri("gif", gif(clips)) if clips else None,
         names=list(clips or ()),
@@ -124,8 +125,10 @@ def _cards(calibration: Calibration | None, survey: Survey | None) -> list[tuple
             cards.append(
                 (f"{dense / sparse:.2f}×", f"attention: {_milliseconds(dense)} dense, {_milliseconds(sparse)} sparse")
             )
-        if survey.output_error is not None:
-            cards.append((f"{survey.output_error:.4f}", "relative error of the output, ‖u − v‖ ÷ ‖v‖"))
+        if survey.call_error is not None:
+            cards.append((f"{survey.call_error:.4f}", "relative error ‖u − v‖ ÷ ‖v‖ of the model's first call"))
+        if survey.output_error is not None and survey.calls > 1:
+            cards.append((f"{survey.output_error:.4f}", "the same of what the whole run gives"))
         attention = [row for row in survey.report if row.reason is not Reason.NOT_ATTENTION]
         cards.append((f"{len(survey.report.sparse)} of {len(attention)}", "attention sites would be sparse"))
     if total is not None:
@@ -174,31 +177,33 @@ def _strip(heading: str, what: str, values: Mapping[str, Sequence[float]], colum
 
 
 def _bars(survey: Survey | None) -> dict[str, Any] | None:
-    """Times by site, as shares of the longest."""
+    """Times by site, and the longest."""
     timed = [] if survey is None else [site for site in survey.sites if site.seconds is not None]
     if not timed:
         return None
-    longest = max(max(site.seconds or (0.0,)) for site in timed)
     labels, shared = short_names([site.name for site in timed])
-    rows = []
-    for label, site in zip(labels, timed, strict=True):
-        dense, sparse = site.seconds or (0.0, 0.0)
-        rows.append((label, site.name, dense, sparse, dense / longest, sparse / longest, dense / sparse))
-    return {"shared": shared, "rows": rows}
+    rows: list[dict[str, Any]] = [
+        {"label": label, "name": site.name, "dense": dense, "sparse": sparse}
+        for label, site in zip(labels, timed, strict=True)
+        for dense, sparse in (site.seconds or (0.0, 0.0),)
+    ]
+    return {"shared": shared, "rows": rows, "longest": max(max(row["dense"], row["sparse"]) for row in rows)}
 
 
 def _maps(survey: Survey | None) -> list[dict[str, Any]]:
     """Pictures of block maps: of each site the share of heads that read a block, and some of its heads."""
     maps = []
-    for site in () if survey is None else survey.sites:
-        if site.block_map is None:
-            continue
+    sites = [] if survey is None else [site for site in survey.sites if site.block_map is not None]
+    for label, site in zip(short_names([site.name for site in sites])[0], sites, strict=True):
+        assert site.block_map is not None
         kept = site.block_map.float()  # [H, Nq, Nk]
         order = kept.mean((1, 2)).argsort().tolist()  # the sparsest first
         count = min(HEADS_SHOWN, len(order))
         shown = [order[round(i * (len(order) - 1) / max(1, count - 1))] for i in range(count)]
         heads = [(head, 1 - kept[head].mean().item(), picture(kept[head])) for head in shown]
-        maps.append({"site": site, "mean": picture(kept.mean(0)), "heads": heads, "order": _order(site)})
+        maps.append(
+            {"label": label, "site": site, "mean": picture(kept.mean(0)), "heads": heads, "order": _order(site)}
+        )
     return maps
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import value_error
 from ..thresholds.calibration import Calibration
+from .clips import side_by_side
 from .curves import curves
 from .names import short_names
 from .needed import needed
@@ -56,11 +57,11 @@ def plot_calibration(calibration: Calibration, out: str | os.PathLike[str]) -> l
 
 
 def plot_survey(survey: Survey, out: str | os.PathLike[str], site: str | None = None) -> list[Path]:
-    """Draw what thresholds do to a model as PNGs, and return their paths.
+    """Draw what thresholds do to a model as PNGs, and a GIF of what a pipeline made; return their paths.
 
     ``<out>-map.png`` has the block map of each head of a site, ``<out>-times.png`` the time of each site, dense and
     sparse, where they were timed, and ``<out>-calls.png`` the sparsity of each site and call of the model, where there
-    are several.
+    are several. ``<out>-clips.gif`` has what a diffusers pipeline made, dense and sparse side by side.
 
     Args:
         site: whose map to draw; default: the first that has one.
@@ -85,6 +86,8 @@ def plot_survey(survey: Survey, out: str | os.PathLike[str], site: str | None = 
         by_site = {each.name: each.by_call() for each in survey.sites if each.calls == calls}
         edges = [*calls, calls[-1] + calls[1] - calls[0]]
         paths.append(_over_run(by_site, edges, "call of the model", Path(f"{os.fspath(out)}-calls.png")))
+    if survey.clips:
+        paths.append(side_by_side(survey.clips, f"{os.fspath(out)}-clips.gif"))
     return paths
 
 

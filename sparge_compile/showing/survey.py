@@ -22,6 +22,7 @@ from ..report import Report
 from ..running.observe import calls_through, watching
 from ..thresholds.attachment import attach
 from ..user_model import user_model
+from .clips import clips_of
 from .site_survey import SiteSurvey, Surveyor
 
 
@@ -35,7 +36,9 @@ class Survey:
         calls: how often the batch called it; ``steps`` in how many steps of a run.
         sites: in the order in which they ran.
         report: what ``explain`` says of its first call.
-        output_error: the relative L2 error ‖u − v‖ ÷ ‖v‖ of what the batch gives; None where that is no numbers.
+        call_error: the relative L2 error ‖u − v‖ ÷ ‖v‖ of what the model's first call gives, on the same inputs.
+        output_error: that of what the whole batch gives: after many steps another picture, perhaps no worse a one. Both
+            are None where these are no numbers.
         dense, sparse: what the batch gives without us, and with these thresholds.
     """
 
@@ -45,6 +48,7 @@ class Survey:
     steps: int
     sites: tuple[SiteSurvey, ...]
     report: Report
+    call_error: float | None
     output_error: float | None
     dense: Any
     sparse: Any
@@ -56,6 +60,11 @@ class Survey:
         return sum(site.sparsity * site.visible for site in self.sites) / visible if visible else 0.0
 
     @property
+    def clips(self) -> dict[str, Any]:
+        """What ``side_by_side`` takes, where the batch gives a diffusers pipeline's frames or images; else nothing."""
+        return clips_of({"dense": self.dense, "sparse": self.sparse})
+
+    @property
     def seconds(self) -> tuple[float, float]:
         """Attention of all timed sites in one call of the model, dense and sparse."""
         timed = [site.seconds for site in self.sites if site.seconds is not None]
@@ -65,7 +74,9 @@ class Survey:
         from tabulate import tabulate
 
         dense, sparse = self.seconds
-        error = "" if self.output_error is None else f"; error of the output {self.output_error:.4f}"
+        error = "" if self.call_error is None else f"; error of its first call {self.call_error:.4f}"
+        if self.output_error is not None and self.calls > 1:
+            error += f", of the whole run {self.output_error:.4f}"
         head = f"{self.model} on {self.device}: {self.sparsity:.1%} of the blocks skipped{error}"
         if sparse:
             head += f"; attention {dense * 1e3:.1f} ms dense, {sparse * 1e3:.1f} ms sparse: {dense / sparse:.2f}x"
@@ -139,6 +150,7 @@ def survey(
         steps=run.steps[-1] + 1,
         sites=sites,
         report=run.report,
+        call_error=_relative_error(*reversed(run.firsts)),
         output_error=_relative_error(sparse, dense),
         dense=dense,
         sparse=sparse,
@@ -146,7 +158,11 @@ def survey(
 
 
 class _Run:
-    """A batch that is run again and again. ``steps``: the step of each call of the model, once it ran."""
+    """A batch that is run again and again.
+
+    ``steps``: the step of each call of the model, once it ran. ``firsts``: the numbers that its first call gave, as it
+    is and sparse.
+    """
 
     def __init__(
         self,
@@ -159,6 +175,7 @@ class _Run:
         self._model, self._settings = model, settings
         self._call, self._args, self._kwargs = call, args, kwargs
         self.steps: list[int] = []
+        self.firsts: list[list[Tensor]] = []
         self.report = Report()
 
     def through(self, own: Callable[..., Any], ended: Callable[[], None] = lambda: None) -> Any:
@@ -176,7 +193,7 @@ class _Run:
             if number == 0:
                 self.report = explain(self._model, _at_start(self._settings))(*args, **kwargs)
             at.append(len(ended))
-            return self._model(*args, **kwargs)
+            return self._first(number, self._model(*args, **kwargs))
 
         output = self.through(plain, lambda: ended.append(1))
         if not at:
@@ -204,9 +221,15 @@ class _Run:
             def run(number: int, *args: Any, **kwargs: Any) -> Any:
                 if handle is not None:
                     handle.set_step(steps[number], steps[-1] + 1)
-                return compiled(*args, **kwargs)
+                return self._first(number, compiled(*args, **kwargs))
 
             return self.through(run)
+
+    def _first(self, number: int, output: Any) -> Any:
+        """An output as it is; what the first call gave is copied, since whoever called may write into it."""
+        if number == 0:
+            self.firsts.append([x.clone() for x in _numbers(output)])
+        return output
 
 
 def _at_start(settings: Options) -> Options:

@@ -108,6 +108,8 @@ def test_a_page_of_a_survey_shows_what_a_pipeline_made(seen, tmp_path):
     assert all(link.startswith("data:image/png") for link in one.links), "one clip is no comparison"
     outputs["sparse"] = outputs["dense"]
     two = Page(write_report(tmp_path / "page.html", survey=replace(seen, **outputs)).read_text("utf-8"))
+    drawn = plot_survey(replace(seen, **outputs), tmp_path / "s")
+    assert drawn[-1].name == "s-clips.gif" and drawn[-1].exists()
     assert pictures(two)[0].n_frames >= 1 and two.links[0].startswith("data:image/gif")
 
 

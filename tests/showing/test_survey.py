@@ -53,6 +53,7 @@ def test_a_site_is_what_the_op_does_on_its_operands(block):
     changed, exact = compiled(x), model(x)
     assert seen.output_error == pytest.approx(((changed - exact).norm() / exact.norm()).item(), rel=1e-4)
     torch.testing.assert_close(seen.dense, exact)
+    assert seen.call_error == seen.output_error
     assert "blocks.1" in str(seen) and f"{seen.sparsity:.1%} of the blocks skipped" in str(seen)
 
 
@@ -70,6 +71,12 @@ def test_phases_and_plans_are_followed_call_by_call():
     first, second = (site.by_call() for site in seen.sites)
     assert seen.calls == 4 and first[0] == first[1] == first[3] == 0 and first[2] > 0.7
     assert second[0] == second[1] and 0 < second[0] < second[2] and second[3] == 0
+    expected = Calibration(start)
+    first_call = torch.compile(model, backend="sparge", options={**OPTIONS, "calibration": expected, "inner": "eager"})(
+        x
+    )
+    assert seen.call_error == pytest.approx(((first_call - model(x)).norm() / model(x).norm()).item(), rel=1e-4)
+    assert seen.output_error != seen.call_error and "of the whole run" in str(seen)
     assert seen.sites[0].mapped == 2 and seen.sites[0].seconds is None
     exact = model(x)
     assert torch.equal(seen.sparse[3], exact), "a dense step"
