@@ -80,6 +80,7 @@ __all__ = [
 if TYPE_CHECKING:
     from .backend import explain
     from .calibrate.influence import head_influence
+    from .calibrate.run import calibrate
     from .cost import CostModel
     from .distill.hook import DistillationHook
     from .distill.schedule import SparsitySchedule

@@ -174,3 +174,12 @@ def test_public_names_exist() -> None:
         assert getattr(sparge_compile, name) is not None
     with pytest.raises(AttributeError):
         sparge_compile.no_such_name  # noqa: B018
+
+
+def test_type_checkers_know_every_public_name() -> None:
+    import sparge_compile
+
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    known = [alias.name for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names]
+    assert sorted(known) == sorted(sparge_compile.__all__)
