@@ -17,6 +17,7 @@ import inspect
 import json
 import os
 import pkgutil
+import re
 import subprocess
 import sys
 import tempfile
@@ -145,7 +146,7 @@ class Package:
                 inner = [part for part in ast.walk(raised.args[0]) if isinstance(part, ast.Call)]
                 if not any(self.makes(call, source) for call in inner):
                     text = text_of(raised.args[0], source.constants)
-            if text is not None:
+            if text is not None and not re.fullmatch(r"\{[^{}]*\}", text):  # a text of its own
                 done |= {*ast.walk(raised)}
                 kind = "warning" if text.startswith("sparge: ") and "; allowed: " not in text else "error"
                 yield Message(source.path, raised.lineno, raised.end_lineno or raised.lineno, kind, text)
