@@ -40,8 +40,10 @@ def side_by_side(
     return target
 
 
-def gif(clips: Mapping[str, Any], *, rate: float = RATE, height: int | None = None) -> bytes:
-    """Return the bytes that :func:`side_by_side` writes."""
+def gif(
+    clips: Mapping[str, Any], *, rate: float = RATE, height: int | None = None, highest: int | None = None
+) -> bytes:
+    """Return the bytes that :func:`side_by_side` writes; clips that are higher than ``highest`` get that height."""
     images = needed("PIL.Image", "a GIF")
     draw, fonts = needed("PIL.ImageDraw", "a GIF"), needed("PIL.ImageFont", "a GIF")
     shown = {name: [images.fromarray(frame) for frame in _frames(name, clip)] for name, clip in clips.items()}
@@ -49,7 +51,9 @@ def gif(clips: Mapping[str, Any], *, rate: float = RATE, height: int | None = No
         raise value_error(
             "clips side by side", given=f"{len(shown)} clips at {rate} frames", allowed=_FRAMES, todo=_TODO
         )
-    shown = {name: [_sized(frame, height, images) for frame in clip] for name, clip in shown.items()}
+    for name, clip in shown.items():
+        own = highest if highest is not None and clip[0].height > highest else height
+        shown[name] = [_sized(frame, own, images) for frame in clip]
     font = fonts.load_default()
     widths = [max(clip[0].width, round(font.getlength(name)) + GAP) for name, clip in shown.items()]
     size = sum(widths) + GAP * (len(widths) - 1), LINE + max(clip[0].height for clip in shown.values())

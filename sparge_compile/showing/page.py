@@ -23,6 +23,7 @@ from .needed import needed
 from .site_survey import SiteSurvey
 from .survey import Survey
 
+HIGHEST = 240  # pixels of a clip
 SHOWN = 12  # sites whose times and maps are open
 HEADS_SHOWN = 4  # of each map, from the sparsest to the densest
 
@@ -79,7 +80,7 @@ def write_report(
         bars=_bars(survey),
         shown=SHOWN,
         maps=_maps(survey),
-        clips=data_uri("gif", gif(clips)) if clips else None,
+        clips=data_uri("gif", gif(clips, highest=HIGHEST)) if clips else None,
         names=list(clips or ()),
         sites=[] if survey is None else survey.report.sites,
         report=None if survey is None else survey.report,

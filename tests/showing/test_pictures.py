@@ -22,7 +22,7 @@ from sparge_compile import (
     survey,
     write_report,
 )
-from sparge_compile.showing.clips import frames_of
+from sparge_compile.showing.clips import frames_of, gif
 from sparge_compile.showing.names import short_names
 
 CALIBRATION = measured_calibration(2).described(model_id="a <b> & c", resolution="8x64x64")
@@ -140,15 +140,17 @@ def test_plots_of_a_calibration_and_of_a_survey(seen, tmp_path):
 def test_clips_of_any_kind_stand_side_by_side(clip, tmp_path):
     longer = torch.linspace(0, 1, 5).view(5, 1, 1).expand(5, 8, 12)
     path = side_by_side({"one": clip, "other": longer}, tmp_path / "clips.gif", height=16, rate=10)
-    with Image.open(path) as gif:
-        assert gif.n_frames == 5 and gif.info["duration"] == 100 and gif.info["loop"] == 0
-        assert gif.height == 16 + 18 and gif.width >= 2 * 24
-        gif.seek(4)
-        frame = gif.convert("L")
+    with Image.open(path) as shown:
+        assert shown.n_frames == 5 and shown.info["duration"] == 100 and shown.info["loop"] == 0
+        assert shown.height == 16 + 18 and shown.width >= 2 * 24
+        shown.seek(4)
+        frame = shown.convert("L")
         assert frame.getpixel((frame.width - 20, 30)) > 250, "the last frame of the longer one is white"
+    low = Image.open(io.BytesIO(gif({"one": torch.rand(1, 64, 64)}, highest=32)))
+    assert low.height == 32 + 18
     still = side_by_side({"one": clip[:1]}, tmp_path / "still.gif")
-    with Image.open(still) as gif:
-        assert gif.n_frames == 1 and gif.height == 21 * 8 + 18, "small ones are enlarged"
+    with Image.open(still) as shown:
+        assert shown.n_frames == 1 and shown.height == 21 * 8 + 18, "small ones are enlarged"
 
 
 @pytest.mark.parametrize("clip", [torch.rand(3, 8, 12, 2), torch.zeros(3, 8, 12, dtype=torch.int64), [], 5, "frames"])
