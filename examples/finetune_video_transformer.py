@@ -211,6 +211,8 @@ def main() -> None:
     with TemporaryDirectory() as name:
         folder = Path(name)
         make_smoke(folder)
+        if args.out is None:
+            print("What comes out is thrown away: --out FOLDER keeps it.")
         args.model, args.data, args.out = folder / "model", folder / "data", args.out or folder / "out"
         args.inner, args.min_seq_len, args.cpu, args.topk, args.topp = "eager", 64, True, 0.3, 0.0
         args.steps, args.lr, args.checkpoint_every = 6, 1e-3, 2
