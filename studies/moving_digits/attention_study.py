@@ -16,10 +16,10 @@ import torch.nn.functional as F
 import transformer
 from torch import Tensor, nn
 
+from sparge_compile import Grid
 from sparge_compile.kernels.block_map import KEY_BLOCK, QUERY_BLOCK
+from sparge_compile.kernels.order import TILE, make_order
 from sparge_compile.kernels.reference import CEIL_SLACK, pool
-
-TILE = (2, 4, 8)  # frames, rows and columns of one key block in tile order; a query block is two of them along time
 
 
 class Site(NamedTuple):
@@ -228,13 +228,8 @@ WAYS = {
 
 
 def tile_order(frames: int, rows: int, columns: int) -> Tensor:
-    """The permutation int64 [L] of raster tokens to tiles: 64 in turn are a box of 2 × 4 × 8, 128 one of 4 × 4 × 8."""
-    time, height, width = TILE
-    if frames % (2 * time) or rows % height or columns % width:
-        raise ValueError(f"{frames} × {rows} × {columns} tokens: no whole boxes of {2 * time} × {height} × {width}")
-    places = torch.arange(frames * rows * columns)
-    places = places.view(frames // (2 * time), 2 * time, rows // height, height, columns // width, width)
-    return places.permute(0, 2, 4, 1, 3, 5).flatten()  # time is outermost in a box: its halves are the key blocks
+    """The permutation int64 [L] of raster tokens to tiles of 2 × 4 × 8, or what comes nearest to them."""
+    return make_order(Grid(0, frames, rows, columns), TILE, torch.device("cpu")).slots.long()
 
 
 @torch.no_grad()

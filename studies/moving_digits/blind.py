@@ -2,52 +2,53 @@
 
     python studies/moving_digits/blind.py --score answers.csv   # of the sheets in docs/fidelity/blind
     python studies/moving_digits/blind.py --out new             # new ones, on a GPU: new/sheet1.png … and new/key.csv
+    python studies/moving_digits/blind.py --setup large         # of the large model's student
 
 Answers are lines "pair,answer" under a line of these words; an answer is the row, A or B, that is held for the sparse
 model's.
 
 The two rows of a pair start from the same noise: one is the dense model's; the other the student's or, as a control
-that anyone should find, the same sparsity without training. No clip is in two pairs.
+that anyone should find, the same sparsity without training. No clip is in two pairs. The score says how probable it is
+to find as many by guessing.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import math
 import random
 import tempfile
 from pathlib import Path
 
 import torch
-from digits import FRAMES
 from lab import Lab
 from pictures import sheet
+from setups import Setup, add_setup
 from tabulate import tabulate
 from torch import Tensor
 
 SEEDS = (0, 1, 2)
-FIRST = 10  # clips before it are in other pictures, with their names
-CONTROLS, PAIRS = 2, 10  # for each seed
 ON_A_SHEET = 6
-OUT = Path(__file__).resolve().parents[2] / "docs" / "fidelity" / "blind"
 
-Pair = tuple[str, Tensor, Tensor]  # its kind, the dense clip [T, 64, 64], the sparse clip
+Pair = tuple[str, Tensor, Tensor]  # its kind, the dense clip [T, side, side], the sparse clip
 
 
 def pairs(lab: Lab) -> list[Pair]:
     found: list[Pair] = []
+    first, controls, count = lab.setup.blind  # clips before the first are in other pictures, with their names
     for seed in SEEDS:
         dense = lab.dense_samples(seed)
         calibration, student = lab.shipped()
         distilled = lab.samples(student, seed)[0]
         untrained = lab.samples(lab.sparse(calibration), seed)[0]
-        controls, others = range(FIRST, FIRST + CONTROLS), range(FIRST + CONTROLS, FIRST + CONTROLS + PAIRS)
-        found += [("not trained", dense[i], untrained[i]) for i in controls]
+        found += [("not trained", dense[i], untrained[i]) for i in range(first, first + controls)]
+        others = range(first + controls, first + controls + count)
         found += [("distilled", dense[i], distilled[i]) for i in others]
     return found
 
 
-def write(found: list[Pair], out: Path, shuffle: random.Random) -> None:
+def write(found: list[Pair], out: Path, shuffle: random.Random, times: int = 2) -> None:
     """Sheets of pairs in random order, every third frame of each clip, and the key: which row of each is sparse."""
     out.mkdir(parents=True, exist_ok=True)
     shuffle.shuffle(found)
@@ -61,7 +62,7 @@ def write(found: list[Pair], out: Path, shuffle: random.Random) -> None:
                 clips = (sparse, dense) if sparse_row == "A" else (dense, sparse)
                 rows |= {f"{number} {name}": clip[None] for name, clip in zip("AB", clips, strict=True)}
                 key.writerow((number, kind, sparse_row))
-            sheet(rows, 2).save(out / f"sheet{first // ON_A_SHEET + 1}.png")
+            sheet(rows, times).save(out / f"sheet{first // ON_A_SHEET + 1}.png")
 
 
 def score(answers: Path, key: Path) -> dict[str, tuple[int, int]]:
@@ -79,24 +80,39 @@ def score(answers: Path, key: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
+def by_chance(right: int, of: int) -> float:
+    """The probability of finding as many or more by guessing."""
+    return sum(math.comb(of, count) for count in range(right, of + 1)) / 2**of
+
+
+def draw(setup: Setup, out: Path, seed: int) -> None:
+    torch._dynamo.config.recompile_limit = 64
+    kind = {"setup": setup, "frames": setup.frames, "batch": setup.batch, "rounds": setup.rounds}
+    with tempfile.TemporaryDirectory() as folder:
+        settings = argparse.Namespace(out=Path(folder), sample_steps=25, minutes=math.inf, **kind)
+        lab = Lab(settings, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        write(pairs(lab), out, random.Random(seed), 1 if setup.side > 100 else 2)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_setup(parser)
     parser.add_argument("--score", type=Path, nargs="+", metavar="CSV", help="answers; nothing is drawn")
-    parser.add_argument("--out", type=Path, default=OUT, help="the folder of sheets and key (docs/fidelity/blind)")
+    parser.add_argument("--out", type=Path, help="the folder of sheets and key (blind, beside the setup's results)")
     parser.add_argument("--seed", type=int, default=0, help="of the order (0)")
     args = parser.parse_args()
-    if args.score:
-        found = {str(path): score(path, args.out / "key.csv") for path in args.score}
-        rows = [(name, *(f"{right} of {of}" for right, of in each.values())) for name, each in found.items()]
-        print(tabulate(rows, headers=("sparse row found by", *next(iter(found.values())))))
+    out = args.out or args.setup.results / "blind"
+    if not args.score:
+        if (out / "key.csv").exists():
+            parser.error(f"{out} holds sheets and a key already: give --out another folder")
+        draw(args.setup, out, args.seed)
         return
-    if (args.out / "key.csv").exists():
-        parser.error(f"{args.out} holds sheets and a key already: give --out another folder")
-    torch._dynamo.config.recompile_limit = 64
-    with tempfile.TemporaryDirectory() as folder:
-        settings = argparse.Namespace(out=Path(folder), batch=16, rounds=3, frames=FRAMES, sample_steps=25)
-        lab = Lab(settings, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        write(pairs(lab), args.out, random.Random(args.seed))
+    rows = [
+        (path, kind, f"{right} of {of}", f"{by_chance(right, of):.3f}")
+        for path in args.score
+        for kind, (right, of) in score(path, out / "key.csv").items()
+    ]
+    print(tabulate(rows, headers=("answers", "pairs", "sparse row found", "p by guessing")))
 
 
 if __name__ == "__main__":

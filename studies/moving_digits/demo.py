@@ -20,14 +20,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from digits import CLASSES, FRAMES, SIDE, clips
+from digits import HELD_OUT_SEED, clips
 from measures import accuracy, load_classifier, measured_sparsity, psnr, velocity_error
 from pictures import animate, sheet
+from setups import CLASSES, SMALL
 from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
-from train import HELD_OUT_SEED
-from transformer import WEIGHTS, load, sample
+from transformer import load, sample
 
 import sparge_compile
 from sparge_compile import cli
@@ -59,7 +59,7 @@ def noisy_at(when: float, seed: int, frames: int, held_out: bool) -> tuple[Tenso
 
 def calibration_batches() -> list[tuple[Tensor, Tensor, Tensor]]:
     """Two clips of digits that the model was trained on; ``sparge calibrate`` calls this by name."""
-    frames = int(os.environ.get(FRAMES_VARIABLE, FRAMES))
+    frames = int(os.environ.get(FRAMES_VARIABLE, SMALL.frames))
     return [noisy_at(when, CALIBRATION_SEED + i, frames, False) for i, when in enumerate(CALIBRATION_TIMES)]
 
 
@@ -69,7 +69,7 @@ def calibrate(frames: int, out: Path) -> int:
     command += ["--target-error", "0.05", "--query-blocks", "12", "--min-seq-len", "0", "--orders", "raster"]
     os.environ[FRAMES_VARIABLE] = str(frames)
     settings = f"PYTHONPATH={shlex.quote(os.path.relpath(HERE))} "
-    settings += "" if frames == FRAMES else f"{FRAMES_VARIABLE}={frames} "
+    settings += "" if frames == SMALL.frames else f"{FRAMES_VARIABLE}={frames} "
     print(f"\n$ {settings}sparge {shlex.join(command)}", flush=True)
     return cli.main(command)
 
@@ -90,14 +90,16 @@ def generate(name: str, call: Model, noise: Tensor, classes: Tensor, steps: int)
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--frames", type=int, default=FRAMES, help=f"of the clip; fewer for a quick look ({FRAMES})")
+    parser.add_argument(
+        "--frames", type=int, default=SMALL.frames, help=f"of the clip; fewer for a quick look ({SMALL.frames})"
+    )
     parser.add_argument("--steps", type=int, default=12, help="of sampling (12)")
     parser.add_argument("--seed", type=int, default=11, help="of the noise (11: two digits that meet and part)")
     parser.add_argument("--classes", type=int, nargs=2, default=(3, 7), metavar="DIGIT", help="what moves (3 7)")
     parser.add_argument("--out", type=Path, default=Path("demo_output"), help="a folder (demo_output)")
     args = parser.parse_args()
-    if not 1 <= args.frames <= FRAMES or args.steps < 1:
-        parser.error(f"--frames is from 1 to {FRAMES}, --steps at least 1")
+    if not 1 <= args.frames <= SMALL.frames or args.steps < 1:
+        parser.error(f"--frames is from 1 to {SMALL.frames}, --steps at least 1")
     if not all(0 <= digit < CLASSES for digit in args.classes) or args.classes[0] == args.classes[1]:
         parser.error("--classes are two different digits from 0 to 9")
     return args
@@ -110,8 +112,8 @@ def main() -> int:
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, sparge_compile {sparge_compile.__version__}, Python {platform.python_version()}")
     print(f"{where}, {dtype}, inner={inner!r}")
-    if not (WEIGHTS / "teacher.safetensors").exists():
-        print(f"There is no trained model in {WEIGHTS}: train it with studies/moving_digits/train.py")
+    if not (SMALL.weights / "teacher.safetensors").exists():
+        print(f"There is no trained model in {SMALL.weights}: train it with studies/moving_digits/train.py")
         return 1
 
     thresholds = args.out / "moving_digits.json"
@@ -121,14 +123,14 @@ def main() -> int:
     say(f"thresholds written to {thresholds}")
 
     variants = [("dense", "teacher", None), ("sparse, not trained", "teacher", thresholds)]
-    student = (WEIGHTS / "student.safetensors", WEIGHTS / "student.json")
+    student = (SMALL.weights / "student.safetensors", SMALL.weights / "student.json")
     if all(path.exists() for path in student):
         variants.append(("sparse, distilled", "student", student[1]))
     else:
         print("There is no distilled student; studies/moving_digits/distil.py trains one on a GPU.")
 
     generator = torch.Generator().manual_seed(args.seed)
-    noise = torch.randn(1, args.frames, SIDE, SIDE, generator=generator).to(device)
+    noise = torch.randn(SMALL.shape(1, args.frames), generator=generator).to(device)
     classes = F.one_hot(torch.tensor([args.classes]), CLASSES).sum(1).float().to(device)
     inputs = tuple(each.to(device) for each in noisy_at(MEASURED_TIME, HELD_OUT_SEED, args.frames, True))
     classifier = load_classifier()

@@ -1,7 +1,8 @@
-"""Fine-tune the example for high sparsity, by distillation from the dense model, on one GPU.
+"""Fine-tune a dense model of the study for high sparsity, by distillation from itself, on one GPU.
 
     python studies/moving_digits/distil.py   # weights/student.safetensors, student.json, distil.log
     python studies/moving_digits/distil.py --topk 0.03 --topp 0.2 --train attention --out other   # the paper's pair
+    python studies/moving_digits/distil.py --setup large --order tiles --topk 0.03 --topp 0.2 --batch 4 --steps 2000
 
 The file holds the weights that trained: all, or those of the attention layers, a third. The thresholds that the student
 was trained with lie beside it as a calibration file.
@@ -16,38 +17,63 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
-from digits import clips, noisy
+from case import ALL, ATTENTION, RATES
+from digits import FINE_TUNE_SEED, HELD_OUT_SEED, batch
+from journal import journal
 from measures import measured_sparsity, velocity_error
 from safetensors.torch import save_file
+from setups import SMALL, Setup, add_setup
 from torch import Tensor, nn
-from train import HELD_OUT_SEED
-from transformer import WEIGHTS, load
+from train import precision
+from transformer import compiled, load
 
 import sparge_compile
+from sparge_compile import Calibration
+from sparge_compile.kernels.order import TILE
 
-FIRST_SEED = 30_000_000  # clips of fine-tuning have the seeds from here on
-OTHER = 500_000_000  # further on in the seeds: other numbers than those that the clip was drawn with
-LR, LR_ATTENTION = 2e-3, 4e-3  # of all weights, and of the attention layers alone: docs/fidelity.md, "Learning rates"
 DROPPED = 0.2  # of the clips the classes are left out, as sampling with guidance asks for both
 
 
-def precision(device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+def everywhere(pair: tuple[float, float], order: str = "raster", heads: int = 1) -> Calibration:
+    """One pair for all heads of the model, whose blocks are of this order; ``heads``: pairs that may differ later."""
+    return Calibration({"*": [pair] * heads}, tiles={"*": TILE} if order == "tiles" else {})
 
 
-def attention_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Of each block the projections and norms of attention."""
-    return {name: each for name, each in model.named_parameters() if ".attention." in name}
+class Student:
+    """A sparse model that is compiled once, for one order of tokens, and takes other weights and thresholds."""
+
+    def __init__(self, setup: Setup, device: torch.device, order: str = "raster", frames: int | None = None) -> None:
+        self.setup, self.device, self.order = setup, device, order
+        self.model = load(device=device, setup=setup).requires_grad_(False)
+        self.teacher = self.model.state_dict()
+        self.teacher = {name: each.clone() for name, each in self.teacher.items()}
+        self.attached = sparge_compile.attach(self.model, everywhere((0.1, 0.1), order, setup.sizes[2]))
+        options = {"min_seq_len": 0, "inner": inner(device), "grid": setup.grid(frames)}
+        compiled(self.model, backend="sparge", options=options)
+
+    def set(self, calibration: Calibration, weights: dict[str, Tensor] | None = None) -> nn.Module:
+        """The model with these thresholds, and the teacher's weights but for those that are given."""
+        self.model.load_state_dict(self.teacher | (weights or {}), strict=False)  # the thresholds are buffers
+        self.attached.set(calibration)
+        return self.model.eval()
+
+
+def inner(device: torch.device) -> str:
+    return "inductor" if device.type == "cuda" else "eager"
+
+
+def weights_of(model: nn.Module, trained: str) -> dict[str, nn.Parameter]:
+    """What trains: all weights, or of each block the projections and norms of attention."""
+    named = dict(model.named_parameters())
+    return named if trained == ALL else {name: each for name, each in named.items() if ".attention." in name}
 
 
 def batches(
-    steps: int, size: int, device: torch.device, seed: int = 0, **kind: int | bool
+    steps: int, size: int, device: torch.device, seed: int = 0, setup: Setup = SMALL, **kind: int | bool
 ) -> Iterator[tuple[Tensor, ...]]:
     """Noisy clips, times, velocities and classes; ``kind`` goes to ``clips``."""
-    for number in range(FIRST_SEED + 100_000 * seed, FIRST_SEED + 100_000 * seed + steps):
-        video, classes = clips(size, number, device, **kind)
-        free = torch.rand(size, generator=torch.Generator().manual_seed(OTHER + number)) < DROPPED
-        yield *noisy(video, number), classes * ~free[:, None].to(device)
+    for number in range(FINE_TUNE_SEED + 100_000 * seed, FINE_TUNE_SEED + 100_000 * seed + steps):
+        yield batch(number, size, device, setup, free=DROPPED, **kind)
 
 
 def fine_tune(
@@ -59,9 +85,10 @@ def fine_tune(
     loss_of: Callable[[Tensor, Tensor], Tensor],
     every: int = 50,
     say: Callable[[str], None] = print,
+    after: Callable[[], None] = lambda: None,
 ) -> None:
     """AdamW with a short rise and a cosine. ``loss_of`` gets prediction and true velocity; every so many steps a line
-    is said."""
+    is said; ``after`` is called after each."""
     trained = list(trained)
     optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     student.train()
@@ -76,6 +103,7 @@ def fine_tune(
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        after()
         if (step + 1) % every == 0 or step + 1 == steps:
             rate = (step + 1) / (time.perf_counter() - began)
             say(f"step {step + 1}: loss {loss.item():.5f}, {rate:.2f} steps/s")
@@ -94,59 +122,57 @@ def held_out_error(model: nn.Module, teacher: nn.Module, data: Iterable[tuple[Te
     return torch.cat(errors).mean().item(), torch.stack(losses).mean().item()
 
 
-def held_out(count: int, size: int, device: torch.device, seed: int = 0, **kind: int) -> Iterator[tuple[Tensor, ...]]:
+def held_out(
+    count: int, size: int, device: torch.device, seed: int = 0, setup: Setup = SMALL, **kind: int
+) -> Iterator[tuple[Tensor, ...]]:
     """Noisy clips of held-out digits, times, velocities and classes."""
     for number in range(HELD_OUT_SEED + 1_000 * seed, HELD_OUT_SEED + 1_000 * seed + count):
-        video, classes = clips(size, number, device, held_out=True, **kind)
-        yield *noisy(video, number), classes
+        yield batch(number, size, device, setup, held_out=True, **kind)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_setup(parser)
     parser.add_argument("--topk", type=float, default=0.06, help="(0.06)")
-    parser.add_argument("--topp", type=float, default=0.28, help="(0.28: with it 92 %% sparsity)")
+    parser.add_argument("--topp", type=float, default=0.28, help="(0.28: with it 92 %% sparsity of the small model)")
+    parser.add_argument("--order", choices=("raster", "tiles"), default="raster")
     parser.add_argument("--steps", type=int, default=4000, help="(4000)")
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--frames", type=int, help="of a clip (those of the setup)")
     parser.add_argument("--train", choices=("all", "attention"), default="all", help="which weights (all)")
-    parser.add_argument("--lr", type=float, help=f"({LR:g}; of the attention layers {LR_ATTENTION:g})")
-    parser.add_argument("--out", type=Path, default=WEIGHTS)
+    parser.add_argument("--lr", type=float, help="({}; of the attention layers {})".format(*RATES.values()))
+    parser.add_argument("--out", type=Path, help="a folder (the one that the setup's weights are read from)")
     args = parser.parse_args()
-    if args.lr is None:
-        args.lr = LR if args.train == "all" else LR_ATTENTION
-    args.out.mkdir(parents=True, exist_ok=True)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    inner = "inductor" if device.type == "cuda" else "eager"
-    log = (args.out / "distil.log").open("w")
-
-    def say(text: str) -> None:
-        print(text, flush=True)
-        print(text, file=log, flush=True)
-
-    where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    say(f"torch {torch.__version__}, {where}, sparge_compile {sparge_compile.__version__}")
-    say(", ".join(f"{name} {getattr(args, name)}" for name in ("train", "topk", "topp", "steps", "batch", "lr")))
-    calibration = sparge_compile.Calibration({"blocks.*.attention": [(args.topk, args.topp)]})
-    model, teacher = (load(device=device).requires_grad_(False) for _ in range(2))
-    options = {"calibration": calibration, "min_seq_len": 0, "inner": inner}
-    student = torch.compile(model, backend="sparge", fullgraph=True, dynamic=False, options=options)
+    trained = ALL if args.train == "all" else ATTENTION
+    args.lr, args.out = args.lr or RATES[trained], args.out or args.setup.weights
+    device, frames = torch.device("cuda" if torch.cuda.is_available() else "cpu"), {"frames": args.frames}
+    say = journal(args.out / "distil.log", device)
+    names = ("setup", "train", "topk", "topp", "order", "steps", "batch", "lr")
+    say(", ".join(f"{name} {getattr(args, name)}" for name in names))
+    calibration = everywhere((args.topk, args.topp), args.order)
+    dense = load(device=device, setup=args.setup).requires_grad_(False)
+    plain, teacher = load(device=device, setup=args.setup), compiled(dense, backend=inner(device))
+    student = Student(args.setup, device, args.order, args.frames)
+    model = student.set(calibration)
 
     def judge(what: str) -> None:
-        error, loss = held_out_error(student, teacher, held_out(4, args.batch, device))
+        error, loss = held_out_error(model, teacher, held_out(4, args.batch, device, setup=args.setup, **frames))
         say(f"held-out clips, {what}: velocity error {error:.4f}, flow-matching loss {loss:.4f}")
 
-    mixed, when, _, classes = next(held_out(1, args.batch, device))
+    mixed, when, _, classes = next(held_out(1, args.batch, device, setup=args.setup, **frames))
     with precision(device):
-        say(f"sparsity {measured_sparsity(model, calibration, (mixed, when, classes)):.2%}")
+        say(f"sparsity {measured_sparsity(plain, calibration, (mixed, when, classes)):.2%}")
     judge("not trained")
-    trained = dict(model.named_parameters()) if args.train == "all" else attention_weights(model)
-    for each in trained.values():
+    weights = weights_of(model, trained)
+    for each in weights.values():
         each.requires_grad_(True)
-    with sparge_compile.DistillationHook(student) as hook:
-        data = batches(args.steps, args.batch, device)
-        fine_tune(student, trained.values(), data, args.steps, args.lr, lambda *_: hook.loss(), say=say)
+    with sparge_compile.DistillationHook(model, teacher, compile=False) as hook:  # it is compiled
+        data = batches(args.steps, args.batch, device, setup=args.setup, **frames)
+        fine_tune(model, weights.values(), data, args.steps, args.lr, lambda *_: hook.loss(), say=say)
     judge("distilled")
-    weights = {name: each.detach().bfloat16().cpu() for name, each in trained.items()}
-    save_file(weights, args.out / "student.safetensors")
+    save_file(
+        {name: each.detach().bfloat16().cpu() for name, each in weights.items()}, args.out / "student.safetensors"
+    )
     calibration.save(args.out / "student.json")
 
 

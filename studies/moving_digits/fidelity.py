@@ -1,25 +1,22 @@
 """The tables of docs/fidelity.md out of the results of ``reproduce.py``.
 
 In: the CSV files of a folder. Out: tables, which ``fill`` puts between ``<!-- name -->`` and ``<!-- /name -->``.
-Numbers are means over seeds, ± their standard deviation.
 """
 
 from __future__ import annotations
 
-import csv
-import math
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from tabulate import tabulate
+from setups import DOCS, SETUPS
+from tabular import Row, grouped, markdown, numbers, read, shown, where
 
+PAGE = DOCS / "fidelity.md"
 RULES = {"topk": "Top-k", "topp": "Top-p", "hybrid": "hybrid"}
 TARGETS = ("0.8", "0.85", "0.9", "0.95", "0.97")
 MEASURES = ("velocity error", "flow loss", "PSNR", "SSIM", "digits read", "flicker")
-DIGITS = {"PSNR": 1, "SSIM": 3, "digits read": 3, "flicker": 3, "sparsity": 3}  # after the point; others have 4
-SAME = 100.0  # dB
 PAPER = {  # Table 6 of arXiv 2602.13515, Wan2.1-1.3B: image quality and VQA
     ("hybrid", "distillation"): (67.68, 86.73),
     ("topk", "distillation"): (65.84, 86.90),
@@ -28,59 +25,6 @@ PAPER = {  # Table 6 of arXiv 2602.13515, Wan2.1-1.3B: image quality and VQA
     ("hybrid", "flow"): (67.23, 85.05),
 }
 LAYER = re.compile(r"\d+")
-
-Row = dict[str, str]
-
-
-def read(path: Path) -> list[Row]:
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def numbers(rows: Iterable[Row], column: str) -> list[float]:
-    return [value for value in (float(row[column]) for row in rows) if not math.isnan(value)]
-
-
-def by_seed(rows: Iterable[Row], column: str) -> list[float]:
-    """The mean of each seed."""
-    seeds: dict[str, list[Row]] = {}
-    for row in rows:
-        seeds.setdefault(row["seed"], []).append(row)
-    return [statistics.mean(found) for each in seeds.values() if (found := numbers(each, column))]
-
-
-def shown(rows: Iterable[Row], column: str) -> str:
-    """Mean ± standard deviation over seeds; an en dash where there is none."""
-    values = by_seed(rows, column)
-    if not values:
-        return "–"
-    mean, places = statistics.mean(values), DIGITS.get(column, 4)
-    if column == "PSNR" and mean > SAME:
-        return "same"
-    if not any(values):
-        return "0"
-    form = ".1e" if abs(mean) < 5 * 10.0**-places else f".{places}f"
-    spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
-    return f"{mean:{form}}{spread}"
-
-
-def where(rows: Iterable[Row], **wanted: str) -> list[Row]:
-    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
-
-
-def grouped(rows: Iterable[Row], column: str) -> dict[str, list[Row]]:
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row[column], []).append(row)
-    return groups
-
-
-def markdown(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    aligned = ["left"] + ["right"] * (len(headers) - 1)
-    return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True, colalign=aligned)
-
 
 # ---- tables
 
@@ -171,6 +115,58 @@ def defaults_table(quality: list[Row]) -> str:
     return markdown(("topk, topp", *columns), ([name, *(shown(of, m) for m in columns)] for name, of in cases))
 
 
+def arms_table(quality: list[Row]) -> str:
+    """The large model's arms: by sparsity, then by how long they were trained."""
+    rows = where(quality, part="arms")
+    columns = ("target", "steps", "order", "rule", "thresholds", "loss", "trained", "rate", "anneal", "outputs")
+    kinds = {tuple(row[name] for name in columns): None for row in rows}
+    lines = []
+    for kind in sorted(kinds, key=lambda kind: (float(kind[0]), int(kind[1]))):
+        named = dict(zip(columns, kind, strict=True))
+        words = [f"{float(named['target']):.0%}", named["order"], RULES[named["rule"]], named["thresholds"]]
+        if named["steps"] == "0":
+            words.append("not trained")
+        else:
+            words += [f"{named['steps']} steps", named["trained"], f"rate {named['rate']}"]
+            words += ["plain loss"] * (named["loss"] == "flow")
+            words += [f"{name} {named[name]}" for name in ("anneal", "outputs") if named[name] != "0"]
+        of = where(rows, **named)
+        lines.append([", ".join(words), *(shown(of, m) for m in ("sparsity", *MEASURES))])
+    lines.append(["dense", *(shown(where(quality, part="floor", rule="dense"), m) for m in ("sparsity", *MEASURES))])
+    return markdown(("", "sparsity", *MEASURES), lines)
+
+
+def apart_table(rows: list[Row]) -> str:
+    """Where a student's error is; what restores the most of it comes first among layers and heads."""
+    lines = []
+    for student, of in grouped(rows, "student").items():
+        for what, each in grouped(of, "what").items():
+            found = {which: statistics.mean(numbers(some, "value")) for which, some in grouped(each, "which").items()}
+            names = list(found)
+            if what in ("layer", "head"):
+                names = ["all", *sorted((name for name in names if name != "all"), key=found.__getitem__)[:8]]
+            lines.append([student, what, ", ".join(f"{name}: {found[name]:.4f}" for name in names)])
+    return markdown(("student", "by", "velocity error, by steps digits read"), lines)
+
+
+def timing_table(rows: list[Row]) -> str:
+    lines = []
+    for row in rows:
+        dense, sparse = float(row["dense ms"]), float(row["sparse ms"])
+        kind = f"{row['what']}, {float(row['target']):.0%}, {row['order']}"
+        lines.append(
+            [
+                kind,
+                row["device"],
+                f"{float(row['sparsity']):.1%}",
+                f"{dense:.2f}",
+                f"{sparse:.2f}",
+                f"{dense / sparse:.2f}",
+            ]
+        )
+    return markdown(("", "device", "sparsity", "dense ms", "sparse ms", "ratio"), lines)
+
+
 def structures_table(rows: list[Row]) -> str:
     kinds = list(dict.fromkeys(row["structure"] for row in rows))
     pairs = list(dict.fromkeys((row["topk"], row["topp"]) for row in rows))
@@ -250,30 +246,35 @@ def fill(page: Path, tables: dict[str, str]) -> None:
     page.write_text(text)
 
 
+# by its name in the page: the file, the part that it is of (any), and what makes it
+TABLES: dict[str, tuple[str, str, Callable[[list[Row]], str]]] = {
+    "floor": ("quality", "floor", floor_table),
+    "sparsity": ("quality", "rules", lambda rows: rules_table(rows, "sparsity")),
+    "rules": ("quality", "rules", lambda rows: rules_table(rows, "velocity error")),
+    "digits": ("quality", "rules", lambda rows: rules_table(rows, "digits read")),
+    "paper": ("quality", "losses", paper_table),
+    "losses": ("quality", "losses", losses_table),
+    "students": ("quality", "students", students_table),
+    "defaults": ("quality", "defaults", defaults_table),
+    "arms": ("quality", "arms", arms_table),
+    "apart": ("apart", "", apart_table),
+    "timing": ("timing", "", timing_table),
+    "rates": ("rates", "", rates_table),
+    "structures": ("structures", "", structures_table),
+    "split": ("error_split", "", split_table),
+    "ranking": ("ranking", "", ranking_table),
+    "layers": ("ranking", "", layers_table),
+}
+
+
 def tables(out: Path) -> dict[str, str]:
-    """Each table of which there are results, by its name in the page."""
-    quality = read(out / "quality.csv")
-    found: dict[str, str] = {}
-    if quality:
-        found = {
-            "settings": (out / "settings.txt").read_text().strip() + ".",
-            "floor": floor_table(quality),
-            "sparsity": rules_table(quality, "sparsity"),
-            "rules": rules_table(quality, "velocity error"),
-            "digits": rules_table(quality, "digits read"),
-            "paper": paper_table(quality),
-            "losses": losses_table(quality),
-            "students": students_table(quality),
-            "defaults": defaults_table(quality),
-        }
-    others: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
-        "rates": ("rates.csv", rates_table),
-        "structures": ("structures.csv", structures_table),
-        "split": ("error_split.csv", split_table),
-        "ranking": ("ranking.csv", ranking_table),
-        "layers": ("ranking.csv", layers_table),
-    }
-    for name, (file, table) in others.items():
-        if rows := read(out / file):
-            found[name] = table(rows)
+    """Each table of which there are results, by its name in the page; those of the large model have its name first."""
+    first = f"{out.name} " if out.name in SETUPS else ""
+    found = {}
+    for name, (file, part, table) in TABLES.items():
+        rows = read(out / f"{file}.csv")
+        if where(rows, part=part) if part else rows:
+            found[first + name] = table(rows)
+    if found:
+        found[f"{first}settings"] = (out / "settings.txt").read_text().strip() + "."
     return found

@@ -1,161 +1,130 @@
-"""The bench of ``reproduce.py``: tables of results on disk, and models that are compiled once and measured often.
+"""The bench of ``reproduce.py``: models that are compiled once and measured often, for one setup.
 
-In: weights and thresholds. Out: a row of figures. What is asked of them is in ``reproduce.py``.
+In: cases and their thresholds. Out: rows of figures. What is asked of them is in ``parts.py``.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import time
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from digits import CLASSES, SIDE
-from distil import LR, LR_ATTENTION, attention_weights, batches, fine_tune, held_out, held_out_error, precision
+from case import KEY, QUALITY, Case, Table, key_of
+from digits import noise_of
+from distil import (
+    Student,
+    batches,
+    fine_tune,
+    held_out,
+    held_out_error,
+    inner,
+    weights_of,
+)
 from measures import accuracy, flicker, load_classifier, measured_sparsity, psnr, ssim
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformer import WEIGHTS, load, sample
+from train import precision
+from transformer import compiled, load, sample
 
 import sparge_compile
-
-QUALITY = ("sparsity", "velocity error", "flow loss", "PSNR", "SSIM", "digits read", "flicker")
-BUFFER = 1 << 20  # bytes: what is added to a table is written at once, also beside another process
+from sparge_compile import Calibration
 
 
-class Table:
-    """A CSV file of results; a row is known by the columns of its key. Several processes may add to one file."""
-
-    def __init__(self, path: Path, key: tuple[str, ...], values: tuple[str, ...]) -> None:
-        self.path, self.key, self.columns = path, key, (*key, *values)
-        self.done: set[tuple[str, ...]] = set()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with path.open("x", newline="") as file:
-                csv.writer(file, lineterminator="\n").writerow(self.columns)
-        except FileExistsError:
-            with path.open(newline="") as file:
-                reader = csv.DictReader(file)
-                if tuple(reader.fieldnames or ()) != self.columns:
-                    raise SystemExit(f"{path} has other columns than {', '.join(self.columns)}: move it away") from None
-                self.done = {tuple(row[name] for name in key) for row in reader}
-
-    def has(self, *key: object) -> bool:
-        return tuple(map(_text, key)) in self.done
-
-    def add(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Add rows; those that are there already stay as they are."""
-        with self.path.open("a", newline="", buffering=BUFFER) as file:
-            writer = csv.writer(file, lineterminator="\n")
-            for row in rows:
-                key = tuple(_text(row[name]) for name in self.key)
-                if key not in self.done:
-                    writer.writerow([_text(row[name]) for name in self.columns])
-                    self.done.add(key)
-
-
-def _text(value: object) -> str:
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
+class OutOfTime(Exception):
+    """What comes next would not be done within the minutes that were given."""
 
 
 class Lab:
-    """The dense model, and a sparse and a dense one that take other weights; each is compiled once.
-
-    ``args`` are those of ``reproduce.py``.
-    """
+    """The dense model, and students that take other weights. ``args`` are those of ``reproduce.py``."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
-        self.args, self.device = args, device
-        inner = "inductor" if device.type == "cuda" else "eager"
-        self.teacher, self.model, self.free = (load(device=device).requires_grad_(False) for _ in range(3))
-        self.attached = sparge_compile.attach(self.model, everywhere((0.1, 0.1)))
-        options = {"min_seq_len": 0, "inner": inner}
-        self.student = torch.compile(self.model, backend="sparge", fullgraph=True, dynamic=False, options=options)
-        self.dense = torch.compile(self.teacher, backend=inner, fullgraph=True, dynamic=False)
-        self.full = torch.compile(self.free, backend=inner, fullgraph=True, dynamic=False)
-        self.classifier = load_classifier(device)
-        self.quality_table = Table(
-            args.out / "quality.csv",
-            ("part", "seed", "rule", "thresholds", "target", "loss", "data", "trained"),
-            ("pair", *QUALITY),
-        )
+        self.args, self.device, self.setup = args, device, args.setup
+        self.kind = {"setup": args.setup, "frames": args.frames}  # of clips
+        self.plain = load(device=device, setup=args.setup).requires_grad_(False)  # never compiled, never changed
+        self.dense = compiled(self._copy(), backend=inner(device))
+        self.classifier = load_classifier(device, args.setup)
+        self.quality_table = Table(args.out, "quality")
+        self._students: dict[str, Student] = {}
         self._dense_samples: tuple[int, Tensor] | None = None
-        self._began = time.perf_counter()
+        self._began, self._pace = time.perf_counter(), {"step": 0.0, "rest": 0.0}  # seconds
+
+    def _copy(self) -> nn.Module:
+        return load(device=self.device, setup=self.setup).requires_grad_(False)
 
     # ---- models
 
-    def sparse(self, calibration: sparge_compile.Calibration) -> nn.Module:
-        """The compiled student with the teacher's weights, and these thresholds."""
-        self.model.load_state_dict(self.teacher.state_dict(), strict=False)  # the thresholds are buffers
-        self.attached.set(calibration)
-        return self.student.eval()
+    @cached_property
+    def free(self) -> nn.Module:
+        """A dense model that takes other weights."""
+        return compiled(self._copy(), backend=inner(self.device))
 
-    def shipped(self) -> tuple[sparge_compile.Calibration, nn.Module]:
+    def student(self, order: str) -> Student:
+        if order not in self._students:
+            self._students[order] = Student(self.setup, self.device, order, self.args.frames)
+        return self._students[order]
+
+    def sparse(self, calibration: Calibration) -> nn.Module:
+        """A student with the teacher's weights, and these thresholds."""
+        return self.student(order_of(calibration)).set(calibration)
+
+    def shipped(self) -> tuple[Calibration, nn.Module]:
         """The distilled student of the repository, and its thresholds."""
-        calibration = sparge_compile.Calibration.load(WEIGHTS / "student.json")
-        student = self.sparse(calibration)
-        self.model.load_state_dict(load("student").state_dict(), strict=False)
-        return calibration, student
+        calibration = Calibration.load(self.setup.weights / "student.json")
+        weights = load_file(self.setup.weights / "student.safetensors", str(self.device))
+        return calibration, self.student(order_of(calibration)).set(calibration, weights)
 
-    def tuned(
-        self,
-        seed: int,
-        calibration: sparge_compile.Calibration | None,
-        steps: int,
-        *,
-        loss: str = "distillation",
-        shifted: bool = False,
-        all_weights: bool = True,
-        lr: float | None = None,
-    ) -> nn.Module:
-        """The student, or without thresholds the dense model, after some steps from the teacher's weights."""
+    def tuned(self, case: Case, seed: int, calibration: Calibration | None) -> nn.Module:
+        """The student, or without thresholds the dense model, fine-tuned from the teacher's weights."""
         if calibration is None:
-            self.free.load_state_dict(self.teacher.state_dict())
-            model, student = self.free, self.full
+            model = self.free
+            model.load_state_dict(self.plain.state_dict())
         else:
-            model, student = self.model, self.sparse(calibration)
-        trained = dict(model.named_parameters()) if all_weights else attention_weights(model)
+            model = self.sparse(calibration)
+        trained = weights_of(model, case.trained)
         for each in trained.values():
             each.requires_grad_(True)
-        data = batches(steps, self.args.batch, self.device, seed, frames=self.args.frames, shifted=shifted)
-        lr = lr or (LR if all_weights else LR_ATTENTION)
-        if loss == "distillation":
-            with sparge_compile.DistillationHook(student, self.dense, compile=False) as hook:  # it is compiled
-                fine_tune(student, trained.values(), data, steps, lr, lambda *_: hook.loss(), every=steps)
+        is_shifted = case.data == "shifted"
+        data = batches(case.steps, self.args.batch, self.device, seed, shifted=is_shifted, **self.kind)
+        how: dict[str, Any] = {"every": max(1, case.steps // 4), "say": lambda text: print(f"    {text}", flush=True)}
+        if case.anneal:
+            attached = self.student(case.order).attached
+            how["after"] = sparge_compile.SparsitySchedule(attached, round(case.anneal * case.steps)).step
+        if case.loss == "distillation":
+            teacher = self._copy() if case.outputs else self.dense  # outputs: the hook compiles it as it needs it
+            with sparge_compile.DistillationHook(
+                model, teacher, layers=case.outputs, compile=bool(case.outputs)
+            ) as hook:
+                fine_tune(model, trained.values(), data, case.steps, case.rate, lambda *_: hook.loss(), **how)
         else:
-            fine_tune(student, trained.values(), data, steps, lr, lambda u, v: F.mse_loss(u.float(), v), every=steps)
+            fine_tune(
+                model, trained.values(), data, case.steps, case.rate, lambda u, v: F.mse_loss(u.float(), v), **how
+            )
         model.requires_grad_(False)
-        return student
+        return model
 
     # ---- inputs
 
     def seen(self, seed: int, count: int = 2) -> list[tuple[Tensor, ...]]:
         """What thresholds are chosen by: noisy clips of digits that the model was trained on, times, velocities,
         classes."""
-        return list(batches(count, self.args.batch, self.device, 900 + seed, frames=self.args.frames))
+        return list(batches(count, self.args.batch, self.device, 900 + seed, **self.kind))
 
     def held_out(self, seed: int) -> Iterator[tuple[Tensor, ...]]:
-        return held_out(self.args.rounds, self.args.batch, self.device, seed, frames=self.args.frames)
-
-    def noise(self, seed: int, number: int) -> tuple[Tensor, Tensor]:
-        """Noise [batch / 2, T, 64, 64] and classes of one round of sampling."""
-        count = self.args.batch // 2
-        generator = torch.Generator().manual_seed(1_000 * seed + number)
-        noise = torch.randn(count, self.args.frames, SIDE, SIDE, generator=generator)
-        chosen = torch.rand(count, CLASSES, generator=generator).argsort(-1)[:, :2]
-        return noise.to(self.device), F.one_hot(chosen, CLASSES).sum(1).float().to(self.device)
+        return held_out(self.args.rounds, self.args.batch, self.device, seed, **self.kind)
 
     # ---- figures
 
     @torch.no_grad()
     def samples(self, model: Callable[..., Tensor], seed: int) -> tuple[Tensor, Tensor]:
         """Clips and their classes, ``rounds`` times batch / 2 of them."""
-        given = [self.noise(seed, number) for number in range(self.args.rounds)]
-        with precision(self.device):
-            videos = [sample(model, noise, classes, self.args.sample_steps) for noise, classes in given]
+        count, device, frames = self.args.batch // 2, self.device, self.args.frames
+        given = [noise_of(self.setup, 1_000 * seed + n, count, device, frames) for n in range(self.args.rounds)]
+        with precision(device):
+            videos = [sample(model, *each, self.args.sample_steps, shift=self.setup.shift) for each in given]
         return torch.cat(videos), torch.cat([classes for _, classes in given])
 
     def dense_samples(self, seed: int) -> Tensor:
@@ -163,11 +132,16 @@ class Lab:
             self._dense_samples = seed, self.samples(self.dense, seed)[0]
         return self._dense_samples[1]
 
-    def sparsity(self, calibration: sparge_compile.Calibration, clips: tuple[Tensor, ...]) -> float:
-        """Of the sparse model with the weights that it has, on a batch of ``seen`` or ``held_out``."""
+    def sparsity(self, calibration: Calibration, clips: tuple[Tensor, ...], model: nn.Module | None = None) -> float:
+        """Of these thresholds with the weights of a model, or the dense one's, on a batch of ``seen`` or
+        ``held_out``."""
         mixed, when, _, classes = clips
+        plain = self.plain
+        if model is not None:
+            plain = self._copy()
+            plain.load_state_dict(model.state_dict(), strict=False)  # without the thresholds
         with precision(self.device):
-            return measured_sparsity(self.model, calibration, (mixed, when, classes))
+            return measured_sparsity(plain, calibration, (mixed, when, classes))
 
     def quality(self, model: nn.Module, seed: int, sparsity: float) -> dict[str, float]:
         """The row of a model in evaluation mode."""
@@ -185,40 +159,40 @@ class Lab:
 
     # ---- results
 
-    def has(self, *key: object) -> bool:
-        return self.quality_table.has(*key)
+    def has(self, case: Case, seed: int) -> bool:
+        return self.quality_table.has(*key_of(case, seed))
 
-    def measure(
-        self,
-        key: tuple[object, ...],
-        seed: int,
-        calibration: sparge_compile.Calibration | None,
-        steps: int = 0,
-        **training: Any,
-    ) -> nn.Module:
-        """Add the row of a sparse model, after some steps of training (see ``tuned``) if there are any; None: of the
-        dense model. Gives the model."""
-        if steps or calibration is None:
-            model = self.tuned(seed, calibration, steps, **training)
-        else:
-            model = self.sparse(calibration)
-        sparsity = 0.0 if calibration is None else self.sparsity(calibration, next(self.held_out(seed)))
-        self.add(key, self.quality(model, seed, sparsity), calibration)
+    def measure(self, case: Case, seed: int, calibration: Calibration | None) -> nn.Module:
+        """Add the row of a model, fine-tuned if the case says so; None: of a dense one. Gives the model.
+
+        Raises:
+            OutOfTime: it would take longer than what is left, as far as earlier ones tell.
+        """
+        self._check_time(case)
+        start = time.perf_counter()
+        model = self.tuned(case, seed, calibration) if case.steps else self.sparse(calibration)
+        trained = time.perf_counter()
+        sparsity = 0.0
+        if calibration is not None:
+            sparsity = self.sparsity(calibration, next(self.held_out(seed)), model)
+        self.add(case, seed, self.quality(model, seed, sparsity), calibration)
+        if case.steps:
+            self._pace["step"] = (trained - start) / case.steps
+        self._pace["rest"] = time.perf_counter() - trained
         return model
 
-    def add(
-        self,
-        key: tuple[object, ...],
-        found: dict[str, float],
-        calibration: sparge_compile.Calibration | None = None,
-    ) -> None:
+    def _check_time(self, case: Case) -> None:
+        needed = case.steps * self._pace["step"] + self._pace["rest"]
+        if time.perf_counter() - self._began + needed > 60 * self.args.minutes:
+            raise OutOfTime(f"{case.name} would take {needed:.0f} s")
+
+    def add(self, case: Case, seed: int, found: dict[str, float], calibration: Calibration | None = None) -> None:
         pairs = set() if calibration is None else {pair for pairs in calibration.sites.values() for pair in pairs}
         pair = "{:.5g}, {:.5g}".format(*pairs.pop()) if len(pairs) == 1 else ""
-        self.quality_table.add([{**dict(zip(self.quality_table.key, key, strict=True)), "pair": pair, **found}])
+        self.quality_table.add([{**dict(zip(KEY, key_of(case, seed), strict=True)), "pair": pair, **found}])
         text = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
-        print(f"[{time.perf_counter() - self._began:6.1f} s] {' · '.join(map(str, key))}: {text}", flush=True)
+        print(f"[{time.perf_counter() - self._began:6.1f} s] {case.part}, seed {seed}: {case.name}: {text}", flush=True)
 
 
-def everywhere(pair: tuple[float, float], heads: int = 4) -> sparge_compile.Calibration:
-    """One pair for all heads of the model."""
-    return sparge_compile.Calibration({"*": [pair] * heads})
+def order_of(calibration: Calibration) -> str:
+    return "tiles" if calibration.tiles else "raster"

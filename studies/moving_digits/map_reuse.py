@@ -21,8 +21,9 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from digits import CLASSES, SHIFT, SIDE
+from digits import noise_of
 from measures import psnr, velocity_error
+from setups import SMALL
 from tabulate import tabulate
 from torch import Tensor, nn
 from transformer import load
@@ -30,9 +31,8 @@ from transformer import load
 import sparge_compile
 from sparge_compile import BlockMap, Grid, ops
 from sparge_compile.kernels.how import How
-from sparge_compile.kernels.order import make_order
+from sparge_compile.kernels.order import TILE, make_order
 
-TILE = (2, 4, 8)
 GUIDANCE = 3.0
 EVERY = (1, 2)  # steps in which whole runs make their maps
 
@@ -81,7 +81,7 @@ class Maps:
 def walk(steps: int, noise: Tensor, velocity: Callable[[int, Tensor, float], Tensor]) -> Tensor:
     """Euler's method as ``transformer.sample`` has it; ``velocity`` is asked at each step."""
     times = torch.linspace(1, 0, steps + 1)
-    times = SHIFT * times / (1 + (SHIFT - 1) * times)
+    times = SMALL.shift * times / (1 + (SMALL.shift - 1) * times)
     video = noise
     for number, (time, following) in enumerate(itertools.pairwise(times.tolist())):
         video = video + (following - time) * velocity(number, video, time)
@@ -160,14 +160,10 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     model = load("teacher", args.device)
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(args.clips, args.frames, SIDE, SIDE, generator=generator).to(args.device)
-    chosen = torch.rand(args.clips, CLASSES, generator=generator).argsort(-1)[:, :2]
-    classes = F.one_hot(chosen, CLASSES).sum(1).float().to(args.device)
-    side = SIDE // model.patch
+    noise, classes = noise_of(SMALL, 0, args.clips, args.device, args.frames)
     rows = []
     for steps, topk, order in itertools.product(args.steps, args.topk, args.orders):
-        maps = Maps(topk, Grid(0, args.frames, side, side) if order == "tiles" else None)
+        maps = Maps(topk, Grid(0, *SMALL.grid(args.frames)) if order == "tiles" else None)
         dense, found = along(model, steps, maps, noise, classes)
         mean = {name: statistics.fmean(values) for name, values in found.items()}
         runs = [psnr(whole(model, steps, maps, noise, classes, every), dense).mean().item() for every in EVERY]

@@ -1,6 +1,6 @@
 """Quality without a download: velocity error, PSNR, SSIM, what a small classifier reads, flicker.
 
-Videos are [B, T, 64, 64] in [-1, 1].
+Videos are [B, T, side, side] in [-1, 1].
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import statistics
 
 import torch
 import torch.nn.functional as F
-from digits import CLASSES, clips
+from digits import clips
+from setups import CLASSES, PATCH, SMALL, Setup
 from torch import Tensor, nn
-from transformer import WEIGHTS
 
 import sparge_compile
 
@@ -52,6 +52,8 @@ def measured_sparsity(model: nn.Module, calibration: sparge_compile.Calibration,
     """The mean over the layers of one forward of the uncompiled model, with sparse attention put in by hand."""
     names = iter([name for name, each in model.named_modules() if name.endswith(".attention")])
     dense_attention, found = F.scaled_dot_product_attention, []
+    _, frames, height, width = inputs[0].shape
+    grid = (frames, height // PATCH, width // PATCH)
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         name = next(names)
@@ -59,7 +61,11 @@ def measured_sparsity(model: nn.Module, calibration: sparge_compile.Calibration,
         if pairs is None:
             raise ValueError(f"the calibration has no thresholds for {name}: calibrate this model anew")
         topk, topp = torch.tensor(pairs, device=query.device).unbind(1)
-        sparse, sparsity = sparge_compile.attention(query, key, value, topk=topk, topp=topp, return_sparsity=True)
+        tile = calibration.tiles.get(calibration.key_of(name))
+        order = {} if tile is None else {"grid": grid, "tile": tile}
+        sparse, sparsity = sparge_compile.attention(
+            query, key, value, topk=topk, topp=topp, return_sparsity=True, **order
+        )
         found.append(sparsity.item())
         return sparse
 
@@ -79,11 +85,10 @@ def flicker(video: Tensor) -> Tensor:
 
 
 class Classifier(nn.Module):
-    """Frames [n, 64, 64] to the logits [n, 10] of the classes in them."""
+    """Frames [n, side, side] to the logits [n, 10] of the classes in them."""
 
-    def __init__(self) -> None:
+    def __init__(self, widths: tuple[int, ...] = SMALL.reader) -> None:
         super().__init__()
-        widths = (1, 32, 64, 128)
         stages = [
             nn.Sequential(
                 nn.Conv2d(a, b, 3, stride=2, padding=1, bias=False),
@@ -93,7 +98,7 @@ class Classifier(nn.Module):
                 nn.BatchNorm2d(b),
                 nn.ReLU(),
             )
-            for a, b in itertools.pairwise(widths)
+            for a, b in itertools.pairwise((1, *widths))
         ]
         self.stages = nn.Sequential(*stages, nn.Conv2d(widths[-1], CLASSES, 1))
 
@@ -101,11 +106,11 @@ class Classifier(nn.Module):
         return self.stages(frames.unsqueeze(1)).amax((2, 3))  # a digit is where it is
 
 
-def load_classifier(device: torch.device | str = "cpu") -> Classifier:
+def load_classifier(device: torch.device | str = "cpu", setup: Setup = SMALL) -> Classifier:
     from safetensors.torch import load_file
 
-    model = Classifier()
-    model.load_state_dict(load_file(WEIGHTS / "classifier.safetensors"))
+    model = Classifier(setup.reader)
+    model.load_state_dict(load_file(setup.weights / "classifier.safetensors"))
     return model.to(device).eval()
 
 
@@ -119,14 +124,14 @@ def accuracy(classifier: nn.Module, video: Tensor, classes: Tensor) -> Tensor:
     return (right.sum(1) / count).view(video.shape[:2]).mean(1)
 
 
-def train_classifier(device: torch.device, steps: int = 3000, batch: int = 512) -> Classifier:
+def train_classifier(device: torch.device, setup: Setup = SMALL, steps: int = 3000, batch: int = 512) -> Classifier:
     """Trained on frames of both distributions, with noise of any small strength."""
     torch.manual_seed(0)
-    model = Classifier().to(device)
+    model = Classifier(setup.reader).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
-        video, classes = clips(batch // 4, 10_000_000 + step, device, shifted=step % 2 == 1, frames=4)
+        video, classes = clips(batch // 4, 10_000_000 + step, device, setup=setup, shifted=step % 2 == 1, frames=4)
         noise = torch.randn_like(video) * 0.3 * torch.rand(len(video), 1, 1, 1, device=device)
         logits = model((video + noise).flatten(0, 1))
         loss = F.binary_cross_entropy_with_logits(logits, classes.repeat_interleave(4, 0))

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from digits import FRAMES, clips
+from digits import clips
+from setups import SMALL
 from torch import Tensor, nn
 from transformer import load
 
@@ -113,7 +114,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="the seed of the first run (0)")
     parser.add_argument("--batches", type=int, default=16, help="clips to calibrate on, and as many to check on (16)")
     parser.add_argument("--times", type=float, nargs="+", default=[0.97, 0.9, 0.75, 0.4], help="at which each is shown")
-    parser.add_argument("--frames", type=int, default=FRAMES, help=f"of a clip; 256 tokens each ({FRAMES})")
+    parser.add_argument("--frames", type=int, default=SMALL.frames, help=f"of a clip; 256 tokens each ({SMALL.frames})")
     parser.add_argument("--query-blocks", type=int, default=16)
     parser.add_argument("--orders", nargs="+", default=["raster"], help="of tokens, to choose from (raster)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -1,11 +1,10 @@
-"""Clips as pictures: rows of frames, and variants side by side in motion. Clips are [n, T, 64, 64] in [-1, 1]."""
+"""Clips as pictures: rows of frames, and variants side by side in motion. Clips are [n, T, side, side] in [-1, 1]."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
-from digits import SIDE
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -15,15 +14,17 @@ LINE, GAP, GROUND = 16, 4, 40  # pixels of a name and between pictures; grey aro
 
 
 def enlarged(frame: Tensor, times: int) -> Image.Image:
-    """A frame [64, 64] as a grey picture."""
+    """A frame [side, side] as a grey picture."""
     grey = ((frame.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(grey.cpu().numpy()).resize((SIDE * times, SIDE * times), Image.Resampling.NEAREST)
+    return Image.fromarray(grey.cpu().numpy()).resize(
+        (frame.shape[1] * times, frame.shape[0] * times), Image.Resampling.NEAREST
+    )
 
 
 def sheet(videos: dict[str, Tensor], times: int = 1) -> Image.Image:
     """Frames in rows under their names: the first clip of each variant, then the second of each."""
-    font, side = ImageFont.load_default(), SIDE * times
     clips = next(iter(videos.values()))
+    font, side = ImageFont.load_default(), clips.shape[-1] * times
     shown = range(0, clips.shape[1], EVERY)
     picture = Image.new("L", (len(shown) * (side + GAP) - GAP, len(clips) * len(videos) * (LINE + side)), GROUND)
     rows = ((name, video[number]) for number in range(len(clips)) for name, video in videos.items())
@@ -37,9 +38,10 @@ def sheet(videos: dict[str, Tensor], times: int = 1) -> Image.Image:
 
 def animate(videos: dict[str, Tensor], path: Path, times: int = 4) -> None:
     """Write a GIF of the first clip of each variant, side by side."""
-    font, side = ImageFont.load_default(), SIDE * times
+    clips = next(iter(videos.values()))
+    font, side = ImageFont.load_default(), clips.shape[-1] * times
     pictures = []
-    for i in range(next(iter(videos.values())).shape[1]):
+    for i in range(clips.shape[1]):
         picture = Image.new("L", (len(videos) * (side + GAP) - GAP, LINE + side), GROUND)
         for column, (name, video) in enumerate(videos.items()):
             ImageDraw.Draw(picture).text((column * (side + GAP) + 4, 2), name, 255, font)

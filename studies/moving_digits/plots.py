@@ -9,16 +9,28 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from fidelity import RULES, Row, by_seed, grouped, numbers, where
+from case import ALL, RATES
+from fidelity import RULES
+from tabular import Row, by_seed, grouped, numbers, where
 
-CHANCE = 0.2  # two of ten classes
 FAR = ("random", "pooled before RoPE")  # ways that would fill a picture
 
 
-def plot_rules(quality: list[Row], path: Path) -> None:
+def compared(quality: list[Row]) -> list[Row]:
+    """Rules that differ in nothing else: one pair for all heads; of the large model in tiles, after the short
+    training."""
+    if rows := where(quality, part="rules", thresholds="one pair"):
+        return rows
+    rows = where(quality, part="arms", thresholds="one pair", order="tiles", anneal="0", outputs="0")
+    rates = {"0", f"{RATES[ALL]:g}"}
+    steps = min((int(row["steps"]) for row in rows if row["steps"] != "0"), default=0)
+    return [row for row in rows if row["rate"] in rates and int(row["steps"]) in (0, steps) and row["loss"] != "flow"]
+
+
+def plot_rules(quality: list[Row], path: Path, chance: float) -> None:
     """Velocity error and digits read over the sparsity reached, a line for each rule."""
     figure, axes = plt.subplots(1, 2, figsize=(12.5, 4.2), layout="constrained")
-    rows = where(quality, part="rules", thresholds="one pair")
+    rows = compared(quality)
     for axis, measure in zip(axes, ("velocity error", "digits read"), strict=True):
         for color, (rule, name) in zip(("tab:blue", "tab:orange", "tab:green"), RULES.items(), strict=True):
             for loss, style, trained in (("none", "--", "not trained"), ("distillation", "-", "distilled")):
@@ -36,7 +48,7 @@ def plot_rules(quality: list[Row], path: Path) -> None:
         dense = by_seed(where(quality, part="floor", rule="dense"), measure)
         if measure == "digits read" and dense:
             axis.axhline(statistics.mean(dense), color="grey", linewidth=1, label="dense")
-            axis.axhline(CHANCE, color="grey", linewidth=1, linestyle=":", label="by chance")
+            axis.axhline(chance, color="grey", linewidth=1, linestyle=":", label="by chance")
         axis.set_xlabel("sparsity, %")
         axis.set_ylabel("‖u − v‖² ÷ ‖v‖²" if measure == "velocity error" else "share of digits read")
         axis.set_title(f"{measure[0].upper()}{measure[1:]}, one pair for the model")

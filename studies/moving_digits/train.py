@@ -1,9 +1,13 @@
-"""Train the video transformer and the classifier of the example, on one GPU; a run that was stopped goes on.
+"""Train a video transformer of the study, on one GPU; a run that was stopped goes on.
 
-    python studies/moving_digits/train.py --steps 4000          # writes weights/teacher.safetensors, classifier, log
+    python studies/moving_digits/train.py                                     # the small model
+    python studies/moving_digits/train.py --setup large --minutes 9           # a piece of the large one's training
+    python studies/moving_digits/train.py --setup large --minutes 0 --reader 3000   # the network that reads digits
 
-The state is in --state; the same command again goes on from there. Equal seeds give the same data, whatever was
-interrupted.
+A setup says the stages of its training. The weights, averages over steps, are written in bfloat16 whenever a run stops,
+with a sheet of what they draw. The same command goes on: from --state, or where that is not, from the weights, with a
+fresh optimizer. Equal seeds give the same data, whatever was interrupted. (The small model's weights that ship were
+trained with a cosine instead of a plateau.)
 """
 
 from __future__ import annotations
@@ -12,134 +16,214 @@ import argparse
 import copy
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from digits import SHIFT, clips, noisy
-from measures import Classifier, accuracy, train_classifier
+from digits import HELD_OUT_SEED, batch, clips, noise_of
+from journal import journal
+from measures import accuracy, train_classifier
+from pictures import sheet
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
-from transformer import WEIGHTS, VideoTransformer
+from setups import SETUPS, Setup, Stage, add_setup
+from torch import Tensor, nn
+from transformer import VideoTransformer, compiled, sample
 
-SETTINGS = ("steps", "batch", "lr", "ema", "shift", "init", "seed")  # which a run that goes on must repeat
-HELD_OUT_SEED = 20_000_000  # clips of training have the seeds below
-
-
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """A short rise, then a cosine to a hundredth."""
-    rise = min(1.0, (step + 1) / 200)
-    return peak * rise * (0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2)
+EMA = 0.999
+FREE = 0.1  # of the clips the classes are left out
+RISE = 50  # steps in which the learning rate rises, where the optimizer or the stage is new
+DRAWN = 4  # clips of the sheet
 
 
-def batch_of(number: int, size: int, device: torch.device, shift: float) -> tuple[torch.Tensor, ...]:
-    """Noisy clips, times, velocities, classes; of one clip in ten the classes are left out, for guidance."""
-    video, classes = clips(size, number, device)
-    # The same random numbers as those of the first clip's classes: not meant so, but the weights were made with it.
-    free = torch.rand(size, generator=torch.Generator().manual_seed(number)) < 0.1
-    classes = classes * ~free[:, None].to(device)
-    return *noisy(video, number, shift), classes
+def precision(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def stage_of(setup: Setup, step: int) -> tuple[Stage, int]:
+    """The stage that a step is in, and how many steps of it are done."""
+    for stage in setup.stages[:-1]:
+        if step < stage.steps:
+            return stage, step
+        step -= stage.steps
+    return setup.stages[-1], step
+
+
+def learning_rate(stage: Stage, done: int, fresh: int, is_last: bool) -> float:
+    """A rise, a plateau, and in the last stage a fall over its last fifth. ``fresh``: steps of this optimizer."""
+    fall = (stage.steps - done) / (stage.steps / 5) if is_last else 1.0
+    return stage.lr * min(1.0, (min(done, fresh) + 1) / RISE, fall)
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, device: torch.device, batches: int = 8, size: int = 16) -> float:
+def held_out_loss(model: nn.Module, device: torch.device, setup: Setup, batches: int = 4, size: int = 8) -> float:
     """Flow-matching loss on clips of held-out digits."""
     total = 0.0
     for number in range(batches):
-        video, classes = clips(size, HELD_OUT_SEED + number, device, held_out=True)
-        mixed, when, velocity = noisy(video, HELD_OUT_SEED + number)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        mixed, when, velocity, classes = batch(HELD_OUT_SEED + number, size, device, setup, held_out=True)
+        with precision(device):
             total += (model(mixed, when, classes).float() - velocity).square().mean().item() / batches
     return total
 
 
-def train_teacher(args: argparse.Namespace, device: torch.device) -> nn.Module:
-    torch.manual_seed(args.seed)
-    model = VideoTransformer().to(device)
-    if args.init:
-        model.load_state_dict({name: each.float() for name, each in load_file(args.init).items()})
-    average = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    start, settings = 0, {name: str(getattr(args, name)) for name in SETTINGS}
-    if args.state.exists():
-        state = torch.load(args.state, map_location=device)
-        if state["settings"] != settings:
-            raise SystemExit(f"{args.state} is of a run with {state['settings']}; remove it or repeat those")
-        model.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
-    compiled = torch.compile(model, fullgraph=True) if device.type == "cuda" else model
-    began, losses = time.perf_counter(), []
-    for step in range(start, args.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.lr)
-        mixed, when, velocity, classes = batch_of(args.seed * 1_000_000 + step, args.batch, device, args.shift)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            predicted = compiled(mixed, when, classes)
+class Run:
+    """A model that trains, the average of its weights, and all that a run which goes on needs."""
+
+    def __init__(self, setup: Setup, device: torch.device, seed: int, state: Path, out: Path) -> None:
+        self.setup, self.device, self.seed, self.paths = setup, device, seed, (state, out / "teacher.safetensors")
+        self.steps, self.step = sum(stage.steps for stage in setup.stages), 0
+        self.settings = {"setup": setup.name, "seed": str(seed), "stages": str(setup.stages)}
+        torch.manual_seed(seed)
+        self.model = VideoTransformer(*setup.sizes).to(device)
+        self.average = copy.deepcopy(self.model).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+        )
+        self.fresh = 0
+        self.begin()
+        self.stage: Stage | None = None
+
+    def _parts(self) -> dict[str, Any]:
+        return {"model": self.model, "average": self.average, "optimizer": self.optimizer}
+
+    def begin(self) -> None:
+        """From the state, the weights of this run, or those that the setup begins with; else from random ones."""
+        state, weights = self.paths
+        if state.exists():
+            found = torch.load(state, map_location=self.device)
+            self._check(state, found["settings"])
+            for name, part in self._parts().items():
+                part.load_state_dict(found[name])
+            self.step, self.fresh = found["step"], found["fresh"]
+            return
+        if weights.exists() and (said := metadata(weights)):
+            self._check(weights, {name: said.get(name) for name in self.settings})
+            self.step = int(said["step"])
+        elif self.setup.begins:
+            weights = SETUPS[self.setup.begins].weights / "teacher.safetensors"
+        else:
+            return
+        for model in (self.model, self.average):
+            model.load_state_dict(load_file(weights))
+
+    def _check(self, path: Path, settings: dict[str, Any]) -> None:
+        if settings != self.settings:
+            raise SystemExit(f"{path} is of another run: {settings}. Move it away, or repeat its seed and stages.")
+
+    def save(self) -> None:
+        """The state, and the averaged weights."""
+        state, weights = self.paths
+        held = {name: part.state_dict() for name, part in self._parts().items()}
+        torch.save({**held, "step": self.step, "fresh": self.fresh, "settings": self.settings}, state)
+        averaged = {name: x.to(torch.bfloat16).contiguous().cpu() for name, x in self.average.state_dict().items()}
+        save_file(averaged, weights, {**self.settings, "step": str(self.step)})
+
+    def advance(self) -> Tensor:
+        """One step; gives its loss."""
+        stage, done = stage_of(self.setup, self.step)
+        if stage is not self.stage:
+            torch._dynamo.reset()
+            self.stage, how = stage, how_to_compile(self.setup, stage, self.device)
+            self.call = compiled(self.model, **how)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(stage, done, self.fresh, stage is self.setup.stages[-1])
+        number = self.seed * 1_000_000 + self.step
+        mixed, when, velocity, classes = batch(
+            number, stage.batch, self.device, self.setup, free=FREE, frames=stage.frames
+        )
+        with precision(self.device):
+            predicted = self.call(mixed, when, classes)
         loss = (predicted.float() - velocity).square().mean()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        decay = min(args.ema, (step + 1) / (step + 10))
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step, self.fresh = self.step + 1, self.fresh + 1
+        decay = min(EMA, self.step / (self.step + 9))
         with torch.no_grad():
-            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
-        losses.append(loss.detach())
-        done = step + 1
-        if done % 100 == 0 or done == args.steps:
-            rate = (done - start) / (time.perf_counter() - began)
-            args.say(f"step {done}: loss {torch.stack(losses).mean().item():.4f}, {rate:.2f} steps/s")
+            torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
+        return loss.detach()
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """What a file of weights says of the run that wrote it; nothing, of those that ship without."""
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata() or {})
+
+
+def how_to_compile(setup: Setup, stage: Stage, device: torch.device) -> dict[str, Any]:
+    """Dense attention under Inductor, or a share of key blocks, in tiles."""
+    inner = "inductor" if device.type == "cuda" else "eager"
+    if stage.keep is None:
+        return {"backend": inner}
+    options = {"topk": stage.keep, "topp": 0.0, "min_seq_len": 0, "inner": inner}
+    return {"backend": "sparge", "options": {**options, "token_order": "tiles", "grid": setup.grid(stage.frames)}}
+
+
+def train(args: argparse.Namespace, device: torch.device, say: Callable[[str], None]) -> None:
+    """Advance until the steps or the minutes are over."""
+    run, losses = Run(args.setup, device, args.seed, args.state, args.out), []
+    began, first = time.perf_counter(), run.step
+    say(f"begins with step {run.step + 1} of {run.steps}")
+    while run.step < run.steps:
+        losses.append(run.advance())
+        is_over = time.perf_counter() - began > 60 * args.minutes or run.step == run.steps
+        if run.step % args.every == 0 or is_over:
+            loss = torch.stack(losses).mean().item()  # waits for the GPU
+            minutes = (time.perf_counter() - began) / 60
+            rate = (run.step - first) / minutes / 60
+            say(f"step {run.step}: loss {loss:.4f}, {rate:.2f} steps/s, {minutes:.1f} min, {run.stage}")
             losses.clear()
-        spent = time.perf_counter() - began
-        if done % 500 == 0 or done == args.steps or spent > args.seconds:
-            state = {"model": model, "average": average, "optimizer": optimizer}
-            state = {name: each.state_dict() for name, each in state.items()}
-            torch.save({**state, "step": done, "settings": settings}, args.state)
-        if spent > args.seconds:
-            args.say(f"stopped after {done} of {args.steps} steps; the same command goes on")
+        if run.step % (20 * args.every) == 0 or is_over:
+            run.save()
+        if is_over:
             break
-    args.say(f"held-out loss of the averaged weights: {held_out_loss(average, device):.4f}")
-    return average
+    if run.step < run.steps:
+        say(f"stopped after {run.step} of {run.steps} steps; the same command goes on")
+    show(run, args, say)
+
+
+def show(run: Run, args: argparse.Namespace, say: Callable[[str], None]) -> None:
+    """What the averaged weights can do: their loss, and a sheet of samples. They are those of the file, whole clips."""
+    loss = held_out_loss(run.average, run.device, run.setup, size=run.setup.batch)
+    say(f"held-out loss of the averaged weights: {loss:.4f}")
+    noise, classes = noise_of(run.setup, 0, DRAWN, run.device)
+    with precision(run.device):
+        drawn = sample(run.average, noise, classes, args.sample_steps, shift=run.setup.shift)
+    wanted = ", ".join("".join(str(i) for i in range(10) if each[i]) for each in classes)
+    sheet({f"digits {wanted}, in this order": drawn}).save(args.out / "samples.png")
+
+
+def train_reader(args: argparse.Namespace, device: torch.device, say: Callable[[str], None]) -> None:
+    """The network that reads digits in samples."""
+    classifier = train_classifier(device, args.setup, args.reader, 256 if args.setup.is_deep else 512)
+    for shifted in (False, True):
+        video, classes = clips(16, HELD_OUT_SEED, device, setup=args.setup, held_out=True, shifted=shifted)
+        found = accuracy(classifier, video, classes).mean().item()
+        say(f"classifier on frames of held-out digits{', shifted' if shifted else ''}: {found:.1%}")
+    save_file(classifier.state_dict(), args.out / "classifier.safetensors")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=4000, help="the learning rate falls over so many (4000)")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="stop after so many; go on later (no limit)")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--ema", type=float, default=0.999)
-    parser.add_argument("--shift", type=float, default=SHIFT, help=f"of times towards noise ({SHIFT:g})")
-    parser.add_argument("--init", type=Path, help="begin with these weights")
+    add_setup(parser)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many; go on later (no limit)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--classifier-steps", type=int, default=3000)
+    parser.add_argument("--reader", type=int, default=0, help="steps of training the network that reads digits (0)")
+    parser.add_argument("--every", type=int, default=50, help="steps between two lines of the log (50)")
+    parser.add_argument("--sample-steps", type=int, default=25, help="of the sheet of samples (25)")
     parser.add_argument("--state", type=Path, default=Path("moving_digits.pt"), help="where a run goes on from")
-    parser.add_argument("--out", type=Path, default=WEIGHTS)
+    parser.add_argument("--out", type=Path, help="a folder (the one that the setup's weights are read from)")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    args.out = args.out or args.setup.weights
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    log = (args.out / "train.log").open("a")
-
-    def say(text: str) -> None:
-        print(text, flush=True)
-        print(text, file=log, flush=True)
-
-    args.say = say
-    where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    say(
-        f"torch {torch.__version__}, {where}; steps {args.steps}, "
-        f"batch {args.batch}, lr {args.lr}, shift {args.shift:g}, seed {args.seed}, init {args.init}"
-    )
-    teacher = train_teacher(args, device)
-    weights = {name: each.to(torch.bfloat16).contiguous().cpu() for name, each in teacher.state_dict().items()}
-    save_file(weights, args.out / "teacher.safetensors")
-    if args.classifier_steps:
-        classifier: Classifier = train_classifier(device, args.classifier_steps)
-        for shifted in (False, True):
-            video, classes = clips(64, HELD_OUT_SEED, device, held_out=True, shifted=shifted)
-            found = accuracy(classifier, video, classes).mean().item()
-            say(f"classifier on frames of held-out digits{', shifted' if shifted else ''}: {found:.1%}")
-        save_file(classifier.state_dict(), args.out / "classifier.safetensors")
+    say = journal(args.out / "train.log", device, "a")
+    say(f"setup {args.setup}, seed {args.seed}")
+    if args.minutes:
+        train(args, device, say)
+    if args.reader:
+        train_reader(args, device, say)
 
 
 if __name__ == "__main__":

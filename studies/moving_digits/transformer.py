@@ -9,24 +9,23 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from digits import CLASSES, SHIFT
+from setups import CLASSES, PATCH, SMALL, Setup
 from torch import Tensor, nn
 
-WEIGHTS = Path(__file__).parent / "weights"
-ROPE_BASE = 100.0  # positions are few: 24 frames of 16 × 16 tokens
+ROPE_BASE = 100.0  # positions are few: 32 frames of 28 × 28 tokens at most
 
 
 class VideoTransformer(nn.Module):
-    """Clips [B, T, 64, 64], times [B] in [0, 1] and classes [B, 10] to velocities [B, T, 64, 64].
+    """Clips [B, T, side, side], times [B] in [0, 1] and classes [B, 10] to velocities [B, T, side, side].
 
     A token is a patch of 4 × 4 pixels of one frame; tokens are in raster order (T, H, W). Classes of zeros: any.
     """
 
-    def __init__(self, width: int = 256, layers: int = 8, heads: int = 4, patch: int = 4) -> None:
+    def __init__(self, width: int = 256, layers: int = 8, heads: int = 4, patch: int = PATCH) -> None:
         super().__init__()
         self.patch, self.head_size = patch, width // heads
         self.enter = nn.Linear(patch * patch, width)
@@ -109,17 +108,27 @@ def rotate(x: Tensor, places: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def load(
-    name: str = "teacher", device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    name: str = "teacher",
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    setup: Setup = SMALL,
 ) -> VideoTransformer:
     """The trained model; ``student``: with the weights that distillation at high sparsity changed."""
     from safetensors.torch import load_file
 
-    model = VideoTransformer()
-    state = load_file(WEIGHTS / "teacher.safetensors")
+    model = VideoTransformer(*setup.sizes)
+    state = load_file(setup.weights / "teacher.safetensors")
     if name != "teacher":
-        state.update(load_file(WEIGHTS / f"{name}.safetensors"))
+        state.update(load_file(setup.weights / f"{name}.safetensors"))
     model.load_state_dict(state)
     return model.to(device, dtype).eval()
+
+
+def compiled(model: VideoTransformer, **how: Any) -> VideoTransformer:
+    """The model with its blocks compiled: one graph serves all of them. ``how`` goes to torch.compile."""
+    for block in model.blocks:
+        block.compile(fullgraph=True, dynamic=False, **how)
+    return model
 
 
 @torch.no_grad()
@@ -129,9 +138,9 @@ def sample(
     classes: Tensor,
     steps: int = 20,
     guidance: float = 3.0,
-    shift: float = SHIFT,
+    shift: float = SMALL.shift,
 ) -> Tensor:
-    """Clips in [-1, 1] from noise [B, T, 64, 64]: Euler's method on times moved towards noise,
+    """Clips in [-1, 1] from noise [B, T, side, side]: Euler's method on times moved towards noise,
     classifier-free guidance: each step calls the model once on 2 B clips, with classes and without.
     """
     times = torch.linspace(1, 0, steps + 1)

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import argparse
-import math
 import random
 import re
 import sys
+from dataclasses import replace
+from pathlib import Path
 
+import bank
 import blind
+import case
+import choose
 import demo
 import digits
+import distil
 import fidelity
 import lab
 import measures
 import order_errors
 import output_error
+import parts
 import pytest
 import reproduce
+import tabular
 import torch
 import transformer
 from PIL import Image
+from setups import SMALL, Setup
 
 import sparge_compile
 
@@ -28,7 +36,7 @@ MIB = 2**20
 
 
 def test_the_split_of_digits_is_fixed_and_has_no_image_twice() -> None:
-    train, held_out = (digits.digit_images(which, torch.device("cpu"))[0] for which in (False, True))
+    train, held_out = (bank.digit_images(which, torch.device("cpu"))[0] for which in (False, True))
     assert len(train) == 1500 and len(held_out) == 297
     assert torch.cdist(held_out.flatten(1), train.flatten(1)).min() > 0
 
@@ -57,7 +65,7 @@ def test_a_noisy_clip_and_its_velocity_give_the_clip_back() -> None:
 
 
 def test_the_weights_are_small_enough_to_ship() -> None:
-    assert all(path.stat().st_size <= 16 * MIB for path in transformer.WEIGHTS.glob("*.safetensors"))
+    assert all(path.stat().st_size <= 16 * MIB for path in SMALL.weights.rglob("*.safetensors"))
 
 
 @torch.no_grad()
@@ -88,34 +96,40 @@ def test_measures_of_known_differences() -> None:
     assert (measures.flicker(torch.randn(2, 5, 64, 64)) > measures.flicker(video[:, :1].expand(-1, 5, -1, -1))).all()
 
 
-def test_a_table_knows_its_rows_again_and_refuses_other_columns(tmp_path) -> None:
+def test_a_table_knows_its_rows_again_and_refuses_other_columns(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(case.TABLES, "x", (("seed", "topp"), ("error",)))
     path = tmp_path / "x.csv"
-    table = lab.Table(path, ("seed", "topp"), ("error",))
+    table = case.Table(tmp_path, "x")
     table.add([{"seed": 0, "topp": 0.0, "error": 0.123456789}])
-    again = lab.Table(path, ("seed", "topp"), ("error",))
+    again = case.Table(tmp_path, "x")
     assert again.has(0, 0.0) and not again.has(1, 0.0)
     again.add([{"seed": seed, "topp": topp, "error": float("nan")} for seed, topp in ((0, 0.0), (1, 0.5))])
     assert path.read_text() == "seed,topp,error\n0,0,0.12346\n1,0.5,nan\n"
+    monkeypatch.setitem(case.TABLES, "x", (("seed",), ("error",)))
     with pytest.raises(SystemExit, match="other columns"):
-        lab.Table(path, ("seed",), ("error",))
+        case.Table(tmp_path, "x")
+
+
+def tiny_lab(out: Path, setup: Setup = SMALL, rounds: int = 1) -> lab.Lab:
+    settings = argparse.Namespace(setup=setup, out=out, batch=2, rounds=rounds, frames=4, sample_steps=1, minutes=60)
+    return lab.Lab(settings, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
-    "rule", [pytest.param(rule, marks=pytest.mark.slow) if rule == "topp" else rule for rule in reproduce.RULES]
+    "rule", [pytest.param(rule, marks=pytest.mark.slow) if rule == "topp" else rule for rule in fidelity.RULES]
 )
 def test_a_pair_of_each_rule_keeps_as_many_blocks_as_it_is_asked_for(rule, tmp_path) -> None:
-    settings = argparse.Namespace(out=tmp_path, batch=2, rounds=1, frames=4, sample_steps=1)
-    small = lab.Lab(settings, torch.device("cpu"))
-    ((topk, topp), *_) = reproduce.one_pair(small, 0, rule, 0.8).sites["*"]
+    small = tiny_lab(tmp_path)
+    ((topk, topp), *_) = choose.one_pair(small, 0, rule, 0.8).sites["*"]
     assert (topp == 0) == (rule == "topk") and (topk < 0.1) == (rule == "topp")
-    assert small.sparsity(lab.everywhere((topk, topp)), small.seen(0)[0]) == pytest.approx(1 - 3 / 16, abs=0.02)
+    assert small.sparsity(distil.everywhere((topk, topp)), small.seen(0)[0]) == pytest.approx(1 - 3 / 16, abs=0.02)
 
 
 def test_the_sparsity_of_a_model_is_measured_and_attention_is_put_back() -> None:
     model = transformer.VideoTransformer(width=64, layers=2, heads=2).eval()
     inputs = torch.randn(1, 4, 64, 64), torch.tensor([0.5]), torch.zeros(1, 10)
     before = torch.nn.functional.scaled_dot_product_attention
-    assert measures.measured_sparsity(model, lab.everywhere((0.25, 0.0), heads=2), inputs) == 0.75
+    assert measures.measured_sparsity(model, distil.everywhere((0.25, 0.0)), inputs) == 0.75
     with pytest.raises(ValueError, match="no thresholds"):
         measures.measured_sparsity(model, sparge_compile.Calibration({"other": [(0.5, 0.0)]}), inputs)
     assert torch.nn.functional.scaled_dot_product_attention is before
@@ -127,9 +141,9 @@ def rows(**columns: list[float]) -> list[dict[str, str]]:
 
 def test_figures_are_means_of_seeds() -> None:
     two = rows(seed=[0, 0, 1], error=[0.1, 0.3, 0.4], PSNR=[20, 20, float("nan")])
-    assert fidelity.shown(two, "error") == "0.3000 ± 0.1414"  # of 0.2 and 0.4
-    assert fidelity.shown(two, "PSNR") == "20.0" and fidelity.shown([], "PSNR") == "–"
-    assert fidelity.shown(rows(seed=[0, 1], error=[1e-5, 3e-5]), "error") == "2.0e-05 ± 1.4e-05"
+    assert tabular.shown(two, "error") == "0.3000 ± 0.1414"  # of 0.2 and 0.4
+    assert tabular.shown(two, "PSNR") == "20.0" and tabular.shown([], "PSNR") == "–"
+    assert tabular.shown(rows(seed=[0, 1], error=[1e-5, 3e-5]), "error") == "2.0e-05 ± 1.4e-05"
 
 
 def test_tables_go_between_their_marks(tmp_path) -> None:
@@ -143,9 +157,8 @@ def test_tables_go_between_their_marks(tmp_path) -> None:
 
 def test_the_page_holds_what_its_results_say() -> None:
     """docs/fidelity.md is as ``reproduce.py --parts`` writes it."""
-    page = reproduce.OUT.with_suffix(".md")
-    text = page.read_text()
-    for name, table in fidelity.tables(reproduce.OUT).items():
+    text = fidelity.PAGE.read_text()
+    for name, table in fidelity.tables(SMALL.results).items():
         assert f"<!-- {name} -->\n{table}\n<!-- /{name} -->" in text, name
 
 
@@ -155,12 +168,12 @@ def test_the_study_measures_what_is_missing(tmp_path, monkeypatch, capsys) -> No
     monkeypatch.setattr(sys, "argv", [*command.split(), str(tmp_path / "found")])
     reproduce.main()
     assert "rendered clips" in capsys.readouterr().out
-    found = fidelity.read(tmp_path / "found" / "quality.csv")
+    found = tabular.read(tmp_path / "found" / "quality.csv")
     assert [row["rule"] for row in found] == list(dict.fromkeys(row["rule"] for row in found))
     dense, rounded, *_ = found
     assert float(dense["velocity error"]) == 0 < float(rounded["velocity error"]) < 1e-3
     reproduce.main()
-    assert fidelity.read(tmp_path / "found" / "quality.csv") == found
+    assert tabular.read(tmp_path / "found" / "quality.csv") == found
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--sample-steps", "3"])
     with pytest.raises(SystemExit, match="another kind of run"):
         reproduce.main()
@@ -170,7 +183,7 @@ def test_pairs_are_drawn_in_random_order_and_answers_to_them_are_counted(tmp_pat
     kinds = ["distilled"] * 6 + ["not trained"]
     found = [(kind, -torch.ones(4, 64, 64), torch.ones(4, 64, 64)) for kind in kinds]
     blind.write(found, tmp_path, random.Random(0))
-    key = fidelity.read(tmp_path / "key.csv")
+    key = tabular.read(tmp_path / "key.csv")
     assert sorted(row["kind"] for row in key) == kinds and {row["sparse"] for row in key} == {"A", "B"}
     with Image.open(tmp_path / "sheet2.png") as second:  # the last pair: rows A and B, the sparse one is white
         assert (second.getpixel((64, 32)) == 255) == (key[-1]["sparse"] == "A")
@@ -184,10 +197,8 @@ def test_pairs_are_drawn_in_random_order_and_answers_to_them_are_counted(tmp_pat
 
 @pytest.mark.slow
 def test_pairs_to_judge_are_of_the_same_noise(tmp_path, monkeypatch) -> None:
-    for name, value in {"SEEDS": (0,), "FIRST": 1, "CONTROLS": 1, "PAIRS": 1}.items():
-        monkeypatch.setattr(blind, name, value)
-    settings = argparse.Namespace(out=tmp_path, batch=2, rounds=3, frames=4, sample_steps=1)
-    small = lab.Lab(settings, torch.device("cpu"))
+    monkeypatch.setattr(blind, "SEEDS", (0,))
+    small = tiny_lab(tmp_path, replace(SMALL, blind=(1, 1, 1)), rounds=3)
     found = blind.pairs(small)
     assert [kind for kind, *_ in found] == ["not trained", "distilled"]
     for i, (_, dense, sparse) in enumerate(found, 1):
@@ -196,22 +207,21 @@ def test_pairs_to_judge_are_of_the_same_noise(tmp_path, monkeypatch) -> None:
 
 
 def test_the_pairs_of_the_page_were_found_as_often_as_it_says() -> None:
-    folder = reproduce.OUT / "blind"
+    folder = SMALL.results / "blind"
     found = blind.score(folder / "answers.csv", folder / "key.csv")
     (controls, all_controls), (right, of) = found["not trained"], found["distilled"]
-    by_chance = sum(math.comb(of, count) for count in range(right, of + 1)) / 2**of
-    text = " ".join(reproduce.OUT.with_suffix(".md").read_text().split())
+    text = " ".join(fidelity.PAGE.read_text().split())
     assert controls == all_controls and f"found the sparse row of all {controls}, and of {right} of the {of}" in text
-    assert f"p = {by_chance:.2f};" in text
+    assert f"p = {blind.by_chance(right, of):.2f};" in text
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_whole_study_at_tiny_size(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(reproduce, "SPARSITIES", (0.95, 0.8))
-    monkeypatch.setattr(reproduce, "STUDENTS", (0.95,))
-    monkeypatch.setattr(reproduce, "PAIRS", ((0.5, 0.8),))
-    monkeypatch.setattr(reproduce, "RATES", {reproduce.ALL: (1e-3, 3e-3), reproduce.ATTENTION: (1e-3,)})
+    monkeypatch.setattr(parts, "SPARSITIES", (0.95, 0.8))
+    monkeypatch.setattr(parts, "STUDENTS", (0.95,))
+    monkeypatch.setattr(parts, "PAIRS", ((0.5, 0.8),))
+    monkeypatch.setattr(parts, "TRIED", {case.ALL: (1e-3, 3e-3), case.ATTENTION: (1e-3,)})
     command = "reproduce.py --seeds 0 --steps 1 --long-steps 1 --batch 2 --rounds 1 --sample-steps 1 --frames 4 --out"
     monkeypatch.setattr(sys, "argv", [*command.split(), str(tmp_path / "found")])
     reproduce.main()
@@ -219,7 +229,7 @@ def test_the_whole_study_at_tiny_size(tmp_path, monkeypatch) -> None:
     wanted = "rules rates paper losses students defaults structures split ranking layers"
     assert set(wanted.split()) <= set(made)
     assert all("nan" not in table for table in made.values())
-    assert len(list((tmp_path / "found").glob("*.png"))) == 3 + len(reproduce.STUDENTS)
+    assert len(list((tmp_path / "found").glob("*.png"))) == 3 + len(parts.STUDENTS)
 
 
 def test_the_demo(tmp_path, monkeypatch, capsys) -> None:

@@ -1,0 +1,171 @@
+"""The arms of the large study, in the order of what one wants to know first; and what a student falls short by.
+
+``arms`` measures those whose names fit ``--arms``; ``apart`` takes one student apart.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+from case import ALL, ATTENTION, Case, Table
+from choose import thresholds
+from digits import HELD_OUT_SEED, clips
+from distil import held_out_error
+from lab import Lab
+from measures import accuracy, psnr
+from parts import draw
+from torch import Tensor, nn
+
+from sparge_compile import Calibration
+
+SHORT, LONG = 500, 2000  # steps
+TARGETS, RULES, ORDERS = (0.95, 0.9, 0.97), ("hybrid", "topk", "topp"), ("tiles", "raster")
+RATES = {ALL: (5e-4, 1e-3, 4e-3, 8e-3), ATTENTION: (2e-3, 8e-3)}  # beside those of case.RATES
+TIMES = (0.99, 0.97, 0.95, 0.9, 0.8, 0.6, 0.3)
+DENSE_STEPS = (1, 3, 6)  # of sampling
+DENSE = (1.0, 0.0)
+
+
+def case(rule: str = "hybrid", target: float = 0.95, order: str = "tiles", kind: str = "one pair") -> Case:
+    return Case("arms", rule, kind, target, order)
+
+
+def arms() -> list[Case]:
+    """Each once; the first are what the rest is compared with."""
+    first = [case(rule, order=order) for order in ORDERS for rule in RULES]
+    listed = [*first, *(each.tuned(SHORT) for each in first)]
+    listed += [case().tuned(SHORT, trained, rate=rate) for trained, rates in RATES.items() for rate in rates]
+    listed += [case().tuned(LONG), case("topk").tuned(LONG), case().tuned(LONG, ATTENTION)]
+    listed += [each for target in TARGETS[1:] for each in (case(target=target), case(target=target).tuned(SHORT))]
+    listed += [case(kind=kind).tuned(SHORT) for kind in ("each head", "by influence")]
+    listed += [replace(case().tuned(SHORT), anneal=0.25), replace(case().tuned(SHORT), outputs=0.1)]
+    listed += [case().tuned(SHORT, ATTENTION), case().tuned(SHORT, loss="flow")]
+    listed += [case(target=target).tuned(LONG) for target in TARGETS[1:]]
+    listed += [
+        each
+        for target in TARGETS[1:]
+        for order in ORDERS
+        for rule in RULES
+        for each in (case(rule, target, order), case(rule, target, order).tuned(SHORT))
+    ]
+    return list(dict.fromkeys(listed))
+
+
+def measure_arms(lab: Lab, seed: int) -> None:
+    """The arms that are asked for and lack; of seed 0 a picture of each."""
+    for arm in (scaled(arm, lab.args.scale) for arm in arms() if fnmatch.fnmatch(arm.name, lab.args.arms)):
+        if lab.has(arm, seed):
+            continue
+        model = lab.measure(arm, seed, thresholds(lab, seed, arm))
+        if not seed and arm.steps:
+            videos = {"dense": lab.dense_samples(seed), arm.name: lab.samples(model, seed)[0]}
+            folder = lab.args.out / "pictures"
+            folder.mkdir(exist_ok=True)
+            draw(videos, folder / f"{''.join(c if c.isalnum() else '-' for c in arm.name)}.png")
+
+
+def scaled(arm: Case, share: float) -> Case:
+    """With this share of its steps: to try the study out."""
+    return replace(arm, steps=math.ceil(arm.steps * share))
+
+
+# ---- taking apart
+
+
+def apart(lab: Lab, seed: int) -> None:
+    """Where a student's error is: at which times, in which layers and heads, in which steps of sampling."""
+    table = Table(lab.args.out, "apart")
+    for name, calibration, model in judged(lab, seed):
+        for what, part in {"time": by_time, "layer": by_layer, "head": by_head, "steps": by_dense_steps}.items():
+            if table.has(seed, name, what, "all"):
+                continue
+            found = part(lab, seed, calibration, model)
+            key = {"seed": seed, "student": name, "what": what}
+            table.add({**key, "which": which, "value": value} for which, value in found.items())
+            print(f"seed {seed}, {name}: by {what} {', '.join(f'{k} {v:.4g}' for k, v in found.items())}", flush=True)
+
+
+def judged(lab: Lab, seed: int) -> Iterator[tuple[str, Calibration, nn.Module]]:
+    """The shipped student, if there is one; and its thresholds on the dense model's weights, or those of 95 %."""
+    if (lab.setup.weights / "student.safetensors").exists():
+        calibration, model = lab.shipped()
+        yield "shipped", calibration, model
+    else:
+        calibration = thresholds(lab, seed, case())
+    yield "not trained", calibration, lab.sparse(calibration)
+
+
+def by_time(lab: Lab, seed: int, calibration: Calibration, model: nn.Module) -> dict[str, float]:
+    """Velocity error at some times of the same clips, and over all that training sees."""
+    video, classes = clips(lab.args.batch, HELD_OUT_SEED + 700 + seed, lab.device, held_out=True, **lab.kind)
+    noise = torch.randn(video.shape, generator=torch.Generator().manual_seed(seed)).to(video)
+    found = {}
+    for time in TIMES:
+        when = torch.full((len(video),), time, device=lab.device)
+        batch = torch.lerp(video, noise, time), when, noise - video, classes
+        found[f"{time:g}"] = held_out_error(model, lab.dense, [batch])[0]
+    return {**found, "all": held_out_error(model, lab.dense, lab.held_out(seed))[0]}
+
+
+def pairs_of(lab: Lab, calibration: Calibration) -> dict[str, list[tuple[float, float]]]:
+    """Of each site, by name."""
+    names = [name for name, _ in lab.plain.named_modules() if name.endswith(".attention")]
+    heads = lab.plain.blocks[0].attention.heads
+    return {name: list(calibration.lookup(name, heads) or ()) for name in names}
+
+
+def restored(
+    lab: Lab, seed: int, calibration: Calibration, model: nn.Module, which: dict[str, list[tuple[str, int]]]
+) -> dict[str, float]:
+    """Velocity error with some heads dense; the student's weights stay."""
+    attached, pairs = lab.student("tiles" if calibration.tiles else "raster").attached, pairs_of(lab, calibration)
+    data, found = list(lab.held_out(seed)), {}
+    for name, heads in {"all": [], **which}.items():
+        sites = {site: list(each) for site, each in pairs.items()}
+        for site, head in heads:
+            sites[site][head] = DENSE
+        tile = next(iter(calibration.tiles.values()), None)
+        attached.set(Calibration(sites, tiles={} if tile is None else dict.fromkeys(sites, tile)))
+        found[name] = held_out_error(model, lab.dense, data)[0]
+    attached.set(calibration)
+    return found
+
+
+def by_layer(lab: Lab, seed: int, calibration: Calibration, model: nn.Module) -> dict[str, float]:
+    pairs = pairs_of(lab, calibration)
+    layers = {site.split(".")[1]: [(site, head) for head in range(len(each))] for site, each in pairs.items()}
+    return restored(lab, seed, calibration, model, layers)
+
+
+def by_head(lab: Lab, seed: int, calibration: Calibration, model: nn.Module) -> dict[str, float]:
+    pairs = pairs_of(lab, calibration)
+    heads = {f"{site.split('.')[1]}.{h}": [(site, h)] for site, each in pairs.items() for h in range(len(each))}
+    return restored(lab, seed, calibration, model, heads)
+
+
+def by_dense_steps(lab: Lab, seed: int, calibration: Calibration, model: nn.Module) -> dict[str, float]:
+    """Share of digits read in samples whose first or last steps are dense; "all": none is."""
+
+    def read(dense: range) -> float:
+        step = 0
+
+        def call(*args: Tensor) -> Tensor:
+            nonlocal step
+            chosen: Callable[..., Tensor] = lab.dense if step % lab.args.sample_steps in dense else model
+            step += 1
+            return chosen(*args)
+
+        video, classes = lab.samples(call, seed)
+        likeness.append(psnr(video, lab.dense_samples(seed)).mean().item())
+        return accuracy(lab.classifier, video, classes).mean().item()
+
+    likeness: list[float] = []
+    steps = lab.args.sample_steps
+    found = {"all": read(range(0))}
+    for count in (count for count in DENSE_STEPS if count < steps):
+        found[f"first {count}"], found[f"last {count}"] = read(range(count)), read(range(steps - count, steps))
+    return found

@@ -1,0 +1,106 @@
+"""The large model's data, and its whole study at toy size: training, arms, taking apart, times, tables."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import arms
+import case
+import digits
+import pytest
+import reproduce
+import setups
+import tabular
+import torch
+import train
+from setups import LARGE, Stage
+
+STAGES = (Stage(1, 2, 1e-3, frames=2), Stage(2, 2, 1e-3, frames=4, keep=0.5))
+TOY = replace(LARGE, name="toy", frames=4, side=32, reader=(8, 8), batch=2, rounds=1)  # 256 tokens
+TOY = replace(TOY, stages=STAGES, begins="", sizes=(64, 2, 2))
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_deep_clips_depend_on_their_arguments_alone(shifted: bool) -> None:
+    video, classes = digits.clips(2, 5, setup=LARGE, shifted=shifted, frames=2)
+    again, _ = digits.clips(2, 5, setup=LARGE, shifted=shifted, frames=2)
+    other, _ = digits.clips(2, 6, setup=LARGE, shifted=shifted, frames=2)
+    assert video.shape == (2, 2, 112, 112) and video.abs().max() <= 1
+    assert torch.equal(video, again) and not torch.equal(video, other)
+    assert classes.sum(1).tolist() == [3, 3]
+
+
+def test_the_large_model_has_as_many_tokens_as_asked_for_in_whole_blocks() -> None:
+    frames, rows, columns = LARGE.grid()
+    assert frames * rows * columns >= 24_576 and frames * rows * columns % 128 == 0
+
+
+def test_digits_come_near_and_the_ground_moves() -> None:
+    """Ink changes within a clip by more than what overlap does on a flat one; no pixel of the ground stays as it is."""
+    video, _ = digits.clips(4, 1, setup=LARGE, frames=32)
+    bright = (video > 0.2).float().sum((2, 3))  # the ground is darker
+    assert (bright.amax(1) > 1.3 * bright.amin(1)).any()
+    assert ((video[:, 8] - video[:, 0]).abs() > 1e-4).float().mean() > 0.99
+
+
+def test_the_learning_rate_rises_stays_and_falls() -> None:
+    stage = Stage(1000, 1, 1.0, 1)
+    rates = [train.learning_rate(stage, step, step, is_last=True) for step in range(1000)]
+    assert rates[0] < rates[train.RISE] == rates[799] == 1.0 > rates[900] > rates[999] > 0
+    assert train.learning_rate(stage, 999, 999, is_last=False) == 1.0
+    assert train.learning_rate(stage, 500, 0, is_last=True) < 0.1  # with a fresh optimizer
+
+
+def test_a_step_is_in_its_stage() -> None:
+    stages = [train.stage_of(TOY, step) for step in range(3)]
+    assert stages == [(STAGES[0], 0), (STAGES[1], 0), (STAGES[1], 1)]
+
+
+def test_arms_are_listed_once_and_known_by_their_names() -> None:
+    listed = arms.arms()
+    assert len({arm.name for arm in listed}) == len(listed) == len({case.key_of(arm, 0) for arm in listed})
+    assert {(arm.rule, arm.order, arm.target) for arm in listed} >= {
+        (rule, order, target) for rule in arms.RULES for order in arms.ORDERS for target in arms.TARGETS
+    }
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in the place of the study's, with a toy of the large setup that can be named."""
+    monkeypatch.setattr(setups, "HERE", tmp_path)
+    monkeypatch.setattr(setups, "DOCS", tmp_path)
+    monkeypatch.setitem(setups.SETUPS, "toy", TOY)
+    return tmp_path
+
+
+def run(main, monkeypatch: pytest.MonkeyPatch, *command: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["x.py", "--setup", "toy", *map(str, command)])
+    main()
+
+
+def test_the_study_of_the_large_model_at_toy_size(toy: Path, monkeypatch, capsys) -> None:
+    training = ("--every", 1, "--sample-steps", 1, "--state", toy / "state.pt")
+    run(train.main, monkeypatch, *training, "--minutes", 1e-6)
+    assert "stopped after 1 of 3 steps" in capsys.readouterr().out
+    run(train.main, monkeypatch, *training, "--minutes", 1e-6)  # from the state, into the second stage
+    (toy / "state.pt").unlink()
+    run(train.main, monkeypatch, *training, "--reader", 2)  # from the weights
+    log = capsys.readouterr().out
+    assert [f"step {n}:" in log for n in (1, 2, 3)] == [False, True, True] and "classifier on frames" in log
+    with pytest.raises(SystemExit, match="of another run"):
+        run(train.main, monkeypatch, *training, "--seed", 1)
+
+    found = toy / "found"
+    study = ("--seeds", 0, "--sample-steps", 2, "--scale", 0.002, "--out", found, "--arms", "hybrid*tiles, 0.9, *")
+    run(reproduce.main, monkeypatch, *study, "--parts", "floor", "arms", "--minutes", 0)
+    assert "would take" in capsys.readouterr().out
+    run(reproduce.main, monkeypatch, *study, "--parts", "floor", "arms", "apart", "timing")
+    printed = capsys.readouterr().out
+    rows = tabular.where(tabular.read(found / "quality.csv"), part="arms")
+    assert [row["steps"] for row in rows] == ["0", "1", "4"] and all(float(row["velocity error"]) > 0 for row in rows)
+    for name in ("arms", "apart", "timing", "floor", "settings"):
+        assert f"\n{name}\n" in printed and "nan" not in printed.split(f"\n{name}\n")[1].split("\n\n")[0]
+    run(reproduce.main, monkeypatch, "--parts", "--add", found, "--out", toy / "again")
+    assert (toy / "again" / "quality.csv").read_text() == (found / "quality.csv").read_text()
