@@ -40,7 +40,7 @@ class Case:
     @property
     def name(self) -> str:
         """In words, of which patterns pick some."""
-        parts = [self.rule, self.thresholds, self.order, *([f"{self.target:g}"] if self.target else [])]
+        parts = [self.rule, self.thresholds, self.order, str(self.target)]
         if self.steps:
             parts += [self.loss, self.data, self.trained, f"{self.steps} steps", f"rate {self.rate:g}"]
             parts += [f"anneal {self.anneal:g}"] * bool(self.anneal) + [f"outputs {self.outputs:g}"] * bool(

@@ -51,12 +51,12 @@ class Setup:
     @property
     def weights(self) -> Path:
         """The folder of what was trained: teacher, student, classifier, and their logs."""
-        return HERE / "weights" / ("" if self is SMALL else self.name)
+        return HERE / "weights" / ("" if self.name == "small" else self.name)
 
     @property
     def results(self) -> Path:
         """The folder of the tables that docs/fidelity.md is made from."""
-        return DOCS / "fidelity" / ("" if self is SMALL else self.name)
+        return DOCS / "fidelity" / ("" if self.name == "small" else self.name)
 
     def grid(self, frames: int | None = None) -> tuple[int, int, int]:
         """Frames, rows and columns of tokens."""
