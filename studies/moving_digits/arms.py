@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
+from attention_study import ranking_gaps, record
 from case import ALL, ATTENTION, Case, Table
 from choose import thresholds
 from digits import HELD_OUT_SEED, clips
@@ -19,6 +21,7 @@ from lab import Lab
 from measures import accuracy, psnr
 from parts import draw
 from torch import Tensor, nn
+from train import precision
 
 from sparge_compile import Calibration
 
@@ -28,6 +31,7 @@ RATES = {ALL: (5e-4, 1e-3, 4e-3, 8e-3), ATTENTION: (2e-3, 8e-3)}  # beside those
 TIMES = (0.99, 0.97, 0.95, 0.9, 0.8, 0.6, 0.3)
 DENSE_STEPS = (1, 3, 6)  # of sampling
 DENSE = (1.0, 0.0)
+TRAINED_ON = 3e-4  # the learning rate of the last stage of training
 
 
 def case(rule: str = "hybrid", target: float = 0.95, order: str = "tiles", kind: str = "one pair") -> Case:
@@ -73,6 +77,14 @@ def scaled(arm: Case, share: float) -> Case:
     return replace(arm, steps=math.ceil(arm.steps * share))
 
 
+def spread(lab: Lab, seed: int) -> None:
+    """How far a dense model goes that is trained on as long as a short arm: what another training would make of it."""
+    steps = math.ceil(SHORT * lab.args.scale)
+    trained = Case("floor", "dense, trained on", order="").tuned(steps, loss="flow", rate=TRAINED_ON)
+    if not lab.has(trained, seed):
+        lab.measure(trained, seed, None)
+
+
 # ---- taking apart
 
 
@@ -80,7 +92,7 @@ def apart(lab: Lab, seed: int) -> None:
     """Where a student's error is: at which times, in which layers and heads, in which steps of sampling."""
     table = Table(lab.args.out, "apart")
     for name, calibration, model in judged(lab, seed):
-        for what, part in {"time": by_time, "layer": by_layer, "head": by_head, "steps": by_dense_steps}.items():
+        for what, part in APART.items():
             if table.has(seed, name, what, "all"):
                 continue
             found = part(lab, seed, calibration, model)
@@ -147,6 +159,27 @@ def by_head(lab: Lab, seed: int, calibration: Calibration, model: nn.Module) -> 
     return restored(lab, seed, calibration, model, heads)
 
 
+def by_ranking(lab: Lab, seed: int, calibration: Calibration, model: nn.Module) -> dict[str, float]:
+    """Of each layer the error of attention, in L1 norms, by pooled scores and by true mass, and the mass that is
+    dropped; all layers at the sparsity of the whole."""
+    plain = lab.copy_of(model)
+    given = next(lab.held_out(seed))
+    ways = ("tiles 2x4x8", "tiles oracle") if calibration.tiles else ("pooled", "oracle")
+    density = 1 - lab.sparsity(calibration, given, model)
+    with precision(lab.device):
+        sites = record(plain, *(given[i][:1] for i in (0, 1, 3)))
+    found: dict[str, list[float]] = {}
+    for layer, site in enumerate(sites):
+        for row in ranking_gaps(site, [density], ways, seed=seed):
+            kind = "true mass" if "oracle" in row["way"] else "pooled"
+            found.setdefault(f"{layer} {kind}", []).append(row["error"])
+            if kind == "pooled":
+                found.setdefault(f"{layer} dropped", []).append(1 - row["mass"])
+    means = {name: statistics.fmean(values) for name, values in found.items()}
+    pooled = [value for name, value in means.items() if name.endswith("pooled")]
+    return {**means, "all": statistics.fmean(pooled)}
+
+
 def by_dense_steps(lab: Lab, seed: int, calibration: Calibration, model: nn.Module) -> dict[str, float]:
     """Share of digits read in samples whose first or last steps are dense; "all": none is."""
 
@@ -169,3 +202,6 @@ def by_dense_steps(lab: Lab, seed: int, calibration: Calibration, model: nn.Modu
     for count in (count for count in DENSE_STEPS if count < steps):
         found[f"first {count}"], found[f"last {count}"] = read(range(count)), read(range(steps - count, steps))
     return found
+
+
+APART = {"time": by_time, "layer": by_layer, "head": by_head, "ranking": by_ranking, "steps": by_dense_steps}

@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from setups import DOCS, SETUPS
-from tabular import Row, grouped, markdown, numbers, read, shown, where
+from tables_of_arms import apart_table, arms_table, timing_table
+from tabular import MEASURES, RULES, Row, grouped, markdown, numbers, read, shown, where
 
 PAGE = DOCS / "fidelity.md"
-RULES = {"topk": "Top-k", "topp": "Top-p", "hybrid": "hybrid"}
 TARGETS = ("0.8", "0.85", "0.9", "0.95", "0.97")
-MEASURES = ("velocity error", "flow loss", "PSNR", "SSIM", "digits read", "flicker")
 PAPER = {  # Table 6 of arXiv 2602.13515, Wan2.1-1.3B: image quality and VQA
     ("hybrid", "distillation"): (67.68, 86.73),
     ("topk", "distillation"): (65.84, 86.90),
@@ -113,58 +112,6 @@ def defaults_table(quality: list[Row]) -> str:
     columns = ("sparsity", "velocity error", "PSNR", "SSIM", "digits read")
     cases = grouped(where(quality, part="defaults"), "target").items()
     return markdown(("topk, topp", *columns), ([name, *(shown(of, m) for m in columns)] for name, of in cases))
-
-
-def arms_table(quality: list[Row]) -> str:
-    """The large model's arms: by sparsity, then by how long they were trained."""
-    rows = where(quality, part="arms")
-    columns = ("target", "steps", "order", "rule", "thresholds", "loss", "trained", "rate", "anneal", "outputs")
-    kinds = {tuple(row[name] for name in columns): None for row in rows}
-    lines = []
-    for kind in sorted(kinds, key=lambda kind: (float(kind[0]), int(kind[1]))):
-        named = dict(zip(columns, kind, strict=True))
-        words = [f"{float(named['target']):.0%}", named["order"], RULES[named["rule"]], named["thresholds"]]
-        if named["steps"] == "0":
-            words.append("not trained")
-        else:
-            words += [f"{named['steps']} steps", named["trained"], f"rate {named['rate']}"]
-            words += ["plain loss"] * (named["loss"] == "flow")
-            words += [f"{name} {named[name]}" for name in ("anneal", "outputs") if named[name] != "0"]
-        of = where(rows, **named)
-        lines.append([", ".join(words), *(shown(of, m) for m in ("sparsity", *MEASURES))])
-    lines.append(["dense", *(shown(where(quality, part="floor", rule="dense"), m) for m in ("sparsity", *MEASURES))])
-    return markdown(("", "sparsity", *MEASURES), lines)
-
-
-def apart_table(rows: list[Row]) -> str:
-    """Where a student's error is; what restores the most of it comes first among layers and heads."""
-    lines = []
-    for student, of in grouped(rows, "student").items():
-        for what, each in grouped(of, "what").items():
-            found = {which: statistics.mean(numbers(some, "value")) for which, some in grouped(each, "which").items()}
-            names = list(found)
-            if what in ("layer", "head"):
-                names = ["all", *sorted((name for name in names if name != "all"), key=found.__getitem__)[:8]]
-            lines.append([student, what, ", ".join(f"{name}: {found[name]:.4f}" for name in names)])
-    return markdown(("student", "by", "velocity error, by steps digits read"), lines)
-
-
-def timing_table(rows: list[Row]) -> str:
-    lines = []
-    for row in rows:
-        dense, sparse = float(row["dense ms"]), float(row["sparse ms"])
-        kind = f"{row['what']}, {float(row['target']):.0%}, {row['order']}"
-        lines.append(
-            [
-                kind,
-                row["device"],
-                f"{float(row['sparsity']):.1%}",
-                f"{dense:.2f}",
-                f"{sparse:.2f}",
-                f"{dense / sparse:.2f}",
-            ]
-        )
-    return markdown(("", "device", "sparsity", "dense ms", "sparse ms", "ratio"), lines)
 
 
 def structures_table(rows: list[Row]) -> str:

@@ -62,6 +62,12 @@ class Lab:
         """A dense model that takes other weights."""
         return compiled(self._copy(), backend=inner(self.device))
 
+    def copy_of(self, model: nn.Module) -> nn.Module:
+        """An uncompiled dense model with the weights of a student."""
+        copy = self._copy()
+        copy.load_state_dict(model.state_dict(), strict=False)  # without the thresholds
+        return copy
+
     def student(self, order: str) -> Student:
         if order not in self._students:
             self._students[order] = Student(self.setup, self.device, order, self.args.frames)
@@ -136,10 +142,7 @@ class Lab:
         """Of these thresholds with the weights of a model, or the dense one's, on a batch of ``seen`` or
         ``held_out``."""
         mixed, when, _, classes = clips
-        plain = self.plain
-        if model is not None:
-            plain = self._copy()
-            plain.load_state_dict(model.state_dict(), strict=False)  # without the thresholds
+        plain = self.plain if model is None else self.copy_of(model)
         with precision(self.device):
             return measured_sparsity(plain, calibration, (mixed, when, classes))
 

@@ -16,10 +16,10 @@ from case import ALL, ATTENTION, QUALITY, Case, Table
 from choose import KINDS, calibrated, one_pair, thresholds
 from digits import HELD_OUT_SEED, clips
 from distil import everywhere, held_out_error
-from fidelity import RULES
 from lab import Lab
 from measures import accuracy, flicker, psnr, ssim
 from pictures import sheet
+from tabular import RULES
 from torch import Tensor
 from train import precision
 from transformer import load

@@ -10,8 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from case import ALL, RATES
-from fidelity import RULES
-from tabular import Row, by_seed, grouped, numbers, where
+from tabular import RULES, Row, by_seed, grouped, numbers, where
 
 FAR = ("random", "pooled before RoPE")  # ways that would fill a picture
 

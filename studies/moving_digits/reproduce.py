@@ -13,7 +13,8 @@ folder whose rows --add brings here. Parts: attention (error split, ranking, str
 noise floors), defaults (thresholds without an aim at sparsity), rules (Top-k, Top-p, hybrid, training-free), rates
 (learning rates of distillation), losses (distillation against the plain loss, matched and shifted data), distilled (the
 rules after distillation), students (long distillation; pictures), shipped (the student of the repository); of the large
-model arms (rules, orders, sparsities, ways to train: arms.py), apart (where a student's error is), timing.
+model arms (rules, orders, sparsities, ways to train: arms.py), spread (a dense model that is trained on), apart (where
+a student's error is), timing.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 
 import parts
 import torch
-from arms import apart, measure_arms
+from arms import apart, measure_arms, spread
 from case import TABLES, Table
 from fidelity import PAGE, fill, tables
 from journal import where
@@ -45,10 +46,14 @@ PARTS = {
     "students": parts.students,
     "shipped": parts.shipped,
     "arms": measure_arms,
+    "spread": spread,
     "apart": apart,
     "timing": timing,
 }
-FLAT, DEEP = list(PARTS)[:9], ["floor", "arms", "apart", "timing", "attention"]  # of the small model, of the large
+FLAT, DEEP = (
+    list(PARTS)[:9],
+    ["floor", "arms", "spread", "apart", "timing", "attention"],
+)  # of the small model, of the large
 
 
 def report(out: Path, setup: Setup) -> None:

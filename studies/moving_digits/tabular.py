@@ -11,6 +11,8 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+RULES = {"topk": "Top-k", "topp": "Top-p", "hybrid": "hybrid"}
+MEASURES = ("velocity error", "flow loss", "PSNR", "SSIM", "digits read", "flicker")
 DIGITS = {"PSNR": 1, "SSIM": 3, "digits read": 3, "flicker": 3, "sparsity": 3}  # after the point; others have 4
 SAME = 100.0  # dB
 

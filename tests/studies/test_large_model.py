@@ -96,7 +96,7 @@ def test_the_study_of_the_large_model_at_toy_size(toy: Path, monkeypatch, capsys
     study = ("--seeds", 0, "--sample-steps", 2, "--scale", 0.002, "--out", found, "--arms", "hybrid*tiles, 0.9, *")
     run(reproduce.main, monkeypatch, *study, "--parts", "floor", "arms", "--minutes", 0)
     assert "would take" in capsys.readouterr().out
-    run(reproduce.main, monkeypatch, *study, "--parts", "floor", "arms", "apart", "timing")
+    run(reproduce.main, monkeypatch, *study, "--parts", "floor", "arms", "spread", "apart", "timing")
     printed = capsys.readouterr().out
     rows = tabular.where(tabular.read(found / "quality.csv"), part="arms")
     assert [row["steps"] for row in rows] == ["0", "1", "4"] and all(float(row["velocity error"]) > 0 for row in rows)

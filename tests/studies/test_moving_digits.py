@@ -116,7 +116,7 @@ def tiny_lab(out: Path, setup: Setup = SMALL, rounds: int = 1) -> lab.Lab:
 
 
 @pytest.mark.parametrize(
-    "rule", [pytest.param(rule, marks=pytest.mark.slow) if rule == "topp" else rule for rule in fidelity.RULES]
+    "rule", [pytest.param(rule, marks=pytest.mark.slow) if rule == "topp" else rule for rule in tabular.RULES]
 )
 def test_a_pair_of_each_rule_keeps_as_many_blocks_as_it_is_asked_for(rule, tmp_path) -> None:
     small = tiny_lab(tmp_path)
