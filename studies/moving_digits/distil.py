@@ -150,6 +150,7 @@ def main() -> None:
     names = ("setup", "train", "topk", "topp", "order", "steps", "batch", "lr")
     say(", ".join(f"{name} {getattr(args, name)}" for name in names))
     calibration = everywhere((args.topk, args.topp), args.order)
+    torch._dynamo.config.recompile_limit = 64  # one class, compiled dense and sparse, to train and to run
     dense = load(device=device, setup=args.setup).requires_grad_(False)
     plain, teacher = load(device=device, setup=args.setup), compiled(dense, backend=inner(device))
     student = Student(args.setup, device, args.order, args.frames)

@@ -44,6 +44,7 @@ class VideoTransformer(nn.Module):
         batch, frames, rows, columns = (*video.shape[:2], *(side // self.patch for side in video.shape[2:]))
         x = video.unflatten(3, (columns, self.patch)).unflatten(2, (rows, self.patch))  # [B, T, h, p, w, p]
         x = self.enter(x.transpose(3, 4).reshape(batch, -1, self.patch**2).to(dtype))  # [B, L, width]
+        x = x.to(dtype)  # as the blocks give it under autocast: one graph serves all of them
 
         angles = 1000 * time[:, None] * torch.exp(torch.linspace(0, -9.2, width // 2, device=video.device))
         condition = self.time(torch.cat((angles.cos(), angles.sin()), -1).to(dtype))
@@ -117,7 +118,10 @@ def load(
     from safetensors.torch import load_file
 
     model = VideoTransformer(*setup.sizes)
-    state = load_file(setup.weights / "teacher.safetensors")
+    weights = setup.weights / "teacher.safetensors"
+    if not weights.exists():
+        raise FileNotFoundError(f"{weights} is not there: train it with studies/moving_digits/train.py --setup {setup}")
+    state = load_file(weights)
     if name != "teacher":
         state.update(load_file(setup.weights / f"{name}.safetensors"))
     model.load_state_dict(state)

@@ -15,6 +15,7 @@ import setups
 import tabular
 import torch
 import train
+import transformer
 from setups import LARGE, Stage
 
 STAGES = (Stage(1, 2, 1e-3, frames=2), Stage(2, 2, 1e-3, frames=4, keep=0.5))
@@ -104,3 +105,16 @@ def test_the_study_of_the_large_model_at_toy_size(toy: Path, monkeypatch, capsys
         assert f"\n{name}\n" in printed and "nan" not in printed.split(f"\n{name}\n")[1].split("\n\n")[0]
     run(reproduce.main, monkeypatch, "--parts", "--add", found, "--out", toy / "again")
     assert (toy / "again" / "quality.csv").read_text() == (found / "quality.csv").read_text()
+
+
+def test_one_graph_serves_all_blocks_under_autocast() -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    model = transformer.compiled(transformer.VideoTransformer(64, 3, 2).eval(), backend=backend)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(1, 2, 16, 16), torch.tensor([0.5]), torch.zeros(1, 10))
+    assert len(graphs) == 1
