@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from bank import multi_hot
 from digits import HELD_OUT_SEED, clips
 from measures import accuracy, load_classifier, measured_sparsity, psnr, velocity_error
 from pictures import animate, sheet
@@ -131,7 +131,7 @@ def main() -> int:
 
     generator = torch.Generator().manual_seed(args.seed)
     noise = torch.randn(SMALL.shape(1, args.frames), generator=generator).to(device)
-    classes = F.one_hot(torch.tensor([args.classes]), CLASSES).sum(1).float().to(device)
+    classes = multi_hot(torch.tensor([args.classes])).to(device)
     inputs = tuple(each.to(device) for each in noisy_at(MEASURED_TIME, HELD_OUT_SEED, args.frames, True))
     classifier = load_classifier()
     videos: dict[str, Tensor] = {}

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
+from bank import multi_hot
 from demo import noisy_at
-from digits import CLASSES, FRAMES, SIDE
+from setups import SMALL
 from torch import Tensor, nn
-from transformer import WEIGHTS, load, sample
+from transformer import load, sample
 
 import sparge_compile
 from sparge_compile import cli
@@ -33,6 +33,7 @@ FRAMES_VARIABLE = "MOVING_DIGITS_FRAMES"
 TIMES = (0.97, 0.9, 0.7, 0.4)
 SEED = 41_000_000
 STEPS = 12  # of the clip that is drawn
+SIZE = f"{{}}x{SMALL.side}x{SMALL.side}"
 
 _SCHEDULER = "scheduler=Euler's method of flow matching, times moved towards noise"
 _LICENCE = "licence=Apache-2.0"
@@ -44,7 +45,7 @@ _TEACHER = (
 )
 _STUDENT = {
     "model_id": "studies/moving_digits/weights/student.safetensors",
-    "resolution": f"{FRAMES}x{SIDE}x{SIDE}",
+    "resolution": SIZE.format(SMALL.frames),
     "scheduler": _SCHEDULER.partition("=")[2],
     "licence": _LICENCE.partition("=")[2],
     "note": "The thresholds that these weights were fine-tuned with; other weights want thresholds of their own.",
@@ -54,7 +55,7 @@ FILES = {
     "teacher_8x64x64_sparsity-85": (8, ["--target-sparsity", "0.85", "--orders", "raster", "2x4x8", "8x4x2"]),
     "teacher_24x64x64_error-10": (24, ["--target-error", "0.1", "--orders", "2x4x8"]),
 }
-STUDENT = f"student_{FRAMES}x{SIDE}x{SIDE}"
+STUDENT = f"student_{SIZE.format(SMALL.frames)}"
 
 
 class Clip(NamedTuple):
@@ -72,7 +73,7 @@ def batches() -> list[tuple[Tensor, Tensor, Tensor]]:
 def sampler() -> tuple[nn.Module, Callable[[Tensor], Clip]]:
     """The model, and what draws a clip of a 3 and a 7 from noise; ``sparge report`` calls this by name."""
     model = load()
-    classes = F.one_hot(torch.tensor([[3, 7]]), CLASSES).sum(1).float()
+    classes = multi_hot(torch.tensor([[3, 7]]))
 
     def draw(noise: Tensor) -> Clip:
         video = sample(model, noise, classes, steps=STEPS)
@@ -84,7 +85,7 @@ def sampler() -> tuple[nn.Module, Callable[[Tensor], Clip]]:
 def noises() -> list[Tensor]:
     """The noise of one clip of 8 frames, or as many as the environment says."""
     frames = int(os.environ.get(FRAMES_VARIABLE, "8"))
-    return [torch.randn(1, frames, SIDE, SIDE, generator=torch.Generator().manual_seed(11))]
+    return [torch.randn(SMALL.shape(1, frames), generator=torch.Generator().manual_seed(11))]
 
 
 def make(name: str) -> int:
@@ -92,13 +93,13 @@ def make(name: str) -> int:
     FOLDER.mkdir(parents=True, exist_ok=True)
     out = FOLDER / f"{name}.json"
     if name == STUDENT:
-        sparge_compile.Calibration.load(WEIGHTS / "student.json").described(**_STUDENT).save(out)
+        sparge_compile.Calibration.load(SMALL.weights / "student.json").described(**_STUDENT).save(out)
         return 0
     frames, aim = FILES[name]
     os.environ[FRAMES_VARIABLE] = str(frames)
     command = ["calibrate", "--model", "transformer:load", "--inputs", "make_gallery:batches", "--min-seq-len", "0"]
     command += ["--query-blocks", "8", *aim, "--out", str(out)]
-    return cli.main([*command, "--about", *_TEACHER, f"resolution={frames}x{SIDE}x{SIDE}"])
+    return cli.main([*command, "--about", *_TEACHER, f"resolution={SIZE.format(frames)}"])
 
 
 if __name__ == "__main__":

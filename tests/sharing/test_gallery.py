@@ -11,6 +11,7 @@ import jsonschema
 import make_gallery
 import pytest
 import transformer
+from setups import SMALL
 
 from sparge_compile import Calibration, attach
 
@@ -58,6 +59,6 @@ def test_the_files_of_the_trained_model_fit_it(path):
     curves = {} if calibration.origin is None else calibration.origin.curves
     assert all(each.head_size == model.blocks[0].attention.norm_query.normalized_shape[0] for each in curves.values())
     if path.stem.startswith("student"):
-        assert calibration.sites == Calibration.load(transformer.WEIGHTS / "student.json").sites
+        assert calibration.sites == Calibration.load(SMALL.weights / "student.json").sites
     else:
         assert set(curves) == {name for name, _ in model.named_modules() if name.endswith(".attention")}
