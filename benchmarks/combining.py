@@ -1,0 +1,287 @@
+"""What is done to a tiny pipeline in the rows of combinations.py; each takes the pipeline and gives it back."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparge_compile import Calibration, attach
+
+sys.path.append(str(Path(__file__).parent.parent / "tests" / "whole"))
+import tiny_images
+import tiny_pipelines
+
+CPU = torch.device("cpu")
+FEW = (0.3, 0.0)  # a third of the blocks
+
+
+def wan() -> Any:
+    return built(tiny_pipelines.wan)
+
+
+def built(build: Callable[[], Any]) -> Any:
+    pipe = tiny_pipelines.seeded(build)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def clip(pipe: Any, **more: Any) -> Tensor:
+    """Latents of four steps, in each of which the model is called twice."""
+    small = {"height": 160, "width": 160, "num_frames": 9, "num_inference_steps": 4, "max_sequence_length": 16}
+    generator = torch.Generator().manual_seed(0)
+    return pipe("a cat", **{"output_type": "latent", **small, **more}, generator=generator, return_dict=False)[0]
+
+
+def image(pipe: Any, **more: Any) -> Tensor:
+    """Latents of two steps of SDXL, with guidance a batch of two."""
+    small = {"height": 256, "width": 256, "num_inference_steps": 2}
+    generator = torch.Generator().manual_seed(0)
+    return pipe("a cat", **{"output_type": "latent", **small, **more}, generator=generator, return_dict=False)[0]
+
+
+def without(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key != name}
+
+
+def by_block(model: Any, options: dict[str, Any]) -> None:
+    model.compile_repeated_blocks(backend="sparge", options=options)
+
+
+# ---- offloading
+
+
+def sequential(pipe: Any) -> Any:
+    """What a pipeline's ``enable_sequential_cpu_offload`` does to its denoiser."""
+    import accelerate
+
+    accelerate.cpu_offload(pipe.transformer, execution_device=CPU, offload_buffers=True)
+    return pipe
+
+
+def by_model(pipe: Any) -> Any:
+    pipe.enable_model_cpu_offload(device="cpu")
+    return pipe
+
+
+def by_group(**how: Any) -> Callable[[Any], Any]:
+    def offload(pipe: Any) -> Any:
+        pipe.transformer.enable_group_offload(onload_device=CPU, offload_device=CPU, **how)
+        return pipe
+
+    return offload
+
+
+def cast_by_layer(pipe: Any) -> Any:
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    return pipe
+
+
+# ---- adapters
+
+
+def lora(pipe: Any, seed: int, rank: int = 4) -> dict[str, Tensor]:
+    """The weights of a LoRA of the attention's projections, as they are in a file."""
+    torch.manual_seed(seed)
+    layers = {name: x for name, x in bare(pipe).named_modules() if name.endswith(("attn1.to_q", "attn1.to_v"))}
+    return {
+        f"transformer.{name.replace('.base_layer', '')}.lora_{side}.weight": 0.3 * torch.randn(*shape)
+        for name, layer in layers.items()
+        for side, shape in {"A": (rank, layer.in_features), "B": (layer.out_features, rank)}.items()
+    }
+
+
+def bare(pipe: Any) -> nn.Module:
+    return pipe.transformer
+
+
+def loads(seed: int = 1, fuse: bool = False, **how: Any) -> Callable[[Any], Any]:
+    def load(pipe: Any) -> Any:
+        pipe.load_lora_weights(lora(pipe, seed), adapter_name="one", **how)
+        if fuse:
+            pipe.fuse_lora()
+        return pipe
+
+    return load
+
+
+def ready_to_swap(pipe: Any) -> Any:
+    pipe.enable_lora_hotswap(target_rank=4)
+    return loads(1)(pipe)
+
+
+def as_peft(pipe: Any) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(3)
+    config = LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    pipe.transformer = get_peft_model(pipe.transformer, config)
+    return pipe
+
+
+def blocks_of_peft(model: Any, options: dict[str, Any]) -> None:
+    model.get_base_model().compile_repeated_blocks(backend="sparge", options=options)
+
+
+# ---- weights of few bits
+
+
+def linear_layers(module: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """Each with the module that holds it, and its name there."""
+    found = [(name.rpartition("."), x) for name, x in module.named_modules() if isinstance(x, nn.Linear)]
+    return [(module.get_submodule(path), name, layer) for (path, _, name), layer in found]
+
+
+def quantised(config: str) -> Callable[[Any], Any]:
+    def quantise(pipe: Any) -> Any:
+        from torchao import quantization
+
+        quantization.quantize_(pipe.transformer.blocks, getattr(quantization, config)())
+        return pipe
+
+    return quantise
+
+
+def by_bitsandbytes(kind: str, **how: Any) -> Callable[[Any], Any]:
+    """The linear layers of the blocks as bitsandbytes has them; a GPU is not needed for it."""
+
+    def replace(pipe: Any) -> Any:
+        from bitsandbytes import nn as layers
+
+        for parent, name, layer in linear_layers(pipe.transformer.blocks):
+            other = getattr(layers, kind)(layer.in_features, layer.out_features, True, **how)
+            other.load_state_dict(layer.state_dict())
+            setattr(parent, name, other.to("cpu"))
+        return pipe
+
+    return replace
+
+
+def as_gguf(pipe: Any) -> Any:
+    """The linear layers as a GGUF file has them, in Q8_0."""
+    from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
+    from gguf import GGMLQuantizationType, quants
+
+    kind = GGMLQuantizationType.Q8_0
+    for parent, name, layer in linear_layers(pipe.transformer):
+        if layer.in_features % 32 == 0:
+            other = GGUFLinear(layer.in_features, layer.out_features, True, compute_dtype=torch.float32)
+            packed = torch.from_numpy(quants.quantize(layer.weight.detach().numpy(), kind))
+            other.weight, other.bias = GGUFParameter(packed, quant_type=kind), layer.bias
+            setattr(parent, name, other)
+    return pipe
+
+
+# ---- caches of diffusers
+
+
+def caching(kind: str, **how: Any) -> Callable[[Any], Any]:
+    def cache(pipe: Any) -> Any:
+        import diffusers
+
+        if kind == "PyramidAttentionBroadcastConfig":
+            how["current_timestep_callback"] = lambda: pipe.current_timestep
+        pipe.transformer.enable_cache(getattr(diffusers, kind)(**how))
+        return pipe
+
+    return cache
+
+
+# ---- backends of diffusers
+
+
+def attends_by(backend: str) -> Callable[[Any], Any]:
+    def choose(pipe: Any) -> Any:
+        pipe.transformer.set_attention_backend(backend)
+        return pipe
+
+    return choose
+
+
+# ---- other parts of a pipeline
+
+
+def sdxl() -> Any:
+    return built(tiny_images.sdxl)
+
+
+def flux() -> Any:
+    return built(tiny_images.flux)
+
+
+def controlled() -> Any:
+    import diffusers
+
+    pipe = sdxl()
+    torch.manual_seed(4)
+    control = tiny_pipelines.shaken(diffusers.ControlNetModel.from_unet(pipe.unet))
+    made = diffusers.StableDiffusionXLControlNetPipeline(**pipe.components, controlnet=control)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def shown_an_image(pipe: Any) -> Any:
+    """An IP-Adapter of four tokens for a picture."""
+    torch.manual_seed(5)
+    width, wide = pipe.unet.config.cross_attention_dim, 16
+    to_text = [x for name, x in pipe.unet.named_modules() if name.endswith("attn2")]
+    adapter = {
+        f"{2 * i + 1}.to_{kind}_ip.weight": torch.randn(x.to_k.out_features, width)
+        for i, x in enumerate(to_text)
+        for kind in "kv"
+    }
+    projection = {"proj.weight": torch.randn(4 * width, wide), "proj.bias": torch.zeros(4 * width)}
+    norm = {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
+    pipe.unet._load_ip_adapter_weights([{"image_proj": projection | norm, "ip_adapter": adapter}])
+    return pipe
+
+
+def tiled(pipe: Any) -> Any:
+    pipe.vae.enable_tiling()
+    return pipe
+
+
+def averaged(pipe: Any) -> None:
+    """Weights whose place an average of them takes, as before an evaluation."""
+    from diffusers.training_utils import EMAModel
+
+    mean = EMAModel(pipe.transformer.parameters(), decay=0.5)
+    with torch.no_grad():
+        for parameter in pipe.transformer.parameters():
+            parameter.mul_(1.1)
+    mean.step(pipe.transformer.parameters())
+    mean.copy_to(pipe.transformer.parameters())
+
+
+def saved_and_loaded(pipe: Any) -> Any:
+    with TemporaryDirectory() as folder:
+        attach(pipe.transformer, Calibration({"blocks.*.attn1": [FEW]}))
+        pipe.transformer.save_pretrained(folder)
+        pipe.transformer = type(pipe.transformer).from_pretrained(folder).eval()
+    return pipe
+
+
+def blocks_of_unet(model: Any, options: dict[str, Any]) -> None:
+    for module in model.modules():
+        if type(module).__name__ == "BasicTransformerBlock":
+            module.compile(backend="sparge", options=options)
+
+
+# ---- accelerate
+
+
+def named_to_accelerate(pipe: Any) -> Any:
+    from accelerate.utils import TorchDynamoPlugin
+
+    return TorchDynamoPlugin(backend="sparge")
+
+
+def prepared(pipe: Any) -> None:
+    from accelerate import Accelerator
+
+    pipe.transformer = Accelerator(cpu=True).prepare_model(pipe.transformer, evaluation_mode=True)
