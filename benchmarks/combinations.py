@@ -37,8 +37,8 @@ something else. Written by `benchmarks/combinations.py`; `tests/whole/test_combi
 """
 REST = """
 Not tried: deepspeed, which is built against a CUDA toolkit, and the attention backends `flash`, `sage` and `xformers`
-of diffusers, which need a GPU. [The README](../README.md#what-stays-dense-and-why) says how calls of these libraries are
-read; `native`, the default, needs nothing.
+of diffusers, which need a GPU. [The README](../README.md#what-stays-dense-and-why) says how calls of these libraries
+are read; `native`, the default, needs nothing.
 """
 
 
