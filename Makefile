@@ -2,13 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test test-slow test-gpu test-multigpu test-matrix lint format docs package bench coverage clean
+.PHONY: help demo test test-slow test-gpu test-multigpu scaling test-matrix lint format docs package bench coverage clean
 help:
 	@echo "make demo      a trained video model, dense, sparse and distilled (about 3 minutes on 2 cores)"
 	@echo "make test      the test suite (CPU and Triton's interpreter)"
 	@echo "make test-slow the tests that take longer"
 	@echo "make test-gpu  the GPU tests, with the python on the PATH (PYTHON=...)"
 	@echo "make test-multigpu  what runs in several processes, over NCCL where there are as many GPUs (PYTHON=...)"
+	@echo "make scaling   all that wants several GPUs: their tests, scaling, unequal heads, losses (PYTHON=...)"
 	@echo "make test-matrix  the test suite on the oldest and the newest versions that are supported, into docs/compatibility.md"
 	@echo "make lint      ruff, format check, mypy"
 	@echo "make docs      the pages as a site, into build/site"
@@ -37,6 +38,9 @@ test-gpu:
 
 test-multigpu:
 	$(PYTHON) -m pytest -m multigpu
+
+scaling:
+	PYTHON=$(PYTHON) sh benchmarks/scaling_on_gpus.sh
 
 # The versions of constraints-oldest.txt and constraints-newest.txt, and of constraints.txt for what those do not name.
 .venv-%/ready: pyproject.toml constraints.txt constraints-%.txt

@@ -5,16 +5,26 @@ Time hangs on sizes alone, so neither weights nor diffusers are needed.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from sparge_compile import sharded_attention
 
 TEXT, CHANNELS, HEAD = 512, 16, 128
 
 
 class Attention(nn.Module):
-    """Wan's: RMS norm over all heads of queries and keys, rotary positions where there are some."""
+    """Wan's: RMS norm over all heads of queries and keys, rotary positions where there are some.
+
+    ``shared``: several processes have parts of the sequence, as ``sharded_attention`` takes it.
+    """
+
+    shared: dict[str, Any] | None = None
 
     def __init__(self, width: int, head_size: int = HEAD) -> None:
         super().__init__()
@@ -28,7 +38,11 @@ class Attention(nn.Module):
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        if self.shared is not None:
+            out = sharded_attention(q, k, v, **self.shared)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v)
+        return self.out(out.transpose(1, 2).flatten(2))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -62,15 +76,36 @@ class Block(nn.Module):
         return x + self.ffn(self.norm3(x) * (1 + scale2) + shift2) * gate2
 
 
-class Wan(nn.Module):
-    """Latents [B, 16, T, H, W], a text [B, 512, width] and a time [B] to a velocity like the latents."""
+class _Gather(torch.autograd.Function):
+    """The rows of all processes, [B, L, C]; each has the loss of the whole, so that its rows' gradients are summed."""
 
-    def __init__(self, layers: int, width: int, ffn: int, is_checkpointed: bool) -> None:
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group, parts = group, [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, x.contiguous(), group)
+        return torch.cat(parts, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.contiguous()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad.chunk(dist.get_world_size(ctx.group), 1)[dist.get_rank(ctx.group)], None
+
+
+class Wan(nn.Module):
+    """Latents [B, 16, T, H, W], a text [B, 512, width] and a time [B] to a velocity like the latents.
+
+    ``group``: the processes that share the sequence; each computes its rows, and all have the whole velocity.
+    """
+
+    group: Any = None
+
+    def __init__(self, layers: int, width: int, ffn: int, is_checkpointed: bool, head_size: int = HEAD) -> None:
         super().__init__()
         self.width, self.is_checkpointed = width, is_checkpointed
         self.patch = nn.Conv3d(CHANNELS, width, (1, 2, 2), (1, 2, 2))
         self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, 6 * width))
-        self.blocks = nn.ModuleList(Block(width, ffn) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(width, ffn, head_size) for _ in range(layers))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 4 * CHANNELS)
 
     def forward(self, latents: Tensor, text: Tensor, when: Tensor) -> Tensor:
@@ -81,10 +116,16 @@ class Wan(nn.Module):
         angles = when[:, None].float() * frequencies
         modulation = self.time(torch.cat((angles.sin(), angles.cos()), -1).to(x.dtype)).unflatten(1, (6, -1))
         cos, sin = positions(x.shape[1], x.shape[2] // self.blocks[0].attn1.heads, x.device)
+        if self.group is not None:
+            size, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
+            x, cos, sin = x.chunk(size, 1)[rank], cos.chunk(size)[rank], sin.chunk(size)[rank]
         for block in self.blocks:
             if self.is_checkpointed and torch.is_grad_enabled():
                 x = checkpoint(block, x, text, modulation, cos, sin, use_reentrant=False)
             else:
                 x = block(x, text, modulation, cos, sin)
-        x = self.head(self.norm(x)).unflatten(2, (CHANNELS, 1, 2, 2)).unflatten(1, (frames, height, width))
-        return x.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        x = self.head(self.norm(x))
+        if self.group is not None:  # the gradient of a gather is a sum: each process has the loss of the whole
+            x = _Gather.apply(x, self.group)
+        x = x.unflatten(2, (CHANNELS, 1, 2, 2)).unflatten(1, (frames, height, width))
+        return x.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3).clone()

@@ -10,6 +10,7 @@ import messages
 import methods
 import plot_sweep
 import pytest
+import scaling_model
 import torch
 import varlen
 
@@ -60,6 +61,19 @@ def test_wrong_results_do_not(inputs, spoiled, monkeypatch):
 def test_break_even(speedups, want):
     found = plot_sweep.break_even(list(zip((1024, 2048, 4096), speedups, strict=True)))
     assert found == (want if want is None else pytest.approx(want, abs=1))
+
+
+def test_what_is_expected_of_several_gpus():
+    model = scaling_model.MODELS["1.3B"]
+    steps = {n: scaling_model.predict(model, 32_760, n, 0.05) for n in (1, 2, 4, 8)}
+    assert steps[1].exchange == steps[1].bytes == 0
+    assert steps[1].total > steps[2].total > steps[4].total
+    assert steps[2].bytes == model.layers * 4 * 16_380 * model.width * 2 / 2  # half of q, k, v and the result
+    assert scaling_model.split(8, 12, scaling_model.Machine()) == (4, 2), (
+        "12 heads are exchanged among 4, in a ring of 2"
+    )
+    dear = scaling_model.predict(model, 32_760, 4, 0.05, imbalance=2.0)
+    assert dear.attention == pytest.approx(2 * steps[4].attention) and dear.tokens == steps[4].tokens
 
 
 def test_a_picture_is_drawn(tmp_path):

@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..naming import ROOT, base_of, clean_path, join, user_path
 from ..user_model import HELD_AS, bare, remember_compiled, user_names
-from .stack import find_root, modules_on_stack
+from .stack import find_root, modules_on_stack, remember_model
 
 
 class Place:
@@ -57,6 +57,7 @@ class Names:
 
     def __init__(self, root: Module) -> None:
         self.root = bare(root)
+        remember_model(self.root)
         self.tensors: defaultdict[int, list[str]] = defaultdict(list)
         self.modules: dict[int, str] = {}
         self.by_name: dict[str, Module] = {}

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from types import CodeType, FrameType
 from typing import NamedTuple
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch.fx import GraphModule
@@ -112,8 +113,30 @@ def attends_by_name(code: CodeType) -> bool:
 def find_root() -> Module | None:
     """The model that is running: what torch.compile was called on, else the outermost module that is being called.
 
-    A module of a list that was given to torch.compile is a block, not the model.
+    A module of a list that was given to torch.compile is a block, not the model; and so is one whose activations are
+    made anew in a backward, when the model's own forward is over.
     """
+    found = _running()
+    model = _models.get(found) if found is not None and _in_backward() else None
+    return found if model is None else model() or found
+
+
+def remember_model(root: Module) -> None:
+    """Note of all modules that they belong to this model, which runs."""
+    if not _in_backward():
+        _models.update(dict.fromkeys(root.modules(), ref(root)))
+
+
+_models: WeakKeyDictionary[Module, ref[Module]] = WeakKeyDictionary()
+
+
+def _in_backward() -> bool:
+    """Whether autograd runs a backward in this thread."""
+    task = getattr(torch._C, "_current_graph_task_id", None)
+    return task is not None and task() != -1
+
+
+def _running() -> Module | None:
     called = list(modules_on_stack())
     for module in called:
         if is_compiled(module) and not _is_block(module, called[-1]):

@@ -8,6 +8,7 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from toys import Stack
 
 from sparge_compile import Calibration, attention, backend, explain
@@ -261,6 +262,25 @@ def test_parameters_that_blocks_share_do_not_mix_their_thresholds():
     want = expected(model, x, names=NAMES[:3])
     got = run(by_block(model, {**FAST, "calibration": calibration()}), x)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+class Checkpointed(Model):
+    def forward(self, x):
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return x
+
+
+def test_a_block_that_is_compiled_anew_in_the_backward_keeps_its_name(opened_graphs):
+    model, x = Checkpointed(2), torch.randn(X)
+    for block in model.blocks:
+        block.compile(backend="sparge", options=FAST)
+    out = model(x)
+    torch._dynamo.reset()  # under FSDP2 tensors may have other strides when activations are made anew
+    opened_graphs.clear()
+    out.sum().backward()
+    found = [match.site.name for graph in opened_graphs for match in graph.matches]
+    assert found and set(found) <= {"blocks.0.attn.inner", "blocks.1.attn.inner"}
 
 
 def test_a_wrapper_around_the_model_is_no_part_of_names():

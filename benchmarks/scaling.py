@@ -1,0 +1,299 @@
+"""A Wan-shaped transformer on 1, 2 and 4 GPUs that share its sequence: dense and sparse, a forward and a training step.
+
+    python benchmarks/scaling.py                                        # as many GPUs as there are: 480p × 81 frames
+    python benchmarks/scaling.py --heads 40 --ffn 13824 --layers 4 --latents 21 90 160 --ways heads ring
+    python benchmarks/scaling.py --shares 0.01 0.2                      # unequal heads, as they come and balanced
+    python benchmarks/scaling.py --losses 20 --layers 4  # of one GPU, FSDP2, and a shared sequence
+    python benchmarks/scaling.py --device cpu --tiny --gpus 1 2         # two processes over gloo
+
+One table: time, times one GPU, peak memory, bytes that leave a GPU, and how far outputs are from one GPU's. Weights are
+random. In training they are sharded by FSDP2 over the same GPUs, and each block is checkpointed. ``--csv`` keeps the
+rows, for scaling_model.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import harness
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from wan_stand_in import CHANNELS, HEAD, TEXT, Wan
+
+from sparge_compile import Calibration, DistillationHook, Ranks
+from sparge_compile.parallel.heads import balanced, imbalance
+
+STEPS = 5  # that are timed, after two
+
+
+class Run:
+    """One process of several, with a model of its own."""
+
+    def __init__(self, rank: int, world: int, args: argparse.Namespace) -> None:
+        self.rank, self.world, self.args = rank, world, args
+        self.device = torch.device("cuda", rank) if args.device == "cuda" else torch.device("cpu")
+        self.dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+        costs = shares_of(args)
+        self.pairs = [(share, 0.0) for share in costs]
+        self.costs = costs
+
+    def model(self, checkpointed: bool, way: str, ordered: bool = True, shared: bool = True) -> Wan:
+        """The same weights in every process; attention over all of them, where there are several and they share."""
+        torch.manual_seed(0)
+        args = self.args
+        with self.device:
+            model = Wan(args.layers, args.heads * args.head_size, args.ffn, checkpointed, args.head_size)
+        model = model.to(self.dtype)
+        if self.world > 1 and shared:
+            model.group, ranks = dist.group.WORLD, Ranks.of()
+            order = torch.tensor(balanced(self.costs, self.world), device=self.device) if ordered else None
+            for block in model.blocks:
+                block.attn1.shared = {"heads": ranks, "order": order} if way == "heads" else {"ring": ranks}
+        return model
+
+    def inputs(self, seed: int = 1, batch: int = 1) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(seed)
+        width = self.args.heads * self.args.head_size
+        latents = torch.randn(batch, CHANNELS, *self.args.latents, generator=generator)
+        text = torch.randn(batch, TEXT, width, generator=generator)
+        moved = (x.to(self.device, self.dtype) for x in (latents, text))
+        return *moved, torch.full((batch,), 500.0, device=self.device)
+
+    def compiled(self, model: nn.Module, attention: str) -> nn.Module:
+        """Its blocks compiled, sparse or by the inner backend alone."""
+        torch._dynamo.reset()
+        how: dict[str, Any] = {"backend": self.args.inner, "fullgraph": True}
+        if attention == "sparse":
+            calibration = Calibration({"blocks.*.attn1": self.pairs})
+            options = {"calibration": calibration, "min_seq_len": 1024, "inner": self.args.inner}
+            how |= {"backend": "sparge", "options": options}
+        for block in model.blocks:
+            block.compile(**how)
+        return model
+
+    def seconds(self, call: Callable[[], object]) -> float:
+        """The median of some calls, each from the moment when all ranks are ready until this one is done."""
+        found = []
+        for number in range(STEPS + 2):
+            self.wait()
+            start = time.perf_counter()
+            call()
+            self.wait(alone=True)
+            if number >= 2:
+                found.append(time.perf_counter() - start)
+        return statistics.median(found)
+
+    def wait(self, alone: bool = False) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        if self.world > 1 and not alone:
+            dist.barrier()
+
+    def peak(self) -> float | None:
+        """GiB of memory at the most since the last time; None on a CPU."""
+        if self.device.type != "cuda":
+            return None
+        found = torch.cuda.max_memory_allocated(self.device) / 2**30
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return found
+
+
+def shares_of(args: argparse.Namespace) -> list[float]:
+    """The share of key blocks that each head keeps: alike, or evenly between two numbers, the dearest heads first."""
+    low, high = args.shares or (1 - args.sparsity,) * 2
+    return [high + (low - high) * h / max(1, args.heads - 1) for h in range(args.heads)]
+
+
+def sent(args: argparse.Namespace, world: int, way: str, trains: bool) -> float:
+    """GB that leave a GPU in a step, for attention."""
+    whole = args.layers * tokens_of(args) * args.heads * args.head_size * (2 if args.device == "cuda" else 4) / 1e9
+    if way == "heads":
+        return whole * 4 * (world - 1) / world**2 * (3 if trains else 1)
+    return whole * 2 * (world - 1) / world * (5 if trains else 1)  # sums of gradients are twice as wide
+
+
+def tokens_of(args: argparse.Namespace) -> int:
+    frames, height, width = args.latents
+    return frames * height * width // 4
+
+
+def measure(run: Run, attention: str, way: str, ordered: bool) -> list[dict[str, Any]]:
+    """The rows of one kind of attention on so many GPUs."""
+    args, rows = run.args, []
+    known = {"attention": attention, "way": way if run.world > 1 else "", "GPUs": run.world, "tokens": tokens_of(args)}
+    known |= {"layers": args.layers, "heads": args.heads, "ffn": args.ffn, "sparsity": args.sparsity}
+    known |= {"heads are": ("balanced" if ordered else "as they come") if run.world > 1 and way == "heads" else ""}
+    inputs = run.inputs()
+    if "forward" in args.steps:
+        model = run.compiled(run.model(False, way, ordered).requires_grad_(False).eval(), attention)
+        run.peak()
+        with torch.no_grad():
+            ms = 1000 * run.seconds(lambda: model(*inputs))
+            out = model(*inputs).float().cpu()
+        row = {"step": "forward", "ms": ms, "GB sent": sent(args, run.world, way, False), "out": out}
+        rows.append(known | row | {"GiB": run.peak()})
+        del model
+    if "training" in args.steps:
+        model = run.compiled(run.model(True, way, ordered), attention)
+        if run.world > 1:
+            for block in model.blocks:
+                fully_shard(block)
+            fully_shard(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=run.device.type == "cuda")
+        run.peak()
+
+        def step() -> None:
+            F.mse_loss(model(*inputs).float(), inputs[0].float()).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        row = {"step": "training", "ms": 1000 * run.seconds(step), "GB sent": sent(args, run.world, way, True)}
+        rows.append(known | row | {"GiB": run.peak()})
+    return rows
+
+
+def losses(run: Run, number: int) -> list[dict[str, Any]]:
+    """Losses of a distillation: of one GPU with the whole batch, of FSDP2, and of GPUs that share a sequence."""
+    found = []
+    for way in ("FSDP2", "heads", "ring"):
+        if way != "FSDP2" and run.world == 1:
+            continue
+        batch = run.inputs(batch=run.args.batch)
+        parts = way == "FSDP2" and run.world > 1
+        mine = tuple(x.chunk(run.world)[run.rank] for x in batch) if parts else batch
+        teacher, student = (run.model(False, way, shared=way != "FSDP2") for _ in range(2))
+        student = run.compiled(student, "sparse")
+        for model in (student, teacher) if run.world > 1 else ():
+            for block in model.blocks:
+                fully_shard(block)
+            fully_shard(model)
+        optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
+        curve = []
+        with DistillationHook(student, teacher) as hook:
+            for _ in range(number):
+                student(*mine)
+                loss = hook.loss()
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                mean = loss.detach().clone()
+                if run.world > 1:
+                    dist.all_reduce(mean)
+                curve.append(mean.item() / run.world)
+        found.append({"GPUs": run.world, "way": way if run.world > 1 else "", "losses": curve})
+    return found
+
+
+def work(rank: int, world: int, args: argparse.Namespace, folder: str) -> None:
+    """One process: everything that is to be measured on so many GPUs."""
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    torch.set_num_threads(1)
+    run = Run(rank, world, args)
+    if args.device == "cuda":
+        torch.cuda.set_device(rank)
+    if world > 1:
+        backend = "nccl" if args.device == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=f"file://{folder}/{world}", rank=rank, world_size=world)
+    rows: list[dict[str, Any]] = []
+    if args.losses:
+        rows = losses(run, args.losses)
+    else:
+        for way in args.ways if world > 1 else args.ways[:1]:
+            for attention in args.attention:
+                for ordered in (
+                    (False, True) if args.shares and way == "heads" and attention == "sparse" and world > 1 else (True,)
+                ):
+                    rows += measure(run, attention, way, ordered)
+                    if rank == 0:  # a run that is cut off has shown what it has
+                        times = ", ".join(f"{row['step']} {row['ms']:.4g} ms" for row in rows[-len(args.steps) :])
+                        print(f"{world} GPUs, {attention}, {way}: {times}", flush=True)
+    if rank == 0:
+        torch.save(rows, f"{folder}/rows_{world}.pt")
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def finish(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with what one GPU is needed for: times its time, and how far outputs are apart."""
+    one = {(row["attention"], row["step"]): row for row in rows if row["GPUs"] == 1}
+    for row in rows:
+        alone, out = one.get((row["attention"], row["step"])), row.get("out")
+        if alone is not None:
+            row["× one GPU"] = alone["ms"] / row["ms"]
+            if out is not None and row is not alone:
+                row["apart"] = ((out - alone["out"]).norm() / alone["out"].norm()).item()
+    return [{name: value for name, value in row.items() if name != "out"} for row in rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=here, choices=("cuda", "cpu"), help=f"({here})")
+    parser.add_argument("--gpus", type=int, nargs="+", help="(1, 2, 4, as many as there are)")
+    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--head-size", type=int, default=HEAD)
+    parser.add_argument("--ffn", type=int, default=8960)
+    parser.add_argument("--latents", type=int, nargs=3, default=[21, 60, 104], help="frames, height, width (21 60 104)")
+    parser.add_argument("--sparsity", type=float, default=0.95)
+    parser.add_argument("--shares", type=float, nargs=2, help="of the sparsest head and of the densest")
+    parser.add_argument("--attention", nargs="+", default=["dense", "sparse"], choices=("dense", "sparse"))
+    parser.add_argument("--ways", nargs="+", default=["heads"], choices=("heads", "ring"))
+    parser.add_argument("--steps", nargs="+", default=["forward", "training"], choices=("forward", "training"))
+    parser.add_argument(
+        "--losses", type=int, default=0, help="steps of a distillation whose losses are compared, instead"
+    )
+    parser.add_argument("--batch", type=int, default=4, help="of these (4)")
+    parser.add_argument("--inner", default="inductor", choices=("inductor", "aot_eager", "eager"))
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, to see that everything runs")
+    parser.add_argument("--csv", help="write the rows to this file as well")
+    args = parser.parse_args()
+    if args.tiny:
+        args.layers, args.heads, args.head_size, args.ffn, args.latents, args.inner = 2, 4, 16, 64, [4, 32, 32], "eager"
+    counts = args.gpus or [n for n in (1, 2, 4) if n <= max(1, torch.cuda.device_count())]
+    print(harness.header(torch.device(args.device)), flush=True)
+    if args.shares:
+        costs = shares_of(args)
+        for n in counts:
+            if args.heads % n == 0:
+                come, best = (imbalance(costs, order, n) for order in (range(args.heads), balanced(costs, n)))
+                print(f"{n} GPUs: expected, the dearest over the mean: {come:.2f} as heads come, {best:.2f} balanced")
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for n in counts:
+            torch.multiprocessing.spawn(work, (n, args, folder), nprocs=n)
+            rows += torch.load(Path(folder) / f"rows_{n}.pt", weights_only=False)
+    if args.losses:
+        show_losses(rows)
+        return
+    rows = finish(rows)
+    shown = ("attention", "step", "way", "heads are", "GPUs", "ms", "× one GPU", "GiB", "GB sent", "apart")
+    print(harness.table([{name: row.get(name) for name in shown} for row in rows]))
+    if args.csv:
+        harness.write_csv(args.csv, rows)
+
+
+def show_losses(rows: list[dict[str, Any]]) -> None:
+    """First and last loss of each curve, and how far it is from the first row's at the most."""
+    want = torch.tensor(rows[0]["losses"])
+    for row in rows:
+        curve = torch.tensor(row["losses"])
+        apart = ((curve - want).abs() / want).max().item()
+        row |= {"first": curve[0].item(), "last": curve[-1].item(), "apart at most": apart}
+        row.pop("losses")
+    print(harness.table(rows))
+
+
+if __name__ == "__main__":
+    main()
