@@ -16,7 +16,9 @@ from .needed import needed
 
 WIDEST = 512  # blocks of a map that are drawn across or down; more are means
 CHART = 340, 200  # its width and height
-_LIGHT, _DARK = (235, 241, 250), (17, 60, 140)  # nothing, all
+Colour = tuple[int, int, int]
+_READ = (235, 241, 250), (17, 60, 140)  # of a block that no head reads, and one that all read
+_SKIPPED = (233, 244, 239), (10, 104, 78)  # of a head that skips nothing, and one that skips all
 
 
 def picture(shares: Tensor) -> str:
@@ -27,7 +29,7 @@ def picture(shares: Tensor) -> str:
         shares = torch.nn.functional.adaptive_avg_pool2d(shares[None], (height, width))[0]
     content = bytes((shares * 255).round().to(torch.uint8).flatten().tolist())
     drawn = images.frombytes("P", (width, height), content)
-    drawn.putpalette([channel for level in range(256) for channel in _mixed(level / 255)])
+    drawn.putpalette([channel for level in range(256) for channel in _mixed(*_READ, level / 255)])
     file = io.BytesIO()
     drawn.save(file, "PNG", optimize=True)
     return data_uri("png", file.getvalue())
@@ -38,14 +40,14 @@ def data_uri(kind: str, content: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _mixed(share: float) -> tuple[int, int, int]:
-    red, green, blue = (round(a + (b - a) * share) for a, b in zip(_LIGHT, _DARK, strict=True))
+def _mixed(light: Colour, dark: Colour, share: float) -> Colour:
+    red, green, blue = (round(a + (b - a) * share) for a, b in zip(light, dark, strict=True))
     return red, green, blue
 
 
 def colour(share: float) -> str:
-    """Return the colour of a share, from light for 0 to dark for 1."""
-    return "#{:02x}{:02x}{:02x}".format(*_mixed(min(1.0, max(0.0, share))))
+    """Return the colour of a sparsity, from light for 0 to dark for 1."""
+    return "#{:02x}{:02x}{:02x}".format(*_mixed(*_SKIPPED, min(1.0, max(0.0, share))))
 
 
 def chart(calibration: Calibration) -> dict[str, Any]:

@@ -133,10 +133,10 @@ def _cards(calibration: Calibration | None, survey: Survey | None) -> list[tuple
         attention = [row for row in survey.report if row.reason is not Reason.NOT_ATTENTION]
         cards.append((f"{len(survey.report.sparse)} of {len(attention)}", "attention sites would be sparse"))
     if total is not None:
-        cards.append((f"{total.sparsity:.1%}", "of the key blocks skipped, as calibrated"))
-        cards.append(
-            (f"{total.mean_error:.4f}", f"mean error of {total.heads} heads; the worst has {total.worst_error:.4f}")
+        errors = (
+            f"the {total.heads} heads' errors are {total.mean_error:.4f} on average, {total.worst_error:.4f} at most"
         )
+        cards.append((f"{total.sparsity:.1%}", f"of the key blocks skipped, as calibrated; {errors}"))
     return cards or [(str(len(calibration.sites)) if calibration else "0", "sites, without measurements")]
 
 
