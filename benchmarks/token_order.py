@@ -28,7 +28,7 @@ from torch import Tensor
 from sparge_compile import Grid, attention
 
 SHARES = (0.05, 0.1, 0.2, 0.4)
-TILE = (2, 4, 8)
+TILE = (4, 4, 4)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

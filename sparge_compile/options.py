@@ -63,8 +63,8 @@ class Options:
     which has the order that each site was measured in; without one it is raster."""
     tile: tuple[int, int, int] | None = None
     """Frames, rows and columns of a tile, at most 64 tokens together: the shape that blocks come close to. An image has
-    one frame: there `(2, 4, 8)` is 8 rows of 8. `None` leaves it to the calibration; without one it is `(2, 4,
-    8)`."""
+    one frame: there `(4, 4, 4)` is 8 rows of 8. `None` leaves it to the calibration; without one it is `(4, 4,
+    4)`."""
     grid: Grid | tuple[int, ...] | Mapping[str, Any] | None = None
     """The grid of tokens, where the graph does not show it: `(frames, height, width)` in tokens, or `(prefix, frames,
     height, width, suffix)` with the numbers of tokens before and behind; or a dict of these by site name or pattern."""

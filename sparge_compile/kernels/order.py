@@ -18,7 +18,7 @@ from .block_map import KEY_BLOCK, QUERY_BLOCK, ceil_div
 
 Tile = tuple[int, int, int]  # frames, rows and columns
 
-TILE: Tile = (2, 4, 8)
+TILE: Tile = (4, 4, 4)
 MADE_ORDERS = 64  # how many are kept; the oldest goes first
 TIE = 1e-6  # what is closer is equal
 

@@ -77,9 +77,13 @@ class SiteOrder:
 
 
 def tile_of(tile: Tile, grid: Grid) -> Tile:
-    """The tile that a grid is cut into: what it has of frames is rows in an image, which has one frame."""
+    """The tile that a grid is cut into: in an image, which has one frame, frames are more rows and columns, so that it
+    is as square as it can be."""
     frames, height, width = tile
-    return (1, frames * height, width) if surely(grid.frames == 1) else tile
+    if not surely(grid.frames == 1):
+        return tile
+    boxes = [(n * height, frames // n * width) for n in range(1, frames + 1) if frames % n == 0]
+    return (1, *min(boxes, key=lambda box: max(box) / min(box)))
 
 
 def order_sites(

@@ -5,6 +5,7 @@ In: the CSV files of a folder. Out: tables, which ``fill`` puts between ``<!-- n
 
 from __future__ import annotations
 
+import itertools
 import re
 import statistics
 from collections.abc import Callable, Iterable
@@ -114,6 +115,22 @@ def defaults_table(quality: list[Row]) -> str:
     return markdown(("topk, topp", *columns), ([name, *(shown(of, m) for m in columns)] for name, of in cases))
 
 
+def orders_table(quality: list[Row], measure: str) -> str:
+    """Raster order beside tiles."""
+    rows = where(quality, part="orders")
+    targets = sorted({row["target"] for row in rows}, key=float)
+    lines = []
+    for steps, trained in grouped(rows, "steps").items():
+        name = "not trained" if steps == "0" else f"distilled, {int(steps):,} steps"
+        for kind, some in grouped(trained, "thresholds").items():
+            for (rule, of), order in itertools.product(grouped(some, "rule").items(), ("raster", "tiles")):
+                cells = [where(of, order=order, target=target) for target in targets]
+                lines.append(
+                    [f"{name}, {kind}, {RULES[rule]}, {order}", *(shown(c, measure) if c else "–" for c in cells)]
+                )
+    return markdown(("", *(f"{float(t):.0%}" for t in targets)), lines)
+
+
 def structures_table(rows: list[Row]) -> str:
     kinds = list(dict.fromkeys(row["structure"] for row in rows))
     pairs = list(dict.fromkeys((row["topk"], row["topp"]) for row in rows))
@@ -202,6 +219,10 @@ TABLES: dict[str, tuple[str, str, Callable[[list[Row]], str]]] = {
     "paper": ("quality", "losses", paper_table),
     "losses": ("quality", "losses", losses_table),
     "students": ("quality", "students", students_table),
+    "orders": ("quality", "orders", lambda rows: orders_table(rows, "velocity error")),
+    "orders sparsity": ("quality", "orders", lambda rows: orders_table(rows, "sparsity")),
+    "orders PSNR": ("quality", "orders", lambda rows: orders_table(rows, "PSNR")),
+    "orders digits": ("quality", "orders", lambda rows: orders_table(rows, "digits read")),
     "defaults": ("quality", "defaults", defaults_table),
     "arms": ("quality", "arms", arms_table),
     "apart": ("apart", "", apart_table),

@@ -47,7 +47,7 @@ def error(model: torch.nn.Module, share: float, order: str, data: list[tuple[Ten
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--frames", type=int, default=16)
+    parser.add_argument("--frames", type=int, default=24)
     parser.add_argument("--clips", type=int, default=8)
     parser.add_argument("--seed", type=int, default=1_000_000)
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES)

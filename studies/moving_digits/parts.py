@@ -27,6 +27,8 @@ from transformer import load
 import sparge_compile
 
 SPARSITIES = (0.95, 0.9, 0.97, 0.8, 0.85)  # the paper's first
+MILD_TO_HIGH = (0.5, 0.6, 0.68, 0.7, 0.8, 0.84, 0.88, 0.9, 0.95)
+ORDERS = ("raster", "tiles")
 DENSITIES = (0.03, 0.05, 0.1, 0.2, 0.5)
 STRUCTURES = ("uniform", "skewed", "clustered", "local")
 PAIRS = ((0.3, 0.4), (0.4, 0.5), (0.5, 0.0), (0.5, 0.4), (0.5, 0.6), (0.5, 0.8), (0.6, 0.7), (0.7, 0.8))  # topk, topp
@@ -110,6 +112,16 @@ def defaults(lab: Lab, seed: int) -> None:
 def rules(lab: Lab, seed: int) -> None:
     """Rules at equal sparsity, without training."""
     measure_all(lab, seed, [Case("rules", r, k, t) for t, r, k in itertools.product(SPARSITIES, RULES, KINDS)])
+
+
+def orders(lab: Lab, seed: int) -> None:
+    """Raster order beside tiles, without training, from mild to high sparsity; and of high sparsity after
+    distillation."""
+    kinds = (("hybrid", "by influence"), ("topk", "one pair"))
+    for (rule, kind), target, order in itertools.product(kinds, MILD_TO_HIGH, ORDERS):
+        measure_all(lab, seed, [Case("orders", rule, kind, target, order)])
+    for target, order in itertools.product(STUDENTS[1:], ORDERS):
+        measure_all(lab, seed, [Case("orders", "hybrid", "one pair", target, order).tuned(lab.args.long_steps)])
 
 
 def distilled(lab: Lab, seed: int) -> None:

@@ -10,7 +10,8 @@
 Every result is a row of a CSV file, written as soon as it is there; what is there is not measured again. A run may be
 stopped, and other parts or seeds may be measured beside it on another GPU: they add to the same files, or to another
 folder whose rows --add brings here. Parts: attention (error split, ranking, structured inputs), floor (dense values,
-noise floors), defaults (thresholds without an aim at sparsity), rules (Top-k, Top-p, hybrid, training-free), rates
+noise floors), defaults (thresholds without an aim at sparsity), rules (Top-k, Top-p, hybrid, training-free), orders
+(raster and tiles), rates
 (learning rates of distillation), losses (distillation against the plain loss, matched and shifted data), distilled (the
 rules after distillation), students (long distillation; pictures), shipped (the student of the repository); of the large
 model arms (rules, orders, sparsities, ways to train: arms.py), spread (a dense model that is trained on), apart (where
@@ -40,6 +41,7 @@ PARTS = {
     "floor": parts.floor,
     "defaults": parts.defaults,
     "rules": parts.rules,
+    "orders": parts.orders,
     "rates": parts.rates,
     "losses": parts.losses,
     "distilled": parts.distilled,
@@ -51,7 +53,7 @@ PARTS = {
     "timing": timing,
 }
 FLAT, DEEP = (
-    list(PARTS)[:9],
+    list(PARTS)[:10],
     ["floor", "arms", "spread", "apart", "timing", "attention"],
 )  # of the small model, of the large
 

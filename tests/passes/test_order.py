@@ -42,7 +42,7 @@ def with_grid(grid, **more) -> Options:
 
 def test_a_stated_grid_orders_all_sites_by_one_node():
     work = work_of("sdpa", "sdpa")
-    assert run(work, with_grid(GRID)) == ["tiles 2×4×8 of 3×4×5"] * 2
+    assert run(work, with_grid(GRID)) == ["tiles 4×4×4 of 3×4×5"] * 2
     assert str(work.add_to(Report())).count("made by 2 gathers for 2 sites") == 2
     assert targets(work.graph_module).count(ORDER) == 1 and targets(work.graph_module).count(OP) == 2
     x, row = torch.randn(1, 2, L, D), torch.tensor([[0.5, 0.0]] * 2)
@@ -93,7 +93,7 @@ def test_a_stated_grid_is_that_of_one_part():
     text, video = b.input("text", 1, 2, 7, D), b.input("video", 1, 2, L, D)
     x = b.call(torch.cat, [text, video], 2)
     work = Work(b.module(b.call(F.scaled_dot_product_attention, x, x, x)))
-    assert run(work, with_grid(GRID)) == ["tiles 2×4×8 of 3×4×5 with 7 before"]
+    assert run(work, with_grid(GRID)) == ["tiles 4×4×4 of 3×4×5 with 7 before"]
 
 
 def test_a_marker_states_the_grid_of_its_module_or_of_what_it_names():
@@ -107,8 +107,8 @@ def test_a_marker_states_the_grid_of_its_module_or_of_what_it_names():
             x = b.call(F.scaled_dot_product_attention, x, x, x)
     work = Work(b.module(x))
     assert run(work) == [
-        "tiles 2×4×8 of 3×4×5",
-        "tiles 2×4×8 of 5×4×3",
+        "tiles 4×4×4 of 3×4×5",
+        "tiles 4×4×4 of 5×4×3",
         "raster: no grid known",
     ]
     assert "sparge.grid" not in work.graph_module.code
@@ -119,7 +119,7 @@ def test_the_grid_of_options_comes_before_that_of_markers():
     b.opaque(torch.ops.sparge.grid, 0, 5, 4, 3, 0, "*")
     x = b.input("x", 1, 2, L, D)
     work = Work(b.module(b.call(F.scaled_dot_product_attention, x, x, x)))
-    assert run(work, with_grid(GRID)) == ["tiles 2×4×8 of 3×4×5"]
+    assert run(work, with_grid(GRID)) == ["tiles 4×4×4 of 3×4×5"]
 
 
 def test_an_order_is_handed_to_checkpointed_code_once():

@@ -138,9 +138,9 @@ def orders_of(model: Video, grid: tuple[int, ...], opened_graphs: list) -> list[
 @pytest.mark.parametrize(
     "grid, order",
     [
-        (GRIDS[0], "tiles 2×4×8 of 2×9×10"),
+        (GRIDS[0], "tiles 4×4×4 of 2×9×10"),
         (lambda video: None, "raster: no grid known"),
-        ({"blocks.*": grid_of}, "tiles 2×4×8 of 2×9×10"),
+        ({"blocks.*": grid_of}, "tiles 4×4×4 of 2×9×10"),
         ({"other": grid_of}, "raster: no grid known"),
     ],
     ids=["numbers", "none", "pattern", "elsewhere"],
@@ -158,7 +158,7 @@ def test_a_copy_follows_its_own_calls_and_a_removed_grid_is_gone(opened_graphs) 
     attached = attach(model, SPARSE, grid=grid_of)
     other = copy.deepcopy(model)
     other(video_of(GRIDS[3]))
-    assert orders_of(by_blocks(model, options=OPTIONS), GRIDS[0], opened_graphs)[0].startswith("tiles 2×4×8 of 2×9×10")
+    assert orders_of(by_blocks(model, options=OPTIONS), GRIDS[0], opened_graphs)[0].startswith("tiles 4×4×4 of 2×9×10")
     assert other.blocks[0].attn.sparge.grid.numbers.shape[1:] == (0, *GRIDS[3], 0)
     attached.remove()
     assert not model._forward_pre_hooks
@@ -191,8 +191,8 @@ def test_explain_says_the_order_of_an_attached_grid() -> None:
     attach(model, SPARSE, grid={"blocks.0.attn": grid_of, "blocks.1.*": (2, 10, 9)})
     report = explain(model, {**OPTIONS, "on_unsupported": "dense"})(video_of(GRIDS[0]))
     assert [(row.name, row.order.split(",")[0]) for row in report] == [
-        ("blocks.0.attn", "tiles 2×4×8 of 2×9×10"),
-        ("blocks.1.attn", "tiles 2×4×8 of 2×10×9"),
+        ("blocks.0.attn", "tiles 4×4×4 of 2×9×10"),
+        ("blocks.1.attn", "tiles 4×4×4 of 2×10×9"),
     ]
 
 

@@ -66,7 +66,7 @@ def test_tiles_that_are_none_are_refused(tiles):
         ({"tile": (1, 8, 8)}, None, None),
         ({"token_order": "raster"}, (4, 4, 4), None),
         ({"token_order": "tiles"}, (4, 4, 4), (4, 4, 4)),
-        ({"token_order": "tiles"}, None, (2, 4, 8)),
+        ({"token_order": "tiles"}, None, (4, 4, 4)),
     ],
 )
 def test_options_come_before_what_was_measured(options, measured, tile):

@@ -22,7 +22,7 @@ pytest.importorskip("transformers")
 TILES = {"token_order": "tiles", "min_seq_len": 0, "inner": "eager", "on_unsupported": "dense"}
 DENSE = {**TILES, "topk": 1.0, "topp": 0.0}
 SPARSE = {**TILES, "topk": 0.3, "topp": 0.0}
-VIDEO = f"tiles 2×4×8 of {FRAMES}×{HEIGHT}×{WIDTH}"
+VIDEO = f"tiles 4×4×4 of {FRAMES}×{HEIGHT}×{WIDTH}"
 
 
 @pytest.fixture(autouse=True)
@@ -205,6 +205,6 @@ def test_masks_follow_the_order() -> None:
     torch.manual_seed(0)
     video, keep = torch.randn(1, 2, 3, 9, 10), torch.rand(1, 270) > 0.3
     (row,) = explain(Masked(), DENSE)(video, keep)
-    assert row.kind == "decomposed" and row.shapes["length"] == 270 and row.order.startswith("tiles 2×4×8 of 3×9×10")
+    assert row.kind == "decomposed" and row.shapes["length"] == 270 and row.order.startswith("tiles 4×4×4 of 3×9×10")
     got = torch.compile(Masked(), backend="sparge", options=DENSE)(video, keep)
     torch.testing.assert_close(got, Masked()(video, keep), atol=1e-5, rtol=1e-4)

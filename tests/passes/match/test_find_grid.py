@@ -83,7 +83,7 @@ def test_symbolic_sizes_have_nodes():
     assert [size_hint(size) for size in order.queries.grid] == [0, T, H, W, 0]
     assert isinstance(order.queries.grid.height, torch.SymInt) and order.queries.equals(order.keys)
     assert all(isinstance(part.node, Node) for term in order.queries.terms[1:4] for part in term)
-    assert re.fullmatch(r"tiles 2×4×8 of s\d+×\(s\d+//2\)×\(s\d+//2\)", str(order))
+    assert re.fullmatch(r"tiles 4×4×4 of s\d+×\(s\d+//2\)×\(s\d+//2\)", str(order))
 
 
 def test_an_image_has_one_frame():
