@@ -12,23 +12,15 @@ from __future__ import annotations
 
 import argparse
 import ast
-import importlib
-import inspect
-import json
-import os
-import pkgutil
 import re
-import subprocess
-import sys
-import tempfile
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from raised_messages import witnesses
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "sparge_compile"
-RECORD = "SPARGE_MESSAGES"  # the folder to which the plugin below writes
 PARTS = ("what", "given", "allowed", "todo")  # of the functions of errors.py, and how they put them together
 FOUR = "{what}: got {given}; allowed: {allowed}. {todo}"
 WARNERS = {"warn": ("about", "text"), "warnings.warn": ("text",)}
@@ -174,86 +166,22 @@ def parameters(function: ast.FunctionDef) -> tuple[str, ...]:
     return tuple(argument.arg for argument in every if argument.arg != "self")
 
 
-# As a plugin of pytest, this file records where the package made a message.
-
-_test = ""
-_raised: dict[str, str] = {}
-
-
-def _note() -> None:
-    frame = inspect.currentframe()
-    while frame is not None:
-        path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(PACKAGE):
-            _raised.setdefault(f"{path.relative_to(ROOT).as_posix()}:{frame.f_lineno}", _test)
-        frame = frame.f_back
-
-
-def pytest_configure() -> None:
-    """Put recorders in the place of what makes messages, in every module that holds it."""
-    from sparge_compile import errors
-
-    for module in pkgutil.walk_packages([str(PACKAGE)], "sparge_compile."):
-        if not module.name.endswith("__main__"):
-            importlib.import_module(module.name)
-    explain, warn = errors.explain_error, warnings.warn
-
-    def explain_error(*args: Any, **kwargs: Any) -> str:
-        _note()
-        return explain(*args, **kwargs)
-
-    def recorded(message: Any, category: Any = None, stacklevel: int = 1, **kwargs: Any) -> None:
-        _note()
-        warn(message, category, stacklevel + 1, **kwargs)
-
-    for module in [m for name, m in sys.modules.items() if name.startswith("sparge_compile")]:
-        if getattr(module, "explain_error", None) is explain:
-            module.explain_error = explain_error  # type: ignore[attr-defined]
-    warnings.warn = recorded  # type: ignore[assignment]
-
-
-def pytest_runtest_setup(item: Any) -> None:
-    """Know which test runs."""
-    global _test
-    _test = item.nodeid
-
-
-def pytest_sessionfinish() -> None:
-    """Write what was raised, from each worker."""
-    Path(os.environ[RECORD], f"{os.getpid()}.json").write_text(json.dumps(_raised))
-
-
-def witnesses(arguments: list[str]) -> dict[str, str]:
-    """Run tests, and return for each line of the package that made a message a test in which it did."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pytest", "-p", "messages", *arguments]
-        paths = os.pathsep.join([str(Path(__file__).parent), str(ROOT), os.environ.get("PYTHONPATH", "")])
-        subprocess.run(command, cwd=ROOT, env={**os.environ, RECORD: folder, "PYTHONPATH": paths}, stdout=sys.stderr)
-        return {
-            place: test for path in Path(folder).glob("*.json") for place, test in json.loads(path.read_text()).items()
-        }
-
-
 def main() -> None:
     """Print the list."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tests", nargs="*", help="what pytest is to run")
+    parser.add_argument("tests", nargs=argparse.REMAINDER, help="what pytest is to run, with its options")
     parser.add_argument("--untested", action="store_true", help="print only what no test raised")
-    args, more = parser.parse_known_args()
-    found = witnesses([*args.tests, *more]) if args.tests else None
-    lines = {tuple(place.rsplit(":", 1)): test for place, test in (found or {}).items()}
-    silent = 0
-    listed = Package().messages()
+    args = parser.parse_args()
+    found = witnesses(args.tests) if args.tests else None
+    listed, raised = Package().messages(), 0
     for message in listed:
-        by = next(
-            (lines[at] for n in range(message.first, message.last + 1) if (at := (message.path, str(n))) in lines), ""
-        )
-        silent += not by
+        lines = range(message.first, message.last + 1)
+        by = next((test for line in lines if (test := (found or {}).get(f"{message.path}:{line}"))), "")
+        raised += bool(by)
         if not (args.untested and by):
             print(f"{message.path}:{message.first} {message.kind}\n    {message.text}")
-            print(*([f"    [{by or 'NO TEST'}]"] if found is not None else []), sep="\n")
-    total = len(listed)
-    print(f"{total} messages" + (f", {total - silent} of them raised by a test" if found is not None else ""))
+            print("" if found is None else f"    [{by or 'NO TEST'}]\n")
+    print(f"{len(listed)} messages" + ("" if found is None else f", {raised} of them raised by a test"))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import messages
 import methods
 import plot_sweep
 import pytest
+import raised_messages
 import scaling_model
 import torch
 import varlen
@@ -276,6 +277,6 @@ def test_symptoms_that_a_page_quotes_are_messages(listed):
 
 @pytest.mark.slow
 def test_the_list_of_messages_knows_which_test_raised_one():
-    found = messages.witnesses(["tests/test_errors.py", "-k", "dropout", "-p", "no:cacheprovider"])
+    found = raised_messages.witnesses(["tests/test_errors.py", "-k", "dropout", "-p", "no:cacheprovider"])
     assert {place.partition(":")[0] for place in found} >= {"sparge_compile/functional.py"}
     assert {*found.values()} == {"tests/test_errors.py::test_bad_input_is_refused_in_four_parts[dropout]"}
