@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sparge_compile import Grid
 from sparge_compile.kernels.block_map import KEY_BLOCK, QUERY_BLOCK
-from sparge_compile.kernels.order import TILE, make_order
+from sparge_compile.kernels.order import make_order
 from sparge_compile.kernels.reference import CEIL_SLACK, pool
 
 
@@ -229,7 +229,7 @@ WAYS = {
 
 def tile_order(frames: int, rows: int, columns: int) -> Tensor:
     """The permutation int64 [L] of raster tokens to tiles of 2 × 4 × 8, or what comes nearest to them."""
-    return make_order(Grid(0, frames, rows, columns), TILE, torch.device("cpu")).slots.long()
+    return make_order(Grid(0, frames, rows, columns), (2, 4, 8), torch.device("cpu")).slots.long()
 
 
 @torch.no_grad()
