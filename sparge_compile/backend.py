@@ -27,9 +27,10 @@ from .notices import (
 )
 from .options import Options
 from .passes.find import Match
-from .passes.pipeline import Work, analyse, foretell_orders, rewriting_passes, run, sheltered
 from .passes.pipeline import decide_sites as decide_with
+from .passes.pipeline import foretell_orders, rewriting_passes
 from .passes.read.fx_utils import value_of
+from .passes.work import Work, analyse, run, sheltered
 from .passes.write.threshold_inputs import make_constants
 from .report import Report
 from .running.fine_tuning import as_to_run

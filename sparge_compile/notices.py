@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from .errors import value_error
 from .options import Options
 from .passes.order import NO_GRID, SiteOrder
-from .passes.pipeline import Step
+from .passes.work import Step
 from .report import Failure, Reason, Report
 from .running.frames import Left
 

@@ -41,8 +41,9 @@ from .notices import warn_of_orders, warn_of_unsupported
 from .options import Options
 from .passes.mha.leaves import LeafOpener
 from .passes.mha.open import EXAMPLE_SHAPES
-from .passes.pipeline import Work, analyse, decide_sites, find, logger, rewriting_passes, run, sheltered
+from .passes.pipeline import decide_sites, find, rewriting_passes
 from .passes.read.fx_utils import clone, submodule_of, value_of
+from .passes.work import Work, analyse, logger, run, sheltered
 from .passes.write.threshold_inputs import ThresholdInput, Thresholds, restore_markers
 from .report import Failure, Report
 

@@ -94,7 +94,8 @@ def rewrite_graph(graph_module: Any, options: Any) -> Any:
     """The passes on a graph, in place; gives the finished work."""
     from functools import partial
 
-    from sparge_compile.passes.pipeline import Work, decide_sites, find, rewriting_passes, run
+    from sparge_compile.passes.pipeline import decide_sites, find, rewriting_passes
+    from sparge_compile.passes.work import Work, run
 
     work = Work(graph_module)
     run(work, find, partial(decide_sites, options=options), *rewriting_passes(options, lambda x: x))

@@ -14,7 +14,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import sparge_compile
 from sparge_compile.options import Options, option_table
-from sparge_compile.passes.pipeline import decide_sites, rewriting_passes, run
+from sparge_compile.passes.pipeline import decide_sites, rewriting_passes
+from sparge_compile.passes.work import run
 from sparge_compile.running.graph import open_graph
 
 ROOT = Path(__file__).parent.parent

@@ -52,7 +52,7 @@ INNER_ROOMS = {
         ["decide", "order"],
         ["write"],
         ["substitute"],
-        ["hoist"],
+        ["hoist", "work"],
         ["pipeline"],
     ],
 }

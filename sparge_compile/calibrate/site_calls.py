@@ -12,7 +12,7 @@ from torch.nn import Module
 from ..notices import warn_of_failures
 from ..options import Options
 from ..passes.decide import least_keys, refusal
-from ..passes.pipeline import sheltered
+from ..passes.work import sheltered
 from ..passes.write.taps import listening
 from ..running.observe import Observer, Watched
 from ..running.places import Place

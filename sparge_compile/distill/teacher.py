@@ -22,7 +22,8 @@ from ..errors import value_error
 from ..inner import compile_graph
 from ..notices import warn_of_failures
 from ..options import Options
-from ..passes.pipeline import check, erase_markers, return_dense, run
+from ..passes.pipeline import check, erase_markers, return_dense
+from ..passes.work import run
 from ..running.graph import Slot, open_graph
 from ..running.listeners import Listener, Outlet, heard_by, with_outlet
 from ..running.observe import uncompiled

@@ -17,7 +17,8 @@ from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ..errors import value_error
-from ..passes.pipeline import analyse, find, sheltered
+from ..passes.pipeline import find
+from ..passes.work import analyse, sheltered
 from ..running.graph import OpenGraph, Slot
 from ..running.places import Fixed, Place
 from ..running.rehearsals import is_rehearsal

@@ -12,7 +12,8 @@ from torch.fx import Node
 from torch.nn import Module
 
 from ..options import Options
-from ..passes.pipeline import analyse, rewriting_passes, run
+from ..passes.pipeline import rewriting_passes
+from ..passes.work import analyse, run
 from ..running.graph import OpenGraph, decide_sites
 from ..running.thresholds import read_attached
 from ..thresholds.buffers import Attached, attached_to

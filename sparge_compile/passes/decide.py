@@ -113,7 +113,7 @@ def costs_of(attention: Attention, options: Options) -> CostModel:
     costs = cost_model(x.device, x.dtype, x.head_size, x.value_head_size, options.launched, bool(x.masks))
     if shape is not None:
         costs = costs.with_idle(x.device, shape)
-    if options.orders_tokens and not x.is_causal and x.packing is None:
+    if x.gathers:
         costs = costs.with_gathers(x.device, x.dtype, x.head_size, x.value_head_size)
     return costs
 

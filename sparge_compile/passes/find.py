@@ -77,6 +77,10 @@ class Match:
             return "nothing is known of what is inside a larger call"
         return joint_parts(self.attention, self.reader)
 
+    def gathering(self) -> Match:
+        """The match as one whose operands are brought into an order of tokens, and its result back, where it stands."""
+        return self if self.attention is None else replace(self, attention=replace(self.attention, gathers=True))
+
     @property
     def graphs(self) -> list[GraphModule]:
         """The graphs in which it stands: the outermost one first, its own last."""

@@ -8,158 +8,38 @@ it found or made; its settings are bound when a list is put together. ``place`` 
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Callable, Collection, Container, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Container, Iterable
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
-from ..errors import is_of_user
 from ..keeping import WIDTH
-from ..kernels import inventory
 from ..options import Options
-from ..report import Decision, Failure, Reason, Report, SiteReport
+from ..report import Decision, Reason
 from . import find as finding
 from .decide import decide, thresholds_for
 from .find import Match
 from .hoist.hoist import Plan, plan_gathers, write_gathers
 from .match.joint import Parts
-from .order import SiteOrder, order_sites
-from .read.fx_utils import value_of, without_guards
+from .order import order_sites
+from .read.fx_utils import clone, value_of
 from .substitute import substitute_match
+from .work import Pass, Step, Work, graphs_of, run, sheltered
 from .write.orders import write_orders
 from .write.outputs import dense_outputs, return_also
-from .write.threshold_inputs import Marker, ThresholdInput, attached_thresholds, markers_of, new_input
+from .write.threshold_inputs import attached_thresholds, markers_of, new_input
 from .write.threshold_inputs import erase_markers as erase_all_markers
 
-logger = logging.getLogger("sparge_compile")
+# For a match, the same site in other modules that may run the graph, and whether its thresholds are attached there.
+Alike = Callable[[Match], Iterable[tuple[Match, bool]]]
 
 # Attached thresholds may be changed at any time, so what they hold now decides nothing: a site is replaced if it would
 # pay with a tenth of the blocks.
 _ATTACHED_TOPK = 0.1
-
-
-class Step(NamedTuple):
-    """A match and what is to become of it."""
-
-    match: Match
-    decision: Decision
-
-    @property
-    def is_sparse(self) -> bool:
-        """Whether the match is, or will be, replaced."""
-        return self.decision.status == "sparse"
-
-
-@dataclass
-class Work:
-    """A graph on its way through the passes, and what they have found, decided and made so far.
-
-    ``graph_module`` is ours to change. ``stored`` are its inputs that are parameters, buffers or constants, where nodes
-    do not tell. ``substituted`` are the replaced matches with the node of the op,
-    ``threshold_inputs`` the new last inputs of the graph, in order. ``orders`` are those of the tokens of its sparse
-    sites, where an order was asked for.
-    """
-
-    graph_module: GraphModule
-    matches: list[Match] = field(default_factory=list)
-    markers: dict[Node, Marker] = field(default_factory=dict)
-    steps: list[Step] = field(default_factory=list)
-    orders: dict[Node, SiteOrder] = field(default_factory=dict)
-    substituted: list[tuple[Match, Node]] = field(default_factory=list)
-    threshold_inputs: list[ThresholdInput] = field(default_factory=list)
-    changed: bool = False
-    passes: list[str] = field(default_factory=list)  # that have run
-    failures: list[Failure] = field(default_factory=list)  # of an analysis: the graph stays as it is
-    stored: Collection[Node] = ()
-
-    @property
-    def wide(self) -> bool:
-        """Whether thresholds need room for kept tokens, whatever the options say: attached ones may have it."""
-        return False
-
-    @property
-    def sparse(self) -> list[Match]:
-        """The matches that are, or will be, replaced."""
-        return [step.match for step in self.steps if step.is_sparse]
-
-    @property
-    def orders_by_name(self) -> dict[str, SiteOrder]:
-        """The orders by the names of their sites."""
-        return {match.site.name: self.orders[match.node] for match in self.sparse if match.node in self.orders}
-
-    def update(self, report: Report) -> Report:
-        """Note in a report that has the sites of this graph already what passes have done about their orders since."""
-        orders = {match.site.name: decision.order for match, decision in self.steps}
-        for i, row in enumerate(report.sites):
-            order = orders.get(row.name, row.order)
-            report.sites[i] = replace(row, decision=replace(row.decision, order=order))
-        return report
-
-    def add_to(self, report: Report) -> Report:
-        """Note this graph and its sites in a report."""
-        report.graphs += 1
-        _note(report, self.steps)
-        report.failures += self.failures
-        return report
-
-
-Pass = Callable[[Any], None]
-
-
-def run(work: Work, *passes: Pass) -> None:
-    """Run passes one after the other, without a guard on a dynamic size.
-
-    ``TORCH_LOGS="+sparge_compile"`` shows each with its time and changes.
-    """
-    with without_guards(work.graph_module):
-        _run(work, *passes)
-
-
-def _run(work: Work, *passes: Pass) -> None:
-    for each in passes:
-        name = _name(each)
-        work.passes.append(name)
-        if not logger.isEnabledFor(logging.DEBUG):
-            each(work)
-            continue
-        before = _fingerprint(work.graph_module)
-        start = time.perf_counter()
-        each(work)
-        seconds = time.perf_counter() - start
-        changed = _changes(before, _fingerprint(work.graph_module))
-        logger.debug("pass %d, %s: %.3f ms, %d nodes changed", len(work.passes), name, seconds * 1e3, changed)
-
-
-@contextmanager
-def sheltered(failures: list[Failure], analysis: str) -> Iterator[None]:
-    """Note a fault of ours inside an analysis, which must not take the user's model down, and go on behind it.
-
-    Errors that tell users of a wrong value are theirs, and raised.
-    """
-    try:
-        yield
-    except Exception as error:
-        if is_of_user(error):
-            raise
-        failures.append(Failure.of(analysis, error))
-        logger.info("sparge: %s", failures[-1], exc_info=True)
-
-
-def analyse(work: Work, *passes: Pass) -> None:
-    """Run passes that only read the graph. After a fault in one of them nothing counts as found: the graph stays."""
-    for each in () if work.failures else passes:
-        with sheltered(work.failures, _name(each)):
-            run(work, each)
-        if work.failures:
-            work.matches, work.markers, work.steps, work.orders = [], {}, [], {}
-            return
 
 
 def find(work: Work) -> None:
@@ -174,7 +54,7 @@ def decide_sites(
     work: Work,
     options: Options,
     attached: Container[Node] = (),
-    alike: Callable[[Match], Iterable[tuple[Match, bool]]] = lambda match: (),
+    alike: Alike = lambda match: (),
 ) -> None:
     """Sparse or dense, for each match, and in which order of its tokens.
 
@@ -188,15 +68,47 @@ def decide_sites(
     """
     work.steps = decided(work.matches, options, attached, alike)
     work.orders = order_sites(work.graph_module, work.sparse, options, attached, work.markers, alike)
+    _charge_gathers(work, options, attached, alike)
     texts = {node: str(order) for node, order in work.orders.items()}
     work.steps = [Step(m, replace(decision, order=texts.get(m.node, ""))) for m, decision in work.steps]
+
+
+def _charge_gathers(work: Work, options: Options, attached: Container[Node], alike: Alike) -> None:
+    """Decide anew about sites that pay for an order of tokens, unless it is made elsewhere."""
+    made = {node for node, order in work.orders.items() if not order.is_raster}
+    if not made or options.costs is not None or options.min_seq_len is not None:
+        return
+    gathering = [match.gathering() if match.node in made else match for match in work.matches]
+    charged = decided(gathering, options, attached, alike)
+    pairs = list(zip(work.steps, charged, strict=True))
+    in_doubt = any((a.is_sparse, a.decision.limit) != (b.is_sparse, b.decision.limit) for a, b in pairs)
+    free: set[Node] = set()
+    with sheltered([], "hoist"):  # a fault there is told of where the graph is rewritten
+        free = _hoisted(work, options, attached, alike) if in_doubt else set()
+    work.steps = [step if step.match.node in free else other for step, other in pairs]
+    work.orders = {match.node: work.orders[match.node] for match in work.sparse if match.node in work.orders}
+
+
+def _hoisted(work: Work, options: Options, attached: Container[Node], alike: Alike) -> set[Node]:
+    """The nodes of the sites that would gather nothing, as things stand; found by a rewrite of a copy."""
+    copy = clone(work.graph_module)
+    old, new = (each.graph.find_nodes(op="placeholder") for each in (work.graph_module, copy))
+    trial = Work(copy, stored=[x for x, given in zip(new, old, strict=True) if given in work.stored])
+    find(trial)
+    own = {copied.node: match for copied, match in zip(trial.matches, work.matches, strict=True)}
+    trial.matches = [replace(x, site=own[x.node].site, tile=own[x.node].tile) for x in trial.matches]
+    trial.steps = [Step(x, step.decision) for x, step in zip(trial.matches, work.steps, strict=True)]
+    there = [node for node, match in own.items() if match.node in attached]
+    trial.orders = order_sites(copy, trial.sparse, options, there, trial.markers, lambda match: alike(own[match.node]))
+    run(trial, partial(substitute, options=options, as_input=lambda values: values), hoist)
+    return {own[match.node].node for match, op in trial.substituted if op.kwargs.get("reordered")}
 
 
 def decided(
     matches: Iterable[Match],
     options: Options,
     attached: Container[Node] = (),
-    alike: Callable[[Match], Iterable[tuple[Match, bool]]] = lambda match: (),
+    alike: Alike = lambda match: (),
 ) -> list[Step]:
     """Decide as :func:`decide_sites` does, for matches without a graph in work."""
     steps = []
@@ -210,15 +122,6 @@ def decided(
                     break
         steps.append(Step(match, decision))
     return steps
-
-
-def _note(report: Report, steps: Iterable[Step]) -> None:
-    """Note sites with their decisions in a report, and which kernels run on the GPUs of the sparse ones."""
-    for match, decision in steps:
-        report.sites.append(SiteReport(match.site, decision))
-        device = match.attention.device if match.attention and decision.status == "sparse" else None
-        if device is not None and device.type == "cuda" and str(device) not in report.kernels:
-            report.kernels[str(device)] = inventory.summary(device)
 
 
 def _decide(match: Match, options: Options, attached: bool) -> Decision:
@@ -325,24 +228,3 @@ def rewriting_passes(options: Options, as_input: Callable[[Tensor], Any], with_o
     """The passes that change a graph, after ``decide_sites``."""
     passes: list[Pass] = [partial(substitute, options=options, as_input=as_input)]
     return [*passes, *[return_outputs] * with_outputs, hoist, erase_markers, check]
-
-
-def graphs_of(graph_module: GraphModule) -> Iterator[GraphModule]:
-    """A graph module and those below it."""
-    return (module for module in graph_module.modules() if isinstance(module, GraphModule))
-
-
-def _name(each: Pass) -> str:
-    return str(getattr(each, "func", each).__name__)
-
-
-def _fingerprint(graph_module: GraphModule) -> dict[Node, tuple[Any, ...]]:
-    return {
-        node: (node.target, node.args, node.kwargs) for module in graphs_of(graph_module) for node in module.graph.nodes
-    }
-
-
-def _changes(before: dict[Node, tuple[Any, ...]], after: dict[Node, tuple[Any, ...]]) -> int:
-    """How many nodes were added, removed, or given other arguments."""
-    kept = before.keys() & after.keys()
-    return len(before.keys() ^ after.keys()) + sum(before[node] != after[node] for node in kept)

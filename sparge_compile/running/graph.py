@@ -17,6 +17,7 @@ from ..options import Options
 from ..passes import pipeline
 from ..passes.find import Match
 from ..passes.read.fx_utils import clone
+from ..passes.work import Work, analyse, sheltered
 from ..thresholds.buffers import Attached, attached_to
 from .fine_tuning import as_to_run
 from .numbers import Part, part_of, sites_before, start_of
@@ -76,7 +77,7 @@ class Slot:
 
 
 @dataclass
-class OpenGraph(pipeline.Work):
+class OpenGraph(Work):
     """A graph of Dynamo in work: also the slot of each match, by its node, and the names of the model."""
 
     slots: dict[Node, Slot] = field(default_factory=dict)
@@ -124,9 +125,9 @@ def open_graph(graph_module: GraphModule, names: Names | Callable[[], Names | No
         names: those of the model, or what finds them; None: nobody knows which model it is.
     """
     graph = OpenGraph(graph_module)
-    with pipeline.sheltered(graph.failures, "copy"):
+    with sheltered(graph.failures, "copy"):
         graph.graph_module = clone(graph_module)
-    pipeline.analyse(graph, pipeline.find, partial(place, given=graph_module, names=names))
+    analyse(graph, pipeline.find, partial(place, given=graph_module, names=names))
     return graph
 
 

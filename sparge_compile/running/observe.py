@@ -19,8 +19,8 @@ from torch.nn import Module
 from ..options import Options
 from ..passes.find import Match, find
 from ..passes.order import SiteOrder, order_sites
-from ..passes.pipeline import sheltered
 from ..passes.read.fx_utils import clone
+from ..passes.work import sheltered
 from ..passes.write.taps import put_taps
 from ..user_model import is_compiled, user_model
 from .frames import Left, hear_of_left_frames, stop_hearing

@@ -13,8 +13,9 @@ from typing import Any
 from torch.fx import GraphModule
 
 from ..options import Options
-from ..passes.pipeline import Work, check, erase_markers, find, return_dense, run
+from ..passes.pipeline import check, erase_markers, find, return_dense
 from ..passes.read.fx_utils import clone
+from ..passes.work import Work, run
 from ..thresholds.steps import step_of
 from .graph import OpenGraph, Slot
 from .places import Place

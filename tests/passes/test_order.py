@@ -12,8 +12,8 @@ from graphs import CHECKPOINT, Builder, targets
 from sparge_compile import attention
 from sparge_compile.options import Options
 from sparge_compile.passes import pipeline
-from sparge_compile.passes.pipeline import Work
 from sparge_compile.passes.substitute import OP
+from sparge_compile.passes.work import Work
 from sparge_compile.passes.write.orders import ORDER
 from sparge_compile.report import Report
 

@@ -16,6 +16,7 @@ from graphs import Builder, targets
 from sparge_compile import ops
 from sparge_compile.options import Options
 from sparge_compile.passes import pipeline
+from sparge_compile.passes import work as work_module
 from sparge_compile.passes.pipeline import Work
 from sparge_compile.passes.substitute import OP
 from sparge_compile.report import Reason, Report
@@ -228,12 +229,12 @@ def test_without_debugging_nothing_is_logged(caplog):
 def test_the_report_says_which_kernels_run_on_the_gpus_of_sparse_sites(monkeypatch):
     """Once for each GPU; a site that stays dense asks nothing."""
     asked = []
-    monkeypatch.setattr(pipeline.inventory, "summary", lambda device: asked.append(device) or "those that fit")
+    monkeypatch.setattr(work_module.inventory, "summary", lambda device: asked.append(device) or "those that fit")
     work = run(work_of("sdpa", "sdpa", "dropout"))
     cuda = torch.device("cuda", 1)
     attention = SimpleNamespace(device=cuda)
     report = Report()
-    pipeline._note(report, [step._replace(match=replace(step.match, attention=attention)) for step in work.steps])
+    work_module._note(report, [step._replace(match=replace(step.match, attention=attention)) for step in work.steps])
     assert report.kernels == {"cuda:1": "those that fit"} == report.to_dict()["kernels"] and asked == [cuda]
     assert str(report).splitlines()[1] == "cuda:1: those that fit"
     assert not work.add_to(Report()).kernels, "a CPU needs no line"

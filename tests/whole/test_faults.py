@@ -10,7 +10,7 @@ from toys import Stack
 
 import sparge_compile
 from sparge_compile import explain, rewrite
-from sparge_compile.calibrate import record
+from sparge_compile.calibrate import site_calls
 from sparge_compile.passes import find, pipeline
 from sparge_compile.passes.mha import open as opening
 from sparge_compile.passes.read.writes import Writes
@@ -75,7 +75,7 @@ def test_a_place_that_cannot_be_told_while_a_graph_runs(monkeypatch):
     assert len(report.sparse) == 2 and report.failures[0].analysis == "place"
 
 
-@pytest.mark.parametrize("owner, name", [(graph, "Frame"), (find, "match_sdpa"), (record, "refusal")])
+@pytest.mark.parametrize("owner, name", [(graph, "Frame"), (find, "match_sdpa"), (site_calls, "refusal")])
 def test_calibration_goes_on_with_what_is_left(owner, name, monkeypatch):
     monkeypatch.setattr(owner, name, fails)
     with pytest.warns(UserWarning, match="failed at"), pytest.raises(ValueError, match="no attention"):

@@ -35,8 +35,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import sparge_compile
 from sparge_compile.options import Options
-from sparge_compile.passes.pipeline import Work
 from sparge_compile.passes.read.fx_utils import clone
+from sparge_compile.passes.work import Work
 from sparge_compile.report import Reason, Report, SiteReport
 
 

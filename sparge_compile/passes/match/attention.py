@@ -126,6 +126,7 @@ class Attention:
     ``autocast``: where it is on, it casts queries, keys and values, as it does those of SDPA and of products.
     ``rewritten``: the result is changed in place later on. ``region`` are the nodes that have no reader but one another
     once the result is replaced, in graph order. ``trains``: a backward will follow, by what was traced.
+    ``gathers``: operands and result are brought into an order of tokens, and back, beside it.
     """
 
     axes: Axes
@@ -148,6 +149,7 @@ class Attention:
     rewritten: bool = False
     autocast: bool = True
     trains: bool = False
+    gathers: bool = False
 
     @property
     def batch(self) -> Any:

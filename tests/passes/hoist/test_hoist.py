@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from sparge_compile import cost
 from sparge_compile.options import Options
 from sparge_compile.passes import pipeline
 from sparge_compile.passes.hoist.hoist import ROWS
-from sparge_compile.passes.pipeline import Work, graphs_of
 from sparge_compile.passes.read.fx_utils import clone, size_hint, value_of
+from sparge_compile.passes.work import Work, graphs_of
+from sparge_compile.report import Reason
 
 T, H, W, C, TEXT = 5, 6, 7, 8, 9
 L = T * H * W
@@ -119,6 +121,23 @@ def test_a_site_alone_gathers_by_itself(monkeypatch):
     b = Builder()
     x = b.call(F.scaled_dot_product_attention, *(b.input(name, 1, 2, L, 4) for name in "qkv"))
     assert same_results(monkeypatch, finished(b, x)) == []
+
+
+def test_gathers_that_are_made_elsewhere_are_not_paid_for(monkeypatch):
+    """Two blocks have one order between them, and pay where one site alone would not."""
+    monkeypatch.setitem(cost.GATHER, "cpu", 1.0)
+    options = Options(token_order="tiles", grid=(8, 32, 32), topk=0.1, topp=0.0, on_unsupported="dense")
+
+    def steps(make: Callable[[Builder], Node]) -> list[str]:
+        b = Builder()
+        work = Work(finished(b, make(b)))
+        pipeline.run(work, pipeline.find, partial(pipeline.decide_sites, options=options))
+        assert all(step.is_sparse is (step.match.node in work.orders) for step in work.steps)
+        return [step.decision.reason.value for step in work.steps]
+
+    assert steps(lambda b: block(b, block(b, b.input("x", 1, 8192, C)))) == [Reason.PAYS.value] * 2
+    alone = steps(lambda b: b.call(F.scaled_dot_product_attention, *(b.input(name, 1, 2, 8192, 4) for name in "qkv")))
+    assert alone == [Reason.SLOWER.value]
 
 
 def conv(b: Builder, x: Node) -> Node:
