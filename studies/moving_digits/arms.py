@@ -31,6 +31,7 @@ RATES = {ALL: (5e-4, 1e-3, 4e-3, 8e-3), ATTENTION: (2e-3, 8e-3)}  # beside those
 TIMES = (0.99, 0.97, 0.95, 0.9, 0.8, 0.6, 0.3)
 DENSE_STEPS = (1, 3, 6)  # of sampling
 DENSE = (1.0, 0.0)
+PART_SECONDS = 60  # that a part of a student taken apart is thought to take
 TRAINED_ON = 3e-4  # the learning rate of the last stage of training
 
 
@@ -95,6 +96,7 @@ def apart(lab: Lab, seed: int) -> None:
         for what, part in APART.items():
             if table.has(seed, name, what, "all"):
                 continue
+            lab.check_time(f"{name} by {what}", PART_SECONDS)
             found = part(lab, seed, calibration, model)
             key = {"seed": seed, "student": name, "what": what}
             table.add({**key, "which": which, "value": value} for which, value in found.items())

@@ -171,7 +171,7 @@ class Lab:
         Raises:
             OutOfTime: it would take longer than what is left, as far as earlier ones tell.
         """
-        self._check_time(case)
+        self.check_time(case.name, case.steps * self._pace["step"] + self._pace["rest"])
         start = time.perf_counter()
         model = self.tuned(case, seed, calibration) if case.steps else self.sparse(calibration)
         trained = time.perf_counter()
@@ -184,10 +184,10 @@ class Lab:
         self._pace["rest"] = time.perf_counter() - trained
         return model
 
-    def _check_time(self, case: Case) -> None:
-        needed = case.steps * self._pace["step"] + self._pace["rest"]
-        if time.perf_counter() - self._began + needed > 60 * self.args.minutes:
-            raise OutOfTime(f"{case.name} would take {needed:.0f} s")
+    def check_time(self, what: str, seconds: float) -> None:
+        """Raise OutOfTime where something would take longer than what is left."""
+        if time.perf_counter() - self._began + seconds > 60 * self.args.minutes:
+            raise OutOfTime(f"{what} would take {seconds:.0f} s")
 
     def add(self, case: Case, seed: int, found: dict[str, float], calibration: Calibration | None = None) -> None:
         pairs = set() if calibration is None else {pair for pairs in calibration.sites.values() for pair in pairs}
