@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from test_record import Causal, Fused, Model, Written
@@ -95,3 +97,29 @@ def test_what_cannot_be_looked_at_is_said():
         survey(built(), inputs())
     with pytest.raises(ValueError, match="never reaches"):
         survey(built(), inputs(), OPTIONS, call=lambda x: x)
+
+
+class Made(NamedTuple):
+    frames: torch.Tensor
+
+
+@torch.no_grad()
+def test_a_pipeline_says_where_its_steps_end_and_its_clips_are_seen():
+    """Two calls in each step, as guidance has it; what it gives has frames."""
+    model, x = built(), inputs()
+    late = Calibration({"blocks.*": [(1.0, 0.0)]}, {0.5: {"blocks.*": [(0.2, 0.0)]}})
+
+    def pipe(value, steps, callback_on_step_end=None):
+        for step in range(steps):
+            model(value)
+            value = model(value)
+            if callback_on_step_end is not None:
+                callback_on_step_end(pipe, step, 0, {})
+        return Made(value[:, :32].sigmoid().view(1, 4, 1, 8, 32))
+
+    seen = survey(model, (x, 2), {**OPTIONS, "calibration": late}, call=pipe, timed=False)
+    assert (seen.calls, seen.steps) == (4, 2)
+    by_call = seen.sites[0].by_call()
+    assert by_call[:2] == [0, 0] and min(by_call[2:]) > 0.7
+    assert seen.call_error == 0 and seen.output_error > 0
+    assert list(seen.clips) == ["dense", "sparse"] and seen.clips["dense"].shape == (4, 8, 32, 1)
