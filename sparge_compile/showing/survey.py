@@ -249,5 +249,6 @@ def _relative_error(changed: Any, exact: Any) -> float | None:
 
 
 def _numbers(output: Any) -> list[Tensor]:
-    leaves = [torch.from_numpy(x) if hasattr(x, "__array_interface__") else x for x in tree_leaves(output)]
-    return [x.double() for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+    leaves = tree_leaves(output)
+    arrays = [torch.as_tensor(x) for x in leaves if getattr(getattr(x, "dtype", None), "kind", "") == "f"]
+    return [x.double() for x in (*leaves, *arrays) if isinstance(x, Tensor) and x.is_floating_point()]

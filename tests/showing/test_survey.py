@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy
 import pytest
 import torch
+from PIL import Image
 from test_record import Causal, Fused, Model, Written
 from torch.nn import functional as F
 
@@ -101,6 +103,7 @@ def test_what_cannot_be_looked_at_is_said():
 
 class Made(NamedTuple):
     frames: torch.Tensor
+    pictures: list
 
 
 @torch.no_grad()
@@ -115,7 +118,8 @@ def test_a_pipeline_says_where_its_steps_end_and_its_clips_are_seen():
             value = model(value)
             if callback_on_step_end is not None:
                 callback_on_step_end(pipe, step, 0, {})
-        return Made(value[:, :32].sigmoid().view(1, 4, 1, 8, 32))
+        pictures = [Image.new("L", (8, 8)), numpy.ones(4, numpy.float32), numpy.array(["a"])]
+        return Made(value[:, :32].sigmoid().view(1, 4, 1, 8, 32), pictures)
 
     seen = survey(model, (x, 2), {**OPTIONS, "calibration": late}, call=pipe, timed=False)
     assert (seen.calls, seen.steps) == (4, 2)
