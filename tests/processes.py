@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -43,6 +46,16 @@ def run_in_processes(function: Callable[[torch.device], Any], folder: Path, rank
     for each in found:
         assert not (isinstance(each, str) and each.startswith("Traceback")), each
     return found
+
+
+def torchrun(folder: Path, *arguments: object, ranks: int = 2) -> None:
+    """Run a program under torchrun in a folder, as a user does."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(
+        [*command, *map(str, arguments)], cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
 
 
 def _run(rank: int, function: Callable[[torch.device], Any], folder: Path, ranks: int, on_gpus: bool) -> None:

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from processes import torchrun
 
 from sparge_compile import Calibration
 from sparge_compile.cli import main
@@ -75,6 +76,15 @@ def test_from_calibration_to_pictures(here, capsys):
     )
     assert main(["explain", *SOURCE, "--calibration", "c.json"]) == 0
     assert "2 of 2 attention sites sparse" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.multigpu
+def test_two_processes_of_torchrun_write_the_file_of_one(here):
+    how = [*SOURCE, "--target-error", "0.2", "--query-blocks", "3"]
+    assert main(["calibrate", *how, "--out", "one.json"]) == 0
+    torchrun(here, "-m", "sparge_compile.calibrate", *how, "--out", "two.json")
+    assert (here / "two.json").read_bytes() == (here / "one.json").read_bytes()
 
 
 def test_an_error_of_the_output_and_a_plan(here, capsys):

@@ -1,6 +1,7 @@
-"""Two processes over gloo that train the same student in every way there is; what each found goes into a file.
+"""Two processes that train the same student in every way there is; what each found goes into a file.
 
-Run by test_parallel.py. Every scenario gives its losses, or the text of what went wrong.
+Over NCCL where there are two GPUs, else over gloo. Run by test_parallel.py. Every scenario gives its losses, or the text
+of what went wrong.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import torch.nn.functional as F
 from test_hook import SPARSE, Plain, compiled, compiled_blocks, with_adapters
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -30,19 +31,29 @@ import sparge_compile.ops
 from sparge_compile import Calibration, DistillationHook, SparsitySchedule, attach
 
 STEPS, WORLD, LENGTH = 4, 2, 256
-STARTING: dict[str, Callable[[], nn.Module]] = {"plain": Plain, "lora": with_adapters}
+ON_GPUS = torch.cuda.device_count() >= WORLD
+STARTING: dict[str, Callable[[], nn.Module]] = {
+    "plain": Plain,
+    "lora": with_adapters,
+    "lora, checkpointed": lambda: with_adapters(Plain(reentrant=False)),
+}
+
+
+def here() -> torch.device:
+    """The device of this process."""
+    return torch.device("cuda", torch.cuda.current_device()) if ON_GPUS else torch.device("cpu")
 
 
 def start(kind: str = "plain") -> nn.Module:
     """The same model in every process and scenario."""
     torch.manual_seed(1)
     torch._dynamo.reset()
-    return STARTING[kind]()
+    return STARTING[kind]().to(here())
 
 
 def global_batch(step: int) -> Tensor:
     """The same at every step, so that losses must fall."""
-    return torch.randn(4, LENGTH, 32, generator=torch.Generator().manual_seed(0))
+    return torch.randn(4, LENGTH, 32, generator=torch.Generator().manual_seed(0)).to(here())
 
 
 def my_batch(step: int) -> Tensor:
@@ -98,19 +109,21 @@ def lora() -> list[float]:
         return train(student, hook, optimizer_of(student))
 
 
-def sharded() -> tuple[nn.Module, DistillationHook, torch.optim.Optimizer]:
-    model = start()
-    teacher = copy.deepcopy(model)
+def sharded(kind: str = "plain", **how: object) -> tuple[nn.Module, DistillationHook, torch.optim.Optimizer]:
+    """A student under FSDP2, and its teacher, which for adapters is the student without them."""
+    model = start(kind)
+    teacher = copy.deepcopy(model) if kind == "plain" else None
     compiled_blocks(model)
     for each in (model, teacher):
-        for block in each.blocks:
-            fully_shard(block)
-        fully_shard(each)
+        if each is not None:
+            for block in each.blocks:
+                fully_shard(block, **how)
+            fully_shard(each, **how)
     return model, DistillationHook(model, teacher, layers=0.1), optimizer_of(model)
 
 
-def fsdp() -> list[float]:
-    student, hook, optimizer = sharded()
+def fsdp(kind: str = "plain", **how: object) -> list[float]:
+    student, hook, optimizer = sharded(kind, **how)
     with hook:
         return train(student, hook, optimizer)
 
@@ -126,27 +139,35 @@ def fsdp_needs_a_teacher() -> str:
 def accelerated() -> list[float]:
     from accelerate import Accelerator
 
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=not ON_GPUS)
     student = compiled(start())
     student, optimizer = accelerator.prepare(student, optimizer_of(student))
     with DistillationHook(student) as hook:
         return train(student, hook, optimizer, backward=accelerator.backward)
 
 
-def resumed() -> list[float]:
-    """Half of the steps, a checkpoint, everything made anew, and the other half."""
-    folder = Path(sys.argv[2]) / "checkpoint"
+def resumed(alone: bool = False) -> list[float]:
+    """Half of the steps, a checkpoint, everything made anew, and the other half: each process ``alone``, or both."""
+    folder = Path(sys.argv[2]) / f"checkpoint {alone}"
     student, hook, optimizer = sharded()
     with hook:
         losses = train(student, hook, optimizer, range(STEPS // 2))
         model_state, optimizer_state = get_state_dict(student, optimizer)
         dcp.save({"model": model_state, "optimizer": optimizer_state, "hook": hook}, checkpoint_id=folder)
-    student, hook, optimizer = sharded()
+    if alone:
+        groups = [dist.new_group([rank]) for rank in range(WORLD)]
+        group: dist.ProcessGroup | None = groups[dist.get_rank()]
+        student, hook, optimizer = sharded(mesh=DeviceMesh.from_group(group, here().type))
+    else:
+        group = None
+        student, hook, optimizer = sharded()
     with hook:
         model_state, optimizer_state = get_state_dict(student, optimizer)
-        dcp.load({"model": model_state, "optimizer": optimizer_state, "hook": hook}, checkpoint_id=folder)
+        state = {"model": model_state, "optimizer": optimizer_state, "hook": hook}
+        dcp.load(state, checkpoint_id=folder, process_group=group)
         set_state_dict(student, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
-        return losses + train(student, hook, optimizer, range(STEPS // 2, STEPS))
+        of = global_batch if alone else my_batch
+        return losses + train(student, hook, optimizer, range(STEPS // 2, STEPS), of=of)
 
 
 def annealed(resume: bool) -> list[float]:
@@ -215,17 +236,17 @@ def wan_ulysses() -> float:
     torch.manual_seed(0)
     torch._dynamo.reset()
     sizes = {"num_attention_heads": 2, "attention_head_dim": 24, "in_channels": 4, "out_channels": 4, "text_dim": 16}
-    model = WanTransformer3DModel(**sizes, freq_dim=16, ffn_dim=64, num_layers=1, rope_max_seq_len=32).eval()
+    model = WanTransformer3DModel(**sizes, freq_dim=16, ffn_dim=64, num_layers=1, rope_max_seq_len=32).eval().to(here())
     inputs = {
-        "hidden_states": torch.randn(1, 4, 4, 16, 16),
-        "timestep": torch.tensor([500]),
-        "encoder_hidden_states": torch.randn(1, 12, 16),
+        "hidden_states": torch.randn(1, 4, 4, 16, 16).to(here()),
+        "timestep": torch.tensor([500]).to(here()),
+        "encoder_hidden_states": torch.randn(1, 12, 16).to(here()),
         "return_dict": False,
     }
     options = {**SPARSE, "min_seq_len": 64}
     with torch.no_grad():
         alone = torch.compile(model, backend="sparge", options=options)(**inputs)[0]
-        with mock.patch.object(torch.accelerator, "device_count", return_value=1):  # it divides by their number
+        with mock.patch.object(torch.accelerator, "device_count", return_value=WORLD):  # it divides by their number
             model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=WORLD))
         torch._dynamo.reset()
         sites = sparge_compile.explain(model, options)(**inputs).sparse
@@ -238,11 +259,11 @@ def wan_ulysses() -> float:
 
 def dtensor() -> list[float]:
     """The largest difference of the op and its gradients to plain tensors, for each way to shard them."""
-    mesh = init_device_mesh("cpu", (WORLD,))
+    mesh = init_device_mesh(here().type, (WORLD,))
     torch.manual_seed(0)
-    qkv = torch.randn(1, 4, 300, 16), torch.randn(1, 2, 300, 16), torch.randn(1, 2, 300, 16)
-    thresholds = torch.tensor([[0.2, 0.0], [0.4, 0.0], [0.3, 0.2], [0.9, 0.1]])
-    mask = torch.arange(300)[None, None, None] < 290
+    qkv = tuple(torch.randn(1, heads, 300, 16).to(here()) for heads in (4, 2, 2))
+    thresholds = torch.tensor([[0.2, 0.0], [0.4, 0.0], [0.3, 0.2], [0.9, 0.1]], device=here())
+    mask = torch.arange(300, device=here())[None, None, None] < 290
 
     order = torch.ops.sparge.order(0, 3, 10, 10, 0, [2, 4, 8], mask.device)
     tiles = {"slots_q": order[0], "places_q": order[1], "slots_k": order[0], "places_k": order[1]}
@@ -274,7 +295,11 @@ SCENARIOS: dict[str, Callable[[], object]] = {
     "fsdp": fsdp,
     "fsdp without a teacher": fsdp_needs_a_teacher,
     "accelerate": accelerated,
+    "single, layers, lora": lambda: single("lora", layers=0.1),
+    "fsdp, lora, checkpointed": lambda: fsdp("lora, checkpointed"),
+    "fsdp, offloaded": lambda: fsdp(offload_policy=CPUOffloadPolicy(pin_memory=ON_GPUS)),
     "resumed": resumed,
+    "resumed by one": lambda: resumed(alone=True),
     "annealed": lambda: annealed(False),
     "annealed, resumed": lambda: annealed(True),
     "ulysses": ulysses,
@@ -287,7 +312,11 @@ def main() -> None:
     rank, folder = int(sys.argv[1]), Path(sys.argv[2])
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1")
     os.environ["MASTER_PORT"] = "29500"  # read by accelerate, and not used: there is a process group already
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=WORLD)
+    if ON_GPUS:
+        torch.cuda.set_device(rank)
+    # What is offloaded to the CPU is summed there.
+    backend = "cpu:gloo,cuda:nccl" if ON_GPUS else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=WORLD)
     found: dict[str, object] = {}
     for name, scenario in SCENARIOS.items():
         if sys.argv[3:] and name not in sys.argv[3:]:

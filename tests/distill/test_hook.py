@@ -423,9 +423,11 @@ def test_a_teacher_of_a_sparse_student_is_dense():
 # ---- adapters
 
 
-def with_adapters() -> nn.Module:
+def with_adapters(model: nn.Module | None = None) -> nn.Module:
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(Plain(), peft.LoraConfig(r=4, target_modules=["qkv", "out"]))
+    model = peft.get_peft_model(
+        Plain() if model is None else model, peft.LoraConfig(r=4, target_modules=["qkv", "out"])
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:

@@ -1,4 +1,4 @@
-"""Distillation in two processes (gloo): every way to share the work gives the losses of one process.
+"""Distillation in two processes, over gloo or NCCL: every way to share the work gives the losses of one process.
 
 What the processes do is in parallel.py. They run once, for all tests, because each takes seconds to start.
 """
@@ -16,9 +16,12 @@ import torch
 TIMEOUT = 300  # seconds, against a process that waits for the other for ever
 
 
+pytestmark = pytest.mark.multigpu
+
 FIRST = ("single, layers", "ddp", "fsdp", "resumed", "dtensor")
 SLOW = ("single", "single, lora", "accelerate", "ulysses", "lora", "annealed", "annealed, resumed", "wan")
-SLOW += ("fsdp without a teacher",)
+SLOW += ("fsdp without a teacher", "single, layers", "single, layers, lora")
+SLOW += ("fsdp, lora, checkpointed", "fsdp, offloaded", "resumed by one")
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +91,13 @@ def test_heads_may_be_sharded(found):
         ("ulysses", "single"),
         ("lora", "single, lora"),
         ("annealed, resumed", "annealed"),
+        ("fsdp, lora, checkpointed", "single, layers, lora"),
+        ("fsdp, offloaded", "single, layers"),
+        ("resumed by one", "single, layers"),
     ],
 )
 def test_so_are_those_of_other_ways(found_slowly, name, alone):
-    pytest.importorskip({"accelerate": "accelerate", "lora": "peft"}.get(name, "torch"))
+    pytest.importorskip("accelerate" if name == "accelerate" else "peft" if "lora" in name else "torch")
     check(found_slowly, name, alone)
 
 

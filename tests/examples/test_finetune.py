@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import torchrun
 
 import sparge_compile
 
@@ -22,8 +23,13 @@ def run(monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str) -> list[tup
     spec.loader.exec_module(module)
     monkeypatch.setattr(sys, "argv", [str(EXAMPLE), "--smoke", "--out", str(out), *arguments])
     module.main()
+    return list(losses(out).items())
+
+
+def losses(out: Path) -> dict[int, float]:
+    """The loss of each step of a run."""
     with (out / "log.csv").open() as file:
-        return [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
+        return {int(row["step"]): float(row["loss"]) for row in csv.DictReader(file)}
 
 
 @pytest.mark.parametrize(
@@ -39,6 +45,16 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(monkeypatch, tmp_p
     assert run(monkeypatch, tmp_path / "parts", *extra) == whole and len(whole) == 6
     if "--lora" not in extra:
         check_what_is_left(tmp_path / "parts")
+
+
+@pytest.mark.slow
+@pytest.mark.multigpu
+def test_two_processes_have_the_losses_of_one_with_as_many_clips(monkeypatch, tmp_path):
+    for package in ("diffusers", "accelerate"):
+        pytest.importorskip(package)
+    want = run(monkeypatch, tmp_path / "one", "--accumulate", "2")
+    torchrun(tmp_path, EXAMPLE, "--smoke", "--out", tmp_path / "two")
+    assert losses(tmp_path / "two") == pytest.approx(dict(want), rel=1e-4)
 
 
 def check_what_is_left(folder: Path) -> None:
