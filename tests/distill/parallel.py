@@ -1,7 +1,7 @@
 """Two processes that train the same student in every way there is; what each found goes into a file.
 
-Over NCCL where there are two GPUs, else over gloo. Run by test_parallel.py. Every scenario gives its losses, or the text
-of what went wrong.
+Over NCCL where there are two GPUs, else over gloo. Run by test_parallel.py. Every scenario gives its losses, or the
+text of what went wrong.
 """
 
 from __future__ import annotations
