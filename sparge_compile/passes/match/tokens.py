@@ -77,7 +77,8 @@ def cut_of(value: Value, layout: Layout, token: Dim) -> Cut | None:
     if layout[dim] != token:
         return None
     if call.name == "slice":
-        start = start_of(call.argument(2, "start") or 0, call.args[0].shape[dim])
+        given = call.argument(2, "start")
+        start = start_of(0 if given is None else given, call.args[0].shape[dim])  # a size is not asked if it is 0
         return None if start is None or call.argument(4, "step", 1) != 1 else Cut(dim, start)
     sizes = call.args[1]
     fitting = [i for i, size in enumerate(sizes) if same(size, value.shape[dim])]
