@@ -393,7 +393,7 @@ OPENED = ["first", "encoder.layers.0.self_attn", "encoder.layers.1.self_attn"]
 DECODER = ["decoder.self_attn", "decoder.multihead_attn"]
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_leaves_of_symbolic_trace_are_opened(training):
     model, x = Leaves().train(training), torch.randn(2, LENGTH, 32)
     graph = traced(model)
