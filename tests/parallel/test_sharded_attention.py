@@ -23,6 +23,11 @@ PAIRS = [(0.15, 0.0), (0.3, 0.2), (0.9, 0.0), (0.1, 0.5)]
 CALIBRATION = Calibration({"0": PAIRS, "1": PAIRS[::-1]})
 OPTIONS = {"calibration": CALIBRATION, "min_seq_len": 0, "inner": "eager"}
 HEADS_OF_RANKS = [1, 0]
+BESIDE = {
+    "kept": {"keep_keys": 64, "dense_queries": True},
+    "tiles": {"token_order": "tiles", "grid": (2, 16, 16)},
+    "causal": {},
+}
 
 
 class Block(nn.Module):
@@ -33,13 +38,14 @@ class Block(nn.Module):
         self.qkv = nn.Linear(WIDTH, (HEADS + 2 * KEY_HEADS) * SIZE)
         self.out = nn.Linear(HEADS * SIZE, WIDTH)
         self.shared: dict[str, Any] | None = None
+        self.is_causal = False
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (-1, SIZE)).transpose(1, 2).split((HEADS, KEY_HEADS, KEY_HEADS), 1)
         if self.shared is None:
-            out = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=self.is_causal, enable_gqa=True)
         else:
-            out = sharded_attention(q, k, v, enable_gqa=True, **self.shared)
+            out = sharded_attention(q, k, v, is_causal=self.is_causal, enable_gqa=True, **self.shared)
         return x + self.out(out.transpose(1, 2).flatten(2))
 
 
@@ -90,6 +96,14 @@ def sharded(device: torch.device) -> dict[str, Any]:
         found[f"{name}, report"] = [(row.name, row.kind, row.shapes["length"], row.shapes["keys"]) for row in rows]
     with attach(model, CALIBRATION):
         found["attached"] = distance(compiled(model, calibration=None), want)
+    for name, options in BESIDE.items():
+        for block in model:
+            block.shared, block.is_causal = None, name == "causal"
+        wanted = outcome(compiled(model, **options), x, target)
+        found[f"{name} is another"] = apart(wanted[:1], want[:1])
+        for block in model:
+            block.shared = {"heads": ranks, "order": order}
+        found[name] = distance(compiled(model, **options), wanted)
     return found
 
 
@@ -104,6 +118,12 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_outputs_and_gradients_are_those_of_one_process(found, way):
     assert found["sparse"] > 1e-2, "thresholds that change nothing show nothing"
     assert found[way] < 1e-5
+
+
+@pytest.mark.parametrize("what", BESIDE)
+def test_between_exchanges_all_is_as_in_one_process(found, what):
+    assert found[f"{what} is another"] > 1e-2, "what changes nothing shows nothing"
+    assert found[what] < 1e-5
 
 
 @pytest.mark.parametrize("way", ["heads", "heads in an order", "ring"])
