@@ -9,9 +9,10 @@ from contextvars import ContextVar
 
 from .errors import value_error
 from .options import Options
+from .passes.decide import least_keys
 from .passes.order import NO_GRID, SiteOrder
 from .passes.work import Step
-from .report import Failure, Reason, Report
+from .report import Failure, Reason, Report, Site
 from .running.frames import Left
 
 _warned: set[str] = set()
@@ -46,7 +47,7 @@ def warn_of_unsupported(report: Report, settings: Options) -> None:
             todo=f"With 'warn' or 'dense' the graph is compiled as it is. {_PLEASE_REPORT}",
         )
     warn_of_failures(report.failures)
-    unsupported = [row for row in report.dense if row.reason.unsupported]
+    unsupported = [row for row in report.dense if row.reason.unsupported and not _is_short(row.site, settings)]
     if settings.on_unsupported == "error" and unsupported:
         names = ", ".join(f"{row.name} ({row.reason.value})" for row in unsupported)
         raise value_error(
@@ -60,6 +61,11 @@ def warn_of_unsupported(report: Report, settings: Options) -> None:
             first = next(row for row in unsupported if row.reason is reason)
             where = f"{first.name}, {first.site.code}" if first.site.code is not None else first.name
             _warn_once(reason.value, where, first.detail)
+
+
+def _is_short(site: Site, settings: Options) -> bool:
+    """Whether a site has too few keys whatever else it is, as attention to a text under a mask."""
+    return isinstance(site.keys, int) and site.keys < least_keys(settings)
 
 
 def warn_of_nothing(report: Report, settings: Options, model: str) -> None:

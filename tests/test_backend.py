@@ -240,6 +240,23 @@ def test_a_short_sequence_is_no_reason_to_warn_or_fail():
         torch.compile(Stack(), backend="sparge", options={"on_unsupported": "error"})(torch.randn(1, 300, 32))
 
 
+def test_a_short_text_under_a_mask_is_none_either():
+    """As in LTX, whose mask of the text is added to the scores."""
+
+    def to_text(q, text, mask):
+        return F.scaled_dot_product_attention(q, text, text, attn_mask=mask)
+
+    q, text, mask = torch.randn(1, 2, 2048, 16), torch.randn(1, 2, 40, 16), torch.randn(1, 1, 1, 40)
+    (row,) = explain(to_text)(q, text, mask)
+    assert row.reason.unsupported
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for unsupported in ("warn", "error"):
+            torch.compile(to_text, backend="sparge", options={"on_unsupported": unsupported, "inner": "eager"})(
+                q, text, mask
+            )
+
+
 def test_an_error_in_a_pass_leaves_dynamos_graph_as_it_was(monkeypatch):
     graphs = []
 

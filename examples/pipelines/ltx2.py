@@ -2,8 +2,9 @@
 
     python examples/pipelines/ltx2.py
 
-Self-attention of the video (``attn1``) becomes sparse. Sound has some hundred tokens, so its own attention and what
-attends to it stay dense, as does attention to the text. The clip is drawn without its sound.
+Self-attention of the video (``attn1``) becomes sparse, and where it pays so does what the sound reads of the video
+(``video_to_audio_attn``). Sound has some hundred tokens, so its own attention and what attends to it stay dense, as
+does attention to the text. The clip is drawn without its sound.
 """
 
 from compare import Recipe, main
