@@ -22,6 +22,7 @@ from methods import (
     Problem,
     attempt,
     dense_rivals,
+    eight_bit_methods,
     flex_methods,
     measure,
     our_methods,
@@ -54,7 +55,9 @@ def compare(name: str, dtype: torch.dtype, device: torch.device, wanted: float) 
     torch.manual_seed(0)
     problem = SHAPES[name]
     inputs = Inputs.of(problem, dtype, device)
-    ours, block_map = our_methods(inputs, thresholds_for(wanted, inputs))
+    thresholds = thresholds_for(wanted, inputs)
+    ours, block_map = our_methods(inputs, thresholds)
+    ours += eight_bit_methods(inputs, thresholds, block_map)
     density = harness.density(block_map, problem.visible)
     rows = rows_of(measure_all(inputs, ours, density), problem, DENSE[device.type], block_map)
     sizes = ", ".join(f"{key} {value}" for key, value in problem._asdict().items())

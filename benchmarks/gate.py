@@ -10,11 +10,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sparge_compile.kernels import reference
+from sparge_compile.kernels import eight_bits, reference
 from sparge_compile.kernels.block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap, ceil_div
+from sparge_compile.kernels.how import How
 
 ERROR_FACTOR = 4  # a result may err this many times as much as dense attention of the same dtype over the same keys
 ERROR_FLOOR = 1e-6  # where dense attention errs by nearly nothing, as over one key
+E4M3_STEP = 2**-4  # half of the step between two numbers, relative
 MAP_DIFFERENCE = 1e-3  # share of blocks that may change places: scores tie to rounding
 
 
@@ -49,6 +51,35 @@ def check_forward(
         compare("forward", out[:1, head, rows], dense[:, 0], true[:, 0])
         if not torch.allclose(lse[:1, head, rows].double(), true_lse[:, 0], atol=1e-3, rtol=1e-4):
             raise WrongResult(f"lse of head {head}, query block {i} is not the definition's")
+
+
+def check_in_eight_bits(
+    q: Tensor, k: Tensor, v: Tensor, block_map: BlockMap, how: How, out: Tensor, lse: Tensor
+) -> float:
+    """Compare some query blocks with attention over the rounded operands: weights are rounded besides.
+
+    Returns their relative error beside the definition over the operands themselves.
+    """
+    group, error, size = q.shape[1] // k.shape[1], 0.0, 0.0
+    for head, i in samples(q, ceil_div(q.shape[2], QUERY_BLOCK)):
+        rows = slice(i * QUERY_BLOCK, (i + 1) * QUERY_BLOCK)
+        kept = BlockMap(block_map.counts[:1, head, i].view(1, 1, 1), block_map.indices[:1, head, i][:, None, None])
+        keys = torch.nonzero(kept.to_dense().view(-1).repeat_interleave(KEY_BLOCK)[: k.shape[2]]).view(-1)
+        given = q[:1, head, None], k[:1, head // group, None], v[:1, head // group, None]
+        row = torch.arange(rows.start, min(rows.stop, q.shape[2]), device=q.device)
+        mask = (keys <= row[:, None])[None, None] if how.is_causal else None
+        true = []
+        for x, y, z in (given, eight_bits.rounded(*given, how)):
+            some = x[:, :, rows].double(), y[:, :, keys].double(), z[:, :, keys].double()
+            true.append(reference.attention(*some, all_blocks(some[0], len(keys)), mask))
+        found, rounded = out[:1, head, None, rows].double(), true[1][0]
+        error, size = error + (found - true[0][0]).norm().item() ** 2, size + true[0][0].norm().item() ** 2
+        off = ((found - rounded).norm() / rounded.norm()).item()
+        if not off <= E4M3_STEP / 3**0.5:
+            raise WrongResult(f"eight bits: error {off:.1e} beside rounded operands, the weights explain less")
+        if not torch.allclose(lse[:1, head, None, rows].double(), true[1][1], atol=2e-2):
+            raise WrongResult(f"eight bits: lse of head {head}, query block {i} is not that of rounded operands")
+    return (error / size) ** 0.5
 
 
 def check_backward(

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from sparge_compile.kernels import rule
+from sparge_compile.kernels import eight_bits, rule
 from sparge_compile.kernels.block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap, ceil_div, visible_blocks
+from sparge_compile.kernels.how import How
 
 TOPK = 0.03  # the paper's; topp is found for the wanted density
 FLEX_BLOCK = 128
@@ -30,6 +31,9 @@ MAP = "ours: map"
 FORWARD = "ours: forward, map given"
 WHOLE = "ours: map + forward"
 BACKWARD = "ours: backward"
+CODES = "ours: codes in 8 bits, with pooling"
+FORWARD_8 = "ours: forward in 8 bits, map and codes given"
+WHOLE_8 = "ours: codes + map + forward in 8 bits"
 
 
 class Problem(NamedTuple):
@@ -143,6 +147,32 @@ def our_methods(inputs: Inputs, thresholds: Tensor) -> tuple[list[Method], Block
         Method(WHOLE, "forward", lambda: attend(find()), check=check_forward),
         Method(BACKWARD, "backward", backward, check=check_backward),
     ], block_map
+
+
+def eight_bit_methods(inputs: Inputs, thresholds: Tensor, block_map: BlockMap) -> list[Method]:
+    """The forward in 8 bits; none where this device has no kernels for it."""
+    ours, (q, k, v, _, problem) = harness.kernels(inputs.q.device), inputs
+    if eight_bits.refusal(q.device, problem.head_size, problem.head_size):
+        return []
+    how = How(*inputs.options, eight_bits=True)
+    codes, _ = ours.code(q, k, v, how)
+
+    def attend() -> tuple[Tensor, Tensor]:
+        return ours.forward(q, k, v, *block_map, *how, codes=codes)
+
+    def whole() -> tuple[Tensor, Tensor]:
+        made, pooled = ours.code(q, k, v, how)
+        return ours.forward(q, k, v, *ours.block_map(q, k, thresholds, *how, pooled=pooled), *how, codes=made)
+
+    def check() -> None:
+        error = gate.check_in_eight_bits(q, k, v, block_map, how, *attend())
+        print(f"forward in 8 bits: relative error {error:.1e} beside the definition over the same blocks")
+
+    return [
+        Method(CODES, "map", lambda: ours.code(q, k, v, how)),
+        Method(FORWARD_8, "forward", attend, check=check),
+        Method(WHOLE_8, "forward", whole, check=lambda: gate.check_in_eight_bits(q, k, v, block_map, how, *whole())),
+    ]
 
 
 # ---- rivals

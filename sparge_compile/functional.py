@@ -35,6 +35,7 @@ def attention(
     grid: Grid | tuple[int, ...] | None = None,
     tile: tuple[int, int, int] = TILE,
     block_map: BlockMap | None = None,
+    precision: str | None = None,
     return_lse: bool = False,
     return_sparsity: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
@@ -64,6 +65,10 @@ def attention(
             whole tiles of 64 is cut into just these.
         block_map: which key blocks to read instead of the rule: ``BlockMap.from_dense(bool [B, H, Nq, Nk])``. With a
             grid, of blocks of 64 rows in the order of ``torch.ops.sparge.order``.
+        precision: ``"fp8"`` for a forward in eight bits: int8 scores, e4m3 weights and values (docs/kernel-notes.md has
+            its error). On NVIDIA GPUs of compute capability 8.9, and on a CPU, which rounds the operands and not the
+            weights. Head sizes must be multiples of 16, and there is no mask. The backward is that of attention over
+            the rounded operands, in their own dtype, and these count as the given ones. None: the operands' dtype.
         return_lse: also return the log-sum-exp (natural) of the scaled scores of the kept keys, masks added, float32
             [B, H, L]; −inf for a row that sees no key; differentiable. Two calls over parts of the keys, as in ring
             attention, merge as ``lse = torch.logaddexp(lse1, lse2)`` and ``out = out1 · exp(lse1 − lse) + out2 ·
@@ -111,7 +116,14 @@ def attention(
             allowed="one of them",
             todo="Drop one.",
         )
-    how = How(attn_mask, is_causal, default_scale(query.shape[-1], scale))
+    if precision not in (None, "fp8"):
+        raise value_error(
+            "attention: precision",
+            given=repr(precision),
+            allowed='None or "fp8"',
+            todo="None is the operands' own dtype.",
+        )
+    how = How(attn_mask, is_causal, default_scale(query.shape[-1], scale), eight_bits=precision == "fp8")
     orders = Orders() if grid is None else _orders(query, key, grid, tile)
     if orders.given:
         query, key, value, how = ops.in_order(query, key, value, how, orders)

@@ -31,7 +31,7 @@ _HOW = "Tensor? attn_mask, bool is_causal, float scale"
 _LIMIT = "int least_keys=0, float[] gain=[]"  # the two fields of a Limit
 _PACKED = (  # the fields of a How after the first three, but for those of an order
     "bool bottom_right=False, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
-    "SymInt max_seqlen_q=0, SymInt max_seqlen_k=0, SymInt[]? parts=None"
+    "SymInt max_seqlen_q=0, SymInt max_seqlen_k=0, SymInt[]? parts=None, bool eight_bits=False"
 )
 # All fields of a How after the first three.
 _REST = f"{_PACKED}, Tensor? slots_q=None, Tensor? slots_k=None"
@@ -145,6 +145,7 @@ def _checked(query: Tensor, key: Tensor, value: Tensor, how: How) -> How:
     capability.check_qkv(query, key, value)
     capability.check_packing(how, query, key)
     capability.check_slots(how, query, key)
+    capability.check_eight_bits(how, query, value)
     mask = how.attn_mask
     if mask is not None:
         capability.check_mask(mask, query, key)

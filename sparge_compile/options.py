@@ -32,6 +32,7 @@ DEFAULT_TOPP = 0.8
 
 ON_UNSUPPORTED = ("dense", "warn", "error")
 TOKEN_ORDER = ("raster", "tiles")
+PRECISIONS = ("fp8",)
 INNER = ("inductor", "aot_eager", "eager")
 
 
@@ -68,6 +69,10 @@ class Options:
     grid: Grid | tuple[int, ...] | Mapping[str, Any] | None = None
     """The grid of tokens, where the graph does not show it: `(frames, height, width)` in tokens, or `(prefix, frames,
     height, width, suffix)` with the numbers of tokens before and behind; or a dict of these by site name or pattern."""
+    precision: str | None = None
+    """The products of sparse sites in the forward: `None` in the operands' own dtype, `"fp8"` in eight bits, where a
+    site allows it: no mask, no packed sequences, head sizes that are multiples of 16, an NVIDIA GPU of compute
+    capability 8.9 or a CPU; the report says. Backwards stay in the operands' dtype."""
     min_seq_len: int | None = None
     """Sites with fewer keys stay dense. `None` lets the cost model decide from 1,024 keys on; a number (0 too) replaces
     both."""
@@ -117,6 +122,7 @@ class Options:
             object.__setattr__(self, "costs", CostModel.parse(self.costs))
         for name, known in (
             ("token_order", (*TOKEN_ORDER, None)),
+            ("precision", (*PRECISIONS, None)),
             ("on_unsupported", ON_UNSUPPORTED),
             ("inner", INNER),
         ):

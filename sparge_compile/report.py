@@ -132,7 +132,8 @@ class Decision:
     """Sparse or dense, why, and what the cost model said (None where it was not asked).
 
     ``limit`` is what the op asks at each call, where sizes of the graph are symbols that leave the answer open.
-    ``order`` says in which order a sparse site has its tokens, where one was asked for.
+    ``order`` says in which order a sparse site has its tokens, where one was asked for; ``precision`` in which its
+    products are, likewise.
     """
 
     reason: Reason
@@ -140,6 +141,7 @@ class Decision:
     prediction: Prediction | None = None
     limit: Limit | None = None
     order: str = ""
+    precision: str = ""
 
     @property
     def status(self) -> str:
@@ -185,6 +187,11 @@ class SiteReport:
         return self.decision.order
 
     @property
+    def precision(self) -> str:
+        """What the products of a sparse site are in, and why not in eight bits; empty where these are not asked for."""
+        return self.decision.precision
+
+    @property
     def shapes(self) -> dict[str, int | str | None]:
         """The sizes batch, heads, kv_heads, length, keys and head_size by name."""
         names = ("batch", "heads", "kv_heads", "length", "keys", "head_size")
@@ -199,6 +206,7 @@ class SiteReport:
             "reason": self.reason.name.lower(),
             "detail": self.detail,
             "order": self.order,
+            "precision": self.precision,
             "prediction": asdict(prediction) if prediction else None,
         }
 
@@ -276,9 +284,11 @@ class Report:
         head += "".join(f"\n{device}: {kernels}" for device, kernels in self.kernels.items())
         columns = ["site", "kind", "status", "reason", "shape B H/Hk L×S D", "dtype", "mask", "predicted"]
         rows = [_row(row) for row in self.sites]
-        if any(row.order for row in self.sites):
-            columns.append("order")
-            rows = [[*cells, row.order] for cells, row in zip(rows, self.sites, strict=True)]
+        for column in ("order", "precision"):
+            texts = [getattr(row, column) for row in self.sites]
+            if any(texts):
+                columns.append(column)
+                rows = [[*cells, text] for cells, text in zip(rows, texts, strict=True)]
         return f"{head}\n{tabulate(rows, headers=columns)}{failures}"
 
 

@@ -119,7 +119,8 @@ def poisoned_memory() -> Iterator[None]:
     def poison(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def made(*args: Any, **kwargs: Any) -> Tensor:
             x = make(*args, **kwargs)
-            return x.fill_(torch.nan if x.is_floating_point() else GARBAGE) if x.dtype != torch.uint8 else x
+            garbage = torch.nan if x.is_floating_point() else GARBAGE if x.dtype != torch.int8 else 77
+            return x.fill_(garbage) if x.dtype != torch.uint8 else x
 
         return made
 

@@ -69,6 +69,7 @@ CHANGED = {
     "dense_layers": 2,
     "calibration": Calibration({"a": [(0.5, 0.0)]}),
     "topk": 0.25,
+    "precision": "fp8",
     "topp": 0.125,
     "keep_keys": 64,
     "dense_queries": True,

@@ -36,7 +36,7 @@ RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
 INNER_ROOMS = {
     "kernels": [
         ["block_map", "how", "launch", "sizes"],
-        ["kept", "order"],
+        ["kept", "order", "eight_bits"],
         ["allocate", "capability", "rule", "reference"],
         ["dense"],
         ["check", "attend", "reorder"],

@@ -67,6 +67,7 @@ def measure(
     memory: int,
     bottom_right: bool = False,
     always: Always | None = None,
+    in_eight_bits: bool = False,
 ) -> Sums:
     """Measure error and density of every pair of the grid over some query blocks of one attention call.
 
@@ -78,12 +79,13 @@ def measure(
             block is taken. To pool k takes two float32 copies of it, before the rest.
         bottom_right: causality is aligned to the last query and key, instead of to the first ones.
         always: what is kept beside the rule, alike in all heads: bool [1, 1, Nk] and [1, Nq, 1].
+        in_eight_bits: the error is that of a forward in eight bits, beside the exact output: of no pair it is zero.
 
     Returns:
         Sums over the batch and the sampled query blocks, on the device.
     """
     diagonal = k.shape[2] - q.shape[2] if bottom_right else 0
-    problem = Problem(q, k, v, attn_mask, is_causal, scale, diagonal, always)
+    problem = Problem(q, k, v, attn_mask, is_causal, scale, diagonal, always, in_eight_bits)
     steps = ladder(ceil_div(k.shape[2], KEY_BLOCK))
     return Sums(*_summed(problem, sample, steps, memory, _curves))
 
@@ -159,28 +161,35 @@ def _prefixes(problem: Problem, lead: Tensor, block: Tensor, steps: list[int]) -
     query = problem.q[here].float() * exist  # [n, 128, D]
     counted = exist if problem.queries is None else exist & problem.queries[here].unsqueeze(2)
     order, kept, visible = _order(problem, query, counted, (batch, head, block))
-    query = query * problem.scale
+    exact = (query * problem.scale, problem.k, problem.v)
+    given = exact
+    if problem.rounded is not None:
+        q, k, v = problem.rounded
+        given = q[here].float() * exist * problem.scale, k, v
 
-    def segment(first: int, last: int) -> tuple[Tensor, Tensor]:
+    def segment(first: int, last: int, operands: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Masked scores [n, 128, s] and values [n, s, Dv] of the blocks at some places of the order."""
+        rows_of, *blocks_of = operands
         blocks = order[:, first:last]
-        keys, values = (
-            x[batch.unsqueeze(1), key_head.unsqueeze(1), blocks].float().flatten(1, 2) for x in (problem.k, problem.v)
-        )
+        keys, values = (x[batch.unsqueeze(1), key_head.unsqueeze(1), blocks].float().flatten(1, 2) for x in blocks_of)
         columns = (blocks.unsqueeze(2) * KEY_BLOCK + torch.arange(KEY_BLOCK, device=block.device)).flatten(1)
         seen, added = problem.allowed(batch, head, rows, columns)
-        scores = query @ keys.mT
+        scores = rows_of @ keys.mT
         if added is not None:
             scores += added
         return scores.masked_fill_(~seen, -math.inf), values
 
-    running = Running(query, problem.v.shape[-1])
+    running = Running(query, problem.v.shape[-1], problem.rounded is not None)
+    whole = running if problem.rounded is None else Running(query, problem.v.shape[-1])
     outs = query.new_empty(len(steps), *running.values.shape)  # after each prefix
     for step, (first, last) in enumerate(zip([0, *steps], steps, strict=False)):
-        running.add(*segment(first, last))
+        running.add(*segment(first, last, given))
         outs[step] = running.out()
-    out = outs[-1] * exist
-    error = outs.sub_(outs[-1].clone()).abs_().mul_(exist).sum((2, 3)).T  # [n, len(steps)]
+        if whole is not running:
+            whole.add(*segment(first, last, exact))
+    true = outs[-1].clone() if whole is running else whole.out()
+    error = outs.sub_(true).abs_().mul_(exist).sum((2, 3)).T  # [n, len(steps)]
+    out = true * exist
 
     # A query block without a visible key is no one's error; its output is zeros under any thresholds.
     return _Prefixes(error, out.abs().sum((1, 2)), kept, visible)
@@ -193,7 +202,8 @@ def _curves(problem: Problem, lead: Tensor, block: Tensor, steps: list[int]) -> 
     looked = _on(block.device, steps)
     at = torch.searchsorted(looked, kept.flatten(1), right=True).sub_(1).clamp_(min=0)
     chosen = error.gather(1, at).view_as(kept)
-    chosen = torch.where(kept >= visible.view(-1, 1, 1), 0.0, chosen)
+    if problem.rounded is None:
+        chosen = torch.where(kept >= visible.view(-1, 1, 1), 0.0, chosen)
     return Sums(chosen, kept.float(), norm, visible.float())
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import value_error
 from ..keeping import NOTHING, beside_longest
-from ..kernels import capability
+from ..kernels import capability, eight_bits
 from ..kernels.block_map import QUERY_BLOCK, ceil_div
 from ..kernels.kept import Always, always_read
 from ..kernels.order import Grid, Tile, make_order
@@ -185,7 +185,14 @@ class Measuring:
                 self._memory,
                 operands.bottom_right,
                 always,
+                self._in_eight_bits(operands),
             )
+
+    def _in_eight_bits(self, operands: Operands) -> bool:
+        """Whether the forward of a call will be in eight bits, so that its error is measured with theirs."""
+        query, value = operands.query, operands.value
+        asked = self._options.precision == "fp8" and operands.attn_mask is None
+        return asked and not eight_bits.refusal(query.device, query.shape[-1], value.shape[-1])
 
     def _always(self, name: str, operands: Operands) -> Always | None:
         """What a site keeps beside the rule."""

@@ -10,8 +10,9 @@ import math
 import torch
 from torch import Tensor
 
-from ..kernels import rule
+from ..kernels import eight_bits, rule
 from ..kernels.block_map import KEY_BLOCK, QUERY_BLOCK, ceil_div, diagonal_blocks, visible_blocks
+from ..kernels.how import How
 from ..kernels.kept import Always
 
 
@@ -28,6 +29,7 @@ class Problem:
         scale: float,
         diagonal: int,
         always: Always | None,
+        in_eight_bits: bool = False,
     ) -> None:
         self.q, self.attn_mask, self.is_causal, self.scale = q, attn_mask, is_causal, scale
         self.diagonal = diagonal
@@ -37,8 +39,11 @@ class Problem:
         counted = rule.counted_rows(attn_mask, self.length, self.keys, is_causal, q.device, diagonal)
         self.k_mean = rule.pool_keys(k, self.heads, counted.keys)  # [B, H, Nk, D]
         self.queries = None if counted.queries is None else counted.queries.expand(*q.shape[:3])
-        padding = (0, 0, 0, self.n_key * KEY_BLOCK - self.keys)
-        self.k, self.v = (torch.nn.functional.pad(x, padding).unflatten(2, (-1, KEY_BLOCK)) for x in (k, v))
+        self.k, self.v = self._in_blocks(k, v)
+        self.rounded: tuple[Tensor, ...] | None = None  # what eight bits leave of q, k and v
+        if in_eight_bits:
+            q, k, v = eight_bits.rounded(q, k, v, How(None, is_causal, scale, diagonal != 0))
+            self.rounded = (q, *self._in_blocks(k, v))
         n_query = ceil_div(self.length, QUERY_BLOCK)
         self.visible = visible_blocks(n_query, self.n_key, self.length, is_causal, q.device, diagonal)
         self.forced = diagonal_blocks(n_query, self.n_key, q.device, diagonal) if is_causal else None
@@ -47,6 +52,11 @@ class Problem:
         self.pooled = (
             None if attn_mask is None else rule.pool_mask(attn_mask, self.length, is_causal, diagonal=diagonal)
         )
+
+    def _in_blocks(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """[B, Hk, Nk, 64, D] of keys or values [B, Hk, S, D], filled up with zeros."""
+        padding = (0, 0, 0, self.n_key * KEY_BLOCK - self.keys)
+        return tuple(torch.nn.functional.pad(x, padding).unflatten(2, (-1, KEY_BLOCK)) for x in tensors)
 
     def place(self, lead: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """batch, query head and key head of flattened (batch, head) numbers."""
@@ -75,9 +85,13 @@ class Problem:
 
 
 class Running:
-    """Softmax attention of rows over the keys so far: running maximum, normaliser and weighted values, in float32."""
+    """Softmax attention of rows over the keys so far: running maximum, normaliser and weighted values, in float32.
 
-    def __init__(self, query: Tensor, value_size: int) -> None:
+    ``rounds``: the weights are rounded as a forward in eight bits does.
+    """
+
+    def __init__(self, query: Tensor, value_size: int, rounds: bool = False) -> None:
+        self.rounds = rounds
         # A finite lowest score: of rows that see no key, the exponentials are 0 and not NaN.
         self.top = query.new_full((*query.shape[:2], 1), -1e30)
         self.normaliser = torch.zeros_like(self.top)
@@ -86,7 +100,11 @@ class Running:
     def add(self, scores: Tensor, values: Tensor) -> None:
         """Take more keys in: scores [n, 128, s], which are used up, and values [n, s, Dv]."""
         top = torch.maximum(self.top, scores.amax(-1, keepdim=True))
+        if self.rounds:
+            top = eight_bits.rounded_top(top)
         shrink, weights = torch.exp(self.top - top), scores.sub_(top).exp_()
+        if self.rounds:
+            weights = eight_bits.rounded_weights(weights)
         self.normaliser.mul_(shrink).add_(weights.sum(-1, keepdim=True))
         self.values.mul_(shrink).baddbmm_(weights, values)
         self.top = top

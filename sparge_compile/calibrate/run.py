@@ -75,8 +75,9 @@ def calibrate(
         phases: where other thresholds begin, for denoising: shares in (0, 1) of those steps of a batch in which the
             model is called. Where nothing says how many calls a step has, each call is one.
         options: the backend's, as the model will be compiled with; ``min_seq_len``, ``additive_masks``, ``keep_keys``,
-            ``dense_queries``, ``token_order``, ``tile`` and ``grid`` matter. What is kept is measured and saved with
-            the thresholds, and so is what it gains: the errors with kept tokens and without, at equal sparsity, of each
+            ``dense_queries``, ``token_order``, ``tile``, ``grid`` and ``precision`` matter. In eight bits the error is
+            that of rounding and of the blocks that are left out, together. What is kept is measured and saved with the
+            thresholds, and so is what it gains: the errors with kept tokens and without, at equal sparsity, of each
             site's first sample.
             ``dense_layers`` is saved, too; such layers are measured, and count, as if they were sparse.
         query_blocks: how many blocks of 128 queries are looked at, for each call, head and batch element.

@@ -98,6 +98,7 @@ class Settings:
             "version": __version__,
             "model": type(model).__qualname__,
             "options": [self.options.min_seq_len, self.options.additive_masks, self.options.grid, *self._kept()],
+            **({"precision": self.options.precision} if self.options.precision else {}),
             "numbers": [self.query_blocks, self.every, self.seed],
             "orders": [self.orders, shares_for(self.aim.get("target_sparsity"))],
         }

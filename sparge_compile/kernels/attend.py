@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..limit import Limit
-from . import allocate, capability, dense
+from . import allocate, capability, dense, eight_bits
 from .block_map import KEY_BLOCK, QUERY_BLOCK, WORD_BITS, BlockMap, ceil_div, visible_blocks
 from .how import How
 
@@ -35,15 +35,15 @@ def attend(
     """Attention [B, H, L, Dv] for inference, in the query's dtype and order of dimensions."""
     how = How(attn_mask, is_causal, scale, *packed)
     _check(query, key, value, how)
-    counter = None
     if _is_sparse(query, key, value, how, least_keys, gain):
         counter = allocate.new_counter(query)
-        block_map = face.block_map(query, key, thresholds, *how, counter=counter)
-    elif dense.is_sdpa(query, key, how):
+        codes, pooled = face.code(query, key, value, how) if how.eight_bits else (None, None)
+        block_map = face.block_map(query, key, thresholds, *how, counter=counter, pooled=pooled)
+        return face.forward(query, key, value, *block_map, *how, counter=counter, codes=codes)[0]
+    if dense.is_sdpa(query, key, how):
         return dense.attend(query, key, value, how)
-    else:
-        block_map = full_map(query, key, how)
-    return face.forward(query, key, value, *block_map, *how, counter=counter)[0]
+    how = how._replace(eight_bits=False)
+    return face.forward(query, key, value, *full_map(query, key, how), *how)[0]
 
 
 def attend_for_backward(
@@ -65,12 +65,14 @@ def attend_for_backward(
     bits = allocate.new_bits(query, key, how)
     if _is_sparse(query, key, value, how, least_keys, gain):
         counter = allocate.new_counter(query)
-        block_map = face.block_map(query, key, thresholds, *how, counter=counter, bits=bits)
-        return *face.forward(query, key, value, *block_map, *how, counter=counter), bits
+        codes, pooled = face.code(query, key, value, how) if how.eight_bits else (None, None)
+        block_map = face.block_map(query, key, thresholds, *how, counter=counter, bits=bits, pooled=pooled)
+        return *face.forward(query, key, value, *block_map, *how, counter=counter, codes=codes), bits
     bits.zero_()  # which nobody reads
     if dense.has_backward(query, key, value, how):
         return *dense.attend_for_backward(query, key, value, how), bits
-    return *face.forward(query, key, value, *full_map(query, key, how), *how, counter=None), bits
+    how = how._replace(eight_bits=False)
+    return *face.forward(query, key, value, *full_map(query, key, how), *how), bits
 
 
 def backward(
@@ -92,6 +94,10 @@ def backward(
     how, limit = How(*others[:_FIELDS]), others[_FIELDS:]
     if _is_sparse(query, key, value, how, *limit):
         bits = used_bits(bits, query, key, how)
+        if (
+            how.eight_bits
+        ):  # the weights are those of the forward, and its operands are taken for the ones that were given
+            query, key, value = eight_bits.rounded(query, key, value, how)
     elif grad_lse is None and dense.has_backward(query, key, value, how):
         return dense.backward(grad_out, query, key, value, out, lse, how)
     else:

@@ -14,7 +14,7 @@ from ..errors import value_error
 from ..keeping import NOTHING, PLAIN_WIDTH, WIDTH, Kept
 from ..pair import check_pair
 from ..report import Reason
-from . import launch
+from . import eight_bits, launch
 from .block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap, ceil_div
 from .how import How
 from .order import Orders
@@ -243,6 +243,21 @@ def check_packing(how: How, q: Tensor, k: Tensor) -> None:
             given=f"max_seqlen_q={how.max_seqlen_q}, max_seqlen_k={how.max_seqlen_k}",
             allowed="ints, 1 or more",
             todo="Give the longest length of the sequences, or more.",
+        )
+
+
+def check_eight_bits(how: How, q: Tensor, v: Tensor) -> None:
+    """Raise a ``ValueError`` where eight bits are asked for and there are no kernels."""
+    if not how.eight_bits:
+        return
+    refused = "attn_mask" if how.attn_mask is not None else "cu_seqlens" if how.packed else ""
+    refused = refused or eight_bits.refusal(q.device, q.shape[3], v.shape[3])
+    if refused:
+        raise value_error(
+            "no kernel for this call in eight bits",
+            given=refused,
+            allowed="no mask, no packed sequences, head sizes that are multiples of 16, capability 8.9 or a CPU",
+            todo="Leave precision out: the operands' own dtype attends.",
         )
 
 

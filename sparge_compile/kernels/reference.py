@@ -288,3 +288,73 @@ def attention(
     empty = lse == -math.inf
     weights = torch.exp(scores - lse.masked_fill(empty, 0.0).unsqueeze(-1))
     return (weights @ value).to(q.dtype), lse
+
+
+class Rounded(NamedTuple):
+    """What eight bits leave of queries, keys and values, in float64."""
+
+    q: Tensor  # [B, H, L, D]
+    k: Tensor  # [B, Hk, S, D]
+    v: Tensor  # [B, Hk, S, Dv]
+    center: Tensor  # [B, Hk, 1, D]: what was subtracted from the keys while they were rounded
+
+
+def to_e4m3(x: Tensor) -> Tensor:
+    """The nearest numbers of three bits of mantissa and exponents from -6 on, ties to even; saturates at 448."""
+    exponent = torch.frexp(x.abs().clamp(min=2.0**-6)).exponent - 1
+    step = torch.ldexp(torch.ones_like(x), exponent - 3)
+    return ((x / step).round() * step).clamp(-448, 448)
+
+
+def to_eight_bits(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, bottom_right: bool = False) -> Rounded:
+    """Queries by row and keys by block of 64 in 255 steps, once 16 entries each are rotated and a constant of the keys
+    is taken off; values in e4m3 times a power of two for each head. See eight_bits.py, of which this takes nothing."""
+    q, k, v = (x.double() for x in (q, k, v))
+    odd = torch.tensor([[(i & j).bit_count() % 2 for i in range(16)] for j in range(16)], device=q.device)
+    signs = (1 - 2 * odd).double() / 4
+
+    def turn(x: Tensor) -> Tensor:
+        return torch.cat([x[..., d : d + 16] @ signs for d in range(0, x.shape[-1], 16)], -1)
+
+    seen = min(q.shape[2], k.shape[2]) if is_causal and not bottom_right else k.shape[2]
+    chosen = [n * seen // 32 for n in range(32)]
+    k_some, v_some = (torch.where(x[:, :, chosen].isfinite(), x[:, :, chosen], 0.0) for x in (k, v))
+    center = turn(k_some).mean(2, keepdim=True)
+    turned = turn(q)
+    step = turned.abs().amax(-1, keepdim=True) / 127
+    q_rounded = turn((turned / step.clamp(min=1e-30)).round() * step)
+    parts = []
+    for first in starts(k.shape[2], KEY_BLOCK):
+        rows = turn(k[:, :, first : first + KEY_BLOCK]) - center
+        rows = rows * (torch.arange(first, first + rows.shape[2], device=k.device) < seen)[:, None]
+        step = rows.abs().amax((2, 3), keepdim=True) / 127
+        parts.append(turn((rows / step.clamp(min=1e-30)).round() * step + center))
+    most = v_some.abs().amax((2, 3), keepdim=True)
+    scale = torch.where(most < 1e-15, 1.0, torch.exp2(torch.floor(torch.log2(most)) - 1))
+    return Rounded(q_rounded, torch.cat(parts, 2), to_e4m3(v / scale) * scale, turn(center))
+
+
+def attention_in_eight_bits(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_map: BlockMap,
+    is_causal: bool = False,
+    scale: float | None = None,
+    bottom_right: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """:func:`attention` of rounded operands by rounded weights, in float64: (out, lse).
+
+    The weight of a key is 2^(score - top + 8) in e4m3, top being the largest score of the row in log2, rounded up.
+    """
+    group = q.shape[1] // max(k.shape[1], 1)
+    scale = (q.shape[-1] ** -0.5 if scale is None else scale) / math.log(2)
+    q, k, v, center = to_eight_bits(q, k, v, is_causal, bottom_right)
+    k, v, center = (x.repeat_interleave(group, 1) for x in (k, v, center))
+    allowed = allowed_pairs(block_map.to_dense(), q.shape[2], k.shape[2], None, is_causal, bottom_right)
+    scores = (q @ (k - center).mT * scale).masked_fill(~allowed, -math.inf)
+    top = scores.amax(-1, keepdim=True).ceil()
+    weights = to_e4m3(torch.exp2(scores - top.masked_fill(top == -math.inf, 0.0) + 8))
+    total = weights.sum(-1, keepdim=True)
+    lse = (torch.log2(total) + top - 8 + q @ center.mT * scale).squeeze(-1) * math.log(2)
+    return weights @ v / total.masked_fill(total == 0, 1.0), lse.masked_fill(total.squeeze(-1) == 0, -math.inf)

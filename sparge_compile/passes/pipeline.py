@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..keeping import WIDTH
+from ..kernels import eight_bits
 from ..options import Options
 from ..report import Decision, Reason
 from . import find as finding
@@ -71,6 +72,8 @@ def decide_sites(
     _charge_gathers(work, options, attached, alike)
     texts = {node: str(order) for node, order in work.orders.items()}
     work.steps = [Step(m, replace(decision, order=texts.get(m.node, ""))) for m, decision in work.steps]
+    if options.precision == "fp8":
+        work.steps = [Step(m, replace(decision, precision=_precision(m, decision))) for m, decision in work.steps]
 
 
 def _charge_gathers(work: Work, options: Options, attached: Container[Node], alike: Alike) -> None:
@@ -124,6 +127,16 @@ def decided(
     return steps
 
 
+def _precision(match: Match, decision: Decision) -> str:
+    """In what a site attends that shall attend in eight bits."""
+    attention = match.attention
+    if decision.status == "dense" or attention is None:
+        return ""
+    what = "a mask" if attention.masks else "packed sequences" if attention.packing else ""
+    what = what or eight_bits.refusal(attention.device, attention.head_size, attention.value_head_size)
+    return f"{str(attention.dtype).removeprefix('torch.')}: {what}" if what else "fp8"
+
+
 def _decide(match: Match, options: Options, attached: bool) -> Decision:
     if not attached:
         return decide(match, options)
@@ -157,8 +170,9 @@ def substitute(work: Work, options: Options, as_input: Callable[[Tensor], Any]) 
             made, thresholds = new_input(match, work.graph_module, values, as_input(values))
             work.threshold_inputs.append(made)
         op = substitute_match(
-            match, thresholds, replaced, decision.limit, parts[match.node], orders.get(match.node, {})
-        )
+            match, thresholds, replaced, decision.limit, parts[match.node], orders.get(match.node, {}),
+            decision.precision == "fp8",
+        )  # fmt: skip
         work.substituted.append((match, op))
     work.changed |= bool(work.substituted)
 

@@ -29,11 +29,13 @@ def substitute_match(
     limit: Limit | None = None,
     parts: Parts = (),
     order: Mapping[str, Node] = MappingProxyType({}),
+    eight_bits: bool = False,
 ) -> Node:
     """Rewrite one match; ``thresholds`` is the node of its graph that carries them, float32 [H, 2 or 6].
 
     ``limit`` is what the op asks at each call, ``parts`` are those of the sequence, where text is kept, ``order`` what
-    the op takes of the order of tokens. ``replaced`` says what became of the results of earlier sites, and is added to.
+    the op takes of the order of tokens; ``eight_bits`` says in what it attends. ``replaced`` says what became of the
+    results of earlier sites, and is added to.
     Returns the op's node. The caller lints and recompiles.
     """
     attention = match.attention
@@ -64,6 +66,8 @@ def substitute_match(
             options |= {"least_keys": limit.least_keys, "gain": list(limit.gain)}
         if parts:
             options["parts"] = [emitter.size(part) for part in parts]
+        if eight_bits:
+            options["eight_bits"] = True
         options |= order
         if attention.ring is None:
             op = OP if attention.autocast else OP_AS_GIVEN

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from sparge_compile import attention, varlen_attention
 from sparge_compile.calibrate import curves
 from sparge_compile.calibrate.curves import TOPK, TOPP, Sums, ladder, measure
-from sparge_compile.kernels import capability
+from sparge_compile.kernels import capability, reference
 from sparge_compile.kernels.block_map import QUERY_BLOCK, ceil_div
 
 MEMORY = 1 << 28
@@ -172,3 +172,19 @@ def test_at_full_size_memory_is_bounded_and_nothing_waits_for_the_device(mask):
         measure(q, k, v, mask, False, 0.1, torch.zeros(1, 2, 20, dtype=torch.int64, device="meta"), memory)
     padded = 2 * k.numel() * k.element_size()
     assert 0.7 * memory < held.peak < 1.1 * memory + padded
+
+
+def test_the_error_of_eight_bits_is_measured_with_that_of_sparsity():
+    case = Case(260, 700, 32)
+    q, k, v, _ = problem(case)
+    sums = measure(q, k, v, None, False, scale_of(case), every_block(case), MEMORY, in_eight_bits=True)
+    plain = measured(case, q, k, v, None)
+    assert torch.equal(sums.kept, plain.kept)
+    torch.testing.assert_close(sums.norm, plain.norm)
+    dense = attention(q, k, v)
+    for pair in ((TOPK.index(1.0), 0), (TOPK.index(1.0) - 5, 0)):
+        topk = TOPK[pair[0]]
+        blocks = reference.block_map(q, k, torch.tensor([[topk, 0.0]] * case.heads))
+        out, _ = reference.attention_in_eight_bits(q, k, v, blocks)
+        error = (out - dense).abs().sum((0, 2, 3)).float()
+        torch.testing.assert_close(sums.error[(slice(None), *pair)], error, rtol=0.02, atol=0)

@@ -14,15 +14,38 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from sparge_compile.kernels.block_map import KEY_BLOCK
-from sparge_compile.kernels.triton import backward_key_hopper, backward_query_hopper, forward_hopper
+from sparge_compile.kernels.eight_bits import LANES
+from sparge_compile.kernels.triton import (
+    backward_key_hopper,
+    backward_query_hopper,
+    forward_hopper,
+    forward_hopper_8,
+)
 from sparge_compile.kernels.triton.hopper import COLUMNS, ROWS
 
 KERNELS = {
     "forward": (forward_hopper, forward_hopper._forward_hopper_kernel),
+    "forward_8": (forward_hopper_8, forward_hopper_8._forward_hopper_8_kernel),
     "dq": (backward_query_hopper, backward_query_hopper._dq_hopper_kernel),
     "dkv": (backward_key_hopper, backward_key_hopper._dkv_hopper_kernel),
 }
 FLOATS = ("scale", "scale_log2")
+FLOAT_POINTERS = ("lse_ptr", "dlse_ptr", "delta_ptr", "q_scale_ptr", "lift_ptr", "v_scale_ptr")
+
+
+def tile_of(direction: str, name: str, head_pad: int, packed: bool) -> tuple[str, gl.dtype, list[int]]:
+    """The dtype of a descriptor, by two names, and its tile."""
+    lead = [1] * (3 if packed else 2)
+    if name == "out_desc" and direction.startswith("forward"):
+        return "bf16", gl.bfloat16, [*lead, ROWS, head_pad]
+    if direction != "forward_8":
+        return "bf16", gl.bfloat16, [*lead, ROWS, COLUMNS]
+    tiles = {
+        "k_scale_desc": ("fp32", gl.float32, [1, LANES]),
+        "v_desc": ("fp8e4nv", gl.float8e4nv, [head_pad, KEY_BLOCK]),
+    }
+    text, dtype, tile = tiles.get(name, ("i8", gl.int8, [ROWS, head_pad]))
+    return text, dtype, [*lead, *tile]
 
 
 def main(direction: str, head_pad: int, causality: int, packed: bool) -> None:
@@ -30,6 +53,7 @@ def main(direction: str, head_pad: int, causality: int, packed: bool) -> None:
     stages = module.STAGES[head_pad]
     rings = {"Q_STAGES": stages[0], "DOUT_STAGES": stages[1]} if direction == "dkv" else {"STAGES": stages}
     constants = {"HEAD_SIZE": head_pad, "HEAD_PAD": head_pad, "KEYS": KEY_BLOCK, "HALF": ROWS, "COLUMNS": COLUMNS}
+    constants |= {"HEAD": head_pad, "LANES": LANES}
     constants |= {"CAUSAL": causality, "PACKED": packed, "WITH_DLSE": True} | rings
     constants |= {"LOADER_REGS": module.LOADER_REGISTERS, "CONSUMER_REGS": module.CONSUMER_REGISTERS}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
@@ -38,11 +62,10 @@ def main(direction: str, head_pad: int, causality: int, packed: bool) -> None:
         if name in constants:
             types[name] = "constexpr"
         elif name.endswith("_desc"):
-            columns = head_pad if (direction, name) == ("forward", "out_desc") else COLUMNS
-            shape = [1] * (3 if packed else 2) + [ROWS, columns]
-            layout = gl.NVMMASharedLayout.get_default_for(shape, gl.bfloat16)
-            types[name] = f"tensordesc<bf16{shape},{layout!r}>"
-        elif name in ("lse_ptr", "dlse_ptr", "delta_ptr"):
+            text, dtype, shape = tile_of(direction, name, head_pad, packed)
+            layout = gl.NVMMASharedLayout.get_default_for(shape, dtype)
+            types[name] = f"tensordesc<{text}{shape},{layout!r}>"
+        elif name in FLOAT_POINTERS:
             types[name] = "*fp32"
         elif name in ("dq_ptr", "dk_ptr", "dv_ptr"):
             types[name] = "*bf16"

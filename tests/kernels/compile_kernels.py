@@ -78,7 +78,7 @@ def main(name: str, head_sizes: list[tuple[int, int]], dtypes: list[torch.dtype]
 
     JITFunction.run = launched
     # The kernels in Gluon have a test of their own: compile_hopper.py.
-    for module in ("forward", "backward"):
+    for module in ("forward", "forward_8", "backward"):
         import_module(f"sparge_compile.kernels.triton.{module}").hopper_refusal = lambda *device: "left out"
     device = torch.device("cpu")
     for dtype in dtypes:
@@ -97,11 +97,14 @@ def main(name: str, head_sizes: list[tuple[int, int]], dtypes: list[torch.dtype]
                 if kind == "order":
                     slots, thresholds = torch.zeros(L, dtype=torch.int32), torch.ones(H, 6)
                     how = How(*how[:3], slots_q=slots, slots_k=slots)
-                counts, indices = face.block_map(q, k, thresholds, *how)
+                if kind == "fp8":
+                    how = how._replace(eight_bits=True)
+                codes, pooled = face.code(q, k, v, how) if how.eight_bits else (None, None)
+                counts, indices = face.block_map(q, k, thresholds, *how, pooled=pooled)
                 # lists of whole blocks, since no kernel ran
                 indices.copy_(torch.arange(indices.shape[-1]).expand_as(indices))
                 counts.fill_(indices.shape[-1])
-                out, lse = face.forward(q, k, v, counts, indices, *how)
+                out, lse = face.forward(q, k, v, counts, indices, *how, codes=codes)
                 face.backward(dout, q, k, v, out, lse, None, face.pack(counts, indices), *how)
 
 

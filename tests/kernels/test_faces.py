@@ -53,12 +53,12 @@ def test_a_face_has_the_arguments_of_the_op(device: str, op: str) -> None:
     schema = getattr(torch.ops.sparge, op).default._schema
     parameters = inspect.signature(getattr(face_of(device), op)).parameters.values()
     by_name = [x for x in parameters if x.kind is inspect.Parameter.KEYWORD_ONLY]  # between ``attend`` and the faces
-    assert {x.name for x in by_name} <= {"bits", "counter"}
+    assert {x.name for x in by_name} <= {"bits", "counter", "pooled", "codes"}
     arguments = [x for x in parameters if x not in by_name]
     assert all(x.default is inspect.Parameter.empty for x in arguments)
     names = [name for x in arguments for name in (How._fields if x.name == "how" else (x.name,))]
     assert names == [x.name for x in schema.arguments if x.name not in Limit._fields]  # asked before a face is
-    assert {*OPS, *PARTS} == set(face_of(device).__all__)
+    assert {*OPS, *PARTS, "code"} == set(face_of(device).__all__)
 
 
 # ---- block maps

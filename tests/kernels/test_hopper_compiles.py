@@ -14,8 +14,8 @@ HERE = Path(__file__).parent
 SHARED_MEMORY = 227 * 1024  # of one program on an H100 or H200
 
 
-DENSE = ["forward-128-dense", "dq-128-dense", "dkv-128-dense"]
-OTHERS = [["forward-64-dense", "dkv-64-causal"]]
+DENSE = ["forward-128-dense", "forward_8-128-dense", "dq-128-dense", "dkv-128-dense"]
+OTHERS = [["forward-64-dense", "forward_8-64-dense", "dkv-64-causal"]]
 OTHERS += [[f"{name}-128-{kind}" for kind in ("causal", "packed-corner")] for name in ("forward", "dq", "dkv")]
 
 

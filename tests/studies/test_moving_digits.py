@@ -22,6 +22,7 @@ import measures
 import order_errors
 import output_error
 import parts
+import precisions
 import pytest
 import reproduce
 import tabular
@@ -258,3 +259,12 @@ def test_errors_by_order() -> None:
     model, data = transformer.load(), order_errors.inputs(1, 4, "cpu", 0)[:1]
     for order in ("raster", "tiles"):
         assert order_errors.error(model, 1.0, order, data) < 1e-6 < order_errors.error(model, 0.3, order, data)
+
+
+def test_what_eight_bits_cost() -> None:
+    device = torch.device("cpu")
+    args = argparse.Namespace(seeds=1, clips=1, batch=1, frames=1, heads=1, device=device)
+    model = transformer.load()
+    assert all(1e-4 < error < 4e-2 for error in precisions.attention_errors(model, 0.5, args))
+    own, eight = (precisions.velocity_errors(model, 1.0, kind, args)[0] for kind in precisions.PRECISIONS)
+    assert own < 1e-6 < eight < 1e-2

@@ -1,4 +1,4 @@
-"""The face of the CPU: the four functions of the op schemas (ops.py), with the same arguments as those of the GPU,
+"""The face of the CPU: the functions of the op schemas (ops.py), with the same arguments as those of the GPU, ``code``,
 and the two halves of ``block_map``, for a sequence of which several processes hold parts.
 
 The last arguments of each are the fields of a :class:`How`. What is given by name serves the GPU, where it saves a
@@ -12,11 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from .. import block_map as forms
-from .. import rule
+from .. import eight_bits, rule
 from ..how import How
 from . import attention, packed
 
-__all__ = ["backward", "block_map", "forward", "means", "pack", "select"]
+__all__ = ["backward", "block_map", "code", "forward", "means", "pack", "select"]
 
 
 def block_map(
@@ -26,6 +26,7 @@ def block_map(
     *how: Any,
     counter: Tensor | None = None,
     bits: Tensor | None = None,
+    pooled: Any = None,
 ) -> forms.BlockMap:
     """The block map of query [B, H, L, D] over key [B, Hk, S, D], by the rule (rule.py)."""
     made = _place(how).block_map(query, key, thresholds, How(*how))
@@ -44,10 +45,28 @@ def select(q_mean: Tensor, k_mean: Tensor, thresholds: Tensor, scale: float) -> 
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, counts: Tensor, indices: Tensor, *how: Any, counter: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    counts: Tensor,
+    indices: Tensor,
+    *how: Any,
+    counter: Tensor | None = None,
+    codes: Any = None,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention over the kept keys: out [B, H, L, Dv] and lse [B, H, L]."""
+    """Softmax attention over the kept keys: out [B, H, L, Dv] and lse [B, H, L].
+
+    In eight bits the operands are rounded, and the weights of the keys are not.
+    """
+    given = How(*how)
+    if given.eight_bits:
+        query, key, value = eight_bits.rounded(query, key, value, given)
     return _place(how).forward(query, key, value, counts, indices, How(*how))
+
+
+def code(query: Tensor, key: Tensor, value: Tensor, how: How) -> tuple[None, None]:
+    """What the GPU makes with the map, for the map and the forward: here neither takes it."""
+    return None, None
 
 
 def pack(counts: Tensor, indices: Tensor, *, bits: Tensor | None = None) -> Tensor:

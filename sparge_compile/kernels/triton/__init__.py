@@ -1,4 +1,4 @@
-"""The face of the GPU: the four functions of the op schemas (ops.py), with the same arguments as those of the CPU.
+"""The face of the GPU: the functions of the op schemas (ops.py), with the same arguments as the CPU's, and ``code``.
 
 Importing it imports Triton, so ops.py does so when an op first runs on a GPU. The functions hide the modules of their
 names: ``from .forward import ...`` reaches what else is in them.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from .backward import backward
 from .forward import forward
+from .forward_8 import code
 from .lists import pack
 from .select import block_map, means, select
 
-__all__ = ["backward", "block_map", "forward", "means", "pack", "select"]
+__all__ = ["backward", "block_map", "code", "forward", "means", "pack", "select"]

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from .. import allocate, launch
 from ..block_map import KEY_BLOCK, QUERY_BLOCK
+from ..eight_bits import Codes
 from ..how import How
-from . import merge, recording
+from . import forward_8, merge, recording
 from .tiles import (
     LOG2_E,
     dense_prefix,
@@ -188,12 +189,14 @@ def forward(
     indices: Tensor,
     *how: Any,
     counter: Tensor | None = None,
+    codes: Codes | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over the kept keys: out [B, H, L, Dv] in the query's dtype and stride order, and lse.
 
     query [B, H, L, D], key [B, Hk, S, D] and value [B, Hk, S, Dv] may have any strides; ``counts`` and ``indices`` are
     a :class:`BlockMap`, of which B and H may be 1; ``how`` are the fields of a :class:`How`. lse [B, H, L] (natural
-    logarithm) is float32. A row that sees no key gives zeros and -inf.
+    logarithm) is float32. A row that sees no key gives zeros and -inf. ``codes`` are the operands in eight bits, where
+    these were made with the map.
     """
     given = How(*how)
     out, lse = allocate.new_out(query, value), allocate.new_lse(query)
@@ -203,6 +206,9 @@ def forward(
     if nothing:
         return out, lse
     with torch.cuda.device_of(query):
+        if given.eight_bits:
+            forward_8.forward(query, key, value, counts, indices, given, out, lse, codes, counter)
+            return out, lse
         parts = _parts(query, key, given)
         if parts > 1:
             found, lses = merge.new_parts(parts, out)

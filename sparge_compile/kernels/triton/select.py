@@ -214,12 +214,13 @@ def block_map(
     *how: Any,
     counter: Tensor | None = None,
     bits: Tensor | None = None,
+    pooled: tuple[Tensor, Tensor] | None = None,
 ) -> BlockMap:
     """The block map of query [B, H, L, D] over key [B, Hk, S, D], by the rule (rule.py).
 
     ``thresholds`` is float32 [H, 2 or 6] on the query's device; ``how`` are the fields of a :class:`How`.
     On the way ``counter`` is set to 0, and the map's bits are written to ``bits``, contiguous int32 with at most two
-    rows and words to spare, where zeros go.
+    rows and words to spare, where zeros go. ``pooled`` are the means of pool.pool, if they are known.
     """
     given = How(*how)
     attn_mask, is_causal, *_ = given
@@ -232,7 +233,7 @@ def block_map(
     if attn_mask is not None:
         diagonal = given.diagonal(length, keys)
         bias, cut, counted = pool_mask(rule.without_copies(attn_mask), length, given, diagonal)
-    q_mean, k_mean = pool(query, key, counted, given)
+    q_mean, k_mean = pooled or pool(query, key, counted, given)
     _select(
         result, q_mean, k_mean, thresholds, given, length, keys, counter, bits,
         bias_ptr=bias, cut_ptr=None if cut is None else cut.view(torch.uint8),

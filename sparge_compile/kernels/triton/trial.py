@@ -27,6 +27,7 @@ from ..how import How
 # (major, minor) of Triton with which the kernels in Gluon ran on a GPU, against the reference: the forward, both.
 TRIED = ((3, 6), (3, 7), (3, 8), (3, 9))
 TRIED_BACKWARD = ((3, 6), (3, 8))
+TRIED_IN_EIGHT_BITS = ((3, 6),)  # with others the portable kernel attends in eight bits
 
 SECONDS = 300  # for the trial; a fresh machine takes some 20
 PLACE = Path(__file__).parents[3]  # where the package is imported from
