@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
+from ..errors import value_error
 from ..notices import warn_of_failures
 from ..options import Options
 from ..passes.decide import least_keys, refusal
@@ -52,6 +53,15 @@ class SiteCalls(Observer):
         warn_of_failures(graph.failures)
         if not wanted:
             return graph.run(args)
+        for number, name in wanted.items():
+            attention = graph.matches[number].attention
+            if attention is not None and attention.is_shared:
+                raise value_error(
+                    f"attention of site {name!r} cannot be measured in parts",
+                    given="a sequence that several processes share",
+                    allowed="whole attention, of all heads",
+                    todo="Measure the model before its attention is shared; processes may share the batches.",
+                )
 
         def listen(
             number: int, query: Tensor, key: Tensor, value: Tensor, *masks_and_starts: Any, **known: Any

@@ -218,6 +218,17 @@ def test_what_stays_dense_is_not_measured():
         sparge_compile.calibrate(model, [x])
 
 
+class Ring(Fused):
+    def forward(self, x):
+        return torch.ops.sparge.ring(x, x, x, None, None, 0, 1, "of one process")
+
+
+def test_a_part_of_an_attention_is_not_measured():
+    model, x = Model(Ring).eval(), torch.randn(1, 2, LENGTH, WIDTH)
+    with pytest.raises(ValueError, match=r"'blocks.0' cannot be measured in parts: got a sequence that several"):
+        recorder(model).record(0, lambda: model(x))
+
+
 def test_numbers_that_are_none_are_an_error_with_the_name_of_the_site():
     model, x = Model(Fused).eval(), torch.randn(1, LENGTH, WIDTH)
     with pytest.raises(ValueError, match=r"blocks\.1"), torch.no_grad():

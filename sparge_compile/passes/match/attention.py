@@ -172,6 +172,11 @@ class Attention:
         return self.heads * (1 if self.exchange is None else self.exchange.ranks)
 
     @property
+    def is_shared(self) -> bool:
+        """Whether other processes have heads or tokens of it."""
+        return self.exchange is not None or self.ring is not None
+
+    @property
     def length(self) -> Any:
         """L: the number of queries."""
         return size_of(self.axes.rows)
