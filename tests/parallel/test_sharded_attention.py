@@ -23,6 +23,7 @@ PAIRS = [(0.15, 0.0), (0.3, 0.2), (0.9, 0.0), (0.1, 0.5)]
 CALIBRATION = Calibration({"0": PAIRS, "1": PAIRS[::-1]})
 OPTIONS = {"calibration": CALIBRATION, "min_seq_len": 0, "inner": "eager"}
 HEADS_OF_RANKS = [1, 0]
+LARGEST_ERROR = 1e-5 if torch.cuda.device_count() < 2 else 5e-3  # GPUs may compute float32 products in TF32
 BESIDE = {
     "kept": {"keep_keys": 64, "dense_queries": True},
     "tiles": {"token_order": "tiles", "grid": (2, 16, 16)},
@@ -117,18 +118,18 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("way", ["heads", "heads in an order", "ring", "attached"])
 def test_outputs_and_gradients_are_those_of_one_process(found, way):
     assert found["sparse"] > 1e-2, "thresholds that change nothing show nothing"
-    assert found[way] < 1e-5
+    assert found[way] < LARGEST_ERROR
 
 
 @pytest.mark.parametrize("what", BESIDE)
 def test_between_exchanges_all_is_as_in_one_process(found, what):
     assert found[f"{what} is another"] > 1e-2, "what changes nothing shows nothing"
-    assert found[what] < 1e-5
+    assert found[what] < LARGEST_ERROR
 
 
 @pytest.mark.parametrize("way", ["heads", "heads in an order", "ring"])
 def test_without_the_backend_it_is_dense_attention(found, way):
-    assert found[f"{way}, dense"] < 1e-5
+    assert found[f"{way}, dense"] < LARGEST_ERROR
 
 
 def test_sites_are_reported_with_the_whole_sequence(found):
