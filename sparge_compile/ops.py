@@ -31,11 +31,12 @@ _HOW = "Tensor? attn_mask, bool is_causal, float scale"
 _LIMIT = "int least_keys=0, float[] gain=[]"  # the two fields of a Limit
 _PACKED = (  # the fields of a How after the first three, but for those of an order
     "bool bottom_right=False, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
-    "SymInt max_seqlen_q=0, SymInt max_seqlen_k=0, SymInt[]? parts=None, bool eight_bits=False"
+    "SymInt max_seqlen_q=0, SymInt max_seqlen_k=0, SymInt[]? parts=None"
 )
 # All fields of a How after the first three.
-_REST = f"{_PACKED}, Tensor? slots_q=None, Tensor? slots_k=None"
-_ORDERS = ", ".join([*(f"Tensor? {name}=None" for name in Orders._fields), "bool reordered=False"])
+_REST = f"{_PACKED}, Tensor? slots_q=None, Tensor? slots_k=None, bool eight_bits=False"
+_FLAGS = "bool reordered=False, bool eight_bits=False"
+_ORDERS = ", ".join([*(f"Tensor? {name}=None" for name in Orders._fields), _FLAGS])
 _PACKED_FIELDS, _ORDER_FIELDS = _PACKED.count(",") + 1, len(Orders._fields)
 
 library = torch.library.Library("sparge", "DEF")
@@ -157,8 +158,8 @@ def attention(query, key, value, thresholds, attn_mask=None, is_causal=False, sc
     """What the op ``attention`` is made of."""
     thresholds = thresholds.float()  # as buffers of a module they were cast with it
     packed, orders = rest[:_PACKED_FIELDS], Orders(*rest[_PACKED_FIELDS:][:_ORDER_FIELDS])
-    reordered = len(rest) > _PACKED_FIELDS + _ORDER_FIELDS and rest[-1]
-    how = How(attn_mask, is_causal, default_scale(query.shape[-1], scale), *packed)
+    reordered, eight_bits = (*rest[_PACKED_FIELDS + _ORDER_FIELDS :], False, False)[:2]
+    how = How(attn_mask, is_causal, default_scale(query.shape[-1], scale), *packed, eight_bits=eight_bits)
     if orders.given:
         query, key, value, how = in_order(query, key, value, how, orders, reordered)
     out, _ = attend_by_rule(query, key, value, thresholds, how, Limit(least_keys, tuple(gain)))

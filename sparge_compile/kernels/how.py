@@ -33,9 +33,9 @@ class How(NamedTuple):
     # The sizes of what the sequence is put together of, of which thresholds may keep some. AOTInductor gives None for
     # an empty list.
     parts: Sequence[Any] | None = None
-    eight_bits: bool = False  # the forward's products are of eight bits (eight_bits.py)
     slots_q: Tensor | None = None  # int32 [L] and [S]: the token of each row, where there is an order
     slots_k: Tensor | None = None
+    eight_bits: bool = False  # the forward's products are of eight bits (eight_bits.py)
 
     @property
     def packed(self) -> bool:
