@@ -93,8 +93,12 @@ def moves(seen, model, how, train, dynamic=False):
 
 @pytest.mark.parametrize(
     ("model", "train", "dynamic"),
-    [("wan", False, False), ("wan", True, False), ("unbind", True, False), ("chunk", False, True)],
-    ids=["wan", "wan training", "unbind training", "chunk dynamic"],
+    [
+        pytest.param("wan", False, False, id="wan", marks=pytest.mark.slow),
+        pytest.param("wan", True, False, id="wan training"),
+        pytest.param("unbind", True, False, id="unbind training"),
+        pytest.param("chunk", False, True, id="chunk dynamic"),
+    ],
 )
 def test_the_op_causes_no_copy_and_no_cast(seen, model, train, dynamic):
     ours = moves(seen, model, SPARSE, train, dynamic)
