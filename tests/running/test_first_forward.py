@@ -63,7 +63,7 @@ def test_what_no_site_used_is_named_after_the_first_forward(way, how):
 @pytest.mark.parametrize(
     "entries",
     [
-        NAMES,
+        pytest.param(NAMES, marks=pytest.mark.slow),
         pytest.param(["*"], marks=pytest.mark.slow),
         pytest.param(["blocks.[0-2].attn.*", "blocks.[34]*.*"], marks=pytest.mark.slow),
         [*NAMES, "*"],
