@@ -159,7 +159,7 @@ def attention(query, key, value, thresholds, attn_mask=None, is_causal=False, sc
     thresholds = thresholds.float()  # as buffers of a module they were cast with it
     packed, orders = rest[:_PACKED_FIELDS], Orders(*rest[_PACKED_FIELDS:][:_ORDER_FIELDS])
     reordered, eight_bits = (*rest[_PACKED_FIELDS + _ORDER_FIELDS :], False, False)[:2]
-    how = How(attn_mask, is_causal, default_scale(query.shape[-1], scale), *packed, eight_bits=eight_bits)
+    how = How(attn_mask, is_causal, default_scale(query.shape[-1], scale), *packed)._replace(eight_bits=eight_bits)
     if orders.given:
         query, key, value, how = in_order(query, key, value, how, orders, reordered)
     out, _ = attend_by_rule(query, key, value, thresholds, how, Limit(least_keys, tuple(gain)))
