@@ -96,7 +96,7 @@ def test_the_pass_that_pools_makes_the_codes(case: Case) -> None:
     torch.testing.assert_close(means[1][:, :, : -(-seen // 64)], rule.pool(k[:, :, :seen].float(), KEY_BLOCK))
 
 
-GPU_CASES = [  # on Hopper the kernel specialised by warp, but for the last two
+GPU_CASES = [  # the first on Hopper by the kernel specialised by warp
     Case(700, 830, 128, batch=2, heads=4, key_heads=2, dtype=torch.bfloat16),
     Case(700, 700, 64, is_causal=True, dtype=torch.bfloat16, layout="blhd"),
     Case(300, 500, 128, is_causal=True, dtype=torch.float16, key_heads=1),
@@ -132,7 +132,9 @@ def check_beside_the_oracle(case: Case) -> None:
     assert torch.equal(lse == -torch.inf, hidden) and not out[hidden].any()
     # Where a score rounds otherwise in float32, a weight may fall to the next of its sixteen steps.
     assert relative(out, want) < (2e-3 if case.dtype == torch.float32 else 5e-3)
-    torch.testing.assert_close(lse[~hidden].double(), want_lse[~hidden], rtol=1e-3, atol=1e-3)
+    # Where an entry of a query rounds otherwise, by one of 127 steps, the scores of a row move by so much of a key's.
+    apart = (lse[~hidden].double() - want_lse[~hidden]).abs()
+    assert (apart > 2e-3).float().mean() < 1e-3 and not (apart > 0.05).any()
 
 
 def test_what_rounding_costs_where_numbers_have_heavy_tails() -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from graphs import Builder
 
 from sparge_compile import varlen_attention
-from sparge_compile.calibrate.record import longest_sequence
+from sparge_compile.calibrate.measuring import longest_sequence
 from sparge_compile.options import Options
 from sparge_compile.passes.decide import decide, sizes_of
 from sparge_compile.passes.find import Match, find

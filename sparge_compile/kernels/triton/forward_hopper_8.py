@@ -45,6 +45,7 @@ from .hopper import (
 
 LOADER_REGISTERS, CONSUMER_REGISTERS = 24, 240  # 128 threads each, of 65,536 registers
 STAGES = {64: 6, 128: 4}  # pairs of K and V tiles in the ring, by head size
+TAKEN = (128,)  # with 64 outputs were 1e-2 beside the oracle, where 128 has 3e-3: the portable kernel computes those
 
 
 @gluon.jit
@@ -385,9 +386,9 @@ def _forward_hopper_8_kernel(
 
 
 def takes(query: Tensor, value: Tensor, how: How) -> bool:
-    """Whether :func:`forward` computes a call: equal head sizes of 64 or 128, results of 16 bits, no causality."""
+    """Whether :func:`forward` computes a call: equal head sizes of 128, results of 16 bits, no causality."""
     equal = query.shape[3] == value.shape[3]
-    return equal and query.shape[3] in STAGES and query.dtype in GLUON_TYPES and not how.is_causal
+    return equal and query.shape[3] in TAKEN and query.dtype in GLUON_TYPES and not how.is_causal
 
 
 def _tiles(x: Tensor, rows: int, dtype: gl.dtype) -> TensorDescriptor:
