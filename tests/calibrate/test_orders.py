@@ -16,6 +16,7 @@ from sparge_compile.calibrate.curves import TOPK
 from sparge_compile.calibrate.orders import Trials, best_for_attention, own_orders, parse_orders, shares_for
 from sparge_compile.calibrate.record import Recorder
 from sparge_compile.errors import is_of_user
+from sparge_compile.kernels.order import TILE as DEFAULT
 
 GRID, TILE, WIDTH = (8, 8, 16), (2, 4, 8), 32
 OPTIONS = {"min_seq_len": 0}
@@ -120,7 +121,7 @@ def test_raster_is_chosen_where_it_does_best_and_takes_no_more_forwards_where_th
     [
         ({"token_order": "raster"}, None, {}),
         ({"token_order": "tiles", "tile": (4, 4, 4)}, None, dict.fromkeys(NAMES, (4, 4, 4))),
-        ({"token_order": "tiles"}, ["raster"], dict.fromkeys(NAMES, TILE)),
+        ({"token_order": "tiles"}, ["raster"], dict.fromkeys(NAMES, DEFAULT)),
         ({}, ["2x4x8"], dict.fromkeys(NAMES, TILE)),
     ],
     ids=["raster", "tile", "tiles", "one"],
@@ -140,7 +141,7 @@ def test_a_site_without_a_grid_is_measured_in_raster_order():
 
 
 def test_kept_tokens_stay_those_of_the_sequence():
-    options = {**OPTIONS, "keep_keys": 70, "token_order": "tiles"}
+    options = {**OPTIONS, "keep_keys": 70, "token_order": "tiles", "tile": TILE}
     found = calibrate(made(1), [boxes(3)], target_sparsity=0.5, influence=False, options=options)
     densest = [min(front, key=lambda point: point.density) for front in found.origin.curves["layers.0"].phases[0].heads]
     # The first 70 tokens are four rows and a bit of the fifth: 3 of the 16 tiles, and one more by the rule.
