@@ -96,7 +96,7 @@ def test_the_pass_that_pools_makes_the_codes(case: Case) -> None:
     torch.testing.assert_close(means[1][:, :, : -(-seen // 64)], rule.pool(k[:, :, :seen].float(), KEY_BLOCK))
 
 
-GPU_CASES = [  # the first on Hopper by the kernel specialised by warp
+GPU_CASES = [  # on Hopper the first and the fourth by the kernel specialised by warp
     Case(700, 830, 128, batch=2, heads=4, key_heads=2, dtype=torch.bfloat16),
     Case(700, 700, 64, is_causal=True, dtype=torch.bfloat16, layout="blhd"),
     Case(300, 500, 128, is_causal=True, dtype=torch.float16, key_heads=1),
@@ -130,8 +130,10 @@ def check_beside_the_oracle(case: Case) -> None:
     want, want_lse = reference.attention_in_eight_bits(q, k, v, block_map, case.is_causal, how_of(case).scale)
     hidden = want_lse == -torch.inf
     assert torch.equal(lse == -torch.inf, hidden) and not out[hidden].any()
-    # Where a score rounds otherwise in float32, a weight may fall to the next of its sixteen steps.
-    assert relative(out, want) < (2e-3 if case.dtype == torch.float32 else 5e-3)
+    # Where a score rounds otherwise in float32, a weight may fall to the next of its sixteen steps. Hopper's kernel, of
+    # 16 bits, sums weights before they are rounded: of few of them the sum is off by half a step at the most.
+    few = 1 / 32 if case.keys <= 64 and case.dtype != torch.float32 and q.is_cuda else 0
+    assert relative(out, want) < max(few, 2e-3 if case.dtype == torch.float32 else 5e-3)
     # Where an entry of a query rounds otherwise, by one of 127 steps, the scores of a row move by so much of a key's.
     apart = (lse[~hidden].double() - want_lse[~hidden]).abs()
     assert (apart > 2e-3).float().mean() < 1e-3 and not (apart > 0.05).any()

@@ -4,7 +4,8 @@ One loading warp follows the lists, two consumers of 64 rows compute; two key bl
 which are exact. Weights go to the product with the values in registers, as they come out of the scores: there a thread
 has columns 8i + 2t and 8i + 2t + 1 of each 32, where the operand has 4t to 4t + 3 and 16 + 4t to 16 + 4t + 3. So the
 keys of a block of values stand in an order in which that is the same (``PERMUTED`` in codes.py): nothing is exchanged.
-Their sums are of what they were before they were rounded: a product with ones would give those of the rounded ones.
+Their sums are of what they were before they were rounded, so a row that sees few keys may be off by half a step of
+e4m3, 1/32, as a whole; a product with ones would give those of the rounded ones.
 
 Tensor cores add up e4m3 products with some fourteen bits.
 """
@@ -45,7 +46,6 @@ from .hopper import (
 
 LOADER_REGISTERS, CONSUMER_REGISTERS = 24, 240  # 128 threads each, of 65,536 registers
 STAGES = {64: 6, 128: 4}  # pairs of K and V tiles in the ring, by head size
-TAKEN = (128,)  # with 64 outputs were 1e-2 beside the oracle, where 128 has 3e-3: the portable kernel computes those
 
 
 @gluon.jit
@@ -386,9 +386,9 @@ def _forward_hopper_8_kernel(
 
 
 def takes(query: Tensor, value: Tensor, how: How) -> bool:
-    """Whether :func:`forward` computes a call: equal head sizes of 128, results of 16 bits, no causality."""
+    """Whether :func:`forward` computes a call: equal head sizes of 64 or 128, results of 16 bits, no causality."""
     equal = query.shape[3] == value.shape[3]
-    return equal and query.shape[3] in TAKEN and query.dtype in GLUON_TYPES and not how.is_causal
+    return equal and query.shape[3] in STAGES and query.dtype in GLUON_TYPES and not how.is_causal
 
 
 def _tiles(x: Tensor, rows: int, dtype: gl.dtype) -> TensorDescriptor:
