@@ -66,9 +66,10 @@ def attention(
         block_map: which key blocks to read instead of the rule: ``BlockMap.from_dense(bool [B, H, Nq, Nk])``. With a
             grid, of blocks of 64 rows in the order of ``torch.ops.sparge.order``.
         precision: ``"fp8"`` for a forward in eight bits: int8 scores, e4m3 weights and values (docs/kernel-notes.md has
-            its error). On NVIDIA GPUs of compute capability 8.9, and on a CPU, which rounds the operands and not the
-            weights. Head sizes must be multiples of 16, and there is no mask. The backward is that of attention over
-            the rounded operands, in their own dtype, and these count as the given ones. None: the operands' dtype.
+            its error). On NVIDIA GPUs of compute capability 8.9 or newer, and on a CPU, which rounds the operands
+            and not the weights. Head sizes must be multiples of 16, and there is no mask. The backward is that of
+            attention over the rounded operands, in their own dtype, and these count as the given ones. None: the operands'
+            dtype.
         return_lse: also return the log-sum-exp (natural) of the scaled scores of the kept keys, masks added, float32
             [B, H, L]; −inf for a row that sees no key; differentiable. Two calls over parts of the keys, as in ring
             attention, merge as ``lse = torch.logaddexp(lse1, lse2)`` and ``out = out1 · exp(lse1 − lse) + out2 ·

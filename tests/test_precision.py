@@ -65,6 +65,29 @@ def test_the_backward_is_that_of_attention_over_the_rounded_operands() -> None:
     by_rule.sum().backward()
 
 
+def test_neither_a_bias_of_all_keys_nor_autocast_changes_the_backward() -> None:
+    q, k, v = operands()
+    bias = 20 * torch.randn(1, 2, 1, q.shape[3])
+
+    def gradients(key: Tensor, autocast: bool = False) -> list[Tensor]:
+        x = [y.detach().clone().requires_grad_() for y in (q, key, v)]
+        out = sparge_compile.attention(*x, topk=0.9, precision="fp8").square().sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out.backward()
+        return [y.grad for y in x]
+
+    for x, y in zip(gradients(k + bias), gradients(k + bias, autocast=True), strict=True):
+        torch.testing.assert_close(x, y)
+    for x, y in zip(gradients(k + bias), gradients(k), strict=True):
+        assert relative(x, y) < 0.02
+
+
+def test_of_no_keys_nothing_comes() -> None:
+    q, k, v = (x.requires_grad_() for x in operands())
+    out = sparge_compile.attention(q, k[:, :, :0], v[:, :, :0], topk=0.5, precision="fp8")
+    assert not out.any()
+
+
 def test_what_has_no_kernel_is_refused_by_name() -> None:
     q, k, v = operands(size=24)
     with pytest.raises(ValueError, match="no multiples of 16"):

@@ -61,7 +61,8 @@ def from_pipeline(
         prompts: the text file; empty lines are left out.
         steps: denoising steps.
         arguments: a JSON object with further keyword arguments of the pipeline's call.
-        device, dtype: where to run, and what to load in; None: a GPU if there is one, and the dtypes of the folder.
+        device, dtype: where to run, and what to load in; None: a GPU if there is one, and float32, as
+            diffusers loads what is not told.
 
     Raises:
         ImportError: there is no diffusers.

@@ -94,15 +94,38 @@ def backward(
     how, limit = How(*others[:_FIELDS]), others[_FIELDS:]
     if _is_sparse(query, key, value, how, *limit):
         bits = used_bits(bits, query, key, how)
-        if (
-            how.eight_bits
-        ):  # the weights are those of the forward, and its operands are taken for the ones that were given
-            query, key, value = eight_bits.rounded(query, key, value, how)
+        if how.eight_bits:
+            return _backward_in_eight_bits(face, grad_out, query, key, value, out, lse, grad_lse, bits, how)
     elif grad_lse is None and dense.has_backward(query, key, value, how):
         return dense.backward(grad_out, query, key, value, out, lse, how)
     else:
         bits = face.pack(*full_map(query, key, how))
     return face.backward(grad_out, query, key, value, out, lse, grad_lse, bits, *how)
+
+
+def _backward_in_eight_bits(
+    face: Any,
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_lse: Tensor | None,
+    bits: Tensor,
+    how: How,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The weights are those of the forward, and its operands are taken for the ones that were given.
+
+    The constant of the keys has a part in the gradient of the log-sum-exp alone: other gradients of a row's scores add
+    up to nothing.
+    """
+    x = eight_bits.centred(query, key, value, how)
+    dq, dk, dv = face.backward(grad_out, x.q, x.k, x.v, out, lse - x.lift, grad_lse, bits, *how)
+    if grad_lse is not None:
+        seen = torch.where(lse == -torch.inf, 0.0, grad_lse)
+        dq = (dq + how.scale * seen.unsqueeze(-1) * x.center).to(dq.dtype)
+    return dq, dk, dv
 
 
 _FIELDS = len(How._fields)

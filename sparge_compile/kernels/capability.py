@@ -256,7 +256,7 @@ def check_eight_bits(how: How, q: Tensor, v: Tensor) -> None:
         raise value_error(
             "no kernel for this call in eight bits",
             given=refused,
-            allowed="no mask, no packed sequences, head sizes that are multiples of 16, capability 8.9 or a CPU",
+            allowed="no mask, no packed sequences, head sizes of multiples of 16, capability 8.9 or newer or a CPU",
             todo="Leave precision out: the operands' own dtype attends.",
         )
 

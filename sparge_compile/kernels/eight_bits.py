@@ -19,7 +19,6 @@ What is broken (NaN, infinite) stays broken. A CPU rounds the operands and not t
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -62,17 +61,17 @@ def refusal(device: torch.device, head_size: Any, value_size: Any) -> str:
     return ""
 
 
-@functools.cache
-def _signs(device: torch.device) -> Tensor:
-    """The Hadamard matrix [16, 16] of entries ±1/4, which is its own inverse."""
-    two = torch.tensor([[0.5, 0.5], [0.5, -0.5]], device=device)
-    four = torch.kron(two, two)
-    return torch.kron(four, four) * GROUP**0.5
-
-
 def rotate(x: Tensor) -> Tensor:
-    """Each 16 entries of the rows of x by the Hadamard matrix. Twice is not at all."""
-    return (x.unflatten(-1, (-1, GROUP)) @ _signs(x.device).to(x.dtype)).flatten(-2)
+    """Each 16 entries of the rows of x by the Hadamard matrix of entries ±1/4. Twice is not at all.
+
+    Four times each sum and difference of neighbours, put so that the next neighbours are others: no product, whose
+    dtype autocast or TF32 would change.
+    """
+    x = x * 0.25
+    for _ in range(4):
+        even, odd = x.unflatten(-1, (-1, GROUP // 2, 2)).unbind(-1)
+        x = torch.stack((even + odd, even - odd), -2).flatten(-3)
+    return x
 
 
 def seen_keys(how: How, length: int, keys: int) -> int:
@@ -98,21 +97,46 @@ def code(query: Tensor, key: Tensor, value: Tensor, how: How) -> Codes:
     v, v_scale = _code_values(value, seen_keys(how, query.shape[2], key.shape[2]))
     q_scale = step * (abs(how.scale) * LOG2_E)
     q = -q if how.scale < 0 else q
-    lift = (q @ center.repeat_interleave(query.shape[1] // key.shape[1], 1).mT).squeeze(-1) * q_scale
+    lift = (q * center.repeat_interleave(query.shape[1] // key.shape[1], 1)).sum(-1) * q_scale
     return Codes(q.to(torch.int8), q_scale, lift, k.to(torch.int8), k_scale, v, v_scale)
 
 
-def rounded(query: Tensor, key: Tensor, value: Tensor, how: How) -> tuple[Tensor, Tensor, Tensor]:
-    """The operands that the codes stand for, in the dtype of q, k, v: what a forward in eight bits attends with.
+class Rounded(NamedTuple):
+    """Operands in their own dtype, as the codes have them: keys without the constant that all of them share."""
 
-    A backward in the operands' own dtype that takes these recomputes the weights as that forward had them.
+    q: Tensor  # [B, H, L, D]
+    k: Tensor  # [B, Hk, S, D]
+    v: Tensor  # [B, Hk, S, Dv]
+    center: Tensor  # float32 [B, H, 1, D]: the constant, for each query head
+    lift: Tensor  # float32 [B, H, L]: what it adds to all scores of a row, and so to their log-sum-exp
+
+
+def centred(query: Tensor, key: Tensor, value: Tensor, how: How) -> Rounded:
+    """What a forward in eight bits attends with.
+
+    Attention of these, whose log-sum-exp is less by ``lift``, recomputes the weights as that forward had them, in
+    the operands' own dtype: a constant that is large beside what keys differ by is in no product.
     """
+    if key.numel() == 0:
+        zeros = query.new_zeros(query.shape[:3], dtype=torch.float32)
+        return Rounded(query, key, value, zeros[:, :, :1, None].expand(-1, -1, 1, query.shape[3]), zeros)
+    seen = seen_keys(how, query.shape[2], key.shape[2])
     q, step = _code_queries(query)
-    k, k_scale, center = _code_keys(key, seen_keys(how, query.shape[2], key.shape[2]))
-    v, v_scale = _code_values(value, seen_keys(how, query.shape[2], key.shape[2]))
+    k, k_scale, center = _code_keys(key, seen)
+    v, v_scale = _code_values(value, seen)
     scale_of_rows = k_scale[..., :1].repeat_interleave(KEY_BLOCK, 2)[:, :, : key.shape[2]]
-    found = rotate(q * step.unsqueeze(-1)), rotate(k * scale_of_rows + center), v.float() * v_scale[..., None, None]
-    return tuple(x.to(like.dtype) for x, like in zip(found, (query, key, value), strict=True))  # type: ignore
+    q, k = rotate(q * step.unsqueeze(-1)), rotate(k * scale_of_rows)
+    center = rotate(center).repeat_interleave(query.shape[1] // key.shape[1], 1)
+    v = v.float() * v_scale[..., None, None]
+    lift = how.scale * (q * center).sum(-1)
+    return Rounded(q.to(query.dtype), k.to(key.dtype), v.to(value.dtype), center, lift)
+
+
+def rounded(query: Tensor, key: Tensor, value: Tensor, how: How) -> tuple[Tensor, Tensor, Tensor]:
+    """The operands that the codes stand for, in the dtype of q, k, v: those of :func:`centred` with the constant."""
+    found = centred(query, key, value, how)
+    k = found.k.float() + found.center[:, :: query.shape[1] // max(1, key.shape[1])]
+    return found.q, k.to(key.dtype), found.v
 
 
 def rounded_top(top: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def sharded_attention(
         heads: who exchanges parts of the sequence for parts of the heads (Ulysses); their number divides Hk.
         ring: who sends keys and values round.
         order: int64 [Hk]: the key heads of the first of ``heads``, then of the second, and so on, so that all have as
-            much to do (:func:`balance_heads`). The result has the heads as they were.
+            much to do (:func:`heads.balanced`). The result has the heads as they were.
 
     Returns:
         [B, H, R, Dv] in the query's dtype.

@@ -42,15 +42,17 @@ def to_heads(
             allowed="a number of key heads that the ranks divide",
             todo="Use fewer ranks for heads, and the others in a ring.",
         )
-    if value.shape[3] == query.shape[3]:
-        return _to_heads([query, key, value], order, ranks, group)
-    (value,) = _to_heads([value], order, ranks, group)
-    return (*_to_heads([query, key], order, ranks, group), value)
+    q, k, v = (x.shape[2:] for x in (query, key, value))
+    parts = [[query], [key], [value]]
+    if k == v:  # those of one length and head size in one exchange
+        parts = [[query, key, value]] if q == k else [[query], [key, value]]
+    elif q == k:
+        parts = [[query, key], [value]]
+    return tuple(x for part in parts for x in _to_heads(part, order, key_heads, ranks, group))
 
 
-def _to_heads(tensors: list[Tensor], order: Tensor | None, ranks: int, group: str) -> Any:
+def _to_heads(tensors: list[Tensor], order: Tensor | None, key_heads: int, ranks: int, group: str) -> Any:
     """Tensors of one head size in one exchange: sent as [P, R, B, all their heads / P, D]."""
-    key_heads = tensors[-1].shape[1]
     parts = [
         _ordered(x, order, key_heads).unflatten(1, (ranks, x.shape[1] // ranks)).permute(1, 3, 0, 2, 4) for x in tensors
     ]

@@ -129,7 +129,18 @@ def _sharded_modules(model: Module) -> Iterator[tuple[str, Module]]:
 
 
 def _ranks(config: Any) -> tuple[Ranks | None, Ranks | None]:
-    """Who exchanges heads, and who forms a ring."""
+    """Who exchanges heads, and who forms a ring.
+
+    Raises:
+        ValueError: parts of the sequence may be of different lengths.
+    """
+    if unequal := [x for x in ("ulysses_anything", "ring_anything") if getattr(config, x, False)]:
+        raise value_error(
+            "shard_attention: ranks may have parts of different lengths",
+            given=f"ContextParallelConfig({unequal[0]}=True)",
+            allowed="equal parts of the sequence",
+            todo="Leave that out, and pad the sequence to a multiple of the number of ranks.",
+        )
     heads = Ranks.of(config._ulysses_mesh) if config.ulysses_degree > 1 else None
     return heads, Ranks.of(config._ring_mesh) if config.ring_degree > 1 else None
 
@@ -137,6 +148,8 @@ def _ranks(config: Any) -> tuple[Ranks | None, Ranks | None]:
 def _site(name: str, module: Any, heads: Ranks, calibration: Calibration | None) -> ShardedSite | None:
     """The heads of a module by their cost; None where nothing is known of them, and they stay as they come."""
     number = int(module.heads)
+    if number % heads.size or getattr(module, "kv_heads", number) not in (None, number):
+        return None  # heads that the ranks do not divide are an error when they are exchanged; groups stay together
     costs = None if calibration is None else calibration.densities(name, number)
     return None if costs is None else ShardedSite(name, heads.size, balanced(costs, heads.size), costs)
 

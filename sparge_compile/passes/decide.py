@@ -110,7 +110,9 @@ def costs_of(attention: Attention, options: Options) -> CostModel:
     if options.costs is not None:
         return options.costs
     x, shape = attention, shape_of(attention)
-    costs = cost_model(x.device, x.dtype, x.head_size, x.value_head_size, options.launched, bool(x.masks))
+    # Where ranks wait for one another all decide alike: the host's time, which each measures, has no part in it.
+    launched = options.launched if x.ring is None else "graph"
+    costs = cost_model(x.device, x.dtype, x.head_size, x.value_head_size, launched, bool(x.masks))
     if shape is not None:
         costs = costs.with_idle(x.device, shape)
     if x.gathers:

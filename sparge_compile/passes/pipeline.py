@@ -133,6 +133,7 @@ def _precision(match: Match, decision: Decision) -> str:
     if decision.status == "dense" or attention is None:
         return ""
     what = "a mask" if attention.masks else "packed sequences" if attention.packing else ""
+    what = "a ring" if attention.ring is not None else what
     what = what or eight_bits.refusal(attention.device, attention.head_size, attention.value_head_size)
     return f"{str(attention.dtype).removeprefix('torch.')}: {what}" if what else "fp8"
 

@@ -59,9 +59,11 @@ def forward(
     In eight bits the operands are rounded, and the weights of the keys are not.
     """
     given = How(*how)
-    if given.eight_bits:
-        query, key, value = eight_bits.rounded(query, key, value, given)
-    return _place(how).forward(query, key, value, counts, indices, How(*how))
+    if not given.eight_bits:
+        return _place(how).forward(query, key, value, counts, indices, given)
+    x = eight_bits.centred(query, key, value, given)
+    out, lse = _place(how).forward(x.q, x.k, x.v, counts, indices, given)
+    return out, lse + x.lift
 
 
 def code(query: Tensor, key: Tensor, value: Tensor, how: How) -> tuple[None, None]:
