@@ -80,6 +80,9 @@ def test_the_pass_that_pools_makes_the_codes(case: Case) -> None:
         permuted = codes.code(q, k, v, how, permuted=True)[0].v
     want = eight_bits.code(q, k, v, how)
     for name in ("q", "q_scale", "lift", "k", "k_scale", "v_scale"):
+        if case.keys == 1 and name in ("k", "k_scale"):  # the constant itself: what is left of it is how sums round
+            assert (got.k * got.k_scale[..., 0, :1]).abs().max() < 1e-6 * k.abs().max()
+            continue
         assert relative(getattr(got, name), getattr(want, name)) < (1e-3 if name in "qk" else 1e-5), name
     rows = want.v.float()
     padded = torch.zeros(*rows.shape[:2], got.v.shape[2] * KEY_BLOCK, rows.shape[3])
