@@ -36,10 +36,7 @@ def attend(
     how = How(attn_mask, is_causal, scale, *packed)
     _check(query, key, value, how)
     if _is_sparse(query, key, value, how, least_keys, gain):
-        counter = allocate.new_counter(query)
-        codes, pooled = face.code(query, key, value, how) if how.eight_bits else (None, None)
-        block_map = face.block_map(query, key, thresholds, *how, counter=counter, pooled=pooled)
-        return face.forward(query, key, value, *block_map, *how, counter=counter, codes=codes)[0]
+        return _attend_by_rule(face, query, key, value, thresholds, how)[0]
     if dense.is_sdpa(query, key, how):
         return dense.attend(query, key, value, how)
     how = how._replace(eight_bits=False)
@@ -64,15 +61,22 @@ def attend_for_backward(
     _check(query, key, value, how)
     bits = allocate.new_bits(query, key, how)
     if _is_sparse(query, key, value, how, least_keys, gain):
-        counter = allocate.new_counter(query)
-        codes, pooled = face.code(query, key, value, how) if how.eight_bits else (None, None)
-        block_map = face.block_map(query, key, thresholds, *how, counter=counter, bits=bits, pooled=pooled)
-        return *face.forward(query, key, value, *block_map, *how, counter=counter, codes=codes), bits
+        return *_attend_by_rule(face, query, key, value, thresholds, how, bits), bits
     bits.zero_()  # which nobody reads
     if dense.has_backward(query, key, value, how):
         return *dense.attend_for_backward(query, key, value, how), bits
     how = how._replace(eight_bits=False)
     return *face.forward(query, key, value, *full_map(query, key, how), *how), bits
+
+
+def _attend_by_rule(
+    face: Any, query: Tensor, key: Tensor, value: Tensor, thresholds: Tensor, how: How, bits: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(out, log-sum-exp) over the map that the thresholds make, which is also written to ``bits``."""
+    counter = allocate.new_counter(query)
+    codes, pooled = face.code(query, key, value, how) if how.eight_bits else (None, None)
+    block_map = face.block_map(query, key, thresholds, *how, counter=counter, bits=bits, pooled=pooled)
+    return face.forward(query, key, value, *block_map, *how, counter=counter, codes=codes)
 
 
 def backward(
