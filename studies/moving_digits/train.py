@@ -1,8 +1,9 @@
-"""Train a video transformer of the study, on one GPU; a run that was stopped goes on.
+"""Train a video transformer of the study, on one GPU or some; a run that was stopped goes on.
 
     python studies/moving_digits/train.py                                     # the small model
     python studies/moving_digits/train.py --setup large --minutes 9           # a piece of the large one's training
     python studies/moving_digits/train.py --setup large --minutes 0 --reader 3000   # the network that reads digits
+    torchrun --nproc-per-node 4 studies/moving_digits/train.py --setup large        # the same steps, shared by 4 GPUs
 
 A setup says the stages of its training. The weights, averages over steps, are written in bfloat16 whenever a run stops,
 with a sheet of what they draw. The same command goes on: from --state, or where that is not, from the weights, with a
@@ -15,12 +16,14 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from digits import HELD_OUT_SEED, batch, clips, noise_of
 from journal import journal
 from measures import accuracy, train_classifier
@@ -35,6 +38,8 @@ EMA = 0.999
 FREE = 0.1  # of the clips the classes are left out
 RISE = 50  # steps in which the learning rate rises, where the optimizer or the stage is new
 DRAWN = 4  # clips of the sheet
+LOOKS = 10  # steps between two looks at the clock, of some processes
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def precision(device: torch.device) -> torch.autocast:
@@ -112,7 +117,9 @@ class Run:
             raise SystemExit(f"{path} is of another run: {settings}. Move it away, or repeat its seed and stages.")
 
     def save(self) -> None:
-        """The state, and the averaged weights."""
+        """The state, and the averaged weights; all processes have the same."""
+        if RANK:
+            return
         state, weights = self.paths
         held = {name: part.state_dict() for name, part in self._parts().items()}
         torch.save({**held, "step": self.step, "fresh": self.fresh, "settings": self.settings}, state)
@@ -125,13 +132,15 @@ class Run:
         if stage is not self.stage:
             torch._dynamo.reset()
             self.stage, how = stage, how_to_compile(self.setup, stage, self.device)
-            self.call = compiled(self.model, **how)
+            call = compiled(self.model, **how)
+            self.call = nn.parallel.DistributedDataParallel(call) if WORLD > 1 else call
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(stage, done, self.fresh, stage is self.setup.stages[-1])
         number = self.seed * 1_000_000 + self.step
         mixed, when, velocity, classes = batch(
             number, stage.batch, self.device, self.setup, free=FREE, frames=stage.frames
         )
+        mixed, when, velocity, classes = (x[RANK::WORLD] for x in (mixed, when, velocity, classes))
         with precision(self.device):
             predicted = self.call(mixed, when, classes)
         loss = (predicted.float() - velocity).square().mean()
@@ -144,6 +153,15 @@ class Run:
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
         return loss.detach()
+
+
+def mean_of_ranks(value: float, device: torch.device) -> float:
+    """Of what each process found."""
+    if WORLD == 1:
+        return value
+    summed = torch.tensor(value, device=device)
+    dist.all_reduce(summed)
+    return summed.item() / WORLD
 
 
 def metadata(path: Path) -> dict[str, str]:
@@ -168,9 +186,11 @@ def train(args: argparse.Namespace, device: torch.device, say: Callable[[str], N
     say(f"begins with step {run.step + 1} of {run.steps}")
     while run.step < run.steps:
         losses.append(run.advance())
-        is_over = time.perf_counter() - began > 60 * args.minutes or run.step == run.steps
+        is_over = run.step == run.steps
+        if run.step % (LOOKS if WORLD > 1 else 1) == 0:  # all processes end with the same step
+            is_over |= mean_of_ranks(time.perf_counter() - began, device) > 60 * args.minutes
         if run.step % args.every == 0 or is_over:
-            loss = torch.stack(losses).mean().item()  # waits for the GPU
+            loss = mean_of_ranks(torch.stack(losses).mean().item(), device)  # waits for the GPU
             minutes = (time.perf_counter() - began) / 60
             rate = (run.step - first) / minutes / 60
             say(f"step {run.step}: loss {loss:.4f}, {rate:.2f} steps/s, {minutes:.1f} min, {run.stage}")
@@ -181,7 +201,8 @@ def train(args: argparse.Namespace, device: torch.device, say: Callable[[str], N
             break
     if run.step < run.steps:
         say(f"stopped after {run.step} of {run.steps} steps; the same command goes on")
-    show(run, args, say)
+    if not RANK:
+        show(run, args, say)
 
 
 def show(run: Run, args: argparse.Namespace, say: Callable[[str], None]) -> None:
@@ -205,6 +226,10 @@ def train_reader(args: argparse.Namespace, device: torch.device, say: Callable[[
     save_file(classifier.state_dict(), args.out / "classifier.safetensors")
 
 
+def _quiet(_: str) -> None:
+    """What all but one process say."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_setup(parser)
@@ -217,13 +242,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a folder (the one that the setup's weights are read from)")
     args = parser.parse_args()
     args.out = args.out or args.setup.weights
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    say = journal(args.out / "train.log", device, "a")
-    say(f"setup {args.setup}, seed {args.seed}")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", RANK % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    if WORLD > 1:
+        dist.init_process_group(device_id=device if device.type == "cuda" else None)
+    say = _quiet if RANK else journal(args.out / "train.log", device, "a")
+    say(f"setup {args.setup}, seed {args.seed}, {WORLD} processes")
     if args.minutes:
         train(args, device, say)
-    if args.reader:
+    if args.reader and not RANK:
         train_reader(args, device, say)
+    if WORLD > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import tabular
 import torch
 import train
 import transformer
+from processes import torchrun
 from setups import LARGE, Stage
 
 STAGES = (Stage(1, 2, 1e-3, frames=2), Stage(2, 2, 1e-3, frames=4, keep=0.5))
@@ -105,6 +107,29 @@ def test_the_study_of_the_large_model_at_toy_size(toy: Path, monkeypatch, capsys
         assert f"\n{name}\n" in printed and "nan" not in printed.split(f"\n{name}\n")[1].split("\n\n")[0]
     run(reproduce.main, monkeypatch, "--parts", "--add", found, "--out", toy / "again")
     assert (toy / "again" / "quality.csv").read_text() == (found / "quality.csv").read_text()
+
+
+TOY_RUN = """
+import sys
+sys.path[:0] = {paths}
+import setups, train
+from test_large_model import TOY
+setups.SETUPS["toy"] = TOY
+train.main()
+"""
+
+
+@pytest.mark.slow
+def test_processes_take_the_same_steps_as_one(tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(TOY_RUN.format(paths=[str(Path(train.__file__).parent), str(Path(__file__).parent)]))
+    losses = []
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        training = ("--every", 1, "--sample-steps", 1, "--out", out, "--state", tmp_path / f"{ranks}.pt")
+        torchrun(tmp_path, script, "--setup", "toy", *training, ranks=ranks)
+        losses.append([float(x) for x in re.findall(r"step \d+: loss ([\d.]+)", (out / "train.log").read_text())])
+    assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], abs=2e-4)
 
 
 def test_one_graph_serves_all_blocks_under_autocast() -> None:
