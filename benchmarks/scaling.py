@@ -6,19 +6,24 @@
     python benchmarks/scaling.py --losses 20 --layers 4  # of one GPU, FSDP2, and a shared sequence
     python benchmarks/scaling.py --device cpu --tiny --gpus 1 2         # two processes over gloo
 
-One table: time, times one GPU, peak memory, bytes that leave a GPU, and how far outputs are from one GPU's. Weights are
-random. In training they are sharded by FSDP2 over the same GPUs, and each block is checkpointed. ``--csv`` keeps the
-rows, for scaling_model.py.
+One table: time (of the slowest GPU), times one GPU, peak memory, bytes that leave a GPU, and how far outputs are from
+one GPU's. Weights are random. In training they are sharded by FSDP2 over the same GPUs, and each block is checkpointed.
+With ``--shares`` also the time that the kernels of attention take, and that of the dearest GPU over the mean.
+``--csv`` keeps the table, for scaling_model.py. With ``--rows`` each row is kept in a folder as soon as it is there,
+and the table has those of earlier runs as well; with ``--gpus 0`` nothing else is done.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
+import re
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +38,8 @@ from wan_stand_in import CHANNELS, HEAD, TEXT, Wan
 from sparge_compile import Calibration, DistillationHook, Ranks
 from sparge_compile.parallel.heads import balanced, imbalance
 
-STEPS = 5  # that are timed, after two
+STEPS = {"forward": 5, "training": 3}  # that are timed, after two
+ATTENTION_KERNELS = re.compile("_(forward|pool|score|select)_")  # of this package
 
 
 class Run:
@@ -81,17 +87,31 @@ class Run:
             block.compile(**how)
         return model
 
-    def seconds(self, call: Callable[[], object]) -> float:
-        """The median of some calls, each from the moment when all ranks are ready until this one is done."""
+    def seconds(self, call: Callable[[], object], number: int) -> float:
+        """The median of some calls, each from the moment when all ranks are ready until the last one is done."""
         found = []
-        for number in range(STEPS + 2):
+        for _ in range(number + 2):
             self.wait()
             start = time.perf_counter()
             call()
             self.wait(alone=True)
-            if number >= 2:
-                found.append(time.perf_counter() - start)
-        return statistics.median(found)
+            found.append(time.perf_counter() - start)
+        return statistics.median(max(times) for times in zip(*self.of_all(found[2:]), strict=True))
+
+    def of_all(self, value: Any) -> list[Any]:
+        """What each rank has."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def attention_ms(self, call: Callable[[], object]) -> list[float]:
+        """What the kernels of sparse attention take in a call on each GPU, without what waits for others."""
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+            call()
+            torch.cuda.synchronize(self.device)
+        own = [x.self_device_time_total / 1000 for x in seen.key_averages() if ATTENTION_KERNELS.match(x.key)]
+        return self.of_all(sum(own))
 
     def wait(self, alone: bool = False) -> None:
         if self.device.type == "cuda":
@@ -127,98 +147,102 @@ def tokens_of(args: argparse.Namespace) -> int:
     return frames * height * width // 4
 
 
-def measure(run: Run, attention: str, way: str, ordered: bool) -> list[dict[str, Any]]:
-    """The rows of one kind of attention on so many GPUs."""
-    args, rows = run.args, []
-    known = {"attention": attention, "way": way if run.world > 1 else "", "GPUs": run.world, "tokens": tokens_of(args)}
-    known |= {"layers": args.layers, "heads": args.heads, "ffn": args.ffn, "sparsity": args.sparsity}
-    known |= {"heads are": ("balanced" if ordered else "as they come") if run.world > 1 and way == "heads" else ""}
+def measure(run: Run, step: str, attention: str, way: str, ordered: bool) -> dict[str, Any]:
+    """One row: a step with one kind of attention on so many GPUs."""
+    args = run.args
+    row = {"attention": attention, "step": step, "way": way if run.world > 1 else "", "GPUs": run.world}
+    row |= {"tokens": tokens_of(args), "layers": args.layers, "heads": args.heads, "ffn": args.ffn}
+    row |= {"sparsity": args.sparsity, "GB sent": sent(args, run.world, way, step == "training")}
+    row |= {"heads are": ("balanced" if ordered else "as they come") if run.world > 1 and way == "heads" else ""}
     inputs = run.inputs()
-    if "forward" in args.steps:
+    gc.collect()  # models of before
+    if step == "forward":
         model = run.compiled(run.model(False, way, ordered).requires_grad_(False).eval(), attention)
+        call = torch.no_grad()(lambda: model(*inputs))
         run.peak()
-        with torch.no_grad():
-            ms = 1000 * run.seconds(lambda: model(*inputs))
-            out = model(*inputs).float().cpu()
-        row = {"step": "forward", "ms": ms, "GB sent": sent(args, run.world, way, False), "out": out}
-        rows.append(known | row | {"GiB": run.peak()})
-        del model
-    if "training" in args.steps:
-        model = run.compiled(run.model(True, way, ordered), attention)
-        if run.world > 1:
-            for block in model.blocks:
-                fully_shard(block)
-            fully_shard(model)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=run.device.type == "cuda")
-        run.peak()
+        row |= {"ms": 1000 * run.seconds(call, STEPS[step]), "GiB": run.peak(), "out": call().float().cpu()}
+        if args.shares and run.device.type == "cuda" and attention == "sparse":
+            times = run.attention_ms(call)
+            row |= {"attention ms": sum(times) / run.world, "dearest ÷ mean": max(times) * run.world / sum(times)}
+        return row
+    model = run.compiled(run.model(True, way, ordered), attention)
+    if run.world > 1:
+        sharded(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=run.device.type == "cuda")
 
-        def step() -> None:
-            F.mse_loss(model(*inputs).float(), inputs[0].float()).backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+    def train() -> None:
+        F.mse_loss(model(*inputs).float(), inputs[0].float()).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
-        row = {"step": "training", "ms": 1000 * run.seconds(step), "GB sent": sent(args, run.world, way, True)}
-        rows.append(known | row | {"GiB": run.peak()})
-    return rows
+    run.peak()
+    return row | {"ms": 1000 * run.seconds(train, STEPS[step]), "GiB": run.peak()}
 
 
-def losses(run: Run, number: int) -> list[dict[str, Any]]:
-    """Losses of a distillation: of one GPU with the whole batch, of FSDP2, and of GPUs that share a sequence."""
-    found = []
-    for way in ("FSDP2", "heads", "ring"):
-        if way != "FSDP2" and run.world == 1:
-            continue
-        batch = run.inputs(batch=run.args.batch)
-        parts = way == "FSDP2" and run.world > 1
-        mine = tuple(x.chunk(run.world)[run.rank] for x in batch) if parts else batch
-        teacher, student = (run.model(False, way, shared=way != "FSDP2") for _ in range(2))
+def sharded(model: nn.Module) -> None:
+    """Under FSDP2, block by block."""
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+
+
+def measure_all(run: Run, keep: Callable[[dict[str, Any]], None]) -> None:
+    """Every row of one number of GPUs, forwards first, since these are over soon."""
+    args = run.args
+    ways = args.ways if run.world > 1 else args.ways[:1]
+    for step, way, attention in product(args.steps, ways, args.attention):
+        both = args.shares and run.world > 1 and (way, attention) == ("heads", "sparse")
+        for ordered in (False, True) if both else (True,):
+            row = measure(run, step, attention, way, ordered)
+            keep(row)
+            if run.rank == 0:
+                said = ", ".join(x for x in (attention, row["way"], row["heads are"]) if x)
+                print(f"{run.world} GPUs, {step}, {said}: {row['ms']:.4g} ms", flush=True)
+
+
+def losses(run: Run, keep: Callable[[dict[str, Any]], None]) -> None:
+    """Losses of a distillation in float32: of one GPU with the whole batch, of FSDP2, and of a shared sequence."""
+    run.dtype = torch.float32
+    batch = run.inputs(batch=run.args.batch)
+    for way in ("FSDP2", "heads", "ring") if run.world > 1 else ("",):
+        shares = way in ("heads", "ring")
+        mine = tuple(x.chunk(run.world)[run.rank] for x in batch) if way == "FSDP2" else batch
+        gc.collect()
+        teacher, student = (run.model(False, way, shared=shares) for _ in range(2))
         student = run.compiled(student, "sparse")
         for model in (student, teacher) if run.world > 1 else ():
-            for block in model.blocks:
-                fully_shard(block)
-            fully_shard(model)
+            sharded(model)
         optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
         curve = []
+        run.peak()
         with DistillationHook(student, teacher) as hook:
-            for _ in range(number):
+            for _ in range(run.args.losses):
                 student(*mine)
                 loss = hook.loss()
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-                mean = loss.detach().clone()
-                if run.world > 1:
-                    dist.all_reduce(mean)
-                curve.append(mean.item() / run.world)
-        found.append({"GPUs": run.world, "way": way if run.world > 1 else "", "losses": curve})
-    return found
+                curve.append(sum(run.of_all(loss.item())) / run.world)
+        keep({"GPUs": run.world, "way": way, "losses": curve, "GiB": run.peak()})
 
 
-def work(rank: int, world: int, args: argparse.Namespace, folder: str) -> None:
+def work(rank: int, world: int, args: argparse.Namespace, rows: Path) -> None:
     """One process: everything that is to be measured on so many GPUs."""
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     torch.set_num_threads(1)
     run = Run(rank, world, args)
     if args.device == "cuda":
-        torch.cuda.set_device(rank)
+        torch.cuda.set_device(run.device)
     if world > 1:
-        backend = "nccl" if args.device == "cuda" else "gloo"
-        dist.init_process_group(backend, init_method=f"file://{folder}/{world}", rank=rank, world_size=world)
-    rows: list[dict[str, Any]] = []
-    if args.losses:
-        rows = losses(run, args.losses)
-    else:
-        for way in args.ways if world > 1 else args.ways[:1]:
-            for attention in args.attention:
-                for ordered in (
-                    (False, True) if args.shares and way == "heads" and attention == "sparse" and world > 1 else (True,)
-                ):
-                    rows += measure(run, attention, way, ordered)
-                    if rank == 0:  # a run that is cut off has shown what it has
-                        times = ", ".join(f"{row['step']} {row['ms']:.4g} ms" for row in rows[-len(args.steps) :])
-                        print(f"{world} GPUs, {attention}, {way}: {times}", flush=True)
-    if rank == 0:
-        torch.save(rows, f"{folder}/rows_{world}.pt")
+        how = {"backend": "nccl", "device_id": run.device} if args.device == "cuda" else {"backend": "gloo"}
+        where = f"file://{args.rendezvous}/{world}"
+        dist.init_process_group(**how, init_method=where, rank=rank, world_size=world)
+
+    def keep(row: dict[str, Any]) -> None:
+        if rank == 0:
+            torch.save(row, rows / f"{time.time_ns()}.pt")
+
+    (losses if args.losses else measure_all)(run, keep)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -257,28 +281,42 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="of these (4)")
     parser.add_argument("--inner", default="inductor", choices=("inductor", "aot_eager", "eager"))
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to see that everything runs")
-    parser.add_argument("--csv", help="write the rows to this file as well")
+    parser.add_argument("--csv", help="write the table to this file as well")
+    parser.add_argument("--rows", help="a folder where rows are kept, and others may be")
     args = parser.parse_args()
     if args.tiny:
         args.layers, args.heads, args.head_size, args.ffn, args.latents, args.inner = 2, 4, 16, 64, [4, 32, 32], "eager"
-    counts = args.gpus or [n for n in (1, 2, 4) if n <= max(1, torch.cuda.device_count())]
+    counts = args.gpus if args.gpus is not None else [n for n in (1, 2, 4) if n <= max(1, torch.cuda.device_count())]
     print(harness.header(torch.device(args.device)), flush=True)
     if args.shares:
         costs = shares_of(args)
         for n in counts:
-            if args.heads % n == 0:
+            if n and args.heads % n == 0:
                 come, best = (imbalance(costs, order, n) for order in (range(args.heads), balanced(costs, n)))
                 print(f"{n} GPUs: expected, the dearest over the mean: {come:.2f} as heads come, {best:.2f} balanced")
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for n in counts:
-            torch.multiprocessing.spawn(work, (n, args, folder), nprocs=n)
-            rows += torch.load(Path(folder) / f"rows_{n}.pt", weights_only=False)
+    with tempfile.TemporaryDirectory() as args.rendezvous:
+        folder = Path(args.rows or args.rendezvous)
+        folder.mkdir(parents=True, exist_ok=True)
+        failed = None
+        for n in filter(None, counts):
+            try:
+                torch.multiprocessing.spawn(work, (n, args, folder), nprocs=n)
+            except Exception as error:  # told behind what there is
+                failed = error
+        rows = [torch.load(path, weights_only=False) for path in sorted(folder.glob("*.pt"))]
+    rows.sort(key=lambda row: row["GPUs"])
     if args.losses:
-        show_losses(rows)
-        return
-    rows = finish(rows)
-    shown = ("attention", "step", "way", "heads are", "GPUs", "ms", "× one GPU", "GiB", "GB sent", "apart")
+        show_losses([row for row in rows if "losses" in row])
+    else:
+        show(args, finish([row for row in rows if "ms" in row]))
+    if failed is not None:
+        raise failed
+
+
+def show(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    shown = ["attention", "step", "way", "heads are", "GPUs", "ms", "× one GPU", "GiB", "GB sent", "apart"]
+    shown += ["attention ms", "dearest ÷ mean"] if args.shares else []
+    rows.sort(key=lambda row: (row["step"], row["attention"], row["way"] == "ring"))
     print(harness.table([{name: row.get(name) for name in shown} for row in rows]))
     if args.csv:
         harness.write_csv(args.csv, rows)
@@ -286,6 +324,8 @@ def main() -> None:
 
 def show_losses(rows: list[dict[str, Any]]) -> None:
     """First and last loss of each curve, and how far it is from the first row's at the most."""
+    if not rows:
+        return
     want = torch.tensor(rows[0]["losses"])
     for row in rows:
         curve = torch.tensor(row["losses"])

@@ -146,7 +146,7 @@ def rows_of(name: str, lengths: list[int], ranks: list[int], sparsity: float, tr
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--models", nargs="*", default=list(MODELS), help="(1.3B 14B)")
     parser.add_argument("--tokens", type=int, nargs="+", default=[75_600, 262_144])
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2, 4, 8, 64])
     parser.add_argument("--sparsity", type=float, default=0.95)

@@ -1,28 +1,53 @@
 #!/bin/sh
-# Everything that wants a machine with several GPUs, in some 400 s: tests under NCCL, scaling, unequal heads, losses.
+# Everything that wants four GPUs, in some 400 s: scaling, tests under NCCL, losses, unequal heads, Wan-14B's shape.
 #   PYTHON=python OUT=folder sh benchmarks/scaling_on_gpus.sh [--tiny]    (--tiny: two processes over gloo, to try it)
-# Each part has its time; what has it used up is ended, and what it printed so far stands.
-PYTHON=${PYTHON:-python} OUT=${OUT:-.}
-export NCCL_NVLS_ENABLE=0
-scaling="$PYTHON -W ignore $(dirname "$0")/scaling.py"
+# What matters most comes first; what needs not all GPUs runs at once, on GPUs of its own. Each part has its time, all
+# have $LIMIT seconds; what has used it up is ended with all its processes, and the rows that it measured stand.
+PYTHON=${PYTHON:-python} OUT=${OUT:-.} LIMIT=${LIMIT:-400}
+here=$(dirname "$0") kept=$(mktemp -d) begin=$(date +%s)
+export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 TORCHINDUCTOR_COMPILE_THREADS=8 PYTHONUNBUFFERED=1
+spent() { echo $(($(date +%s) - begin)); }
+
+# part NAME SECONDS GPUS COMMAND …: what it prints and how it ends is kept, until `shown NAME`.
 part() {
-    seconds=$1; shift
-    echo "== $* (at most $seconds s)"
-    timeout -k 5 "$seconds" "$@" 2>"$OUT/errors.txt" | tail -c 3000
-    grep -E "Error|error:" "$OUT/errors.txt" | tail -n 5
+    name=$1 seconds=$2 gpus=$3 left=$((LIMIT - $(spent))); shift 3
+    [ "$seconds" -lt "$left" ] || seconds=$left
+    [ "$seconds" -gt 5 ] || { echo "no time left" >"$kept/$name.code"; return; }
+    CUDA_VISIBLE_DEVICES=$gpus timeout -k 3 "$seconds" "$@" >"$kept/$name.out" 2>"$kept/$name.err"
+    echo $? >"$kept/$name.code"
+    { echo "== $name, after $(spent) s"; cat "$kept/$name.out" "$kept/$name.err"; } >>"$OUT/log.txt"
 }
-if [ "$1" = --tiny ]; then
-    part 300 $scaling --device cpu --tiny --gpus 1 2 --ways heads ring --csv "$OUT/scaling.csv"
-    part 300 $scaling --device cpu --tiny --gpus 1 2 --shares 0.02 0.9 --attention sparse --steps forward
-    part 300 $scaling --device cpu --tiny --gpus 1 2 --losses 20 --batch 2
-    part 60 "$PYTHON" "$(dirname "$0")/scaling_model.py" --measured "$OUT/scaling.csv"
-    exit
-fi
-part 80 "$PYTHON" -m pytest -m multigpu -x tests/parallel tests/distill/test_parallel.py
-part 170 $scaling --csv "$OUT/scaling.csv"
-part 60 $scaling --heads 40 --ffn 13824 --layers 2 --latents 21 90 160 --gpus 1 4 --ways heads ring --steps forward --csv "$OUT/scaling_14b.csv"
-part 40 $scaling --gpus 1 4 --shares 0.01 0.19 --attention sparse --steps forward
-part 50 $scaling --layers 4 --gpus 1 4 --losses 20 --batch 4
+shown() {
+    [ -f "$kept/$1.code" ] || return
+    echo "== $1: exit code $(cat "$kept/$1.code"), $(spent) s so far"
+    [ ! -f "$kept/$1.out" ] || tail -n "$2" "$kept/$1.out" | tail -c 1800
+    [ "$(cat "$kept/$1.code")" = 0 ] || grep -hE "Error|error:" "$kept/$1.err" 2>/dev/null | sort -u | tail -n 5 | cut -c -300
+}
+scaling() { name=$1 time=$2 gpus=$3; shift 3; part "$name" "$time" "$gpus" "$PYTHON" -W ignore "$here/scaling.py" $on "$@"; }
+tests() { part "$1" 100 "$2" "$PYTHON" -m pytest -n 4 --dist loadfile --tb=line -o timeout=80 -m "$3" tests/parallel tests/distill/test_parallel.py tests/test_cli.py tests/examples; }
+
+on="" one=0 two=1,2 three=3 all=0,1,2,3 many=4 latents="16 32 32"
+large="--heads 40 --ffn 13824 --layers 2 --latents 21 90 160 --ways heads ring --steps forward --rows $kept/large"
+small="--rows $kept/small" unequal="--shares 0.01 0.19 --attention sparse --steps forward --rows $kept/unequal"
+losses="--heads 24 --head-size 64 --layers 4 --losses 20 --rows $kept/losses"
+[ "$1" = --tiny ] && on="--device cpu --tiny" many=2 latents="4 32 32"
+
+scaling "1 GPU" 150 $one $small --gpus 1 &
+[ -n "$on" ] || scaling "2 GPUs" 150 $two $small --gpus 2 &
+{ scaling "losses of 1 GPU" 70 $three $losses --latents $latents --gpus 1; scaling "14B, 1 GPU" 80 $three $large --gpus 1; } &
+wait
+scaling "all GPUs" 140 $all $small --gpus $many
+scaling "table" 20 $one $small --gpus 0 --csv "$OUT/scaling.csv"
+shown "1 GPU" 0; shown "2 GPUs" 0; shown "all GPUs" 0; shown "table" 20
+[ -n "$on" ] || { tests "tests" 0,1 "multigpu and not slow" & tests "slow tests" 2,3 "multigpu and slow" & wait; }
+shown "tests" 12; shown "slow tests" 20
+scaling "losses" 80 $all $losses --latents $latents --gpus $many
+shown "losses of 1 GPU" 0; shown "losses" 8
+scaling "unequal heads" 50 $all $unequal --gpus $many --csv "$OUT/unequal.csv"
+shown "unequal heads" 8
+scaling "14B" 70 $all $large --gpus $many --csv "$OUT/scaling_14b.csv"
+shown "14B, 1 GPU" 0; shown "14B" 10
 for file in scaling scaling_14b; do
-    [ -f "$OUT/$file.csv" ] && part 30 "$PYTHON" "$(dirname "$0")/scaling_model.py" --gpus 1 --tokens 75600 --measured "$OUT/$file.csv"
+    [ ! -f "$OUT/$file.csv" ] || "$PYTHON" -W ignore "$here/scaling_model.py" --models --measured "$OUT/$file.csv"
 done
+rm -r "$kept"
