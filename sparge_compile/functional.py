@@ -58,9 +58,10 @@ def attention(
             for the last n, or (start, stop), where None is the end and negative positions count from it.
         dense_queries: keep every visible block for the query rows of these tokens, too, if L = S.
         grid: the tokens are a grid of space and time, raster by raster: (frames, height, width), or
-            ``Grid(prefix, frames, height, width, suffix)`` with the numbers of tokens before and behind it. A block is
-            then compact in space and time; the result has the order of the tokens as ever. Keys that are as many as the
-            queries have the same grid; others (a text) keep their order. Not with ``is_causal``.
+            ``Grid(prefix, frames, height, width, suffix)`` with the numbers of tokens before and behind it, of which
+            one may be -1, what is left. A block is then compact in space and time; the result has the order of the
+            tokens as ever. Keys that are as many as the queries have the same grid; others (a text) keep their order.
+            Not with ``is_causal``.
         tile: the shape that blocks come close to: frames, rows and columns, at most 64 tokens together. A grid of
             whole tiles of 64 is cut into just these.
         block_map: which key blocks to read instead of the rule: ``BlockMap.from_dense(bool [B, H, Nq, Nk])``. With a
@@ -145,9 +146,9 @@ def attention(
 
 def _orders(query: Tensor, key: Tensor, grid: Grid | tuple[int, ...], tile: tuple[int, int, int]) -> Orders:
     """The orders of queries that are a grid, and of keys that are as many."""
-    found, of_tile = parse_grid(grid, "attention"), parse_tile(tile, "attention")
     length, keys = query.shape[2], key.shape[2]
-    if surely(found.tokens != length):
+    found, of_tile = parse_grid(grid, "attention").within(length), parse_tile(tile, "attention")
+    if surely(found.tokens != length) or surely(found.prefix < 0) or surely(found.suffix < 0):
         raise value_error(
             "attention: grid has not the query's tokens",
             given=f"{found}, {found.tokens} tokens, for {length} queries",

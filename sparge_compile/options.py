@@ -68,7 +68,8 @@ class Options:
     4)`."""
     grid: Grid | tuple[int, ...] | Mapping[str, Any] | None = None
     """The grid of tokens, where the graph does not show it: `(frames, height, width)` in tokens, or `(prefix, frames,
-    height, width, suffix)` with the numbers of tokens before and behind; or a dict of these by site name or pattern."""
+    height, width, suffix)` with the numbers of tokens before and behind, of which one may be `-1`: what is left. Or a
+    dict of these by site name or pattern."""
     precision: str | None = None
     """The products of sparse sites in the forward: `None` in the operands' own dtype, `"fp8"` in eight bits, where a
     site allows it: no mask, no packed sequences, head sizes that are multiples of 16, an NVIDIA GPU of compute

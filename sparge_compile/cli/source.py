@@ -34,7 +34,7 @@ def add_source(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="N",
         help="frames, rows and columns of the tokens, where graphs do not show it; or five numbers, with the tokens "
-        "before and behind",
+        "before and behind, of which one may be -1: what is left",
     )
 
 

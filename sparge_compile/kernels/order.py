@@ -19,10 +19,14 @@ from .block_map import KEY_BLOCK, QUERY_BLOCK, ceil_div
 Tile = tuple[int, int, int]  # frames, rows and columns
 
 TILE: Tile = (4, 4, 4)
+LEFT = -1  # as a size before or behind a grid: what the sequence has left, as in ``Tensor.view``
 MADE_ORDERS = 64  # how many are kept; the oldest goes first
 TIE = 1e-6  # what is closer is equal
 
-_FORMS = "Grid(prefix, frames, height, width, suffix), or these five numbers, or (frames, height, width)"
+_FORMS = (
+    "Grid(prefix, frames, height, width, suffix), or these five numbers, or (frames, height, width); of prefix and "
+    f"suffix one may be {LEFT}, what the sequence has left"
+)
 
 
 class Order(NamedTuple):
@@ -49,7 +53,8 @@ class Orders(NamedTuple):
 class Grid(NamedTuple):
     """A sequence that is a grid, raster by raster, with other tokens before and behind it. Sizes may be symbols.
 
-    Token ``prefix + (f · height + y) · width + x`` is that of frame f, row y and column x.
+    Token ``prefix + (f · height + y) · width + x`` is that of frame f, row y and column x. One of ``prefix`` and
+    ``suffix`` may be ``LEFT``.
     """
 
     prefix: Any
@@ -63,6 +68,19 @@ class Grid(NamedTuple):
         """Tokens of the whole sequence."""
         return self.prefix + self.frames * self.height * self.width + self.suffix
 
+    @property
+    def is_open(self) -> bool:
+        """Whether what stands before or behind it is what a sequence has left."""
+        return any(isinstance(size, int) and size == LEFT for size in (self.prefix, self.suffix))
+
+    def within(self, tokens: Any) -> Grid:
+        """The grid in a sequence of this many tokens: a number instead of ``LEFT``, negative if it is too short."""
+        if not self.is_open:
+            return self
+        left = tokens - (self.tokens - LEFT)
+        is_behind = isinstance(self.suffix, int) and self.suffix == LEFT
+        return self._replace(suffix=left) if is_behind else self._replace(prefix=left)
+
 
 def parse_grid(grid: Any, where: str) -> Grid:
     """A grid as a user gives it: a :class:`Grid`, its numbers, or (frames, height, width).
@@ -74,9 +92,19 @@ def parse_grid(grid: Any, where: str) -> Grid:
     if len(numbers) not in (3, 5) or not all(isinstance(x, (int, torch.SymInt)) for x in numbers):
         raise type_error(f"{where}: grid cannot be read", given=repr(grid), allowed=_FORMS, todo="Give whole numbers.")
     found = Grid._make(numbers if len(numbers) == 5 else (0, *numbers, 0))
-    if all(isinstance(x, int) for x in found) and (min(found) < 0 or min(found[1:4]) < 1):
+    if not all(isinstance(x, int) for x in found):
+        return found
+    beside = found.prefix, found.suffix
+    if min(found[1:4]) < 1 or min(beside) < LEFT:
         raise value_error(
             f"{where}: grid has no tokens", given=repr(grid), allowed=_FORMS, todo="Give 1 or more along each axis."
+        )
+    if beside == (LEFT, LEFT):
+        raise value_error(
+            f"{where}: grid may stand anywhere",
+            given=repr(grid),
+            allowed=_FORMS,
+            todo=f"Say how many tokens stand before it, or behind it, and {LEFT} on the other side.",
         )
     return found
 
@@ -105,8 +133,12 @@ def make_order(grid: Grid, tile: Sequence[int], device: torch.device) -> Order:
     The grid is cut in two, and so are its parts, along the axis on which a part has the most tiles, at a row where a
     query block begins, or a key block in the end (a k-d tree). The cuts lie between tiles where these fit, so that a
     grid of whole tiles is cut into them. Tokens before and behind the grid stay where they are: where the grid begins
-    or ends inside a block, it shares this one with them.
+    or ends inside a block, it shares this one with them. All do in a sequence that is too short for the grid: where the
+    number of those is negative.
     """
+    if min(grid.prefix, grid.suffix) < 0:
+        token = torch.arange(grid.tokens, dtype=torch.int32, device=device)
+        return Order(token, token.clone())
     first, count = grid.prefix, grid.frames * grid.height * grid.width
     tokens, held = (
         torch.arange(start, end, device=device) for start, end in ((0, grid.tokens), (first, first + count))

@@ -186,7 +186,10 @@ class _Orders:
             return SizedGrid(shown.grid, shown.terms, self._root.reader.owner)
         if stated is None:
             return shown or NO_GRID
-        given = f"the grid {_product(stated.grid[1:4])} that is given has {size_text(stated.grid.tokens)} tokens"
+        axes = _product(stated.grid[1:4])
+        if stated.grid.is_open:
+            return f"the grid {axes} that is given is no part of {size_text(size)} tokens"
+        given = f"the grid {axes} that is given has {size_text(stated.grid.tokens)} tokens"
         changes = isinstance(size, SymInt) and size_hint(size) == size_hint(stated.grid.tokens)
         return f"{given}, and their number here changes" if changes else f"{given}, not {size_text(size)}"
 

@@ -14,21 +14,29 @@ from torch import SymInt
 from torch.fx import GraphModule, Node
 
 from .. import ops  # noqa: F401  importing it registers the ops
-from ..kernels.order import Grid
+from ..kernels.order import LEFT, Grid
 from ..kernels.sizes import surely
 from ..naming import module_base, module_path
 from .find import Match
-from .match.tokens import Part
+from .match.tokens import Part, rows_of
 from .read.fx_utils import calls_of, size_hint, value_of
 
-Term = tuple["Part | Node | int", ...]
+
+class Left(NamedTuple):
+    """What a sequence has left beside the other sizes of its grid."""
+
+    whole: Part | int
+
+
+Sum = tuple["Part | Node | int", ...]
 
 
 class SizedGrid(NamedTuple):
-    """A grid, and for each of its five sizes what it is the sum of: numbers, and nodes of ``owner`` that have them."""
+    """A grid, and for each of its five sizes what it is the sum of: numbers, and nodes of ``owner`` that have them; one
+    may be what is left."""
 
     grid: Grid
-    terms: tuple[Term, ...]
+    terms: tuple[Sum | Left, ...]
     owner: GraphModule
 
     @classmethod
@@ -87,6 +95,8 @@ def fitted(stated: SizedGrid, size: Any, match: Match) -> SizedGrid | None:
 
     Symbols that nothing relates are taken to agree where they did when they were traced: the op checks at each call.
     """
+    if stated.grid.is_open:
+        return _filled(stated, size, match)
     tokens = stated.grid.tokens
     if surely(tokens == size) or (not stated.is_fixed and size_hint(tokens) == size_hint(size) is not None):
         return stated
@@ -96,7 +106,7 @@ def fitted(stated: SizedGrid, size: Any, match: Match) -> SizedGrid | None:
     if len(held) != 1 or not surely(sum(part.size for part in match.parts) == size):
         return None
     before, after = match.parts[: held[0]], match.parts[held[0] + 1 :]
-    beside: list[Term] = [tuple(x.size if isinstance(x.size, int) else x for x in some) for some in (before, after)]
+    beside: list[Sum] = [tuple(x.size if isinstance(x.size, int) else x for x in some) for some in (before, after)]
     has_nodes = any(isinstance(x, Part) for term in beside for x in term)
     if has_nodes and not stated.is_fixed and stated.owner is not match.graph_module:
         return None
@@ -104,3 +114,22 @@ def fitted(stated: SizedGrid, size: Any, match: Match) -> SizedGrid | None:
     owner = match.graph_module if has_nodes else stated.owner
     terms = (beside[0], *stated.terms[1:4], beside[1])
     return SizedGrid(stated.grid._replace(prefix=prefix, suffix=suffix), terms, owner)
+
+
+def _filled(stated: SizedGrid, size: Any, match: Match) -> SizedGrid | None:
+    """A stated grid with what a sequence of this size has left, where it is open; None where that cannot be told."""
+    attention = match.attention
+    assert attention is not None
+    grid = stated.grid.within(size)
+    is_joint = surely(attention.length == attention.keys)
+    if not is_joint or min(size_hint(x) or 0 for x in (grid.prefix, grid.suffix)) < 0:
+        return None
+    owner, whole = stated.owner, size
+    if not isinstance(size, int):
+        begun = None if match.inside is not None else rows_of(attention.query, attention.axes.rows, match.reader)
+        if begun is None or not (stated.is_fixed or owner is match.graph_module):
+            return None
+        _, layout, token = begun
+        owner, whole = match.graph_module, Part(size, attention.query.node, layout.index(token))
+    terms = [Left(whole) if isinstance(x, int) and x == LEFT else stated.terms[i] for i, x in enumerate(stated.grid)]
+    return SizedGrid(grid, tuple(terms), owner)

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from .. import ops
 from ..errors import value_error
 from ..keeping import WIDTH
-from ..kernels.order import Tile
+from ..kernels.order import LEFT, Tile
 from .followed import HERE, FollowedGrid, is_no_frame
 
 CHILD = "sparge"  # the child's name, and so a part of the keys in a state dict
@@ -221,7 +221,8 @@ def mark(module: Module, args: Any) -> None:
         put(attached.get(index), index, attached.tiles.get(index, ()))
     numbers = None if attached.grid is None else attached.grid.numbers
     if numbers is not None and torch.compiler.is_compiling():  # here, not in a function, which would be a frame
-        torch.ops.sparge.grid(*numbers.shape[1:], HERE)
+        before, *axes, behind = numbers.shape[1:]
+        torch.ops.sparge.grid(before + LEFT, *axes, behind + LEFT, HERE)
 
 
 def _traced(args: Any) -> Callable[..., Any]:

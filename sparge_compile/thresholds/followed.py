@@ -17,7 +17,7 @@ from torch.nn import Module
 from torch.utils.hooks import RemovableHandle
 
 from .. import ops  # noqa: F401  importing it registers the ops
-from ..kernels.order import parse_grid
+from ..kernels.order import LEFT, parse_grid
 
 Given = tuple[int, ...] | Callable[..., "tuple[int, ...] | None"]  # numbers, or a function of the model's inputs
 Grids = Given | Mapping[str, Given]  # of all sites, or by site name or pattern
@@ -27,8 +27,8 @@ HERE = ""  # the sites of a marker that means those of its own module
 
 
 class FollowedGrid:
-    """The grid of the sites that a pattern names; ``numbers`` is an empty tensor [0, prefix, frames, height, width,
-    suffix], or None where it is not known yet."""
+    """The grid of the sites that a pattern names; ``numbers`` is an empty tensor [0, prefix + 1, frames, height, width,
+    suffix + 1], where ``LEFT`` is a size too, or None where it is not known yet."""
 
     def __init__(self, sites: str, given: Given) -> None:
         if not callable(given):
@@ -53,9 +53,11 @@ class FollowedGrid:
         grid = None if given is None else parse_grid(given, "attach")
         if grid is None:
             self.numbers = None
-        elif self.numbers is None or self.numbers.shape[1:] != grid:
+            return
+        sizes = grid.prefix - LEFT, *grid[1:4], grid.suffix - LEFT
+        if self.numbers is None or self.numbers.shape[1:] != sizes:
             with torch.inference_mode(False):
-                self.numbers = torch.empty(0, *grid, device="cpu")
+                self.numbers = torch.empty(0, *sizes, device="cpu")
 
 
 class GridHook:

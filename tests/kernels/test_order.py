@@ -269,6 +269,9 @@ WRONG = {
     "tokens": ({"grid": (3, 5, 8)}, "grid has not the query's tokens"),
     "axes": ({"grid": (105,)}, "grid cannot be read"),
     "nothing": ({"grid": (0, 5, 7)}, "grid has no tokens"),
+    "less than nothing": ({"grid": (-2, 3, 5, 7, 0)}, "grid has no tokens"),
+    "anywhere": ({"grid": (-1, 3, 5, 7, -1)}, "grid may stand anywhere"),
+    "nothing left": ({"grid": (-1, 3, 5, 7, 1)}, "grid has not the query's tokens"),
     "tile": ({"grid": GRIDS[0], "tile": (2, 4, 9)}, "tile is no box of tokens"),
 }
 

@@ -64,8 +64,9 @@ def test_raster_is_the_default_and_says_nothing():
         (GRID, "causal", "causal"),
         ((3, 4, 6), "sdpa", "the grid 3×4×6 that is given has 72 tokens, not 60"),
         ({"other": GRID}, "sdpa", "no grid known"),
+        ((0, 3, 4, 6, -1), "sdpa", "the grid 3×4×6 that is given is no part of 60 tokens"),
     ],
-    ids=["none", "causal", "size", "name"],
+    ids=["none", "causal", "size", "name", "left"],
 )
 def test_what_stays_raster_says_why(grid, site, why):
     work = work_of(site)
@@ -96,6 +97,30 @@ def test_a_stated_grid_is_that_of_one_part():
     assert run(work, with_grid(GRID)) == ["tiles 4×4×4 of 3×4×5 with 7 before"]
 
 
+@pytest.mark.parametrize("beside", [(-1, 8), (8, -1), (0, -1)])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_what_a_sequence_has_left_stands_before_or_behind(beside, dynamic):
+    grid = beside[0], 3, 4, 4, beside[1]
+    work = work_of("sdpa", "sdpa", dynamic=(2,) if dynamic else ())
+    assert all(order.startswith("tiles 4×4×4 of 3×4×4 with") for order in run(work, with_grid(grid)))
+    assert targets(work.graph_module).count(ORDER) == 1
+    row = torch.tensor([[0.5, 0.0]] * 2)
+    for length in (L, L + 37, 40) if dynamic else (L,):  # of 40 tokens the grid is no part
+        x = torch.randn(1, 2, length, D)
+        left = length - 48 - max(beside)
+        whole = tuple(left if size == -1 else size for size in grid) if left >= 0 else None
+        want = attention(x, x, x, topk=0.5, topp=0.0, grid=whole)
+        want = attention(want, want, want, topk=0.5, topp=0.0, grid=whole)
+        torch.testing.assert_close(work.graph_module(x, row, row)[0], want)
+
+
+def test_the_keys_of_another_sequence_are_not_what_is_left():
+    b = Builder()
+    x, text = b.input("x", 1, 2, 48, D), b.input("text", 1, 2, L, D)
+    work = Work(b.module(b.call(F.scaled_dot_product_attention, x, text, text)))
+    assert run(work, with_grid((0, 3, 4, 4, -1))) == ["raster: the grid 3×4×4 that is given is no part of 48 tokens"]
+
+
 def test_a_marker_states_the_grid_of_its_module_or_of_what_it_names():
     b = Builder()
     x = b.input("x", 1, 2, L, D)
@@ -103,7 +128,7 @@ def test_a_marker_states_the_grid_of_its_module_or_of_what_it_names():
     for path in ("first", "second", "third"):
         with b.inside(path):
             if path != "third":
-                b.opaque(torch.ops.sparge.grid, 0, *GRID, 0, "")
+                b.opaque(torch.ops.sparge.grid, 0, *GRID, -1 if path == "first" else 0, "")
             x = b.call(F.scaled_dot_product_attention, x, x, x)
     work = Work(b.module(x))
     assert run(work) == [

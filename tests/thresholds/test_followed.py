@@ -70,17 +70,18 @@ def by_blocks(model: Video, backend: str = "sparge", **how) -> Video:
     return model
 
 
-def expected(grid: tuple[int, ...]) -> Tensor:
-    """By a grid of numbers, in code compiled for it alone."""
+def expected(shape: tuple[int, ...], grid: tuple[int, ...] | None) -> Tensor:
+    """By a grid of numbers, or in raster order, in code compiled for it alone."""
     torch._dynamo.reset()
     model = made()
+    order = {"token_order": "raster"} if grid is None else {"grid": grid}
     with attach(model, SPARSE), torch.no_grad():
-        return by_blocks(model, options={**OPTIONS, "grid": grid})(video_of(grid))
+        return by_blocks(model, options={**OPTIONS, **order})(video_of(shape))
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_blocks_follow_the_grid_of_each_call_with_as_many_graphs_as_without_us(dynamic) -> None:
-    want = [expected(grid) for grid in GRIDS]
+    want = [expected(grid, grid) for grid in GRIDS]
 
     def graphs(model: Video) -> tuple[int, list[Tensor]]:
         with torch.no_grad():
@@ -142,8 +143,10 @@ def orders_of(model: Video, grid: tuple[int, ...], opened_graphs: list) -> list[
         (lambda video: None, "raster: no grid known"),
         ({"blocks.*": grid_of}, "tiles 4×4×4 of 2×9×10"),
         ({"other": grid_of}, "raster: no grid known"),
+        ((-1, 2, 9, 9, 4), "tiles 4×4×4 of 2×9×9 with 14 before and 4 behind"),
+        (lambda video: (0, *video.shape[2:4], 9, -1), "tiles 4×4×4 of 2×9×9 with 18 behind"),
     ],
-    ids=["numbers", "none", "pattern", "elsewhere"],
+    ids=["numbers", "none", "pattern", "elsewhere", "left", "left of a call"],
 )
 @pytest.mark.filterwarnings("ignore:sparge. the tokens of:UserWarning")
 def test_grids_in_all_forms(grid, order: str, opened_graphs) -> None:
@@ -159,7 +162,7 @@ def test_a_copy_follows_its_own_calls_and_a_removed_grid_is_gone(opened_graphs) 
     other = copy.deepcopy(model)
     other(video_of(GRIDS[3]))
     assert orders_of(by_blocks(model, options=OPTIONS), GRIDS[0], opened_graphs)[0].startswith("tiles 4×4×4 of 2×9×10")
-    assert other.blocks[0].attn.sparge.grid.numbers.shape[1:] == (0, *GRIDS[3], 0)
+    assert other.blocks[0].attn.sparge.grid.numbers.shape[1:] == (1, *GRIDS[3], 1)
     attached.remove()
     assert not model._forward_pre_hooks
     attach(model, SPARSE)
@@ -194,6 +197,25 @@ def test_explain_says_the_order_of_an_attached_grid() -> None:
         ("blocks.0.attn", "tiles 4×4×4 of 2×9×10"),
         ("blocks.1.attn", "tiles 4×4×4 of 2×10×9"),
     ]
+
+
+def test_what_prompts_of_other_lengths_leave_is_no_other_graph() -> None:
+    model, plain = made(), by_blocks(made(), "eager", dynamic=True)
+    lengths = [(1, 1, n) for n in (170, 181, 200, 150)]  # with 150 the grid is no part of the sequence
+    with torch.no_grad():
+        for length in lengths:
+            plain(video_of(length))
+        number = counters["stats"]["unique_graphs"]
+        torch._dynamo.reset()
+        counters.clear()
+        attach(model, SPARSE, grid=lambda video: (-1, 2, 9, 9, 0))
+        by_blocks(model, dynamic=True, options={**OPTIONS, "on_unsupported": "dense"})
+        found = [model(video_of(length)) for length in lengths]
+    assert counters["stats"]["unique_graphs"] == number
+    for got, length in zip(found, lengths, strict=True):
+        left = length[2] - 162
+        right = expected(length, (left, 2, 9, 9, 0)) if left >= 0 else expected(length, None)
+        torch.testing.assert_close(got, right, atol=1e-5, rtol=1e-5)
 
 
 def test_a_grid_that_does_not_fit_a_call_is_not_used() -> None:

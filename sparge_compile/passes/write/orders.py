@@ -8,6 +8,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from ..find import Match
 from ..match.tokens import Part
 from ..order import SiteOrder, tile_of
 from ..read.fx_utils import value_of
-from ..stated import SizedGrid
+from ..stated import Left, SizedGrid
 from .emit import call
 from .threshold_inputs import hand_down
 
@@ -100,11 +101,18 @@ def _sizes_of(owner: GraphModule, sized: SizedGrid) -> Iterator[list[Any]]:
     """The sizes of a grid as numbers and nodes of a graph that has them. What is written meanwhile stands behind."""
     graph = owner.graph
     position = {node: i for i, node in enumerate(graph.nodes)}
-    terms = [[_earliest(graph, x) if isinstance(x, Part) else x for x in term] for term in sized.terms]
+    sums = [(term.whole,) if isinstance(term, Left) else term for term in sized.terms]
+    terms = [[_earliest(graph, x) if isinstance(x, Part) else x for x in term] for term in sums]
     held = [x.node if isinstance(x, Part) else x for term in terms for x in term]
     latest = max((position[x] for x in held if isinstance(x, Node) and x in position), default=-1)
     with graph.inserting_before(next(n for n, i in position.items() if i > latest and n.op != "placeholder")):
-        yield [_sum(owner, term) for term in terms]
+        sizes = [_sum(owner, term) for term in terms]
+        for at, term in enumerate(sized.terms):
+            if isinstance(term, Left):
+                taken = reduce(partial(_result, graph, operator.mul), sizes[1:4])
+                taken = _result(graph, operator.add, taken, sizes[-1 - at])
+                sizes[at] = _result(graph, operator.sub, sizes[at], taken)
+        yield sizes
 
 
 def _order(owner: GraphModule, sized: SizedGrid, tile: Tile, match: Match) -> list[Node]:
@@ -147,10 +155,16 @@ def _sum(owner: GraphModule, term: Iterable[Part | Node | int]) -> Any:
             number += size
         else:
             nodes.append(x if isinstance(x, Node) else call(owner.graph, torch.ops.aten.sym_size.int, x.node, x.dim))  # type: ignore[union-attr]
-    total: Any = number
-    for node in nodes:
-        total = node if isinstance(total, int) and total == 0 else call(owner.graph, operator.add, node, total)
-    return total
+    return reduce(partial(_result, owner.graph, operator.add), nodes, number)
+
+
+def _result(graph: Graph, op: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:
+    """What an operator makes of two sizes: a number, or a node."""
+    if isinstance(a, int) and isinstance(b, int):
+        return op(a, b)
+    if op is operator.add and 0 in (a, b):
+        return a if b == 0 else b
+    return call(graph, op, a, b)
 
 
 def _value(match: Match, make: Callable[[], Any]) -> Any:
