@@ -30,7 +30,7 @@ SKIPPED = (0.5, 0.75, 0.9)
 
 
 class Heads(NamedTuple):
-    """The self-attention of a model: heads, their size, tokens of text in the sequence, sequences in a call."""
+    """The self-attention of a model: heads, their size, tokens of text and sound in a sequence, sequences in a call."""
 
     heads: int
     size: int
@@ -51,6 +51,7 @@ MODELS = {
     "flux2": Heads(48, 128, 512),
     "qwen_image": Heads(24, 128, 256),
     "z_image": Heads(30, 128, 256),
+    "minimax_h3": Heads(56, 128, 256 + 414),  # of which the sound of five seconds is 414
     "sd35": Heads(38, 64, 333, batch=2),
     "sdxl": Heads(10, 64, batch=2),
 }

@@ -104,7 +104,7 @@ def test_an_error_of_the_output_and_a_plan(here, capsys):
     assert main(["show", "c.json", *steps, "--out", "e.json"]) == 0
     planned = Calibration.load("e.json")
     assert list(planned.phases) == [0.5] and planned.schedule.dense_steps == (2, 4)
-    assert main(["show", "c.json", "--dense-layers", "nowhere"]) == 1
+    assert main(["show", "c.json", "--dense-layers", "nowhere"]) == 2
     assert "mean no site" in capsys.readouterr().err
 
 
@@ -138,7 +138,7 @@ def test_a_callable_may_run_the_model_and_calls_may_be_skipped(here):
 )
 def test_what_is_wrong_is_said_in_a_sentence(here, capsys, given, words):
     Calibration({"a": [(0.5, 0.0)]}).save("plain.json")
-    assert main(given) == 1
+    assert main(given) == 2
     error = capsys.readouterr().err
     assert words in error and "Traceback" not in error
 
@@ -146,8 +146,8 @@ def test_what_is_wrong_is_said_in_a_sentence(here, capsys, given, words):
 def test_without_matplotlib_the_error_says_how_to_get_it(here, capsys, monkeypatch):
     assert main(["calibrate", *SOURCE, "--out", "c.json", "--batches", "1"]) == 0
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert main(["plot", "c.json"]) == 1
-    assert "sparge-compile[plot]" in capsys.readouterr().err
+    assert main(["plot", "c.json"]) == 2
+    assert "pip install matplotlib" in capsys.readouterr().err
 
 
 def test_interrupted_by_ctrl_c_the_command_leaves_a_file_that_says_so(here, capsys, monkeypatch):
@@ -207,6 +207,13 @@ def tiny_text_encoder():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     config = UMT5Config(vocab_size=8, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     return {"tokenizer": tokenizer, "text_encoder": UMT5EncoderModel(config).eval()}
+
+
+@pytest.mark.parametrize("version, name", [("0.39.1", "torch_dtype"), ("0.40.0.dev0", "dtype"), ("1.0.0", "dtype")])
+def test_a_dtype_has_the_name_that_a_diffusers_listens_to(version, name):
+    from sparge_compile.calibrate.sources import dtype_name
+
+    assert dtype_name(version) == name
 
 
 def test_a_pipeline_in_a_folder(here, capsys, monkeypatch):

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from tabulate import tabulate
 
 import sparge_compile
@@ -114,7 +113,9 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> dict[str, Any]:
         },
     }
     _write(args.out / "table.txt", table(rows))
-    print(draw(dense, sparse, args.out, recipe.fps))
+    clips = {"dense": dense, f"sparse, {rows['sparse']['PSNR']:.1f} dB": sparse}
+    picture = args.out / ("dense-sparse.gif" if recipe.fps else "dense-sparse.png")
+    print(sparge_compile.side_by_side(clips, picture, rate=recipe.fps or 1, height=dense.shape[1]))
     return rows
 
 
@@ -147,7 +148,9 @@ def _arguments(recipe: Recipe, argv: Sequence[str] | None) -> argparse.Namespace
     parser.add_argument(
         "--calibration", type=Path, nargs="+", help="files of earlier runs, one for each denoiser, instead"
     )
-    parser.add_argument("--dense-steps", type=int, help="leave the first steps of the run dense")
+    parser.add_argument(
+        "--dense-steps", type=int, help="leave the first steps of the run dense; --sparsity is that of the others"
+    )
     parser.add_argument("--offload", choices=("none", "model", "group", "sequential"), default="none")
     parser.add_argument("--lora", help="a LoRA to load before anything else: a folder or a name on the hub")
     here = "cuda" if torch.cuda.is_available() else "cpu"
@@ -162,25 +165,43 @@ def _arguments(recipe: Recipe, argv: Sequence[str] | None) -> argparse.Namespace
 
 def _loaded(recipe: Recipe, args: argparse.Namespace) -> Any:
     """The pipeline on its device. A LoRA comes first: hooks of offloading and compiled code know its layers."""
-    from diffusers import DiffusionPipeline
-
     dtype = getattr(torch, args.dtype)
-    pipe = recipe.load(args.model, dtype) if recipe.load else DiffusionPipeline.from_pretrained(args.model, dtype=dtype)
+    pipe = (recipe.load or _load)(args.model, dtype)
     if args.lora:
         pipe.load_lora_weights(args.lora)
     if args.offload != "none":  # hooks break graphs, and each is traced for each block
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
-    if args.offload == "group":
-        pipe.enable_group_offload(torch.device(args.device), offload_type="leaf_level")
-    elif args.offload != "none":
-        getattr(pipe, f"enable_{args.offload}_cpu_offload")(device=args.device)
-    else:
-        pipe.to(args.device)
+    _place(pipe, args.offload, args.device)
     if recipe.fps and hasattr(getattr(pipe, "vae", None), "enable_tiling"):
         pipe.vae.enable_tiling()  # a whole clip at once takes more memory than the denoiser
     if hasattr(pipe, "set_progress_bar_config"):
         pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _load(name: str, dtype: torch.dtype) -> Any:
+    import diffusers
+
+    is_new = tuple(map(int, diffusers.__version__.split(".")[:2])) >= (
+        0,
+        40,
+    )  # older ones drop the new name, in silence
+    return diffusers.DiffusionPipeline.from_pretrained(name, **{"dtype" if is_new else "torch_dtype": dtype})
+
+
+def _place(pipe: Any, offload: str, device: str) -> None:
+    """Put a pipeline on its device, or have it brought there as it runs."""
+    is_modular = not hasattr(pipe, "enable_model_cpu_offload")
+    if offload == "none":
+        pipe.to(device)
+    elif is_modular and offload == "model":
+        pipe._components_manager.enable_auto_cpu_offload(device)
+    elif is_modular:
+        raise SystemExit(f"{type(pipe).__name__} has no --offload {offload}: give --offload model.")
+    elif offload == "group":
+        pipe.enable_group_offload(torch.device(device), offload_type="leaf_level")
+    else:
+        getattr(pipe, f"enable_{offload}_cpu_offload")(device=device)
 
 
 def _run(pipe: Any, prompt: str, call: Mapping[str, Any]) -> Any:
@@ -254,20 +275,6 @@ def table(rows: Mapping[str, Mapping[str, float]]) -> str:
         for name, row in rows.items()
     ]
     return tabulate(lines, headers=("", *columns), disable_numparse=True, colalign=("left", *["right"] * len(columns)))
-
-
-def draw(dense: Any, sparse: Any, folder: Path, fps: int | None) -> Path:
-    """Write both side by side, dense on the left: a GIF of a clip, a PNG of a picture."""
-    frames = [
-        Image.fromarray(x) for x in (np.concatenate([dense, sparse], 2) * 255).round().clip(0, 255).astype("uint8")
-    ]
-    if fps is None:
-        path = folder / "dense-sparse.png"
-        frames[0].save(path)
-    else:
-        path = folder / "dense-sparse.gif"
-        frames[0].save(path, save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
-    return path
 
 
 def _write(path: Path, text: str) -> None:

@@ -70,6 +70,7 @@ def from_pipeline(
         ValueError: another folder, no prompts, arguments that are no JSON object, a pipeline without a denoiser.
     """
     try:
+        import diffusers
         from diffusers import DiffusionPipeline
     except ImportError as error:
         raise ImportError(
@@ -90,9 +91,8 @@ def from_pipeline(
     lines = [line.strip() for line in Path(prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
     if not lines:
         raise _wrong_argument("--prompts", prompts, "a text file with a prompt on each line")
-    pipe = DiffusionPipeline.from_pretrained(
-        folder, local_files_only=True, torch_dtype=getattr(torch, dtype) if dtype else None
-    )
+    loaded_in = {} if dtype is None else {dtype_name(diffusers.__version__): getattr(torch, dtype)}
+    pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **loaded_in)
     pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     pipe.set_progress_bar_config(disable=True)
     part = "transformer" if getattr(pipe, "transformer", None) is not None else "unet"
@@ -117,6 +117,11 @@ def from_pipeline(
     if sizes:
         about["resolution"] = "x".join(map(str, sizes))
     return Source(model, call, list(enumerate(lines)), about)
+
+
+def dtype_name(version: str) -> str:
+    """What ``from_pretrained`` of a diffusers of this version calls the dtype; by the other name older ones drop it."""
+    return "dtype" if tuple(map(int, version.split(".")[:2])) >= (0, 40) else "torch_dtype"
 
 
 def _named(name: str) -> Any:

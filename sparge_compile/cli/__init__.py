@@ -16,7 +16,7 @@ _COMMANDS: tuple[Any, ...] = (calibrate, show, diff, merge, plot, report, explai
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status.
+    """Run the command and return its exit status: 0, 1 for a no (what differs, a kernel that is wrong), 2 for an error.
 
     Errors about arguments and files are printed as a sentence; SPARGE_TRACEBACK=1 shows where they come from.
     """
@@ -30,8 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ImportError) as error:
         if os.environ.get("SPARGE_TRACEBACK"):
             raise
-        print(f"sparge: {error}", file=sys.stderr)
-        return 1
+        of_file = isinstance(error, OSError) and error.strerror and error.filename
+        print("sparge:", f"{error.strerror}: {error.filename}" if of_file else error, file=sys.stderr)  # type: ignore[union-attr]
+        return 2
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,7 +7,7 @@ import argparse
 HELP = "say what differs between two calibration files, site by site"
 DESCRIPTION = """Say what differs between two calibration files: which sites, their thresholds, sparsity and error as
 they were measured, tiles, plans, where they come from. The exit status is 0 where a model would run with both in the
-same way, and 1 where not, as diff has it."""
+same way, 1 where not, and 2 where a file cannot be read, as diff has it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""Clips side by side as a GIF. In: frames by name. Out: a file."""
+"""Clips side by side as a GIF, pictures as a PNG. In: frames by name. Out: a file."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _FRAMES = "frames [T, H, W] or [T, H, W, 3 or 1], uint8 or floats from 0 to 1; o
 def side_by_side(
     clips: Mapping[str, Any], path: str | os.PathLike[str], *, rate: float = RATE, height: int | None = None
 ) -> Path:
-    """Write clips beside each other, each under its name, as a GIF that repeats; a single frame is a still picture.
+    """Write clips beside each other, each under its name, as a GIF that repeats; a single frame may be a PNG.
 
     Args:
         clips: by name, a tensor or array [T, H, W] or [T, H, W, C] with 1 or 3 channels, uint8 or floats in [0, 1]; or
             a list of PIL pictures. A shorter clip holds its last frame.
-        path: where to write.
+        path: where to write: a GIF, or if the name ends in ``.png``, and each clip is one frame, a PNG, in all colours.
         rate: frames a second.
         height: of each clip in pixels; default: as it is, small ones enlarged by whole times up to about 256.
 
@@ -36,14 +36,40 @@ def side_by_side(
         ImportError: there is no pillow.
     """
     target = Path(path)
-    target.write_bytes(gif(clips, rate=rate, height=height))
+    pictures = _pictures(clips, rate, height)
+    is_still = target.suffix.lower() == ".png"
+    if is_still and len(pictures) > 1:
+        raise value_error(
+            "clips side by side: a PNG is one picture",
+            given=f"{len(pictures)} frames",
+            allowed="one frame of each clip, or a GIF",
+            todo=f"Write to {target.with_suffix('.gif').name!r}.",
+        )
+    target.write_bytes(_png(pictures[0]) if is_still else _gif(pictures, rate))
     return target
 
 
-def gif(
-    clips: Mapping[str, Any], *, rate: float = RATE, height: int | None = None, highest: int | None = None
-) -> bytes:
-    """Return the bytes that :func:`side_by_side` writes; clips that are higher than ``highest`` get that height."""
+def gif(clips: Mapping[str, Any], *, highest: int | None = None) -> bytes:
+    """Return the bytes of a GIF, as :func:`side_by_side` writes it; clips that are higher than ``highest`` get that
+    height."""
+    return _gif(_pictures(clips, RATE, None, highest), RATE)
+
+
+def _png(picture: Any) -> bytes:
+    content = io.BytesIO()
+    picture.save(content, "PNG")
+    return content.getvalue()
+
+
+def _gif(pictures: list[Any], rate: float) -> bytes:
+    content = io.BytesIO()
+    more = {"append_images": pictures[1:], "duration": round(1000 / rate), "loop": 0}
+    pictures[0].save(content, "GIF", save_all=True, **more)
+    return content.getvalue()
+
+
+def _pictures(clips: Mapping[str, Any], rate: float, height: int | None, highest: int | None = None) -> list[Any]:
+    """PIL pictures, one for each moment, with the clips beside each other."""
     images = needed("PIL.Image", "a GIF")
     draw, fonts = needed("PIL.ImageDraw", "a GIF"), needed("PIL.ImageFont", "a GIF")
     shown = {name: [images.fromarray(frame) for frame in _frames(name, clip)] for name, clip in clips.items()}
@@ -65,10 +91,7 @@ def gif(
             picture.paste(clip[min(i, len(clip) - 1)], (left, LINE))
             left += width + GAP
         pictures.append(picture)
-    content = io.BytesIO()
-    duration = round(1000 / rate)
-    pictures[0].save(content, "GIF", save_all=True, append_images=pictures[1:], duration=duration, loop=0)
-    return content.getvalue()
+    return pictures
 
 
 def frames_of(output: Any) -> Any:

@@ -7,6 +7,8 @@ from typing import Any
 
 from ..errors import explain_error
 
+_EXTRA = 'pip install -e ".[plot]"'
+
 
 def needed(module: str, what: str) -> Any:
     """Import a module of the extra ``plot``; ``what`` is what it is needed for.
@@ -18,5 +20,5 @@ def needed(module: str, what: str) -> Any:
         return import_module(module)
     except ImportError as error:
         package = {"PIL": "pillow"}.get(module.partition(".")[0], module.partition(".")[0])
-        todo = 'pip install "sparge-compile[plot]"'
+        todo = f"Run `pip install {package}`; the extra `plot` has all that pictures need (in a clone: `{_EXTRA}`)."
         raise ImportError(explain_error(f"{what} needs {package}", given="none", allowed=package, todo=todo)) from error

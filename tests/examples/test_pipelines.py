@@ -17,6 +17,7 @@ PIPELINES = Path(__file__).parents[2] / "examples" / "pipelines"
 VIDEO = {"height": 192, "width": 192, "num_frames": 9, "max_sequence_length": 16}
 LARGE = {"height": 448, "width": 448, "num_frames": 9}  # more tokens than the text, which has 1,985
 LONG = {"height": 256, "width": 256, "num_frames": 33, "max_sequence_length": 16}
+SOUND = {"height": 160, "width": 160, "num_frames": 124, "num_inference_steps": 3}  # five seconds are the least
 IMAGE = {"height": 256, "width": 256, "max_sequence_length": 32}
 ONE_CALL = {  # of LTX-2's guidance, which has four calls a step
     **{f"{of}guidance_scale": 1.0 for of in ("", "audio_")},
@@ -49,7 +50,8 @@ CASES = {
     "flux": Case("flux", IMAGE, "3 of 3", "tiles 1×8×8 of 1×16×16 with 32 before"),
     "flux2": Case("flux2", IMAGE | {"text_encoder_out_layers": [1, 2, 3]}, "3 of 3", "with 32 before"),
     "qwen_image": Case("qwen_image", IMAGE, "2 of 2", JOINT),
-    "z_image": Case("z_image", IMAGE, "3 of 4", "keeps tokens 256:"),
+    "z_image": Case("z_image", IMAGE, "3 of 4", "tiles 1×8×8 of 1×16×16 with 32 behind"),
+    "minimax_h3": Case("minimax_h3", SOUND, "2 of 3", "tiles 2×4×8 of 37×5×5 with 463 before"),
     "sd35": Case("sd35", IMAGE, "3 of 3", JOINT),
     "sdxl": Case("sdxl", {"height": 256, "width": 256}, "3 of 22", "tiles 1×8×8 of 1×16×16"),
 }
@@ -61,7 +63,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     def run(script: str, *more: str, **arguments: Any) -> tuple[dict[str, Any], Path]:
         case = CASES[script]
-        pipeline(case.build).save_pretrained(tmp_path / "pipeline")
+        pipeline(case.build).save_pretrained(str(tmp_path / "pipeline"))
         (tmp_path / "prompts.txt").write_text("a cat\n")
         call = {"num_inference_steps": 2, **case.call, **arguments}
         argv = [
@@ -86,10 +88,11 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def pipeline(build: str) -> Any:
     pytest.importorskip("diffusers")
     import tiny_images
+    import tiny_modular
     import tiny_pipelines
 
     torch.manual_seed(0)
-    return (getattr(tiny_images, build, None) or getattr(tiny_pipelines, build))()
+    return next(getattr(of, build) for of in (tiny_images, tiny_pipelines, tiny_modular) if hasattr(of, build))()
 
 
 def looks_right(script: str, rows: dict[str, Any], out: Path, sparse: str = "") -> None:
@@ -102,7 +105,8 @@ def looks_right(script: str, rows: dict[str, Any], out: Path, sparse: str = "") 
     assert "seconds" in (out / "table.txt").read_text()
     (picture,) = out.glob("dense-sparse.*")
     with Image.open(picture) as image:
-        assert image.size == (2 * call["width"], call["height"])
+        width, height = image.size
+        assert (width, height) == (2 * call["width"] + 6, call["height"] + 18)  # a gap between, names above
         assert getattr(image, "n_frames", 1) == call.get("num_frames", 1)
 
 

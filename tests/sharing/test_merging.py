@@ -140,7 +140,7 @@ def test_parts_of_a_pipeline_in_one_file(tmp_path, capsys, monkeypatch):
     attach(torch.nn.ModuleDict({"a": Block()}), part).remove()
     assert main(["show", "both.json", "--part", "transformer", "--out", "again.json"]) == 0
     assert Calibration.load("again.json").sites == high.sites
-    assert main(["show", "both.json", "--part", "vae"]) == 1
+    assert main(["show", "both.json", "--part", "vae"]) == 2
     assert "allowed: transformer, transformer_2" in capsys.readouterr().err
 
 
@@ -164,5 +164,5 @@ def test_the_command_merges_files_and_says_what_is_lost(tmp_path, capsys, monkey
     assert Calibration.load("c.json").about == {"resolution": "both"}
     assert main(["merge", "a.json", "c.json", "--out", "d.json"]) == 0
     assert "cannot be aimed anew: nobody measured" in capsys.readouterr().out
-    assert main(["merge", "x=a.json", "b.json", "--out", "d.json"]) == 1
+    assert main(["merge", "x=a.json", "b.json", "--out", "d.json"]) == 2
     assert "PART=FILE for all of them" in capsys.readouterr().err

@@ -153,6 +153,17 @@ def test_clips_of_any_kind_stand_side_by_side(clip, tmp_path):
         assert shown.n_frames == 1 and shown.height == 21 * 8 + 18, "small ones are enlarged"
 
 
+def test_a_picture_is_a_png_in_all_its_colours(tmp_path):
+    picture = torch.rand(1, 64, 64, 3)
+    path = side_by_side({"one": picture, "other": picture}, tmp_path / "pictures.png", height=64)
+    with Image.open(path) as shown:
+        assert shown.format == "PNG" and shown.size == (2 * 64 + 6, 64 + 18)
+        found = torch.frombuffer(bytearray(shown.convert("RGB").tobytes()), dtype=torch.uint8).view(82, 134, 3)
+    assert torch.equal(found[18:, -64:], (picture[0] * 255).round().to(torch.uint8))
+    with pytest.raises(ValueError, match=r"a PNG is one picture: got 3 frames.*'clips.gif'"):
+        side_by_side({"one": torch.rand(3, 8, 12)}, tmp_path / "clips.png")
+
+
 @pytest.mark.parametrize("clip", [torch.rand(3, 8, 12, 2), torch.zeros(3, 8, 12, dtype=torch.int64), [], 5, "frames"])
 def test_what_is_no_clip_is_refused(clip, tmp_path):
     with pytest.raises(ValueError, match="clip 'x'"):
@@ -182,7 +193,7 @@ def test_without_a_library_the_error_says_how_to_get_it(tmp_path, monkeypatch):
     ):
         with monkeypatch.context() as patch:
             patch.setitem(__import__("sys").modules, name, None)
-            with pytest.raises(ImportError, match=rf"needs {package}.*sparge-compile\[plot\]"):
+            with pytest.raises(ImportError, match=rf"needs {package}.*pip install {package}.*\.\[plot\]"):
                 draw()
 
 

@@ -16,32 +16,15 @@ LENGTH = TEXT + SOUND + VIDEO
 
 
 def built() -> tuple[nn.Module, dict[str, Any]]:
-    diffusers = pytest.importorskip("diffusers")
-    if not hasattr(diffusers, "MiniMaxH3Transformer3DModel"):
-        pytest.skip("this diffusers has no MiniMax-H3")
+    pytest.importorskip("diffusers")
+    from tiny_modular import minimax_h3_transformer
+
+    model = minimax_h3_transformer()
     torch.manual_seed(0)
-    small = {
-        "ffn_dim": 48,
-        "in_channels": 4,
-        "audio_in_channels": 4,
-        "text_dim": 16,
-        "freq_dim": 16,
-        "rope_freq_dim": 4,
-    }
-    model = diffusers.MiniMaxH3Transformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=24,
-        hidden_size=32,
-        num_layers=2,
-        num_refiner_layers=1,
-        time_embed_hidden_dim=16,
-        time_embed_dim=16,
-        **small,
-    )
     places = torch.zeros(LENGTH, 3)
     places[TEXT + SOUND :] = torch.cartesian_prod(*map(torch.arange, GRID)).float()
     kinds = torch.tensor([1] * TEXT + [2] * SOUND + [0] * VIDEO)
-    return model.eval(), {
+    return model, {
         "hidden_states": torch.randn(1, VIDEO, 16),
         "audio_hidden_states": torch.randn(1, SOUND, 4),
         "encoder_hidden_states": torch.randn(1, TEXT, 16),
@@ -58,13 +41,17 @@ def built() -> tuple[nn.Module, dict[str, Any]]:
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_numbers_tell_text_and_sound_from_video():
+@pytest.mark.parametrize(
+    "keep_keys, before", [(TEXT + SOUND, TEXT + SOUND), ((0, -VIDEO), -1)], ids=["counted", "left"]
+)
+def test_numbers_tell_text_and_sound_from_video(keep_keys, before):
     model, inputs = built()
-    grid = (TEXT + SOUND, *GRID, 0)
-    options = {"min_seq_len": 200, "keep_keys": TEXT + SOUND, "dense_queries": True, "token_order": "tiles"}
+    grid = (before, *GRID, 0)
+    options = {"min_seq_len": 200, "keep_keys": keep_keys, "dense_queries": True, "token_order": "tiles"}
     report = explain(model, {**options, "grid": grid})(**inputs)
     assert [row.name for row in report.sparse] == ["transformer_blocks.0.attn", "transformer_blocks.1.attn"]
-    assert "keeps tokens 0:50" in str(report) and "tiles 2×4×8 of 5×8×8 with 50 before" in str(report)
+    kept = "0:50" if before > 0 else f"0:-{VIDEO}"
+    assert f"keeps tokens {kept}" in str(report) and "tiles 4×4×4 of 5×8×8 with 50 before" in str(report)
     dense = model(**inputs)[0]
     handle = attach(model, Calibration({"transformer_blocks.*.attn": [(0.3, 0.0)]}), grid=grid)
     model.compile_repeated_blocks(backend="sparge", options={**options, "inner": "eager"})

@@ -99,6 +99,15 @@ def qwen_vl() -> Any:
     return seeded(Qwen2_5_VLForConditionalGeneration, config)
 
 
+def qwen3_vl(layers: int) -> Any:
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    eyes = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": WIDTH}
+    text = {**DECODER, "num_hidden_layers": layers, "head_dim": 8, **_ROTARY}
+    config = Qwen3VLConfig(text_config=text, vision_config={**eyes, "deepstack_visual_indexes": [0]})
+    return seeded(Qwen3VLForConditionalGeneration, config)
+
+
 def mistral3() -> Any:
     from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
