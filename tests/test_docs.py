@@ -75,6 +75,11 @@ def test_readme_has_the_table_of_options():
     assert table == option_table(), f"README.md, Options, should have this table:\n\n{option_table()}\n"
 
 
+def test_the_site_names_each_page_once():
+    named = re.findall(r"^      - [^:]+: ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert len(named) > 20 and len(named) == len(set(named))
+
+
 def test_the_reference_has_every_public_name():
     listed = re.findall(
         r"^::: sparge_compile\.(?:[\w.]+\.)?(\w+)$", (ROOT / "docs" / "reference.md").read_text(), re.MULTILINE
