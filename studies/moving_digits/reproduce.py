@@ -11,10 +11,9 @@ Every result is a row of a CSV file, written as soon as it is there; what is the
 stopped, and other parts or seeds may be measured beside it on another GPU: they add to the same files, or to another
 folder whose rows --add brings here. Parts: attention (error split, ranking, structured inputs), floor (dense values,
 noise floors), defaults (thresholds without an aim at sparsity), rules (Top-k, Top-p, hybrid, training-free), orders
-(raster and tiles), rates
-(learning rates of distillation), losses (distillation against the plain loss, matched and shifted data), distilled (the
-rules after distillation), students (long distillation; pictures), shipped (the student of the repository); of the large
-model arms (rules, orders, sparsities, ways to train: arms.py), spread (a dense model that is trained on), apart (where
+(raster and tiles, training-free), distilled-orders (the same after long distillation), rates (learning rates of
+distillation), losses (distillation against the plain loss, matched and shifted data), distilled (the rules after
+distillation), students (long distillation; pictures), shipped (the student of the repository); of the large model arms (rules, orders, sparsities, ways to train: arms.py), spread (a dense model that is trained on), apart (where
 a student's error is), timing.
 """
 
@@ -42,6 +41,7 @@ PARTS = {
     "defaults": parts.defaults,
     "rules": parts.rules,
     "orders": parts.orders,
+    "distilled-orders": parts.distilled_orders,
     "rates": parts.rates,
     "losses": parts.losses,
     "distilled": parts.distilled,
@@ -53,7 +53,7 @@ PARTS = {
     "timing": timing,
 }
 FLAT, DEEP = (
-    list(PARTS)[:10],
+    list(PARTS)[:11],
     ["floor", "arms", "spread", "apart", "timing", "attention"],
 )  # of the small model, of the large
 
