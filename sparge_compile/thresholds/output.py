@@ -16,6 +16,7 @@ from .entries import check_keys, is_number, wrong_entry
 # What the model said of the chosen thresholds (calibrate/output.py): over how many runs, the mean of their errors, and
 # the same of runs that had no part in the choice, with the largest of one.
 REACHED = ("runs", "error", "held_out_runs", "held_out_error", "held_out_worst")
+IN_PROPORTION = math.log(2)  # errors that grow as predicted, by a factor of two: what is known before trials
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ class ModelOutput:
     def predicted_at(self, error: float) -> float:
         """The predicted error of thresholds whose measured one is about this: by what was tried, else itself.
 
-        On logarithms it goes straight from trial to trial, and on beyond the last two, with a slope between a third and
-        three; through a single one in proportion.
+        On logarithms it goes straight from trial to trial. Beyond them the slope is that of the last two and of
+        ``IN_PROPORTION`` together, since two that are near to each other tell little; of a single one it is 1.
         """
         by_measured = sorted((math.log(measured), math.log(predicted)) for predicted, measured in self.trials)
         if not by_measured:
@@ -74,10 +75,10 @@ class ModelOutput:
         above = sum(measured <= at for measured, _ in by_measured)
         first = min(max(0, above - 1), max(0, len(by_measured) - 2))
         (low, start), (high, end) = by_measured[first], by_measured[min(first + 1, len(by_measured) - 1)]
-        slope = (end - start) / (high - low) if high > low else 1.0
-        if low <= at <= high:
-            return math.exp(start + slope * (at - low))
+        if low < high and low <= at <= high:
+            return math.exp(start + (end - start) / (high - low) * (at - low))
         near, value = (low, start) if at < low else (high, end)
+        slope = (end - start + IN_PROPORTION) / (high - low + IN_PROPORTION)
         return math.exp(value + min(max(slope, 1 / 3), 3.0) * (at - near))
 
     def to_dict(self) -> dict[str, Any]:

@@ -13,8 +13,9 @@ folder whose rows --add brings here. Parts: attention (error split, ranking, str
 noise floors), defaults (thresholds without an aim at sparsity), rules (Top-k, Top-p, hybrid, training-free), orders
 (raster and tiles, training-free), distilled-orders (the same after long distillation), rates (learning rates of
 distillation), losses (distillation against the plain loss, matched and shifted data), distilled (the rules after
-distillation), students (long distillation; pictures), shipped (the student of the repository); of the large model arms (rules, orders, sparsities, ways to train: arms.py), spread (a dense model that is trained on), apart (where
-a student's error is), timing.
+distillation), students (long distillation; pictures), shipped (the student of the repository); of the large model
+arms (rules, orders, sparsities, ways to train: arms.py), spread (a dense model that is trained on), apart (where a
+student's error is), timing.
 """
 
 from __future__ import annotations
