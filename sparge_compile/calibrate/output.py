@@ -26,8 +26,8 @@ SMALLER, TIMES = 0.9, 100  # by how much, and how often, a bound is made less un
 SPARSER = 0.75  # of the density at which heads were tried: below it they are tried anew
 FAR = 0.8  # of the bound; what lies below it is told of
 
-# The 97.5 % quantile of Student's t with 1, 2, … degrees of freedom; of more, 1.96 + 2.6 / n is near enough. Half of the
-# 5 % is left for what the spread does not tell: thresholds do a little better on the runs that they were chosen by.
+# The 97.5 % quantile of Student's t with 1, 2, … degrees of freedom; of more, 1.96 + 2.6 / n is near enough. Half of
+# the 5 % is left for what the spread does not tell: thresholds do a little better on the runs that they were chosen by.
 _STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 _LEAST_SAFETY = 2 / 3
 _UNKNOWN_SPREAD = 0.9  # the safety where there is one run only
