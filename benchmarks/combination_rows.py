@@ -16,13 +16,19 @@ from combining import (
     blocks_of_unet,
     by_bitsandbytes,
     by_block,
+    by_deepspeed,
+    by_flash,
+    by_flash_3,
     by_group,
     by_model,
+    by_sage,
+    by_xformers,
     caching,
     cast_by_layer,
     clip,
     controlled,
     flux,
+    gradient,
     image,
     loads,
     named_to_accelerate,
@@ -113,10 +119,18 @@ CACHES = (
     Row("Pyramid Attention Broadcast", caching("PyramidAttentionBroadcastConfig", **_ALWAYS)),
 )
 
+STAND_IN = "Tried with a stand-in of the library's functions, on a CPU."
+SAGE = f"{STAND_IN} Where its own code is traced to its kernels, or breaks the graph, it stays, and the report says so."
+
 BACKENDS = (
     Row("set_attention_backend: native", attends_by("native")),
     Row("set_attention_backend: _native_math", attends_by("_native_math")),
+    Row("set_attention_backend: _native_flash", attends_by("_native_flash")),
     Row("set_attention_backend: flex", attends_by("flex")),
+    Row("set_attention_backend: flash", by_flash, note=STAND_IN),
+    Row("set_attention_backend: _flash_3", by_flash_3, note=STAND_IN),
+    Row("set_attention_backend: xformers", by_xformers, note=STAND_IN),
+    Row("set_attention_backend: sage", by_sage, note=SAGE),
 )
 
 SAVED = (
@@ -154,4 +168,11 @@ ACCELERATE = (
     Row("accelerate: TorchDynamoPlugin", named_to_accelerate, refused="'SPARGE' is not a valid", note=LIST),
 )
 
-ROWS = (*OFFLOADING, *ADAPTERS, *WEIGHTS, *CACHES, *BACKENDS, *PARTS, *ACCELERATE)
+HOOKS = "Its hooks break graphs: raise `torch._dynamo.config.recompile_limit` to more than the number of modules."
+
+DEEPSPEED = (
+    Row("deepspeed, a step with ZeRO 2", after=by_deepspeed(2), draw=gradient, needs=("deepspeed",)),
+    Row("deepspeed, a step with ZeRO 3", after=by_deepspeed(3), draw=gradient, needs=("deepspeed",), note=HOOKS),
+)
+
+ROWS = (*OFFLOADING, *ADAPTERS, *WEIGHTS, *CACHES, *BACKENDS, *PARTS, *ACCELERATE, *DEEPSPEED)

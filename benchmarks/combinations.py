@@ -36,9 +36,11 @@ something else. Written by `benchmarks/combinations.py`; `tests/whole/test_combi
 
 """
 REST = """
-Not tried: deepspeed, which is built against a CUDA toolkit, and the attention backends `flash`, `sage` and `xformers`
-of diffusers, which need a GPU. [The README](../README.md#what-stays-dense-and-why) says how calls of these libraries
-are read; `native`, the default, needs nothing.
+An attention backend of diffusers is replaced where its site becomes sparse, so `native`, the default, is the one to
+keep: the others want a library, or a GPU, for what stays dense alone.
+[The README](../README.md#what-stays-dense-and-why) says how calls of these libraries are read. deepspeed runs on a CPU
+too (`DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed`); there the gradient of a step was compared, in one
+process.
 """
 
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from sparge_compile import Calibration, attach
 
-sys.path.append(str(Path(__file__).parent.parent / "tests" / "whole"))
+sys.path += [str(Path(__file__).parent.parent / "tests" / folder) for folder in ("whole", "eager")]
+import flash_3
+import flash_library
+import other_libraries
 import tiny_images
 import tiny_pipelines
 
@@ -203,6 +209,32 @@ def attends_by(backend: str) -> Callable[[Any], Any]:
     return choose
 
 
+def attends_by_stand_in(backend: str, package: str, **functions: Any) -> Callable[[Any], Any]:
+    """A backend whose library wants a GPU, with functions of the library's signatures in their places."""
+
+    def choose(pipe: Any) -> Any:
+        from diffusers.models import attention_dispatch as dispatch
+
+        with mock.patch.object(dispatch, f"_CAN_USE_{package}", True):
+            pipe.transformer.set_attention_backend(backend)
+        vars(dispatch).update(functions)
+        return pipe
+
+    return choose
+
+
+def _memory_efficient(query, key, value, attn_bias=None, p=0.0, scale=None):
+    return torch.ops.sparge_others.memory_efficient_attention_forward(query, key, value, attn_bias, p, scale)
+
+
+by_flash = attends_by_stand_in("flash", "FLASH_ATTN", flash_attn_func=flash_library.flash_attn_func)
+by_flash_3 = attends_by_stand_in("_flash_3", "FLASH_ATTN_3", _wrapped_flash_attn_3=flash_3.diffusers_flash_3)
+by_sage = attends_by_stand_in("sage", "SAGE_ATTN", sageattn=other_libraries.sageattn)
+by_xformers = attends_by_stand_in(
+    "xformers", "XFORMERS_ATTN", xops=SimpleNamespace(memory_efficient_attention=_memory_efficient)
+)
+
+
 # ---- other parts of a pipeline
 
 
@@ -285,3 +317,39 @@ def prepared(pipe: Any) -> None:
     from accelerate import Accelerator
 
     pipe.transformer = Accelerator(cpu=True).prepare_model(pipe.transformer, evaluation_mode=True)
+
+
+# ---- deepspeed
+
+
+def by_deepspeed(stage: int) -> Callable[[Any], None]:
+    """The denoiser in an engine of one process at a stage of ZeRO, to be trained at a rate that changes nothing."""
+
+    def put(pipe: Any) -> None:
+        import deepspeed
+
+        os.environ.setdefault("LOCAL_RANK", "0")
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        model, untested = pipe.transformer, {"zero_allow_untested_optimizer": True}
+        pipe.engine = deepspeed.initialize(
+            model=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.0),
+            config={"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage}, **untested},
+        )[0]
+
+    return put
+
+
+def gradient(pipe: Any) -> Tensor:
+    """That of the first weights of the denoiser, in a step of training."""
+    from deepspeed.utils import safe_get_full_grad
+
+    text = torch.linspace(-1, 1, 16 * tiny_pipelines.texts.WIDTH).view(1, 16, -1)
+    noise = torch.randn(1, 4, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+    with torch.enable_grad():
+        out = pipe.engine(noise, torch.tensor([500]), text, return_dict=False)[0]
+        pipe.engine.backward(out.square().mean())
+    found = safe_get_full_grad(pipe.transformer.patch_embedding.weight).clone()
+    pipe.engine.step()
+    return found
