@@ -22,6 +22,7 @@ CASES = [
     Case(130, 300, 48, key_heads=1, layout="blhd", value_size=16),
     Case(300, 200, 64, is_causal=True, layout="fused"),
     Case(130, 190, 16, is_causal=True, scale=-0.3),
+    Case(130, 150, 16, scale=0.0),
     Case(1, 1, 16, dtype=torch.float16),
     Case(129, 65, 32, dtype=torch.float16, batch=2),
 ]
@@ -104,6 +105,7 @@ GPU_CASES = [  # on Hopper the first and the fourth by the kernel specialised by
     Case(700, 700, 64, is_causal=True, dtype=torch.bfloat16, layout="blhd"),
     Case(300, 500, 128, is_causal=True, dtype=torch.float16, key_heads=1),
     Case(130, 64, 64, dtype=torch.float16, scale=-0.2),
+    Case(200, 150, 64, dtype=torch.float16, scale=0.0),
     Case(200, 300, 96, dtype=torch.bfloat16, value_size=64),
     Case(200, 300, 128),
 ]
@@ -133,13 +135,12 @@ def check_beside_the_oracle(case: Case) -> None:
     want, want_lse = reference.attention_in_eight_bits(q, k, v, block_map, case.is_causal, how_of(case).scale)
     hidden = want_lse == -torch.inf
     assert torch.equal(lse == -torch.inf, hidden) and not out[hidden].any()
-    # Where a score rounds otherwise in float32, a weight may fall to the next of its sixteen steps. Hopper's kernel, of
-    # 16 bits, sums weights before they are rounded: of few of them the sum is off by half a step at the most.
-    few = 1 / 32 if case.keys <= 64 and case.dtype != torch.float32 and q.is_cuda else 0
-    assert relative(out, want) < max(few, 2e-3 if case.dtype == torch.float32 else 5e-3)
+    # Where a score rounds otherwise in float32, a weight may fall to the next of its sixteen steps.
+    assert relative(out, want) < (2e-3 if case.dtype == torch.float32 else 5e-3)
     # Where an entry of a query rounds otherwise, by one of 127 steps, the scores of a row move by so much of a key's.
+    # Tensor cores add up weights in e4m3 with some fourteen bits.
     apart = (lse[~hidden].double() - want_lse[~hidden]).abs()
-    assert (apart > 2e-3).float().mean() < 1e-3 and not (apart > 0.05).any()
+    assert (apart > (2e-2 if q.is_cuda else 2e-3)).float().mean() < 1e-3 and not (apart > 0.05).any()
 
 
 def test_what_rounding_costs_where_numbers_have_heavy_tails() -> None:
