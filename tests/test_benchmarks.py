@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import limits
 import messages
 import methods
 import plot_sweep
@@ -106,6 +107,22 @@ def test_versions_of_triton_are_compared_by_a_process_each(monkeypatch, tmp_path
     versions.main([str(folder), "--csv", str(tmp_path / "rows.csv")])
     assert [path == str(folder) for path in seen] == [False, True, False]
     assert (tmp_path / "rows.csv").read_text().count("1.0") == 2
+
+
+NCU = """==PROF== Profiling "_pool_kernel"
+"ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value","Rule Description"
+"0","_pool_kernel","SpeedOfLight","Duration","us","70.1",""
+"0","_pool_kernel","SpeedOfLight","DRAM Throughput","%","80.1",""
+"0","_pool_kernel","Compute","","","","FMA is the highest-utilized pipeline (22.0%) based on active cycles"
+"0","_pool_kernel","Warps","","","","each warp spends 5.7 cycles being stalled waiting for X. It is 56.6% of the total"
+"1","_pool_kernel","SpeedOfLight","Duration","us","99",""
+"""
+
+
+def test_what_ncu_says_becomes_a_row_for_each_kernel():
+    row = {"kernel": "pool", "time": "70.1 us", "memory, %": "80.1", "busiest pipeline": "FMA 22.0 %"}
+    assert limits.rows_of(NCU) == [{**row, "warps wait": "56.6 %: waiting for X"}]
+    assert limits.rows_of("==ERROR== nothing") == []
 
 
 def test_runs_of_the_suite_become_one_table(tmp_path):
