@@ -1,8 +1,7 @@
-"""Orders of tokens, and which suits attention. In: errors at equal shares of blocks. Out: the best for each site."""
+"""Orders of tokens, and what they do to attention. In: errors at equal shares of blocks. Out: the best order for all."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +17,6 @@ SHARES = (0.05, 0.1, 0.2, 0.4)  # of the key blocks: at which orders are compare
 AROUND = (0.5, 1.0, 2.0)  # times the density that is aimed at
 FEWER = 8  # one of so many of the query blocks is looked at while orders are tried
 
-MARGIN = 0.3  # by how much of the squared error of its attention a site's own order must win over that of the model
 LEAST = 0.005  # a relative error below which orders do not differ
 
 Scores = dict["Tile | None", Tensor]  # the squared error of each head at each share, float64 [calls, H, shares]
@@ -74,16 +72,6 @@ def shares_for(target_sparsity: float | None) -> tuple[float, ...]:
 def best_for_attention(trials: Trials) -> Tile | None:
     """Return the order that leaves the attention of all sites the least error."""
     return min(trials.orders, key=lambda order: _badness([site[order] for site in trials.sites.values()]))
-
-
-def own_orders(trials: Trials, common: Tile | None, margin: float = MARGIN) -> dict[str, Tile | None]:
-    """Return the order of each site that was tried: that of the model, or its own, where that wins by the margin."""
-    found = {}
-    for name, scores in trials.sites.items():
-        own = min(trials.orders, key=lambda order: _badness([scores[order]]))
-        wins = _badness([scores[own]]) < _badness([scores[common]]) + math.log(1 - margin)
-        found[name] = own if wins else common
-    return found
 
 
 def _badness(errors: Sequence[Tensor]) -> float:

@@ -136,7 +136,7 @@ def restored(
     lab: Lab, seed: int, calibration: Calibration, model: nn.Module, which: dict[str, list[tuple[str, int]]]
 ) -> dict[str, float]:
     """Velocity error with some heads dense; the student's weights stay."""
-    attached, pairs = lab.student("tiles" if calibration.tiles else "raster").attached, pairs_of(lab, calibration)
+    attached, pairs = lab.student(calibration).attached, pairs_of(lab, calibration)
     data, found = list(lab.held_out(seed)), {}
     for name, heads in {"all": [], **which}.items():
         sites = {site: list(each) for site, each in pairs.items()}

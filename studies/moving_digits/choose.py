@@ -12,6 +12,7 @@ from train import precision
 
 import sparge_compile
 from sparge_compile import Calibration
+from sparge_compile.calibrate.orders import said
 from sparge_compile.kernels.block_map import KEY_BLOCK
 
 KINDS = ("one pair", "each head", "by influence")
@@ -35,6 +36,8 @@ def thresholds(lab: Lab, seed: int, case: Case) -> Calibration:
     if case.thresholds == "one pair":
         return one_pair(lab, seed, case.rule, case.target, case.order)
     wanted = 1 - kept_blocks(lab, case.target) / blocks(lab)
+    if case.order == "chosen":
+        return chosen(lab, seed, wanted)
     weights = influence(lab, seed, case.order) if case.thresholds == "by influence" else None
     found = calibrated(lab, seed, case.rule, case.order).at(target_sparsity=wanted, influence=weights)
     return Calibration(found.sites, tiles=found.tiles)
@@ -64,6 +67,18 @@ def calibrated(lab: Lab, seed: int, rule: str, order: str = "raster") -> Calibra
         return sparge_compile.calibrate(
             lab.plain, batches, target_sparsity=0.8, influence=False, mode=rule, options=options
         )
+
+
+@functools.cache
+def chosen(lab: Lab, seed: int, sparsity: float) -> Calibration:
+    """What ``sparge_compile.calibrate`` gives for a sparsity, the order of tokens of each layer included."""
+    batches = [(mixed, when, classes) for mixed, when, _, classes in lab.seen(seed)]
+    with precision(lab.device):
+        found = sparge_compile.calibrate(
+            lab.plain, batches, target_sparsity=sparsity, options={"min_seq_len": 0}, progress=True
+        )
+    print(f"    tokens in {said({name: found.tiles.get(name) for name in found.sites})}", flush=True)
+    return Calibration(found.sites, tiles=found.tiles)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -29,25 +29,36 @@ from transformer import compiled, load
 
 import sparge_compile
 from sparge_compile import Calibration
-from sparge_compile.kernels.order import TILE
+from sparge_compile.kernels.order import TILE, Tile
 
 DROPPED = 0.2  # of the clips the classes are left out, as sampling with guidance asks for both
 
 
-def everywhere(pair: tuple[float, float], order: str = "raster", heads: int = 1) -> Calibration:
-    """One pair for all heads of the model, whose blocks are of this order; ``heads``: pairs that may differ later."""
-    return Calibration({"*": [pair] * heads}, tiles={"*": TILE} if order == "tiles" else {})
+def everywhere(pair: tuple[float, float], order: str = "raster") -> Calibration:
+    """One pair for all heads of the model, whose blocks are of this order."""
+    return Calibration({"*": [pair]}, tiles={"*": TILE} if order == "tiles" else {})
+
+
+def tiles_of(setup: Setup, calibration: Calibration) -> tuple[Tile | None, ...]:
+    """The tile of each layer, None for raster order."""
+    names = (f"blocks.{number}.attention" for number in range(setup.sizes[1]))
+    return tuple(calibration.tiles.get(calibration.key_of(name) or "") for name in names)
 
 
 class Student:
-    """A sparse model that is compiled once, for one order of tokens, and takes other weights and thresholds."""
+    """A sparse model that is compiled once, for a tile in each layer, and takes other weights and thresholds."""
 
-    def __init__(self, setup: Setup, device: torch.device, order: str = "raster", frames: int | None = None) -> None:
-        self.setup, self.device, self.order = setup, device, order
+    def __init__(
+        self, setup: Setup, device: torch.device, tiles: Sequence[Tile | None], frames: int | None = None
+    ) -> None:
+        self.setup, self.device = setup, device
         self.model = load(device=device, setup=setup).requires_grad_(False)
         self.teacher = self.model.state_dict()
         self.teacher = {name: each.clone() for name, each in self.teacher.items()}
-        self.attached = sparge_compile.attach(self.model, everywhere((0.1, 0.1), order, setup.sizes[2]))
+        ordered = {f"blocks.{number}.attention": tile for number, tile in enumerate(tiles)}
+        start = {name: [(0.1, 0.1)] * setup.sizes[2] for name in ordered}  # pairs of heads may differ later
+        start_tiles = {name: tile for name, tile in ordered.items() if tile is not None}
+        self.attached = sparge_compile.attach(self.model, Calibration(start, tiles=start_tiles))
         options = {"min_seq_len": 0, "inner": inner(device), "grid": setup.grid(frames)}
         compiled(self.model, backend="sparge", options=options)
 
@@ -153,7 +164,7 @@ def main() -> None:
     torch._dynamo.config.recompile_limit = 64  # one class, compiled dense and sparse, to train and to run
     dense = load(device=device, setup=args.setup).requires_grad_(False)
     plain, teacher = load(device=device, setup=args.setup), compiled(dense, backend=inner(device))
-    student = Student(args.setup, device, args.order, args.frames)
+    student = Student(args.setup, device, tiles_of(args.setup, calibration), args.frames)
     model = student.set(calibration)
 
     def judge(what: str) -> None:

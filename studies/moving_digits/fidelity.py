@@ -116,15 +116,17 @@ def defaults_table(quality: list[Row]) -> str:
 
 
 def orders_table(quality: list[Row], measure: str) -> str:
-    """Raster order beside tiles."""
+    """Raster order beside tiles, and what calibration chooses."""
     rows = where(quality, part="orders")
     targets = sorted({row["target"] for row in rows}, key=float)
     lines = []
     for steps, trained in grouped(rows, "steps").items():
         name = "not trained" if steps == "0" else f"distilled, {int(steps):,} steps"
         for kind, some in grouped(trained, "thresholds").items():
-            for (rule, of), order in itertools.product(grouped(some, "rule").items(), ("raster", "tiles")):
+            for (rule, of), order in itertools.product(grouped(some, "rule").items(), ("raster", "tiles", "chosen")):
                 cells = [where(of, order=order, target=target) for target in targets]
+                if not any(cells):
+                    continue
                 lines.append(
                     [f"{name}, {kind}, {RULES[rule]}, {order}", *(shown(c, measure) if c else "–" for c in cells)]
                 )

@@ -22,6 +22,7 @@ from distil import (
     held_out,
     held_out_error,
     inner,
+    tiles_of,
     weights_of,
 )
 from measures import accuracy, flicker, load_classifier, measured_sparsity, psnr, ssim
@@ -32,6 +33,7 @@ from transformer import compiled, load, sample
 
 import sparge_compile
 from sparge_compile import Calibration
+from sparge_compile.kernels.order import Tile
 
 
 class OutOfTime(Exception):
@@ -48,7 +50,7 @@ class Lab:
         self.dense = compiled(self._copy(), backend=inner(device))
         self.classifier = load_classifier(device, args.setup)
         self.quality_table = Table(args.out, "quality")
-        self._students: dict[str, Student] = {}
+        self._students: dict[tuple[Tile | None, ...], Student] = {}
         self._dense_samples: tuple[int, Tensor] | None = None
         self._began, self._pace = time.perf_counter(), {"step": 0.0, "rest": 0.0}  # seconds
 
@@ -68,20 +70,22 @@ class Lab:
         copy.load_state_dict(model.state_dict(), strict=False)  # without the thresholds
         return copy
 
-    def student(self, order: str) -> Student:
-        if order not in self._students:
-            self._students[order] = Student(self.setup, self.device, order, self.args.frames)
-        return self._students[order]
+    def student(self, calibration: Calibration) -> Student:
+        """The one whose layers have the tiles of these thresholds."""
+        tiles = tiles_of(self.setup, calibration)
+        if tiles not in self._students:
+            self._students[tiles] = Student(self.setup, self.device, tiles, self.args.frames)
+        return self._students[tiles]
 
     def sparse(self, calibration: Calibration) -> nn.Module:
         """A student with the teacher's weights, and these thresholds."""
-        return self.student(order_of(calibration)).set(calibration)
+        return self.student(calibration).set(calibration)
 
     def shipped(self) -> tuple[Calibration, nn.Module]:
         """The distilled student of the repository, and its thresholds."""
         calibration = Calibration.load(self.setup.weights / "student.json")
         weights = load_file(self.setup.weights / "student.safetensors", str(self.device))
-        return calibration, self.student(order_of(calibration)).set(calibration, weights)
+        return calibration, self.student(calibration).set(calibration, weights)
 
     def tuned(self, case: Case, seed: int, calibration: Calibration | None) -> nn.Module:
         """The student, or without thresholds the dense model, fine-tuned from the teacher's weights."""
@@ -96,8 +100,8 @@ class Lab:
         is_shifted = case.data == "shifted"
         data = batches(case.steps, self.args.batch, self.device, seed, shifted=is_shifted, **self.kind)
         how: dict[str, Any] = {"every": max(1, case.steps // 4), "say": lambda text: print(f"    {text}", flush=True)}
-        if case.anneal:
-            attached = self.student(case.order).attached
+        if case.anneal and calibration is not None:
+            attached = self.student(calibration).attached
             how["after"] = sparge_compile.SparsitySchedule(attached, round(case.anneal * case.steps)).step
         if case.loss == "distillation":
             teacher = self._copy() if case.outputs else self.dense  # outputs: the hook compiles it as it needs it
@@ -195,7 +199,3 @@ class Lab:
         self.quality_table.add([{**dict(zip(KEY, key_of(case, seed), strict=True)), "pair": pair, **found}])
         text = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
         print(f"[{time.perf_counter() - self._began:6.1f} s] {case.part}, seed {seed}: {case.name}: {text}", flush=True)
-
-
-def order_of(calibration: Calibration) -> str:
-    return "tiles" if calibration.tiles else "raster"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ import sparge_compile
 
 SPARSITIES = (0.95, 0.9, 0.97, 0.8, 0.85)  # the paper's first
 MILD_TO_HIGH = (0.3, 0.4, 0.5, 0.6, 0.68, 0.75, 0.8, 0.84, 0.88, 0.9, 0.95)
+CHOSEN = (0.84, 0.6, 0.95, 0.88, 0.68)
 ORDERS = ("raster", "tiles")
 DENSITIES = (0.03, 0.05, 0.1, 0.2, 0.5)
 STRUCTURES = ("uniform", "skewed", "clustered", "local")
@@ -119,6 +121,12 @@ def orders(lab: Lab, seed: int) -> None:
     ones."""
     cases = itertools.product((KINDS[0], KINDS[2]), MILD_TO_HIGH, ORDERS)
     measure_all(lab, seed, [Case("orders", "hybrid", kind, target, order) for kind, target, order in cases])
+
+
+def chosen_orders(lab: Lab, seed: int) -> None:
+    """The same where calibration chooses the order of each layer, at the sparsity that it aims at."""
+    cases = [Case("orders", "hybrid", KINDS[2], target, "chosen") for target in CHOSEN]
+    measure_all(lab, seed, [case for case in cases if fnmatch(case.name, lab.args.arms)])
 
 
 def distilled_orders(lab: Lab, seed: int) -> None:

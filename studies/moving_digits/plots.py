@@ -58,6 +58,32 @@ def plot_rules(quality: list[Row], path: Path, chance: float) -> None:
     plt.close(figure)
 
 
+def plot_orders(quality: list[Row], path: Path) -> None:
+    """Velocity error and digits read over the sparsity reached, a line for each order of tokens, without training."""
+    figure, axes = plt.subplots(1, 2, figsize=(12.5, 4.2), layout="constrained")
+    rows = where(quality, part="orders", steps="0")
+    orders = {"raster": "tab:blue", "tiles": "tab:orange", "chosen": "tab:green"}
+    for axis, measure in zip(axes, ("velocity error", "digits read"), strict=True):
+        for kind, style in (("one pair", "--"), ("by influence", "-")):
+            for order, color in orders.items():
+                groups = grouped(where(rows, thresholds=kind, order=order), "target").values()
+                points = [[statistics.mean(by_seed(each, of)) for of in ("sparsity", measure)] for each in groups]
+                if points:
+                    x, y = zip(*sorted(points), strict=True)
+                    axis.plot([100 * v for v in x], y, style, marker=".", color=color, label=f"{order}, {kind}")
+        dense = by_seed(where(quality, part="floor", rule="dense"), measure)
+        if measure == "digits read" and dense:
+            axis.axhline(statistics.mean(dense), color="grey", linewidth=1, label="dense")
+        axis.set_xlabel("sparsity, %")
+        axis.set_ylabel("‖u − v‖² ÷ ‖v‖²" if measure == "velocity error" else "share of digits read")
+        axis.set_title(f"{measure[0].upper()}{measure[1:]}, not trained")
+    axes[0].set_yscale("log")
+    axes[1].set_ylim(bottom=0)
+    axes[1].legend(fontsize=8, loc="lower left")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def plot_ranking(rows: list[Row], path: Path) -> None:
     """The error over the oracle's by the share of blocks kept, and by layer at a tenth."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")

@@ -11,11 +11,11 @@ Every result is a row of a CSV file, written as soon as it is there; what is the
 stopped, and other parts or seeds may be measured beside it on another GPU: they add to the same files, or to another
 folder whose rows --add brings here. Parts: attention (error split, ranking, structured inputs), floor (dense values,
 noise floors), defaults (thresholds without an aim at sparsity), rules (Top-k, Top-p, hybrid, training-free), orders
-(raster and tiles, training-free), distilled-orders (the same after long distillation), rates (learning rates of
-distillation), losses (distillation against the plain loss, matched and shifted data), distilled (the rules after
-distillation), students (long distillation; pictures), shipped (the student of the repository); of the large model
-arms (rules, orders, sparsities, ways to train: arms.py), spread (a dense model that is trained on), apart (where a
-student's error is), timing.
+(raster and tiles, training-free), chosen-orders (those that calibration chooses), distilled-orders (the same after long
+distillation), rates (learning rates of distillation), losses (distillation against the plain loss, matched and shifted
+data), distilled (the rules after distillation), students (long distillation; pictures), shipped (the student of the
+repository); of the large model arms (rules, orders, sparsities, ways to train: arms.py), spread (a dense model that is
+trained on), apart (where a student's error is), timing.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ import torch
 from arms import apart, measure_arms, spread
 from case import TABLES, Table
 from fidelity import PAGE, fill, tables
-from journal import where
+from journal import where as place
 from lab import Lab, OutOfTime
-from plots import plot_ranking, plot_rules
+from plots import plot_orders, plot_ranking, plot_rules
 from setups import CLASSES, Setup, add_setup
 from speed import timing
-from tabular import read
+from tabular import read, where
 
 PARTS = {
     "attention": parts.attention,
@@ -42,6 +42,7 @@ PARTS = {
     "defaults": parts.defaults,
     "rules": parts.rules,
     "orders": parts.orders,
+    "chosen-orders": parts.chosen_orders,
     "distilled-orders": parts.distilled_orders,
     "rates": parts.rates,
     "losses": parts.losses,
@@ -54,7 +55,7 @@ PARTS = {
     "timing": timing,
 }
 FLAT, DEEP = (
-    list(PARTS)[:11],
+    list(PARTS)[:12],
     ["floor", "arms", "spread", "apart", "timing", "attention"],
 )  # of the small model, of the large
 
@@ -64,6 +65,8 @@ def report(out: Path, setup: Setup) -> None:
     them."""
     if quality := read(out / "quality.csv"):
         plot_rules(quality, out / "rules.png", setup.digits / CLASSES)
+        if where(quality, part="orders"):
+            plot_orders(quality, out / "orders.png")
     if ranking := read(out / "ranking.csv"):
         plot_ranking(ranking, out / "ranking.png")
     made = tables(out)
@@ -92,7 +95,7 @@ def settings(args: argparse.Namespace, device: torch.device) -> str:
     if args.setup.is_deep:
         lengths = "" if args.scale == 1 else f"{args.scale:g} of the arms' steps, "
     return (
-        f"torch {torch.__version__}, {where(device)}; clips of {args.frames} frames; {lengths}on batches of "
+        f"torch {torch.__version__}, {place(device)}; clips of {args.frames} frames; {lengths}on batches of "
         f"{args.batch} clips; {args.rounds * args.batch} held-out clips and {args.rounds * (args.batch // 2)} samples "
         f"of {args.sample_steps} steps for a figure\n"
     )
@@ -122,7 +125,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing that takes longer (no limit)")
     parser.add_argument("--steps", type=int, default=200, help="of fine-tuning, of the small model (200)")
     parser.add_argument("--long-steps", type=int, default=1000, help="of the students (1000)")
-    parser.add_argument("--arms", default="*", help="pattern of their names, for the part arms (*)")
+    parser.add_argument("--arms", default="*", help="pattern of their names, for the parts arms and chosen-orders (*)")
     parser.add_argument("--scale", type=float, default=1.0, help="of the arms' steps, to try them out (1)")
     parser.add_argument("--batch", type=int, help="clips; samples are drawn from half as many (16; large 4)")
     parser.add_argument("--rounds", type=int, help="batches of held-out clips and of samples (4; large 16)")

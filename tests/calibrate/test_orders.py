@@ -13,7 +13,8 @@ from sparge_compile import Calibration, Options, attention, calibrate, explain
 from sparge_compile.calibrate import order_choice, orders, stages
 from sparge_compile.calibrate.calls import NotedCalls
 from sparge_compile.calibrate.curves import TOPK
-from sparge_compile.calibrate.orders import Trials, best_for_attention, own_orders, parse_orders, shares_for
+from sparge_compile.calibrate.order_choice import Errors, own_orders
+from sparge_compile.calibrate.orders import Trials, best_for_attention, parse_orders, shares_for
 from sparge_compile.calibrate.record import Recorder
 from sparge_compile.errors import is_of_user
 from sparge_compile.kernels.order import TILE as DEFAULT
@@ -181,17 +182,43 @@ def scores(**errors: float) -> dict:
     }
 
 
+SITES = {
+    "a": scores(raster=3.0, tile=1.0),
+    "b": scores(raster=1.0, tile=1.1),
+    "c": scores(raster=1.0, tile=2.0),
+}
+ALONE = {None: {"a": 0.3, "b": 0.2, "c": 0.1}, TILE: {"a": 0.1, "b": 0.202, "c": 0.2}}
+
+
 def test_a_site_has_an_order_of_its_own_only_if_it_wins_by_the_margin():
-    sites = {
-        "a": scores(raster=3.0, tile=1.0),
-        "b": scores(raster=1.0, tile=1.1),
-        "c": scores(raster=1.0, tile=2.0),
-    }
-    trials = Trials((None, TILE), (0.1, 0.2, 0.4), sites)
-    assert best_for_attention(trials) == TILE
-    assert own_orders(trials, TILE) == {"a": TILE, "b": TILE, "c": None}
-    assert own_orders(trials, None) == {"a": TILE, "b": None, "c": None}
-    assert 1 / 1.1 > 1 - orders.MARGIN > 1 / 2
+    assert best_for_attention(Trials((None, TILE), (0.1, 0.2, 0.4), SITES)) == TILE
+    errors = {order: Errors(0.5, alone) for order, alone in ALONE.items()}
+    assert own_orders(errors, TILE) == {"a": TILE, "b": TILE, "c": None}
+    assert own_orders(errors, None) == {"a": TILE, "b": None, "c": None}
+
+
+def test_each_site_is_asked_of_alone_at_the_density_that_is_aimed_at(monkeypatch):
+    """What the model returns with one site sparse, in each order; many sites are asked of together."""
+    model, x = made(), boxes(0)
+    noted = NotedCalls()
+    noted.note(0, 0, (x,), {})
+    trials = Trials((None, TILE), (0.05, 0.1, 0.2), {name: scores(raster=1.0, tile=1.0) for name in NAMES})
+    settings = SimpleNamespace(options=Options(min_seq_len=0))
+    ask = order_choice.Question(model, settings, trials, noted.calls())
+    with torch.no_grad():
+        exact = model(x)
+        for order in (None, TILE):
+            errors = ask(dict.fromkeys(NAMES, order), each=True)
+            for name, error in {**errors.alone, "*": errors.together}.items():
+                sites = {site: [(0.1, 0.0) if name in ("*", site) else (1.0, 0.0)] * 2 for site in NAMES}
+                tiles = {} if order is None else dict.fromkeys(NAMES, order)
+                options = {**OPTIONS, "inner": "eager", "calibration": Calibration(sites, tiles=tiles)}
+                torch._dynamo.reset()
+                out = torch.compile(model, backend="sparge", options=options)(x)
+                assert error == pytest.approx(((out - exact).norm() / exact.norm()).item(), rel=1e-3)
+    monkeypatch.setattr(order_choice, "FORWARDS", 2)
+    together = order_choice.Question(model, settings, trials, noted.calls())(dict.fromkeys(NAMES, TILE), each=True)
+    assert list(together.alone.values()) == pytest.approx([errors.together] * 2)
 
 
 def test_orders_are_compared_at_what_is_aimed_at():
@@ -221,25 +248,26 @@ def test_images_have_tiles_of_one_frame():
 
 @pytest.mark.parametrize(
     "own, chosen",
-    [(0.4, {"a": TILE, "b": TILE, "c": None}), (0.46, dict.fromkeys("abc", TILE)), (None, dict.fromkeys("abc", TILE))],
+    [(0.4, {"a": TILE, "b": TILE, "c": None}), (0.49, dict.fromkeys("abc", TILE)), (None, dict.fromkeys("abc", TILE))],
     ids=["wins", "too little", "not asked"],
 )
 def test_orders_of_their_own_must_win_in_what_the_model_returns(own, chosen, monkeypatch):
-    sites = {
-        "a": scores(raster=3.0, tile=1.0),
-        "b": scores(raster=1.0, tile=1.1),
-        "c": scores(raster=1.0, tile=2.0),
-    }
+    class Question:
+        def __init__(self, model, settings, trials, calls) -> None:
+            assert [call.number for call in calls] == [2, 6]
 
-    def output_error(model, settings, trials, calls, dense, tiles) -> float:
-        if own is None:
-            raise ValueError("a model that cannot be asked")
-        assert [call.number for call in calls] == [2, 6]
-        found = set(tiles.values())
-        return own if len(found) == 2 else {None: 0.9, TILE: 0.5}[found.pop()]
+        def __call__(self, tiles, each=False) -> Errors:
+            if own is None:
+                raise ValueError("a model that cannot be asked")
+            found = set(tiles.values())
+            if len(found) == 2:
+                assert not each
+                return Errors(own, {})
+            (order,) = found
+            return Errors({None: 0.9, TILE: 0.5}[order], ALONE[order])
 
-    monkeypatch.setattr(order_choice, "output_error", output_error)
-    recorder = SimpleNamespace(try_orders=lambda *args: (Trials((None, TILE), (0.1, 0.2, 0.4), sites), None))
+    monkeypatch.setattr(order_choice, "Question", Question)
+    recorder = SimpleNamespace(try_orders=lambda *args: (Trials((None, TILE), (0.1, 0.2, 0.4), SITES), None))
     noted = NotedCalls()
     for number in range(8):
         noted.note(0, number, (), {})

@@ -116,6 +116,21 @@ def tiny_lab(out: Path, setup: Setup = SMALL, rounds: int = 1) -> lab.Lab:
     return lab.Lab(settings, torch.device("cpu"))
 
 
+def test_a_student_has_the_tiles_of_each_layer(tmp_path) -> None:
+    """Those of its thresholds, as the option has them."""
+    small = tiny_lab(tmp_path)
+    names = [f"blocks.{number}.attention" for number in range(8)]
+    tiles = {names[0]: (4, 4, 4), names[1]: (2, 4, 8), names[2]: (4, 4, 4)}
+    found = sparge_compile.Calibration({name: [(0.3, 0.0)] * 4 for name in names}, tiles=tiles)
+    assert distil.tiles_of(SMALL, found) == ((4, 4, 4), (2, 4, 8), (4, 4, 4), *[None] * 5)
+    assert distil.tiles_of(SMALL, distil.everywhere((0.3, 0.0), "tiles")) == ((4, 4, 4),) * 8
+    mixed, when, _, classes = small.seen(0)[0]
+    options = {"min_seq_len": 0, "inner": "eager", "calibration": found}
+    with torch.no_grad():
+        want = torch.compile(small.plain, backend="sparge", options=options)(mixed, when, classes)
+        torch.testing.assert_close(small.sparse(found)(mixed, when, classes), want)
+
+
 @pytest.mark.parametrize(
     "rule", [pytest.param(rule, marks=pytest.mark.slow) if rule == "topp" else rule for rule in tabular.RULES]
 )
@@ -221,16 +236,17 @@ def test_the_pairs_of_the_page_were_found_as_often_as_it_says() -> None:
 def test_the_whole_study_at_tiny_size(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(parts, "SPARSITIES", (0.95, 0.8))
     monkeypatch.setattr(parts, "STUDENTS", (0.95,))
+    monkeypatch.setattr(parts, "MILD_TO_HIGH", (0.9,))
     monkeypatch.setattr(parts, "PAIRS", ((0.5, 0.8),))
     monkeypatch.setattr(parts, "TRIED", {case.ALL: (1e-3, 3e-3), case.ATTENTION: (1e-3,)})
     command = "reproduce.py --seeds 0 --steps 1 --long-steps 1 --batch 2 --rounds 1 --sample-steps 1 --frames 4 --out"
     monkeypatch.setattr(sys, "argv", [*command.split(), str(tmp_path / "found")])
     reproduce.main()
     made = fidelity.tables(tmp_path / "found")
-    wanted = "rules rates paper losses students defaults structures split ranking layers"
+    wanted = "rules orders rates paper losses students defaults structures split ranking layers"
     assert set(wanted.split()) <= set(made)
     assert all("nan" not in table for table in made.values())
-    assert len(list((tmp_path / "found").glob("*.png"))) == 3 + len(parts.STUDENTS)
+    assert len(list((tmp_path / "found").glob("*.png"))) == 4 + len(parts.STUDENTS)
 
 
 def test_the_demo(tmp_path, monkeypatch, capsys) -> None:
