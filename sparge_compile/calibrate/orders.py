@@ -1,4 +1,4 @@
-"""Orders of tokens, and what they do to attention. In: errors at equal shares of blocks. Out: the best order for all."""
+"""Orders of tokens, and what they do to attention. In: errors at equal shares of blocks. Out: the best for all."""
 
 from __future__ import annotations
 
