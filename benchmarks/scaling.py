@@ -16,6 +16,7 @@ and the table has those of earlier runs as well; with ``--gpus 0`` nothing else 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
 import os
 import re
@@ -62,7 +63,8 @@ class Run:
         model = model.to(self.dtype)
         if self.world > 1 and shared:
             model.group, ranks = dist.group.WORLD, Ranks.of()
-            order = torch.tensor(balanced(self.costs, self.world), device=self.device) if ordered else None
+            best = balanced(self.costs, self.world)
+            order = torch.tensor(best, device=self.device) if ordered and best != sorted(best) else None
             for block in model.blocks:
                 block.attn1.shared = {"heads": ranks, "order": order} if way == "heads" else {"ring": ranks}
         return model
@@ -82,6 +84,8 @@ class Run:
         if attention == "sparse":
             calibration = Calibration({"blocks.*.attn1": self.pairs})
             options = {"calibration": calibration, "min_seq_len": 1024, "inner": self.args.inner}
+            if self.args.no_overlap:
+                options["inductor"] = {"reorder_for_compute_comm_overlap": False}
             how |= {"backend": "sparge", "options": options}
         for block in model.blocks:
             block.compile(**how)
@@ -97,6 +101,15 @@ class Run:
             self.wait(alone=True)
             found.append(time.perf_counter() - start)
         return statistics.median(max(times) for times in zip(*self.of_all(found[2:]), strict=True))
+
+    def exchange_rate(self) -> str:
+        """How long an exchange of one layer's keys takes, by itself."""
+        width = self.args.heads * self.args.head_size
+        mine = torch.randn(self.world, tokens_of(self.args) // self.world**2 * width, device=self.device).to(self.dtype)
+        came = torch.empty_like(mine)
+        seconds = self.seconds(lambda: dist.all_to_all_single(came, mine), 5)
+        sent = mine.nbytes * (self.world - 1) / self.world
+        return f"{sent / 1e6:.3g} MB to others in {1000 * seconds:.3g} ms, {sent / seconds / 1e9:.3g} GB/s"
 
     def of_all(self, value: Any) -> list[Any]:
         """What each rank has."""
@@ -197,7 +210,8 @@ def measure_all(run: Run, keep: Callable[[dict[str, Any]], None]) -> None:
             keep(row)
             if run.rank == 0:
                 said = ", ".join(x for x in (attention, row["way"], row["heads are"]) if x)
-                print(f"{run.world} GPUs, {step}, {said}: {row['ms']:.4g} ms", flush=True)
+                past = time.time() - args.begin
+                print(f"{run.world} GPUs, {step}, {said}: {row['ms']:.4g} ms ({past:.0f} s so far)", flush=True)
 
 
 def losses(run: Run, keep: Callable[[dict[str, Any]], None]) -> None:
@@ -242,7 +256,14 @@ def work(rank: int, world: int, args: argparse.Namespace, rows: Path) -> None:
         if rank == 0:
             torch.save(row, rows / f"{time.time_ns()}.pt")
 
+    if args.dump:
+        faulthandler.dump_traceback_later(args.dump, file=open(rows / f"stack_{rank}.txt", "w"))  # noqa: SIM115
+    if world > 1:
+        rate = run.exchange_rate()
+        if rank == 0:
+            print(f"{world} GPUs, an exchange: {rate}", flush=True)
     (losses if args.losses else measure_all)(run, keep)
+    faulthandler.cancel_dump_traceback_later()
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -283,7 +304,10 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to see that everything runs")
     parser.add_argument("--csv", help="write the table to this file as well")
     parser.add_argument("--rows", help="a folder where rows are kept, and others may be")
+    parser.add_argument("--no-overlap", action="store_true", help="sparse attention waits for each exchange at once")
+    parser.add_argument("--dump", type=int, help="seconds after which it is noted beside the rows where each is")
     args = parser.parse_args()
+    args.begin = time.time()
     if args.tiny:
         args.layers, args.heads, args.head_size, args.ffn, args.latents, args.inner = 2, 4, 16, 64, [4, 32, 32], "eager"
     counts = args.gpus if args.gpus is not None else [n for n in (1, 2, 4) if n <= max(1, torch.cuda.device_count())]

@@ -109,16 +109,17 @@ class Wan(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 4 * CHANNELS)
 
     def forward(self, latents: Tensor, text: Tensor, when: Tensor) -> Tensor:
-        x = self.patch(latents)
-        frames, height, width = x.shape[2:]
-        x = x.flatten(2).mT  # [B, L, width]
+        patches = latents.unflatten(4, (-1, 2)).unflatten(3, (-1, 2)).permute(0, 2, 3, 5, 1, 4, 6)
+        frames, height, width = patches.shape[1:4]
+        x = patches.flatten(4).flatten(1, 3)  # [B, L, 64]
         frequencies = torch.exp(-torch.arange(128, device=x.device) / 128 * 9.2)
         angles = when[:, None].float() * frequencies
         modulation = self.time(torch.cat((angles.sin(), angles.cos()), -1).to(x.dtype)).unflatten(1, (6, -1))
-        cos, sin = positions(x.shape[1], x.shape[2] // self.blocks[0].attn1.heads, x.device)
+        cos, sin = positions(x.shape[1], self.width // self.blocks[0].attn1.heads, x.device)
         if self.group is not None:
             size, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
             x, cos, sin = x.chunk(size, 1)[rank], cos.chunk(size)[rank], sin.chunk(size)[rank]
+        x = F.linear(x, self.patch.weight.flatten(1), self.patch.bias)  # a convolution whose patches do not overlap
         for block in self.blocks:
             if self.is_checkpointed and torch.is_grad_enabled():
                 x = checkpoint(block, x, text, modulation, cos, sin, use_reentrant=False)

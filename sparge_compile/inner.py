@@ -20,6 +20,25 @@ from .options import Options
 from .version import __version__
 
 
+def overlap() -> dict[str, Any]:
+    """Inductor's options for a graph that exchanges heads, where this torch has the passes that they name.
+
+    Each exchange starts as soon as its tensors are there, what the next one sends is computed first, and each is waited
+    for right before what came is read: it is under way while something is computed.
+    """
+    from torch._inductor import comms, config
+
+    passes = [name for name in ("raise_comms", "sink_waits") if hasattr(comms, name)]
+    options = {"reorder_for_compute_comm_overlap": True, "reorder_for_compute_comm_overlap_passes": passes}
+    return options if all(hasattr(config, name) for name in options) else {}
+
+
+def exchanges(graph_module: GraphModule) -> bool:
+    """Whether heads are exchanged among processes in a graph."""
+    graphs = (module.graph for module in graph_module.modules() if isinstance(module, GraphModule))
+    return any("sparge.to_heads" in str(node.target) for graph in graphs for node in graph.nodes)
+
+
 def compile_graph(graph_module: GraphModule, inputs: Sequence[Any], settings: Options) -> Callable[..., Any]:
     """Compile a graph with whoever the options name as ``inner``."""
     compiled = _compile(graph_module, inputs, settings)
@@ -55,7 +74,11 @@ def _compile(graph_module: GraphModule, inputs: Sequence[Any], settings: Options
     from .lowering import call_directly
 
     call_directly()
-    patches = {**list_mode_options(settings.inductor_mode or "default"), **settings.inductor}
+    patches = {
+        **list_mode_options(settings.inductor_mode or "default"),
+        **(overlap() if exchanges(graph_module) else {}),
+        **settings.inductor,
+    }
     # Inductor's caches know our ops by name alone; what they do enters the key here, and the options with it. Not the
     # thresholds: they are run-time inputs, and another pair may use what was compiled for this one.
     fixed = replace(settings, calibration=None, topk=1.0, topp=0.0)

@@ -36,6 +36,18 @@ def on_the_mesh_of(query: Any, *values: Any) -> list[Any]:
     return [made.get(id(x), x) for x in values]
 
 
+def placed(x: Any, dims: Sequence[int]) -> Any:
+    """A DTensor brought into another form: the dimension that each dimension of its mesh shards, -1 for none."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    return x.redistribute(placements=[Replicate() if dim < 0 else Shard(dim) for dim in dims])
+
+
+def dims_of(x: Any) -> list[int]:
+    """The dimension of a DTensor that each dimension of its mesh shards, -1 where it is whole."""
+    return [placement.dim if placement.is_shard() else -1 for placement in x.placements]
+
+
 @functools.cache
 def _register() -> None:
     from torch.distributed.tensor import Replicate, Shard

@@ -85,6 +85,13 @@ def sharded_attention(
                 allowed="every query sees every key, without dropout",
                 todo="Exchange heads alone (ulysses), which takes masks and causality.",
             )
+        if key.shape[1] not in (1, query.shape[1]) and not enable_gqa:
+            raise value_error(
+                "attention in a ring",
+                given=f"{query.shape[1]} query heads and {key.shape[1]} key heads",
+                allowed="as many of both, or a multiple with enable_gqa=True",
+                todo="Pass enable_gqa=True.",
+            )
         out = torch.ops.sparge.ring(query, key, value, None, scale, *ring)
     else:
         out = F.scaled_dot_product_attention(

@@ -9,6 +9,7 @@ Letters: P ranks, H query heads, Hk key heads, R = L / P rows of one rank. Sourc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,29 +43,26 @@ def to_heads(
             allowed="a number of key heads that the ranks divide",
             todo="Use fewer ranks for heads, and the others in a ring.",
         )
-    q, k, v = (x.shape[2:] for x in (query, key, value))
-    parts = [[query], [key], [value]]
-    if k == v:  # those of one length and head size in one exchange
-        parts = [[query, key, value]] if q == k else [[query], [key, value]]
-    elif q == k:
-        parts = [[query, key], [value]]
-    return tuple(x for part in parts for x in _to_heads(part, order, key_heads, ranks, group))
-
-
-def _to_heads(tensors: list[Tensor], order: Tensor | None, key_heads: int, ranks: int, group: str) -> Any:
-    """Tensors of one head size in one exchange: sent as [P, R, B, all their heads / P, D]."""
+    # Values first: they are on their way while keys and queries are projected, if the compiler starts an exchange as
+    # early as it can. Keys and queries, which most compilers write in one kernel, go together.
+    together = [[value], [key, query]] if key.shape[2:] == query.shape[2:] else [[value], [key], [query]]
     parts = [
-        _ordered(x, order, key_heads).unflatten(1, (ranks, x.shape[1] // ranks)).permute(1, 3, 0, 2, 4) for x in tensors
-    ]
-    heads = [x.shape[3] for x in parts]
-    came = _AllToAll.apply(torch.cat(parts, 3), ranks, group)
-    return tuple(x.permute(1, 2, 0, 3) for x in came.flatten(0, 1).split(heads, 2))
+        [_ordered(x, order, key_heads).unflatten(1, (ranks, x.shape[1] // ranks)).permute(1, 3, 0, 2, 4) for x in some]
+        for some in together
+    ]  # [P, R, B, heads / P, D] each
+    came = _AllToAll.apply(ranks, group, *(torch.cat(some, 3) if len(some) > 1 else some[0] for some in parts))
+    v, k, q = (
+        x.permute(1, 2, 0, 3)
+        for some, whole in zip(parts, came, strict=True)
+        for x in whole.flatten(0, 1).split([part.shape[3] for part in some], 2)
+    )
+    return q, k, v
 
 
 def to_rows(out: Tensor, key_heads: int, order: Tensor | None, rank: int, ranks: int, group: str) -> Tensor:
     """What heads gave, [B, H / P, L, Dv], to [B, H, R, Dv], in the order in which the heads came; L = P · R."""
     parts = out.permute(2, 0, 1, 3).unflatten(0, (ranks, out.shape[2] // ranks))
-    came = _AllToAll.apply(parts, ranks, group)  # [P, R, B, H / P, Dv]
+    (came,) = _AllToAll.apply(ranks, group, parts)  # [P, R, B, H / P, Dv]
     x = came.permute(2, 0, 3, 1, 4).flatten(1, 2)
     return x if order is None else _ordered(x, order.argsort(), key_heads)
 
@@ -87,24 +85,23 @@ def _ordered(x: Tensor, order: Tensor | None, key_heads: int) -> Tensor:
 
 
 class _AllToAll(torch.autograd.Function):
-    """Part p of x [P, ...] goes to rank p, whose part comes in its place. Its gradient goes back the same way."""
+    """Part p of each x [P, ...] goes to rank p, whose part comes in its place. Gradients go back the same way."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, ranks: int, group: str) -> Tensor:
+    def forward(ctx: Any, ranks: int, group: str, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.ranks, ctx.group = ranks, group
-        return all_to_all(x, ranks, group)
+        return all_to_all(tensors, ranks, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return all_to_all(grad, ctx.ranks, ctx.group), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *all_to_all(grads, ctx.ranks, ctx.group)
 
 
-def all_to_all(x: Tensor, ranks: int, group: str) -> Tensor:
-    """Exchange the parts of x [P, ...] among the ranks of a group."""
-    collectives = torch.ops._c10d_functional
-    flat = x.contiguous().flatten(1)
-    sizes = [1] * ranks
-    return collectives.wait_tensor(collectives.all_to_all_single(flat, sizes, sizes, group)).view(x.shape)
+def all_to_all(tensors: Sequence[Tensor], ranks: int, group: str) -> tuple[Tensor, ...]:
+    """Exchange the parts of each x [P, ...] among the ranks of a group: all are under way before one is waited for."""
+    collectives, sizes = torch.ops._c10d_functional, [1] * ranks
+    sent = [collectives.all_to_all_single(x.contiguous().flatten(1), sizes, sizes, group) for x in tensors]
+    return tuple(collectives.wait_tensor(x).view(y.shape) for x, y in zip(sent, tensors, strict=True))
 
 
 def autocast(op: Any, number: int, device: str) -> Any:

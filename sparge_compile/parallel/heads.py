@@ -9,8 +9,16 @@ def balanced(costs: Sequence[float], ranks: int) -> list[int]:
     """The heads of rank 0, then those of rank 1, and so on: equally many for each, and of about equal cost.
 
     The dearest head first, each goes to the rank with the least cost that has room; then heads are swapped between the
-    dearest rank and others while that makes it cheaper. The same numbers give the same order in every process.
+    dearest rank and others while that makes it cheaper. Where that is no better than the heads as they come, these are
+    it. The same numbers give the same order in every process.
     """
+    order = _assigned(costs, ranks)
+    come = list(range(len(costs)))
+    return order if imbalance(costs, order, ranks) < imbalance(costs, come, ranks) * (1 - 1e-9) else come
+
+
+def _assigned(costs: Sequence[float], ranks: int) -> list[int]:
+    """The order that :func:`balanced` looks for."""
     room = len(costs) // ranks
     mine: list[list[int]] = [[] for _ in range(ranks)]
 

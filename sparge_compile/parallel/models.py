@@ -4,7 +4,7 @@ sees them, in training too, and with heads that are assigned to ranks by what th
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,21 +18,24 @@ from ..thresholds.calibration import Calibration
 from ..user_model import user_model
 from .attention import Ranks, sharded_attention
 from .heads import balanced, imbalance
+from .measured import attention_seconds_by_rank
 
 CONFIG = "_parallel_config"  # of an attention processor of diffusers, and of a model
+HEADS, KEY_HEADS = (("heads", "num_heads", "num_attention_heads"), ("kv_heads", "num_kv_heads", "num_key_value_heads"))
 
 
 class Split(NamedTuple):
-    """How the attention of one module is divided: what ``sharded_attention`` takes."""
+    """How the attention of one module is divided: what ``sharded_attention`` takes, the order by the number of key
+    heads, since some models repeat these and others leave them grouped."""
 
     heads: Ranks | None
     ring: Ranks | None
-    order: Tensor | None
+    orders: dict[int, Tensor]
 
 
 @dataclass(frozen=True)
 class ShardedSite:
-    """The heads of a site on the ranks that exchange them: the order, and what each head costs, where that is known."""
+    """The key heads of a site on the ranks that exchange them: the order, and what each costs with its queries."""
 
     name: str
     ranks: int
@@ -56,6 +59,20 @@ class Sharded:
     def __init__(self, sites: list[ShardedSite], split: Split, restore: list[tuple[Any, Any]]) -> None:
         self.sites = sites
         self._split, self._restore = split, restore
+        self.measured: float | None = None
+
+    def measure(self, run: Callable[[], object]) -> float:
+        """Run something of the compiled model on all ranks, and say what its attention takes on the dearest ÷ the mean.
+
+        What waits for other ranks does not count. The result stands in ``measured`` and in the table. Call the model
+        once before, so that nothing is compiled meanwhile.
+
+        Raises:
+            ValueError: nothing sparse ran.
+        """
+        seconds = attention_seconds_by_rank(run)
+        self.measured = max(seconds) * len(seconds) / sum(seconds)
+        return self.measured
 
     def remove(self) -> None:
         """Leave attention to diffusers again."""
@@ -66,6 +83,8 @@ class Sharded:
         ways = (("{} ranks that exchange heads", self._split.heads), ("a ring of {}", self._split.ring))
         said = [way.format(ranks.size) for way, ranks in ways if ranks is not None]
         head = f"sparge: attention over {' and '.join(said)}"
+        if self.measured is not None:
+            head += f"; time of the dearest rank ÷ mean, measured: {self.measured:.2f}"
         rows = [[x.name, f"{x.unbalanced:.2f}", f"{x.expected:.2f}"] for x in self.sites]
         columns = ["site", "cost of the dearest rank ÷ mean, heads as they come", "balanced"]
         return f"{head}\n{tabulate(rows, headers=columns)}" if rows else head
@@ -109,12 +128,11 @@ def shard_attention(model: Module, calibration: Calibration | str | None = None)
         processor = module.processor
         config = copy.copy(getattr(processor, CONFIG))
         heads, ring = _ranks(config.context_parallel_config)
-        site = _site(name, module, heads, calibration) if heads is not None else None
-        order = None
-        if site is not None:
-            sites.append(site)
-            order = torch.tensor(site.order, dtype=torch.int64, device=device)
-        config.sparge = split = Split(heads, ring, order)
+        found_sites = [] if heads is None else _sites(name, module, heads, calibration)
+        sites += found_sites[:1]
+        changed = [x.order for x in found_sites if list(x.order) != sorted(x.order)]
+        orders = {len(x): torch.tensor(x, dtype=torch.int64, device=device) for x in changed}
+        config.sparge = split = Split(heads, ring, orders)
         restore.append((processor, getattr(processor, CONFIG)))
         setattr(processor, CONFIG, config)
     return Sharded(sites, split, restore)
@@ -145,13 +163,26 @@ def _ranks(config: Any) -> tuple[Ranks | None, Ranks | None]:
     return heads, Ranks.of(config._ring_mesh) if config.ring_degree > 1 else None
 
 
-def _site(name: str, module: Any, heads: Ranks, calibration: Calibration | None) -> ShardedSite | None:
-    """The heads of a module by their cost; None where nothing is known of them, and they stay as they come."""
-    number = int(module.heads)
-    if number % heads.size or getattr(module, "kv_heads", number) not in (None, number):
-        return None  # heads that the ranks do not divide are an error when they are exchanged; groups stay together
-    costs = None if calibration is None else calibration.densities(name, number)
-    return None if costs is None else ShardedSite(name, heads.size, balanced(costs, heads.size), costs)
+def _sites(name: str, module: Any, heads: Ranks, calibration: Calibration | None) -> list[ShardedSite]:
+    """The heads of a module by their cost, grouped by key heads as the module says, and each by itself if they are
+    grouped; none where nothing is known of them, or the ranks do not divide them (an error when they are exchanged)."""
+    number = _first_number(module, HEADS)
+    costs = None if calibration is None or number is None else calibration.densities(name, number)
+    if costs is None:
+        return []
+    found = []
+    for groups in dict.fromkeys((_first_number(module, KEY_HEADS) or len(costs), len(costs))):
+        if groups % heads.size == 0 and len(costs) % groups == 0:
+            size = len(costs) // groups
+            by_group = [sum(costs[i * size :][:size]) for i in range(groups)]
+            found.append(ShardedSite(name, heads.size, balanced(by_group, heads.size), by_group))
+    return found
+
+
+def _first_number(module: Any, names: Sequence[str]) -> int | None:
+    """The first attribute of a module that is a number."""
+    values = (getattr(module, name, None) for name in names)
+    return next((value for value in values if isinstance(value, int)), None)
 
 
 def _take_over() -> None:
@@ -178,7 +209,7 @@ def _take_over() -> None:
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # from [B, R, H, D]
         out = sharded_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-            heads=split.heads, ring=split.ring, order=split.order,
+            heads=split.heads, ring=split.ring, order=split.orders.get(key.shape[1]),
         )  # fmt: skip
         return out.transpose(1, 2)
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..keeping import PLAIN_WIDTH
 from ..kernels import allocate, cpu
 from ..kernels.block_map import KEY_BLOCK, QUERY_BLOCK, WORD_BITS, BlockMap, ceil_div
 from ..kernels.how import How
@@ -52,8 +53,9 @@ def ring(
     ranks: int,
     group: str,
 ) -> Tensor:
-    """Attention [B, H, R, Dv] of a rank's queries over the keys of all."""
-    thresholds = None if thresholds is None else thresholds.float().detach()
+    """Attention [B, H, R, Dv] of a rank's queries over the keys of all. Of thresholds it reads the first two columns:
+    the others say which tokens are kept, and a site that keeps some is not made sparse in a ring."""
+    thresholds = None if thresholds is None else thresholds[:, :PLAIN_WIDTH].float().detach()
     scale = default_scale(query.shape[-1], scale)
     return torch.ops.sparge.ring_attend.default(query, key, value, thresholds, scale, rank, ranks, group)[0]
 

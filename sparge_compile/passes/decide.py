@@ -193,8 +193,11 @@ def refusal(match: Match, options: Options) -> Decision | None:
     unsupported = capability.refusal(attention.device, attention.dtype, *head_sizes)
     if unsupported is not None:
         return Decision(*unsupported)
-    if attention.ring is not None and options.kept_of(match.site.name) != NOTHING:
+    if attention.ring is not None and (match.keeps or options.kept_of(match.site.name) != NOTHING):
         return Decision(Reason.ARGUMENT, "kept tokens in a ring")
+    if attention.splits_rows and (attention.is_causal or attention.masks):
+        what = "causality" if attention.is_causal else "a mask"
+        return Decision(Reason.ARGUMENT, f"{what} over a sequence that DTensor shards: its parts may be in any order")
     if attention.packing is not None and attention.masks:
         return Decision(Reason.MASK_SHAPE, "a mask beside packed sequences")
     if attention.learned_mask:

@@ -55,7 +55,8 @@ class Match:
     ``node`` belongs to ``graph_module``, which the ``callers`` (outermost first) run. Where attention is inside a
     larger call, ``inside`` is that call as a graph. ``attention`` is None where it cannot be replaced; ``refusal`` says
     why, or names what is around it that forbids a rewrite. ``path`` is the module that it belongs to. ``by_plan``: the
-    thresholds that are attached for it say that it is dense; ``tile``: they are for blocks that are such tiles.
+    thresholds that are attached for it say that it is dense; ``tile``: they are for blocks that are such tiles;
+    ``keeps``: they have room for kept tokens.
     """
 
     site: Site
@@ -69,6 +70,7 @@ class Match:
     refusal: Refusal | None = None
     by_plan: bool = False
     tile: Tile | None = None
+    keeps: bool = False
 
     @cached_property
     def parts(self) -> Parts | str:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..keeping import WIDTH
 from ..kernels import eight_bits
 from ..options import Options
 from ..report import Decision, Reason
@@ -27,12 +26,12 @@ from .find import Match
 from .hoist.hoist import Plan, plan_gathers, write_gathers
 from .match.joint import Parts
 from .order import order_sites
-from .read.fx_utils import clone, value_of
+from .read.fx_utils import clone
 from .substitute import substitute_match
 from .work import Pass, Step, Work, graphs_of, run, sheltered
 from .write.orders import write_orders
 from .write.outputs import dense_outputs, return_also
-from .write.threshold_inputs import attached_thresholds, markers_of, new_input
+from .write.threshold_inputs import Marker, attached_thresholds, markers_of, new_input
 from .write.threshold_inputs import erase_markers as erase_all_markers
 
 # For a match, the same site in other modules that may run the graph, and whether its thresholds are attached there.
@@ -47,8 +46,11 @@ def find(work: Work) -> None:
     """Every attention of the graph, and the markers that ``attach`` left for them."""
     work.matches = finding.find(work.graph_module, work.stored)
     work.markers = markers_of(work.graph_module, work.matches)
-    tiles = {node: marker.tile for node, marker in work.markers.items()}
-    work.matches = [replace(match, tile=tiles.get(match.node)) for match in work.matches]
+    work.matches = [_as_marked(match, work.markers.get(match.node)) for match in work.matches]
+
+
+def _as_marked(match: Match, marker: Marker | None) -> Match:
+    return match if marker is None else replace(match, tile=marker.tile, keeps=marker.keeps)
 
 
 def decide_sites(
@@ -181,8 +183,7 @@ def substitute(work: Work, options: Options, as_input: Callable[[Tensor], Any]) 
 def _parts(work: Work, match: Match, options: Options) -> Parts:
     """What a site's sequence is put together of, where its thresholds have room for kept tokens; else nothing."""
     marker = work.markers.get(match.node)
-    given = None if marker is None else value_of(marker.node.args[0])
-    wide = options.keeps or work.wide if given is None else given.shape[1] == WIDTH
+    wide = options.keeps or work.wide if marker is None else marker.keeps
     return match.parts if wide and not isinstance(match.parts, str) else ()
 
 

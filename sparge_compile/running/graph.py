@@ -58,12 +58,13 @@ class Slot:
         return held if held is not None and held.get(self.number_at(place)) is not None else None
 
     def planned(self, place: Place, match: Match) -> Match:
-        """The match as what is attached there plans it: dense in every step, or not, and in which tiles."""
+        """The match as what is attached there plans it: dense in every step, or not, in which tiles, what is kept."""
         held = self.attached(place)
         if held is None:
-            return replace(match, by_plan=False, tile=None)
+            return replace(match, by_plan=False, tile=None, keeps=False)
         number = self.number_at(place)
-        return replace(match, by_plan=bool(held.is_planned(number)), tile=held.tile_of(number))
+        planned = bool(held.is_planned(number))
+        return replace(match, by_plan=planned, tile=held.tile_of(number), keeps=held.keeps(number))
 
     def is_dense_layer(self, place: Place, options: Options) -> bool:
         """Whether the site is dense in every step there, as the options plan it or what is attached does."""

@@ -114,6 +114,11 @@ class Attached(Module):
         """Whether the thresholds have ranges of kept tokens."""
         return any(buffer.shape[1] == WIDTH for buffer in self._held.values())
 
+    def keeps(self, index: int) -> bool:
+        """Whether the thresholds of this index have ranges of kept tokens."""
+        values = self.get(index)
+        return values is not None and values.shape[1] == WIDTH
+
     def entries_of(self, index: int) -> set[str]:
         """The entry that the attention of this index has its thresholds from, if it is known."""
         index = index if index in self.indices else ops.REST

@@ -15,6 +15,7 @@ from processes import run_in_processes
 from torch import Tensor, nn
 
 from sparge_compile import Calibration, Ranks, attach, explain, sharded_attention
+from sparge_compile.report import Report
 
 pytestmark = pytest.mark.multigpu
 
@@ -62,6 +63,10 @@ def apart(got: list[Tensor], want: list[Tensor]) -> float:
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(got, want, strict=True))
 
 
+def said(report: Report) -> list[tuple[str, str]]:
+    return [(row.status, row.detail) for row in report]
+
+
 def compiled(model: nn.Module, **options: Any) -> nn.Module:
     torch._dynamo.reset()
     return torch.compile(model, backend="sparge", options={**OPTIONS, **options}, fullgraph=True)
@@ -97,6 +102,11 @@ def sharded(device: torch.device) -> dict[str, Any]:
         found[f"{name}, report"] = [(row.name, row.kind, row.shapes["length"], row.shapes["keys"]) for row in rows]
     with attach(model, CALIBRATION):
         found["attached"] = distance(compiled(model, calibration=None), want)
+    keeps = Calibration(CALIBRATION.sites, kept={"0": {"keep_keys": 64}})
+    found["ring, kept"] = said(explain(model, {**OPTIONS, "calibration": keeps})(mine[0]))
+    with attach(model, keeps):
+        torch._dynamo.reset()
+        found["ring, kept, attached"] = said(explain(model, {**OPTIONS, "calibration": None})(mine[0]))
     for name, options in BESIDE.items():
         for block in model:
             block.shared, block.is_causal = None, name == "causal"
@@ -137,6 +147,12 @@ def test_sites_are_reported_with_the_whole_sequence(found):
     assert found["ring, report"] == [("0", "ring", LENGTH // 2, LENGTH), ("1", "ring", LENGTH // 2, LENGTH)]
 
 
+def test_a_site_that_keeps_tokens_is_not_sparse_in_a_ring(found):
+    assert found["ring, kept"][0] == ("dense", "kept tokens in a ring")
+    assert found["ring, kept"][1][0] == "sparse"
+    assert found["ring, kept, attached"] == [("dense", "kept tokens in a ring; thresholds attached")] * 2
+
+
 def test_heads_that_ranks_do_not_divide_are_refused():
     q, kv = torch.randn(1, 6, 64, 16), torch.randn(1, 3, 64, 16)
     with pytest.raises(ValueError, match="3 key heads over 2 ranks; allowed: a number"):
@@ -148,3 +164,9 @@ def test_a_ring_refuses_what_hides_keys(given):
     q = torch.randn(1, 2, 64, 16)
     with pytest.raises(ValueError, match="every query sees every key"):
         sharded_attention(q, q, q, ring=Ranks(0, 2, "none"), **given)
+
+
+def test_grouped_queries_in_a_ring_are_asked_for_as_in_sdpa():
+    q, kv = torch.randn(1, 4, 64, 16), torch.randn(1, 2, 64, 16)
+    with pytest.raises(ValueError, match=r"4 query heads and 2 key heads.*Pass enable_gqa=True"):
+        sharded_attention(q, kv, kv, ring=Ranks(0, 2, "none"))

@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from ...kernels.sizes import surely
 from ...report import Reason
+from ...sharding import dims_of, is_sharded
 from ..read.axes import Dim, Layout, axes_of, size_of
 from ..read.fx_utils import value_of
 
@@ -175,6 +176,13 @@ class Attention:
     def is_shared(self) -> bool:
         """Whether other processes have heads or tokens of it."""
         return self.exchange is not None or self.ring is not None
+
+    @property
+    def splits_rows(self) -> bool:
+        """Whether the queries are a DTensor that is sharded along the sequence, as torch's context_parallel has it."""
+        value, layout = value_of(self.query.node), self.query.layout
+        dims = dims_of(value) if is_sharded(value) else []
+        return any(dim >= 0 and not set(layout[dim]).isdisjoint(self.axes.rows) for dim in dims)
 
     @property
     def length(self) -> Any:

@@ -15,6 +15,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
+from ...sharding import dims_of, is_sharded, placed
 from ..match.attention import Attention, Factor, Mask, Operand
 from ..match.joint import Part
 from ..match.masks import HIDDEN
@@ -163,6 +164,8 @@ class Emitter:
             made = self.call(aten.clone.default, made, memory_format=torch.contiguous_format)
         elif not self._has_the_strides_of_the_op() and old.is_contiguous():
             made = self.call(aten.contiguous.default, made)
+        if is_sharded(old):  # what reads its local part expects that of dense attention
+            made = self.graph.call_function(placed, (made, dims_of(old)))
         return made
 
     def _has_the_strides_of_the_op(self) -> bool:

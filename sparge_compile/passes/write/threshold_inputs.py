@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 
 from ... import ops
 from ...errors import value_error
+from ...keeping import WIDTH
 from ...kernels.order import Tile
 from ...naming import join, module_base, module_path
 from ...thresholds.buffers import CHILD, buffer_name
@@ -44,6 +45,11 @@ class Marker(NamedTuple):
         """The tile whose tokens are the blocks that the thresholds are for; None: no order is said."""
         sizes: Any = self.node.args[2] if len(self.node.args) > 2 else self.node.kwargs.get("tile", ())
         return (sizes[0], sizes[1], sizes[2]) if sizes else None
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the thresholds have room for kept tokens."""
+        return bool(value_of(self.node.args[0]).shape[1] == WIDTH)
 
 
 @dataclass(frozen=True)
