@@ -145,6 +145,7 @@ def test_what_is_wrong_is_said_in_a_sentence(here, capsys, given, words):
 
 def test_without_matplotlib_the_error_says_how_to_get_it(here, capsys, monkeypatch):
     assert main(["calibrate", *SOURCE, "--out", "c.json", "--batches", "1"]) == 0
+    assert "; 1 batch, " in capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["plot", "c.json"]) == 2
     assert "pip install matplotlib" in capsys.readouterr().err

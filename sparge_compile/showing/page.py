@@ -104,7 +104,7 @@ def _title(calibration: Calibration | None, survey: Survey | None) -> str:
 def _about(calibration: Calibration | None, survey: Survey | None) -> list[tuple[str, str]]:
     rows = [] if calibration is None else [(name.replace("_", " "), text) for name, text in calibration.about.items()]
     if calibration is not None and (origin := calibration.origin) is not None:
-        rows.append(("found with", f"{origin.created_with} on {origin.device}, {origin.batches} batches"))
+        rows.append(("found with", f"{origin.created_with} on {origin.device}, {origin.batches_text}"))
         if not origin.complete:
             rows.append(("not complete", "the run was interrupted"))
     if calibration is not None:

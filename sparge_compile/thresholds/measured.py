@@ -56,6 +56,11 @@ class Origin:
     target_output_error: float | None = None
     output: ModelOutput | None = None  # what the model's output said, where it was asked
 
+    @property
+    def batches_text(self) -> str:
+        """How many batches it has seen, in words."""
+        return f"{self.batches} batch{'es' * (self.batches != 1)}"
+
     def __post_init__(self) -> None:
         for name in ("model", "created_with", "device"):
             if not isinstance(getattr(self, name), str):

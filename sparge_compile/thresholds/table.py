@@ -130,7 +130,7 @@ def _about(origin: Origin, summary: Summary) -> list[str]:
     aim = next(f"{text} {value:g}" for name, text in names.items() if (value := getattr(origin, name)) is not None)
     lines = [
         f"{origin.model}, {origin.created_with}, {origin.device}; fingerprint {origin.fingerprint}",
-        f"aim: {aim}, by the {origin.by} sample, mode {origin.mode}; {origin.batches} batches, "
+        f"aim: {aim}, by the {origin.by} sample, mode {origin.mode}; {origin.batches_text}, "
         f"{origin.query_blocks} query blocks, seed {origin.seed}",
         f"sparsity {summary.sparsity:.1%}; error of heads: mean {summary.mean_error:.4f}, "
         f"worst {summary.worst_error:.4f}; {summary.dense_heads} of {summary.heads} heads stay dense",
