@@ -8,7 +8,7 @@
 
 One table: time (of the slowest GPU), times one GPU, peak memory, bytes that leave a GPU, and how far outputs are from
 one GPU's. Weights are random. In training they are sharded by FSDP2 over the same GPUs, and each block is checkpointed.
-With ``--shares`` also the time that the kernels of attention take, and that of the dearest GPU over the mean.
+With ``--shares`` also the time that attention takes, and that of the dearest GPU over the mean.
 ``--csv`` keeps the table, for scaling_model.py. With ``--rows`` each row is kept in a folder as soon as it is there,
 and the table has those of earlier runs as well; with ``--gpus 0`` nothing else is done.
 """
@@ -19,7 +19,6 @@ import argparse
 import faulthandler
 import gc
 import os
-import re
 import statistics
 import tempfile
 import time
@@ -38,9 +37,9 @@ from wan_stand_in import CHANNELS, HEAD, TEXT, Wan
 
 from sparge_compile import Calibration, DistillationHook, Ranks
 from sparge_compile.parallel.heads import balanced, imbalance
+from sparge_compile.parallel.measured import attention_seconds_by_rank
 
 STEPS = {"forward": 5, "training": 3}  # that are timed, after two
-ATTENTION_KERNELS = re.compile("_(forward|pool|score|select)_")  # of this package
 
 
 class Run:
@@ -118,14 +117,6 @@ class Run:
             dist.all_gather_object(values, value)
         return values
 
-    def attention_ms(self, call: Callable[[], object]) -> list[float]:
-        """What the kernels of sparse attention take in a call on each GPU, without what waits for others."""
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-            call()
-            torch.cuda.synchronize(self.device)
-        own = [x.self_device_time_total / 1000 for x in seen.key_averages() if ATTENTION_KERNELS.match(x.key)]
-        return self.of_all(sum(own))
-
     def wait(self, alone: bool = False) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -174,9 +165,10 @@ def measure(run: Run, step: str, attention: str, way: str, ordered: bool) -> dic
         call = torch.no_grad()(lambda: model(*inputs))
         run.peak()
         row |= {"ms": 1000 * run.seconds(call, STEPS[step]), "GiB": run.peak(), "out": call().float().cpu()}
-        if args.shares and run.device.type == "cuda" and attention == "sparse":
-            times = run.attention_ms(call)
-            row |= {"attention ms": sum(times) / run.world, "dearest ÷ mean": max(times) * run.world / sum(times)}
+        if args.shares and run.world > 1 and attention == "sparse":
+            seconds = attention_seconds_by_rank(call)
+            mean = sum(seconds) / run.world
+            row |= {"attention ms": 1000 * mean, "dearest ÷ mean": max(seconds) / mean}
         return row
     model = run.compiled(run.model(True, way, ordered), attention)
     if run.world > 1:

@@ -133,7 +133,7 @@ def train(args: argparse.Namespace) -> None:
         start, losses = time.perf_counter(), []
         for part in range(args.accumulate):
             with accelerator.accumulate(student):
-                with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=not args.cpu):
+                with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=not (args.cpu or args.smoke)):
                     student(**clips.batch(progress.step * args.accumulate + part))
                 loss = hook.loss()
                 accelerator.backward(loss)
@@ -201,8 +201,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tensorboard", action="store_true")
     parser.add_argument("--cpu", action="store_true")
-    parser.add_argument("--smoke", action="store_true", help="a tiny model and random clips, six steps")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model and random clips, six steps on the CPU")
+    parser.add_argument("--smoke-on-gpus", action="store_true", help="the same on a GPU for each process, in float32")
     args = parser.parse_args()
+    args.smoke |= args.smoke_on_gpus
     if not args.smoke:
         if not (args.model and args.data and args.out):
             parser.error("--model, --data and --out are needed (or --smoke)")
@@ -214,7 +216,8 @@ def main() -> None:
         if args.out is None:
             print("What comes out is thrown away: --out FOLDER keeps it.")
         args.model, args.data, args.out = folder / "model", folder / "data", args.out or folder / "out"
-        args.inner, args.min_seq_len, args.cpu, args.topk, args.topp = "eager", 64, True, 0.3, 0.0
+        args.inner, args.min_seq_len, args.topk, args.topp = "eager", 64, 0.3, 0.0
+        args.cpu = not args.smoke_on_gpus
         args.steps, args.lr, args.checkpoint_every = 6, 1e-3, 2
         train(args)
 

@@ -52,8 +52,9 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(monkeypatch, tmp_p
 def test_two_processes_have_the_losses_of_one_with_as_many_clips(monkeypatch, tmp_path):
     for package in ("diffusers", "accelerate"):
         pytest.importorskip(package)
-    want = run(monkeypatch, tmp_path / "one", "--accumulate", "2")
-    torchrun(tmp_path, EXAMPLE, "--smoke", "--out", tmp_path / "two")
+    on_gpus = ["--smoke-on-gpus"] if torch.cuda.device_count() > 1 else []
+    torchrun(tmp_path, EXAMPLE, "--smoke", *on_gpus, "--out", tmp_path / "two")
+    want = run(monkeypatch, tmp_path / "one", "--accumulate", "2", *on_gpus)
     assert losses(tmp_path / "two") == pytest.approx(dict(want), rel=1e-4)
 
 
