@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 TESTS = HERE.parent.parent / "tests" / "whole"  # where the pipelines are built
 
 VIDEO = {"height": 192, "width": 192, "num_frames": 9, "max_sequence_length": 16}
-LARGE = {"height": 448, "width": 448, "num_frames": 9}  # more tokens than the text, which has 1,985
+LARGE = {"height": 416, "width": 416, "num_frames": 9}  # more tokens than the text, which has 1,985
 LONG = {"height": 256, "width": 256, "num_frames": 33, "max_sequence_length": 16}
 SOUND = {"height": 160, "width": 160, "num_frames": 124, "num_inference_steps": 3}  # five seconds are the least
 IMAGE = {"height": 256, "width": 256, "max_sequence_length": 32}

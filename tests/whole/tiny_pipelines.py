@@ -100,7 +100,7 @@ def hunyuan_video15() -> Any:
         task_type="t2v",
     )
     vae = diffusers.AutoencoderKLHunyuanVideo15(
-        latent_channels=4, block_out_channels=(16,) * 5, layers_per_block=1, spatial_compression_ratio=16
+        latent_channels=4, block_out_channels=(8,) * 5, layers_per_block=1, spatial_compression_ratio=16
     )
     return diffusers.HunyuanVideo15Pipeline(
         vae=vae.eval(),
