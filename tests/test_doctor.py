@@ -107,7 +107,7 @@ def test_wrong_arguments(capsys, given, words):
 
 
 def test_a_sparsity_out_of_range(capsys):
-    assert main(["doctor", "--sparsity", "1"]) == 1 and "sparsity is out of range" in capsys.readouterr().err
+    assert main(["doctor", "--sparsity", "1"]) == 2 and "sparsity is out of range" in capsys.readouterr().err
 
 
 @pytest.mark.interpreter
