@@ -98,11 +98,15 @@ def fitted(stated: SizedGrid, size: Any, match: Match) -> SizedGrid | None:
     if stated.grid.is_open:
         return _filled(stated, size, match)
     tokens = stated.grid.tokens
-    if surely(tokens == size) or (not stated.is_fixed and size_hint(tokens) == size_hint(size) is not None):
+
+    def agrees(number: Any) -> bool:
+        return surely(tokens == number) or (not stated.is_fixed and size_hint(tokens) == size_hint(number) is not None)
+
+    if agrees(size):
         return stated
     if not stated.is_alone or isinstance(match.parts, str):
         return None
-    held = [at for at, part in enumerate(match.parts) if surely(part.size == tokens)]
+    held = [at for at, part in enumerate(match.parts) if agrees(part.size)]
     if len(held) != 1 or not surely(sum(part.size for part in match.parts) == size):
         return None
     before, after = match.parts[: held[0]], match.parts[held[0] + 1 :]

@@ -74,6 +74,7 @@ def main() -> None:
             )
             seconds[name] += time.process_time() - start
             rows[-1].append(error(model, found, others, args))
+            print(f"{sparsity:.0%}, {name}: {rows[-1][-1]:.4f}", flush=True)
         chosen[sparsity] = [found.tiles.get(site, "raster") for site in found.sites]
     print(tabulate(rows, ("sparsity", *ways), floatfmt=".4f", tablefmt="github"))
     for sparsity, tiles in chosen.items():

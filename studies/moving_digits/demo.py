@@ -31,8 +31,10 @@ from transformer import load, sample
 
 import sparge_compile
 from sparge_compile import cli
+from sparge_compile.kernels.order import TILE
 
 HERE = Path(__file__).resolve().parent
+TILE_NAME = "x".join(map(str, TILE))
 FRAMES_VARIABLE = "MOVING_DIGITS_FRAMES"  # of the clips that calibration sees
 CALIBRATION_TIMES = (0.9, 0.97)  # noisy: what moves where is decided there
 MEASURED_TIME = 0.9
@@ -66,7 +68,7 @@ def calibration_batches() -> list[tuple[Tensor, Tensor, Tensor]]:
 def calibrate(frames: int, out: Path) -> int:
     """Run ``sparge calibrate`` in this process; print what one would type in a shell."""
     command = ["calibrate", "--model", "transformer:load", "--inputs", "demo:calibration_batches", "--out", str(out)]
-    command += ["--target-error", "0.05", "--query-blocks", "12", "--min-seq-len", "0", "--orders", "raster"]
+    command += ["--target-error", "0.05", "--query-blocks", "12", "--min-seq-len", "0", "--orders", TILE_NAME]
     os.environ[FRAMES_VARIABLE] = str(frames)
     settings = f"PYTHONPATH={shlex.quote(os.path.relpath(HERE))} "
     settings += "" if frames == SMALL.frames else f"{FRAMES_VARIABLE}={frames} "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +16,8 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 from toys import Block, Stack
 
-from sparge_compile import DistillationHook, explain, replace_attention, rewrite
+from sparge_compile import Calibration, DistillationHook, Grid, attach, attention, explain, replace_attention, rewrite
+from sparge_compile.kernels.order import TILE, make_order
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -104,6 +107,54 @@ def test_a_shown_grid_is_the_one_that_may_be_given() -> None:
     with torch.no_grad(), replace_attention(model, options) as replaced:
         torch.testing.assert_close(tensor_of(model(**inputs)), shown)
     assert replaced.report.sites[0].order.startswith(VIDEO)
+
+
+def permuted(grids: dict[int, Grid]) -> Callable[..., Tensor]:
+    """Sparse attention in raster order over tokens that torch has permuted, by the grid that so many tokens have."""
+
+    def order_of(tokens: int) -> Tensor:
+        grid = grids.get(tokens)
+        return torch.arange(tokens) if grid is None else make_order(grid, TILE, torch.device("cpu")).slots.long()
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
+        q, k = order_of(query.shape[2]), order_of(key.shape[2])
+        if attn_mask is not None:
+            attn_mask = attn_mask[..., k]
+            attn_mask = attn_mask if attn_mask.shape[-2] == 1 else attn_mask[..., q, :]
+        out = attention(query[:, :, q], key[:, :, k], value[:, :, k], topk=0.3, topp=0.0, attn_mask=attn_mask)
+        return out[:, :, q.argsort()]
+
+    return attend
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "by blocks"])
+@pytest.mark.parametrize("build", [wan, hunyuan_video], ids=lambda build: build.__name__)
+def test_sparse_in_tiles_is_a_permutation_in_torch(build, whole: bool, monkeypatch) -> None:
+    """Of videos of two resolutions, with a text beside them or behind them."""
+    model, inputs = seeded(build)
+    model.eval()
+    clips = [inputs["hidden_states"], torch.randn(1, 4, 3, 2 * 8, 2 * 10)]
+
+    def grid_of(hidden_states: Tensor, **_: Any) -> tuple[int, ...]:
+        return hidden_states.shape[2], hidden_states.shape[3] // 2, hidden_states.shape[4] // 2
+
+    want = []
+    for clip in clips:
+        grid = grid_of(clip)
+        grids = {math.prod(grid): Grid(0, *grid, 0), math.prod(grid) + TEXT: Grid(0, *grid, TEXT)}
+        with monkeypatch.context() as patch, torch.no_grad():
+            patch.setattr(F, "scaled_dot_product_attention", permuted(grids))
+            want.append(tensor_of(model(**{**inputs, "hidden_states": clip})))
+    thresholds = Calibration({"*": [(0.3, 0.0)]})
+    with attach(model, thresholds, grid=None if whole else grid_of), torch.no_grad():
+        if whole:
+            compiled = torch.compile(model, backend="sparge", options=TILES)
+        else:
+            compiled = model
+            model.compile_repeated_blocks(backend="sparge", options=TILES)
+        for clip, right in zip(clips, want, strict=True):
+            got = tensor_of(compiled(**{**inputs, "hidden_states": clip}))
+            torch.testing.assert_close(got, right, atol=1e-5, rtol=1e-4)
 
 
 def test_an_exported_program_has_the_order_in_it() -> None:
