@@ -1,6 +1,7 @@
 """One training step of a Wan-1.3B-shaped transformer, dense under Inductor and sparse, in one run: time and memory.
 
     python benchmarks/training_step.py   # an H200: L = 32,760, about 95 % sparsity
+    python benchmarks/training_step.py --tiles --topk 0.25   # raster order beside tiles of space and time
     python benchmarks/training_step.py --device cpu --inner eager --layers 2 --width 128 --ffn 256 --frames 2
 
 A step is student forward, teacher forward, backward and AdamW, in bf16 with activation checkpointing of each block.
@@ -164,6 +165,7 @@ def main() -> int:
     parser.add_argument("--whole", action="store_true", help="compile each model as one graph, which takes minutes")
     parser.add_argument("--no-checkpoint", action="store_true", help="keep all activations")
     parser.add_argument("--min-seq-len", type=int, default=1024)
+    parser.add_argument("--tiles", action="store_true", help="measure a student in tiles of space and time as well")
     args = parser.parse_args()
     device = harness.require(args.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -202,7 +204,10 @@ def main() -> int:
 
     teacher = compiled(copy.deepcopy(base), args.whole, dense_backend).requires_grad_(False).eval()
     clocks, peaks = {}, {}
-    for name, backend, given in (("dense", dense_backend, {}), ("sparse", "sparge", options)):
+    in_tiles = {**options, "token_order": "tiles", "grid": (args.frames, args.height // 2, args.columns // 2)}
+    arms = [("dense", dense_backend, {}), ("sparse", "sparge", options)]
+    arms += [("tiles", "sparge", in_tiles)] * args.tiles
+    for name, backend, given in arms:
         student = compiled(copy.deepcopy(base), args.whole, backend, **given)
         clocks[name] = Clock(device)
         peaks[name] = measure(student, inputs, teacher, args.steps, clocks[name])
@@ -223,6 +228,11 @@ def main() -> int:
     rows.append(("whole step", *whole, whole[0] / whole[1]))
     with_hook = 1000 * clocks["hook"].median("whole step")
     rows.append(("whole step with DistillationHook", whole[0], with_hook, whole[0] / with_hook))
+    if args.tiles:
+        raster, tiles = (
+            sum(clocks[n].median(part) for part in ("student forward", "backward")) for n in ("sparse", "tiles")
+        )
+        print(f"\nstudent forward + backward in tiles: {1000 * tiles:.1f} ms, {tiles / raster:.3f} of raster order")
     print(
         "\n"
         + tabulate(

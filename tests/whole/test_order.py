@@ -259,3 +259,12 @@ def test_masks_follow_the_order() -> None:
     assert row.kind == "decomposed" and row.shapes["length"] == 270 and row.order.startswith("tiles 4×4×4 of 3×9×10")
     got = torch.compile(Masked(), backend="sparge", options=DENSE)(video, keep)
     torch.testing.assert_close(got, Masked()(video, keep), atol=1e-5, rtol=1e-4)
+
+
+def test_a_block_that_is_compiled_inside_a_checkpoint_saves_the_same_twice() -> None:
+    """What the passes compute when the first forward compiles it is not counted by the checkpoint."""
+    torch.manual_seed(0)
+    block, x = Block(), torch.randn(1, 270, 32, requires_grad=True)
+    block.compile(backend="sparge", options={**SPARSE, "grid": (3, 9, 10)})
+    checkpoint(block, x, use_reentrant=False).square().mean().backward()
+    assert x.grad is not None and x.grad.isfinite().all()

@@ -228,5 +228,5 @@ def _fake_result(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     modes = {x.fake_mode for x in tree_leaves(values) if isinstance(x, FakeTensor)}
     if len(modes) != 1 or len(tree_leaves(values)) != len(tree_leaves((args, kwargs))):
         return None
-    with modes.pop():
+    with modes.pop(), torch.no_grad():  # under checkpoint, what is saved here would count
         return op(*values[0], **values[1])

@@ -173,5 +173,5 @@ def _value(match: Match, make: Callable[[], Any]) -> Any:
     fake = match.attention.result
     if not isinstance(fake, FakeTensor):
         return None
-    with fake.fake_mode:
+    with fake.fake_mode, torch.no_grad():
         return make()
