@@ -124,11 +124,13 @@ def _backward_in_eight_bits(
     The constant of the keys has a part in the gradient of the log-sum-exp alone: other gradients of a row's scores add
     up to nothing.
     """
-    x = eight_bits.centred(query, key, value, how)
-    dq, dk, dv = face.backward(grad_out, x.q, x.k, x.v, out, lse - x.lift, grad_lse, bits, *how)
+    q, k, v, lower = face.centred(query, key, value, lse, how)
+    dq, dk, dv = face.backward(grad_out, q, k, v, out, lower, grad_lse, bits, *how)
     if grad_lse is not None:
+        center = eight_bits.constant(key, eight_bits.seen_keys(how, query.shape[2], key.shape[2]))
+        center = center.repeat_interleave(query.shape[1] // key.shape[1], 1)
         seen = torch.where(lse == -torch.inf, 0.0, grad_lse)
-        dq = (dq + how.scale * seen.unsqueeze(-1) * x.center).to(dq.dtype)
+        dq = (dq + how.scale * seen.unsqueeze(-1) * center).to(dq.dtype)
     return dq, dk, dv
 
 

@@ -85,6 +85,11 @@ def samples(x: Tensor, seen: int) -> Tensor:
     return torch.where(rows.isfinite(), rows, 0.0)
 
 
+def constant(key: Tensor, seen: int) -> Tensor:
+    """What is subtracted from all keys of a head [B, Hk, 1, D]."""
+    return samples(key, seen).mean(2, keepdim=True)
+
+
 def power_below(x: Tensor) -> Tensor:
     """Half of the largest power of two that is not above x; 1 for what is as good as 0."""
     return torch.where(x < LEAST, 1.0, torch.ldexp(torch.ones_like(x), torch.frexp(x).exponent - 2))
@@ -158,7 +163,7 @@ def _code_queries(query: Tensor) -> tuple[Tensor, Tensor]:
 
 def _code_keys(key: Tensor, seen: int) -> tuple[Tensor, Tensor, Tensor]:
     """Whole numbers [B, Hk, S, D], the step between them [B, Hk, Nk, 32], and the rotated constant [B, Hk, 1, D]."""
-    center = rotate(samples(key, seen)).mean(2, keepdim=True)
+    center = rotate(constant(key, seen))
     k = rotate(key.float()) - center
     k = torch.where(torch.arange(k.shape[2], device=k.device)[:, None] < seen, k, 0.0)
     blocks = F.pad(k, (0, 0, 0, -k.shape[2] % KEY_BLOCK)).unflatten(2, (-1, KEY_BLOCK))

@@ -105,6 +105,8 @@ def main(name: str, head_sizes: list[tuple[int, int]], dtypes: list[torch.dtype]
                 indices.copy_(torch.arange(indices.shape[-1]).expand_as(indices))
                 counts.fill_(indices.shape[-1])
                 out, lse = face.forward(q, k, v, counts, indices, *how, codes=codes)
+                if how.eight_bits:
+                    q, k, v, lse = face.centred(q, k, v, lse, how)
                 face.backward(dout, q, k, v, out, lse, None, face.pack(counts, indices), *how)
 
 

@@ -100,6 +100,25 @@ def test_the_pass_that_pools_makes_the_codes(case: Case) -> None:
     torch.testing.assert_close(means[1][:, :, : -(-seen // 64)], rule.pool(k[:, :, :seen].float(), KEY_BLOCK))
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.interpreter
+def test_what_a_backward_computes_with(case: Case) -> None:
+    check_operands_of_a_backward(case)
+
+
+def check_operands_of_a_backward(case: Case) -> None:
+    from sparge_compile.kernels import triton as face
+
+    q, k, v = random_qkv(case)
+    lse = torch.randn(q.shape[:3], dtype=torch.float32)
+    with poisoned_memory():
+        *got, lower = face.centred(q, k, v, lse, how_of(case))
+    want = eight_bits.centred(q, k, v, how_of(case))
+    for x, y in zip(got, want[:3], strict=True):
+        assert x.dtype == y.dtype and relative(x, y) < 1e-3  # a number in the middle of two may go either way
+    torch.testing.assert_close(lower, lse - want.lift, rtol=1e-4, atol=1e-4)
+
+
 GPU_CASES = [  # on Hopper the first and the fourth by the kernel specialised by warp
     Case(700, 830, 128, batch=2, heads=4, key_heads=2, dtype=torch.bfloat16),
     Case(700, 700, 64, is_causal=True, dtype=torch.bfloat16, layout="blhd"),
@@ -117,6 +136,7 @@ def test_the_kernels_of_a_gpu_beside_the_oracle(case: Case, on_the_gpu: None) ->
     if torch.cuda.get_device_capability() < eight_bits.LEAST_CAPABILITY:
         pytest.skip("no products of e4m3")
     check_beside_the_oracle(case)
+    check_operands_of_a_backward(case)
 
 
 @pytest.mark.interpreter

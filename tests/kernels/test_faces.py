@@ -58,7 +58,7 @@ def test_a_face_has_the_arguments_of_the_op(device: str, op: str) -> None:
     assert all(x.default is inspect.Parameter.empty for x in arguments)
     names = [name for x in arguments for name in (How._fields if x.name == "how" else (x.name,))]
     assert names == [x.name for x in schema.arguments if x.name not in Limit._fields]  # asked before a face is
-    assert {*OPS, *PARTS, "code"} == set(face_of(device).__all__)
+    assert {*OPS, *PARTS, "code", "centred"} == set(face_of(device).__all__)
 
 
 # ---- block maps

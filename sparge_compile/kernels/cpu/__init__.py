@@ -16,7 +16,7 @@ from .. import eight_bits, rule
 from ..how import How
 from . import attention, packed
 
-__all__ = ["backward", "block_map", "code", "forward", "means", "pack", "select"]
+__all__ = ["backward", "block_map", "centred", "code", "forward", "means", "pack", "select"]
 
 
 def block_map(
@@ -64,6 +64,12 @@ def forward(
     x = eight_bits.centred(query, key, value, given)
     out, lse = _place(how).forward(x.q, x.k, x.v, counts, indices, given)
     return out, lse + x.lift
+
+
+def centred(query: Tensor, key: Tensor, value: Tensor, lse: Tensor, how: How) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k and v of :func:`eight_bits.centred`, and lse without its lift."""
+    x = eight_bits.centred(query, key, value, how)
+    return x.q, x.k, x.v, lse - x.lift
 
 
 def code(query: Tensor, key: Tensor, value: Tensor, how: How) -> tuple[None, None]:

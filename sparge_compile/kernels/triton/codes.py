@@ -14,13 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import allocate, launch
-from ..block_map import KEY_BLOCK, QUERY_BLOCK
+from ..block_map import KEY_BLOCK, QUERY_BLOCK, ceil_div
 from ..eight_bits import E4M3, GROUP, INT8, LANES, LEAST, LOG2_E, SAMPLES, Codes, seen_keys
 from ..how import How
 from . import recording
 from .tiles import load_tile, matrix_arguments, tile_offsets
 
-WARPS = 2  # of 1, 2, 4 and 8 the quickest or near it on an H200
+WARPS = 2  # for 128 columns; of 1, 2, 4 and 8 the quickest or near it on an H200
 
 
 @triton.jit
@@ -240,11 +240,12 @@ def code(q: Tensor, k: Tensor, v: Tensor, how: How, permuted: bool) -> tuple[Cod
     seen, head_pad, value_pad = seen_keys(how, length, keys), launch.pad_head(q.shape[3]), launch.pad_head(v.shape[3])
     center = q.new_empty((batch * key_heads, head_pad), dtype=torch.float32)
     sizes = {"HEAD_SIZE": q.shape[3], "HEAD_PAD": head_pad, "VALUE_SIZE": v.shape[3], "VALUE_PAD": value_pad}
+    warps = WARPS * ceil_div(max(head_pad, value_pad), 128)  # wider rows would spill
     with torch.cuda.device_of(q):
         recording.launch(
             _sample_kernel, (batch * key_heads,),
             k_ptr=k, v_ptr=v, center_ptr=center, scale_ptr=codes.v_scale, heads=key_heads, seen=seen,
-            **sizes, SAMPLES=SAMPLES, GROUP=GROUP, LEAST=LEAST, **matrix_arguments(SAMPLES, k=k, v=v), num_warps=WARPS,
+            **sizes, SAMPLES=SAMPLES, GROUP=GROUP, LEAST=LEAST, **matrix_arguments(SAMPLES, k=k, v=v), num_warps=warps,
         )  # fmt: skip
         recording.launch(
             _code_kernel, (all_query + 2 * all_key,),
@@ -255,6 +256,6 @@ def code(q: Tensor, k: Tensor, v: Tensor, how: How, permuted: bool) -> tuple[Cod
             first_seeing=max(0, -how.diagonal(length, keys)), seen=seen,
             n_query=n_query, n_key=n_key, all_query=all_query, all_key=all_key, scale=abs(how.scale) * LOG2_E,
             **sizes, ROWS=KEY_BLOCK, GROUP=GROUP, INT8=INT8, E4M3=E4M3, LEAST=LEAST, LANES=LANES,
-            NEGATE=how.scale < 0, PERMUTED=permuted, num_warps=WARPS, **matrix_arguments(QUERY_BLOCK, q=q, k=k, v=v),
+            NEGATE=how.scale < 0, PERMUTED=permuted, num_warps=warps, **matrix_arguments(QUERY_BLOCK, q=q, k=k, v=v),
         )  # fmt: skip
     return codes, (q_mean, k_mean)
