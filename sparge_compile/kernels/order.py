@@ -7,6 +7,7 @@ Nothing but numbers goes in, so an order is made on its device, without a copy.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -209,6 +210,20 @@ def _tiles_in(where: Tensor, begin: Tensor, end: Tensor, tile: Sequence[int]) ->
 _made: dict[Any, Order] = {}
 
 
+def _made_elsewhere(grid: Grid, tile: Sequence[int], device: torch.device) -> Order:
+    """An order that is kept: made in a thread of its own. While CUDA graphs are prepared (torch's ``reduce-overhead``)
+    their thread is given memory of theirs, of which nothing may be kept. Inference mode is left behind, too."""
+
+    def make() -> Order:
+        found = make_order(grid, tile, device)
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # once: calls may be on any stream
+        return found
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(make).result()
+
+
 def copy_of_order(grid: Grid, tile: Sequence[int], device: torch.device) -> Order:
     """:func:`make_order` from a table of those that were made: a copy, for whoever writes to it."""
     if device.type == "cuda" and device.index is None:
@@ -216,12 +231,9 @@ def copy_of_order(grid: Grid, tile: Sequence[int], device: torch.device) -> Orde
     key = (grid, tuple(tile), device)
     found = _made.get(key)
     if found is None:
-        with torch.inference_mode(False):
-            found = make_order(*key)
-        if device.type == "cuda":
-            if torch.cuda.is_current_stream_capturing():
-                return found  # it belongs to the graph
-            torch.cuda.current_stream(device).synchronize()  # once: the next call may be on another stream
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return make_order(*key)  # it belongs to the graph
+        found = _made_elsewhere(*key)
         if len(_made) >= MADE_ORDERS:
             _made.pop(next(iter(_made)), None)
         _made[key] = found
