@@ -71,7 +71,7 @@ class Sharded:
             ValueError: nothing sparse ran.
         """
         seconds = attention_seconds_by_rank(run)
-        self.measured = max(seconds) * len(seconds) / sum(seconds)
+        self.measured = imbalance(seconds, range(len(seconds)), len(seconds))
         return self.measured
 
     def remove(self) -> None:
