@@ -133,7 +133,8 @@ def distilled_orders(lab: Lab, seed: int) -> None:
     """Raster order beside tiles after long distillation at high sparsity."""
     cases = itertools.product(STUDENTS[1:], ORDERS)
     pairs = [Case("orders", "hybrid", "one pair", target, order) for target, order in cases]
-    measure_all(lab, seed, [case.tuned(lab.args.long_steps) for case in pairs])
+    tuned = [case.tuned(lab.args.long_steps) for case in pairs]
+    measure_all(lab, seed, [case for case in tuned if fnmatch(case.name, lab.args.arms)])
 
 
 def distilled(lab: Lab, seed: int) -> None:
