@@ -171,6 +171,20 @@ def extra_memory(call: Callable[[], object], device: torch.device) -> float | No
     return (peak - before) / 2**20
 
 
+def kernel_seconds(call: Callable[[], object]) -> dict[str, float]:
+    """The seconds that each kernel takes on this process's GPU in a call; nothing where there is none."""
+    if not torch.cuda.is_available():
+        return {}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        call()
+        torch.cuda.synchronize()
+    return {
+        event.key: event.self_device_time_total / 1e6
+        for event in seen.key_averages()
+        if not event.is_user_annotation and event.self_device_time_total > 0
+    }
+
+
 def kernels_launched(call: Callable[[], object]) -> str:
     """The Triton kernels that a call launches, each once, in order; empty where it launches none, as on a CPU."""
     if find_spec("triton") is None:

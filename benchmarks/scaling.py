@@ -6,8 +6,9 @@
     python benchmarks/scaling.py --losses 20 --layers 4  # of one GPU, FSDP2, and a shared sequence
     python benchmarks/scaling.py --device cpu --tiny --gpus 1 2         # two processes over gloo
 
-One table: time (of the slowest GPU), times one GPU, peak memory, bytes that leave a GPU, and how far outputs are from
-one GPU's. Weights are random. In training they are sharded by FSDP2 over the same GPUs, and each block is checkpointed.
+One table: time (of the slowest GPU), times one GPU, peak memory, bytes that leave a GPU, the time of a GPU's kernels
+that compute and of those that exchange (waiting for others included), and how far outputs are from one GPU's. Weights
+are random. In training they are sharded by FSDP2 over the same GPUs, and each block is checkpointed.
 With ``--shares`` also the time that attention takes, and that of the dearest GPU over the mean.
 ``--csv`` keeps the table, for scaling_model.py. With ``--rows`` each row is kept in a folder as soon as it is there,
 and the table has those of earlier runs as well; with ``--gpus 0`` nothing else is done.
@@ -76,14 +77,14 @@ class Run:
         moved = (x.to(self.device, self.dtype) for x in (latents, text))
         return *moved, torch.full((batch,), 500.0, device=self.device)
 
-    def compiled(self, model: nn.Module, attention: str) -> nn.Module:
+    def compiled(self, model: nn.Module, attention: str, overlaps: bool = True) -> nn.Module:
         """Its blocks compiled, sparse or by the inner backend alone."""
         torch._dynamo.reset()
         how: dict[str, Any] = {"backend": self.args.inner, "fullgraph": True}
         if attention == "sparse":
             calibration = Calibration({"blocks.*.attn1": self.pairs})
             options = {"calibration": calibration, "min_seq_len": 1024, "inner": self.args.inner}
-            if self.args.no_overlap:
+            if not overlaps:
                 options["inductor"] = {"reorder_for_compute_comm_overlap": False}
             how |= {"backend": "sparge", "options": options}
         for block in model.blocks:
@@ -151,26 +152,28 @@ def tokens_of(args: argparse.Namespace) -> int:
     return frames * height * width // 4
 
 
-def measure(run: Run, step: str, attention: str, way: str, ordered: bool) -> dict[str, Any]:
+def measure(run: Run, step: str, attention: str, way: str, ordered: bool, overlaps: bool) -> dict[str, Any]:
     """One row: a step with one kind of attention on so many GPUs."""
     args = run.args
     row = {"attention": attention, "step": step, "way": way if run.world > 1 else "", "GPUs": run.world}
     row |= {"tokens": tokens_of(args), "layers": args.layers, "heads": args.heads, "ffn": args.ffn}
     row |= {"sparsity": args.sparsity, "GB sent": sent(args, run.world, way, step == "training")}
     row |= {"heads are": ("balanced" if ordered else "as they come") if run.world > 1 and way == "heads" else ""}
+    row |= {"overlap": ("on" if overlaps else "off") if run.world > 1 and attention == "sparse" else ""}
     inputs = run.inputs()
     gc.collect()  # models of before
     if step == "forward":
-        model = run.compiled(run.model(False, way, ordered).requires_grad_(False).eval(), attention)
+        model = run.compiled(run.model(False, way, ordered).requires_grad_(False).eval(), attention, overlaps)
         call = torch.no_grad()(lambda: model(*inputs))
         run.peak()
         row |= {"ms": 1000 * run.seconds(call, STEPS[step]), "GiB": run.peak(), "out": call().float().cpu()}
+        row |= {"kernels": kernels_of(run, call)}
         if args.shares and run.world > 1 and attention == "sparse":
             seconds = attention_seconds_by_rank(call)
             mean = sum(seconds) / run.world
             row |= {"attention ms": 1000 * mean, "dearest ÷ mean": max(seconds) / mean}
         return row
-    model = run.compiled(run.model(True, way, ordered), attention)
+    model = run.compiled(run.model(True, way, ordered), attention, overlaps)
     if run.world > 1:
         sharded(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=run.device.type == "cuda")
@@ -181,7 +184,14 @@ def measure(run: Run, step: str, attention: str, way: str, ordered: bool) -> dic
         optimizer.zero_grad(set_to_none=True)
 
     run.peak()
-    return row | {"ms": 1000 * run.seconds(train, STEPS[step]), "GiB": run.peak()}
+    row |= {"ms": 1000 * run.seconds(train, STEPS[step]), "GiB": run.peak()}
+    return row | {"kernels": kernels_of(run, train)}
+
+
+def kernels_of(run: Run, call: Callable[[], object]) -> dict[str, float]:
+    """ms of this process's GPU by kernel, in a call that all ranks begin together; nothing on a CPU."""
+    run.wait()
+    return {name: 1000 * seconds for name, seconds in harness.kernel_seconds(call).items()}
 
 
 def sharded(model: nn.Module) -> None:
@@ -195,13 +205,15 @@ def measure_all(run: Run, keep: Callable[[dict[str, Any]], None]) -> None:
     """Every row of one number of GPUs, forwards first, since these are over soon."""
     args = run.args
     ways = args.ways if run.world > 1 else args.ways[:1]
-    for step, way, attention in product(args.steps, ways, args.attention):
+    for step, way, attention, overlap in product(args.steps, ways, args.attention, args.overlap):
+        if overlap != args.overlap[0] and (run.world == 1 or attention == "dense"):
+            continue
         both = args.shares and run.world > 1 and (way, attention) == ("heads", "sparse")
         for ordered in (False, True) if both else (True,):
-            row = measure(run, step, attention, way, ordered)
+            row = measure(run, step, attention, way, ordered, overlap == "on")
             keep(row)
             if run.rank == 0:
-                said = ", ".join(x for x in (attention, row["way"], row["heads are"]) if x)
+                said = ", ".join(x for x in (attention, row["way"], row["heads are"], row["overlap"]) if x)
                 past = time.time() - args.begin
                 print(f"{run.world} GPUs, {step}, {said}: {row['ms']:.4g} ms ({past:.0f} s so far)", flush=True)
 
@@ -265,6 +277,9 @@ def finish(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows with what one GPU is needed for: times its time, and how far outputs are apart."""
     one = {(row["attention"], row["step"]): row for row in rows if row["GPUs"] == 1}
     for row in rows:
+        times = row.pop("kernels", None) or {}
+        row["exchange ms"] = sum(ms for name, ms in times.items() if "nccl" in name.lower())
+        row["computing ms"] = sum(times.values()) - row["exchange ms"]
         alone, out = one.get((row["attention"], row["step"])), row.get("out")
         if alone is not None:
             row["× one GPU"] = alone["ms"] / row["ms"]
@@ -296,7 +311,9 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to see that everything runs")
     parser.add_argument("--csv", help="write the table to this file as well")
     parser.add_argument("--rows", help="a folder where rows are kept, and others may be")
-    parser.add_argument("--no-overlap", action="store_true", help="sparse attention waits for each exchange at once")
+    parser.add_argument(
+        "--overlap", nargs="+", default=["on"], choices=("on", "off"), help="off: each exchange is waited for at once"
+    )
     parser.add_argument("--dump", type=int, help="seconds after which it is noted beside the rows where each is")
     args = parser.parse_args()
     args.begin = time.time()
@@ -330,7 +347,8 @@ def main() -> None:
 
 
 def show(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    shown = ["attention", "step", "way", "heads are", "GPUs", "ms", "× one GPU", "GiB", "GB sent", "apart"]
+    shown = ["attention", "step", "way", "heads are", "overlap", "GPUs", "ms", "× one GPU", "GiB", "GB sent"]
+    shown += ["computing ms", "exchange ms", "apart"]
     shown += ["attention ms", "dearest ÷ mean"] if args.shares else []
     rows.sort(key=lambda row: (row["step"], row["attention"], row["way"] == "ring"))
     print(harness.table([{name: row.get(name) for name in shown} for row in rows]))
