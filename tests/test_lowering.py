@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
+from toys import Stack
 
 from sparge_compile import lowering
 from sparge_compile.kernels import direct
@@ -78,6 +79,21 @@ def test_code_of_inductor_names_the_kernels(training: bool, dynamic: bool):
     # Results of one form are looked at in the first call; of others, in each, as Inductor does.
     asserted = [line for line in text.splitlines() if " assert_" in line and "sparge.attend_for_backward" in line]
     assert bool(asserted) == (dynamic and training)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_where_all_stays_dense_the_code_is_that_of_inductor(training: bool):
+    """So a model in which no attention pays to be sparse takes exactly the time that it takes without us."""
+    model, x, codes = Stack(1), torch.randn(1, 300, 32), {}
+    for backend in ("inductor", "sparge"):
+        torch.compiler.reset()
+        compiled = torch.compile(model, backend=backend)
+        with torch.set_grad_enabled(training):
+            made = run_and_get_code(lambda: compiled(x).sum().backward() if training else compiled(x))[1]  # noqa: B023
+        lines = [line for line in "\n".join(made).splitlines() if not line.lstrip().startswith("#")]
+        assert any("scaled_dot_product" in line for line in lines)
+        codes[backend] = "\n".join(lines)
+    assert codes["sparge"] == codes["inductor"]
 
 
 def test_other_insides_of_inductor_leave_the_ops(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
