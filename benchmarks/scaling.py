@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import gc
+import math
 import os
 import statistics
 import tempfile
@@ -39,7 +40,9 @@ from wan_stand_in import CHANNELS, HEAD, TEXT, Wan
 from sparge_compile import Calibration, DistillationHook, Ranks
 from sparge_compile.parallel.heads import balanced, imbalance
 from sparge_compile.parallel.measured import attention_seconds_by_rank
+from sparge_compile.passes.write import turns
 
+LEAST_BYTES = turns.LEAST_BYTES
 STEPS = {"forward": 5, "training": 3}  # that are timed, after two
 
 
@@ -77,14 +80,15 @@ class Run:
         moved = (x.to(self.device, self.dtype) for x in (latents, text))
         return *moved, torch.full((batch,), 500.0, device=self.device)
 
-    def compiled(self, model: nn.Module, attention: str, overlaps: bool = True) -> nn.Module:
+    def compiled(self, model: nn.Module, attention: str, overlap: str = "on") -> nn.Module:
         """Its blocks compiled, sparse or by the inner backend alone."""
         torch._dynamo.reset()
         how: dict[str, Any] = {"backend": self.args.inner, "fullgraph": True}
         if attention == "sparse":
             calibration = Calibration({"blocks.*.attn1": self.pairs})
             options = {"calibration": calibration, "min_seq_len": 1024, "inner": self.args.inner}
-            if not overlaps:
+            turns.LEAST_BYTES = LEAST_BYTES if overlap == "on" else math.inf
+            if overlap == "off" and self.args.inner == "inductor":
                 options["inductor"] = {"reorder_for_compute_comm_overlap": False}
             how |= {"backend": "sparge", "options": options}
         for block in model.blocks:
@@ -152,18 +156,18 @@ def tokens_of(args: argparse.Namespace) -> int:
     return frames * height * width // 4
 
 
-def measure(run: Run, step: str, attention: str, way: str, ordered: bool, overlaps: bool) -> dict[str, Any]:
+def measure(run: Run, step: str, attention: str, way: str, ordered: bool, overlap: str) -> dict[str, Any]:
     """One row: a step with one kind of attention on so many GPUs."""
     args = run.args
     row = {"attention": attention, "step": step, "way": way if run.world > 1 else "", "GPUs": run.world}
     row |= {"tokens": tokens_of(args), "layers": args.layers, "heads": args.heads, "ffn": args.ffn}
     row |= {"sparsity": args.sparsity, "GB sent": sent(args, run.world, way, step == "training")}
     row |= {"heads are": ("balanced" if ordered else "as they come") if run.world > 1 and way == "heads" else ""}
-    row |= {"overlap": ("on" if overlaps else "off") if run.world > 1 and attention == "sparse" else ""}
+    row |= {"overlap": overlap if run.world > 1 and attention == "sparse" else ""}
     inputs = run.inputs()
     gc.collect()  # models of before
     if step == "forward":
-        model = run.compiled(run.model(False, way, ordered).requires_grad_(False).eval(), attention, overlaps)
+        model = run.compiled(run.model(False, way, ordered).requires_grad_(False).eval(), attention, overlap)
         call = torch.no_grad()(lambda: model(*inputs))
         run.peak()
         row |= {"ms": 1000 * run.seconds(call, STEPS[step]), "GiB": run.peak(), "out": call().float().cpu()}
@@ -173,7 +177,7 @@ def measure(run: Run, step: str, attention: str, way: str, ordered: bool, overla
             mean = sum(seconds) / run.world
             row |= {"attention ms": 1000 * mean, "dearest ÷ mean": max(seconds) / mean}
         return row
-    model = run.compiled(run.model(True, way, ordered), attention, overlaps)
+    model = run.compiled(run.model(True, way, ordered), attention, overlap)
     if run.world > 1:
         sharded(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=run.device.type == "cuda")
@@ -210,7 +214,7 @@ def measure_all(run: Run, keep: Callable[[dict[str, Any]], None]) -> None:
             continue
         both = args.shares and run.world > 1 and (way, attention) == ("heads", "sparse")
         for ordered in (False, True) if both else (True,):
-            row = measure(run, step, attention, way, ordered, overlap == "on")
+            row = measure(run, step, attention, way, ordered, overlap)
             keep(row)
             if run.rank == 0:
                 said = ", ".join(x for x in (attention, row["way"], row["heads are"], row["overlap"]) if x)
@@ -311,9 +315,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to see that everything runs")
     parser.add_argument("--csv", help="write the table to this file as well")
     parser.add_argument("--rows", help="a folder where rows are kept, and others may be")
-    parser.add_argument(
-        "--overlap", nargs="+", default=["on"], choices=("on", "off"), help="off: each exchange is waited for at once"
-    )
+    overlaps = {"nargs": "+", "default": ["on"], "choices": ("on", "whole", "off")}
+    parser.add_argument("--overlap", **overlaps, help="whole: heads not in turns; off: exchanges waited for at once")
     parser.add_argument("--dump", type=int, help="seconds after which it is noted beside the rows where each is")
     args = parser.parse_args()
     args.begin = time.time()

@@ -23,7 +23,9 @@ _RANKS = "Tensor? order, int rank, int ranks, str group"
 library.define(
     f"to_heads(Tensor query, Tensor key, Tensor value, {_RANKS}) -> (Tensor query, Tensor key, Tensor value)"
 )
+library.define(f"to_heads_in_turns(Tensor query, Tensor key, Tensor value, int[] turns, {_RANKS}) -> Tensor[]")
 library.define(f"to_rows(Tensor out, int key_heads, {_RANKS}) -> Tensor")
+library.define(f"to_rows_in_turns(Tensor[] outs, int key_heads, {_RANKS}) -> Tensor")
 library.define("of_rank(Tensor by_head, int key_heads, Tensor? order, int rank, int ranks) -> Tensor")
 
 
@@ -43,27 +45,58 @@ def to_heads(
             allowed="a number of key heads that the ranks divide",
             todo="Use fewer ranks for heads, and the others in a ring.",
         )
+    q, k, v = to_heads_in_turns(query, key, value, [key_heads // ranks], order, rank, ranks, group)
+    return q, k, v
+
+
+def to_heads_in_turns(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    turns: list[int],
+    order: Tensor | None,
+    rank: int,
+    ranks: int,
+    group: str,
+) -> list[Tensor]:
+    """The same in turns, one behind the other: query, key and value of the first key heads of each rank, as many as
+    ``turns`` begins with, then those of the next, and so on."""
+    key_heads = key.shape[1]
+    queries, keys, values = (
+        _ordered(x, order, key_heads).unflatten(1, (ranks, x.shape[1] // ranks)).permute(1, 3, 0, 2, 4)
+        for x in (query, key, value)
+    )  # [P, R, B, heads / P, D] each
+    in_turns = zip(
+        queries.split([n * (query.shape[1] // key_heads) for n in turns], 3), keys.split(turns, 3), strict=True
+    )
     # Values first: they are on their way while keys and queries are projected, if the compiler starts an exchange as
     # early as it can. Keys and queries, which most compilers write in one kernel, go together.
-    together = [[value], [key, query]] if key.shape[2:] == query.shape[2:] else [[value], [key], [query]]
-    parts = [
-        [_ordered(x, order, key_heads).unflatten(1, (ranks, x.shape[1] // ranks)).permute(1, 3, 0, 2, 4) for x in some]
-        for some in together
-    ]  # [P, R, B, heads / P, D] each
-    came = _AllToAll.apply(ranks, group, *(torch.cat(some, 3) if len(some) > 1 else some[0] for some in parts))
-    v, k, q = (
-        x.permute(1, 2, 0, 3)
-        for some, whole in zip(parts, came, strict=True)
+    together = [[values]]
+    for q, k in in_turns:
+        together += [[k, q]] if key.shape[2:] == query.shape[2:] else [[k], [q]]
+    came = _AllToAll.apply(ranks, group, *(torch.cat(some, 3) if len(some) > 1 else some[0] for some in together))
+    v, *others = (
+        x.permute(1, 2, 0, 3)  # [B, heads, L, D]
+        for some, whole in zip(together, came, strict=True)
         for x in whole.flatten(0, 1).split([part.shape[3] for part in some], 2)
     )
-    return q, k, v
+    each = zip(others[1::2], others[::2], v.split(turns, 1), strict=True)
+    return [x for turn in each for x in turn]
 
 
 def to_rows(out: Tensor, key_heads: int, order: Tensor | None, rank: int, ranks: int, group: str) -> Tensor:
     """What heads gave, [B, H / P, L, Dv], to [B, H, R, Dv], in the order in which the heads came; L = P · R."""
-    parts = out.permute(2, 0, 1, 3).unflatten(0, (ranks, out.shape[2] // ranks))
-    (came,) = _AllToAll.apply(ranks, group, parts)  # [P, R, B, H / P, Dv]
-    x = came.permute(2, 0, 3, 1, 4).flatten(1, 2)
+    return to_rows_in_turns([out], key_heads, order, rank, ranks, group)
+
+
+def to_rows_in_turns(
+    outs: list[Tensor], key_heads: int, order: Tensor | None, rank: int, ranks: int, group: str
+) -> Tensor:
+    """The same of what the heads of each turn gave."""
+    parts = [out.permute(2, 0, 1, 3).unflatten(0, (ranks, out.shape[2] // ranks)) for out in outs]
+    came = [_AllToAll.apply(ranks, group, part)[0] for part in parts]  # [P, R, B, heads of the turn, Dv] each
+    each = [x.permute(2, 1, 0, 3, 4) for x in came]
+    x = (torch.cat(each, 3) if len(each) > 1 else each[0]).flatten(2, 3).transpose(1, 2)  # laid out as rows: one copy
     return x if order is None else _ordered(x, order.argsort(), key_heads)
 
 
@@ -116,7 +149,8 @@ def autocast(op: Any, number: int, device: str) -> Any:
     return run
 
 
-for _name, _function in (("to_heads", to_heads), ("to_rows", to_rows), ("of_rank", of_rank)):
-    library.impl(_name, _function, "CompositeImplicitAutograd")
+for _function in (to_heads, to_heads_in_turns, to_rows, to_rows_in_turns, of_rank):
+    library.impl(_function.__name__, _function, "CompositeImplicitAutograd")
 for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
     library.impl("to_heads", autocast(torch.ops.sparge.to_heads.default, 3, _device), _key)
+    library.impl("to_heads_in_turns", autocast(torch.ops.sparge.to_heads_in_turns.default, 3, _device), _key)

@@ -33,6 +33,7 @@ from .write.orders import write_orders
 from .write.outputs import dense_outputs, return_also
 from .write.threshold_inputs import Marker, attached_thresholds, markers_of, new_input
 from .write.threshold_inputs import erase_markers as erase_all_markers
+from .write.turns import take_turns
 
 # For a match, the same site in other modules that may run the graph, and whether its thresholds are attached there.
 Alike = Callable[[Match], Iterable[tuple[Match, bool]]]
@@ -228,6 +229,11 @@ def _planned(work: Work, done: set[Node]) -> Plan | None:
     return None
 
 
+def in_turns(work: Work) -> None:
+    """Where heads are exchanged among processes, some are exchanged while others are attended to."""
+    take_turns(op for _, op in work.substituted)
+
+
 def erase_markers(work: Work) -> None:
     """Remove the markers that ``attach`` left, those without a site too."""
     work.changed |= erase_all_markers(work.graph_module)
@@ -243,4 +249,5 @@ def check(work: Work) -> None:
 def rewriting_passes(options: Options, as_input: Callable[[Tensor], Any], with_outputs: bool = False) -> list[Pass]:
     """The passes that change a graph, after ``decide_sites``."""
     passes: list[Pass] = [partial(substitute, options=options, as_input=as_input)]
-    return [*passes, *[return_outputs] * with_outputs, hoist, erase_markers, check]
+    turns = [in_turns] * bool(options.inductor.get("reorder_for_compute_comm_overlap", True))
+    return [*passes, *[return_outputs] * with_outputs, hoist, *turns, erase_markers, check]

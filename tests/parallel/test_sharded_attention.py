@@ -6,6 +6,7 @@ Over gloo on a CPU, over NCCL where there are two GPUs (``make test-multigpu``).
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,16 +15,18 @@ import torch.nn.functional as F
 from processes import run_in_processes
 from torch import Tensor, nn
 
-from sparge_compile import Calibration, Ranks, attach, explain, sharded_attention
+from sparge_compile import Calibration, Ranks, attach, backend, explain, sharded_attention
+from sparge_compile.passes.write import turns
 from sparge_compile.report import Report
+from sparge_compile.running import listeners
 
 pytestmark = pytest.mark.multigpu
 
-HEADS, KEY_HEADS, SIZE, LENGTH, WIDTH = 4, 2, 16, 512, 32
-PAIRS = [(0.15, 0.0), (0.3, 0.2), (0.9, 0.0), (0.1, 0.5)]
+HEADS, KEY_HEADS, SIZE, LENGTH, WIDTH = 8, 4, 8, 512, 32
+PAIRS = [(0.15, 0.0), (0.3, 0.2), (0.9, 0.0), (0.1, 0.5), (0.5, 0.0), (0.2, 0.1), (0.05, 0.3), (0.4, 0.0)]
 CALIBRATION = Calibration({"0": PAIRS, "1": PAIRS[::-1]})
 OPTIONS = {"calibration": CALIBRATION, "min_seq_len": 0, "inner": "eager"}
-HEADS_OF_RANKS = [1, 0]
+HEADS_OF_RANKS = [3, 1, 0, 2]
 LARGEST_ERROR = 1e-5 if torch.cuda.device_count() < 2 else 5e-3  # GPUs may compute float32 products in TF32
 BESIDE = {
     "kept": {"keep_keys": 64, "dense_queries": True},
@@ -115,7 +118,37 @@ def sharded(device: torch.device) -> dict[str, Any]:
         for block in model:
             block.shared = {"heads": ranks, "order": order}
         found[name] = distance(compiled(model, **options), wanted)
+    for block in model:
+        block.is_causal = False
+    before = heard(compiled(model), mine[0])
+    small = mock.patch.object(turns, "LEAST_BYTES", 0)
+    with small, mock.patch.object(backend, "compile_graph", wraps=backend.compile_graph) as compile_graph:
+        found["heads in turns"] = distance(compiled(model), want)
+        found["heads in turns, heard"] = apart(heard(compiled(model), mine[0]), before)
+    for name, call in zip(("graph", "graph, heard"), compile_graph.call_args_list, strict=True):
+        found[name] = [x.target.name() for x in call.args[0].graph.nodes if "sparge." in str(x.target)]
     return found
+
+
+class Heard:
+    """What the sites of graphs gave."""
+
+    def __init__(self) -> None:
+        self.outputs: list[Tensor] = []
+
+    def ran(self, options: Any, names: list[str], outputs: Any) -> None:
+        self.outputs += [x.detach() for x in outputs]
+
+
+def heard(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """What the sites of a model give, for a hook."""
+    heard = Heard()
+    listeners.want_outputs(1)
+    with listeners.heard_by(heard):
+        model(x)
+    listeners.want_outputs(-1)
+    assert len(heard.outputs) == 2
+    return heard.outputs
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +158,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {name: max(value, second[name]) for name, value in first.items()}
 
 
-@pytest.mark.parametrize("way", ["heads", "heads in an order", "ring", "attached"])
+@pytest.mark.parametrize("way", ["heads", "heads in an order", "heads in turns", "ring", "attached"])
 def test_outputs_and_gradients_are_those_of_one_process(found, way):
     assert found["sparse"] > 1e-2, "thresholds that change nothing show nothing"
     assert found[way] < LARGEST_ERROR
@@ -140,6 +173,12 @@ def test_between_exchanges_all_is_as_in_one_process(found, what):
 @pytest.mark.parametrize("way", ["heads", "heads in an order", "ring"])
 def test_without_the_backend_it_is_dense_attention(found, way):
     assert found[f"{way}, dense"] < LARGEST_ERROR
+
+
+def test_heads_take_turns_between_exchanges(found):
+    of_a_block = ["to_heads_in_turns", "of_rank", "attention", "attention", "to_rows_in_turns"]
+    assert found["graph"] == found["graph, heard"] == [f"sparge::{name}" for name in of_a_block * 2]
+    assert found["heads in turns, heard"] < LARGEST_ERROR
 
 
 def test_sites_are_reported_with_the_whole_sequence(found):
