@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+import sparge_compile.ops  # noqa: F401
 from sparge_compile.kernels import eight_bits, rule
 from sparge_compile.kernels.block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap, ceil_div, visible_blocks
 from sparge_compile.kernels.how import How
@@ -126,8 +127,12 @@ def our_methods(inputs: Inputs, thresholds: Tensor) -> tuple[list[Method], Block
     def find() -> BlockMap:
         return ours.block_map(q, k, thresholds, *options)
 
-    def attend(found: BlockMap) -> tuple[Tensor, Tensor]:
-        return ours.forward(q, k, v, *found, *options)
+    def attend() -> tuple[Tensor, Tensor]:
+        return ours.forward(q, k, v, *block_map, *options)
+
+    def whole() -> Tensor:
+        """The op that compiled graphs call."""
+        return torch.ops.sparge.attend(q, k, v, thresholds, *options)
 
     def backward() -> tuple[Tensor, Tensor, Tensor]:
         return ours.backward(dout, q, k, v, out, lse, None, bits, *options)
@@ -138,13 +143,16 @@ def our_methods(inputs: Inputs, thresholds: Tensor) -> tuple[list[Method], Block
     def check_forward() -> None:
         gate.check_forward(q, k, v, block_map, causal, out, lse)
 
+    def check_whole() -> None:
+        gate.check_forward(q, k, v, block_map, causal, whole(), lse)
+
     def check_backward() -> None:
         gate.check_backward(q, k, v, out, lse, dout, block_map, causal, backward())
 
     return [
         Method(MAP, "map", find, check=check_map),
-        Method(FORWARD, "forward", lambda: attend(block_map), check=check_forward),
-        Method(WHOLE, "forward", lambda: attend(find()), check=check_forward),
+        Method(FORWARD, "forward", attend, check=check_forward),
+        Method(WHOLE, "forward", whole, check=check_whole),
         Method(BACKWARD, "backward", backward, check=check_backward),
     ], block_map
 
@@ -160,18 +168,20 @@ def eight_bit_methods(inputs: Inputs, thresholds: Tensor, block_map: BlockMap) -
     def attend() -> tuple[Tensor, Tensor]:
         return ours.forward(q, k, v, *block_map, *how, codes=codes)
 
-    def whole() -> tuple[Tensor, Tensor]:
-        made, pooled = ours.code(q, k, v, how)
-        return ours.forward(q, k, v, *ours.block_map(q, k, thresholds, *how, pooled=pooled), *how, codes=made)
+    def whole() -> Tensor:
+        return torch.ops.sparge.attend(q, k, v, thresholds, *inputs.options, eight_bits=True)
 
     def check() -> None:
         error = gate.check_in_eight_bits(q, k, v, block_map, how, *attend())
         print(f"forward in 8 bits: relative error {error:.1e} beside the definition over the same blocks")
 
+    def check_whole() -> None:
+        gate.check_in_eight_bits(q, k, v, block_map, how, whole(), attend()[1])
+
     return [
         Method(CODES, "map", lambda: ours.code(q, k, v, how)),
         Method(FORWARD_8, "forward", attend, check=check),
-        Method(WHOLE_8, "forward", whole, check=lambda: gate.check_in_eight_bits(q, k, v, block_map, how, *whole())),
+        Method(WHOLE_8, "forward", whole, check=check_whole),
     ]
 
 
