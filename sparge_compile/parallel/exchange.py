@@ -94,7 +94,7 @@ def to_rows_in_turns(
 ) -> Tensor:
     """The same of what the heads of each turn gave."""
     parts = [out.permute(2, 0, 1, 3).unflatten(0, (ranks, out.shape[2] // ranks)) for out in outs]
-    came = [_AllToAll.apply(ranks, group, part)[0] for part in parts]  # [P, R, B, heads of the turn, Dv] each
+    came = _AllToAll.apply(ranks, group, *parts)  # [P, R, B, heads of the turn, Dv] each
     each = [x.permute(2, 1, 0, 3, 4) for x in came]
     x = (torch.cat(each, 3) if len(each) > 1 else each[0]).flatten(2, 3).transpose(1, 2)  # laid out as rows: one copy
     return x if order is None else _ordered(x, order.argsort(), key_heads)
@@ -118,7 +118,8 @@ def _ordered(x: Tensor, order: Tensor | None, key_heads: int) -> Tensor:
 
 
 class _AllToAll(torch.autograd.Function):
-    """Part p of each x [P, ...] goes to rank p, whose part comes in its place. Gradients go back the same way."""
+    """Part p of each x [P, ...] goes to rank p, whose part comes in its place. Gradients go back the same way, the last
+    first: a backward begins where the forward ended."""
 
     @staticmethod
     def forward(ctx: Any, ranks: int, group: str, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -127,7 +128,7 @@ class _AllToAll(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *all_to_all(grads, ctx.ranks, ctx.group)
+        return None, None, *reversed(all_to_all(grads[::-1], ctx.ranks, ctx.group))
 
 
 def all_to_all(tensors: Sequence[Tensor], ranks: int, group: str) -> tuple[Tensor, ...]:
