@@ -86,8 +86,7 @@ class NotedCalls:
 
     def forget(self) -> None:
         """Keep nothing of what was offered."""
-        self._calls = []
-        self._offered.clear()
+        self.__init__()  # type: ignore[misc]
 
     def calls(self) -> list[ModelCall]:
         """Return what is kept, by batch and number."""

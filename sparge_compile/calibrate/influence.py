@@ -110,6 +110,16 @@ def together(heads: int) -> int:
     return -(-heads // FORWARDS)
 
 
+def forwards(heads: int) -> int:
+    """How many forwards it takes of a model with so many heads: one for each, of two calls where heads are few."""
+    return -(-heads // together(heads)) * (2 if of_two_calls(heads) else 1)
+
+
+def of_two_calls(heads: int) -> bool:
+    """Whether the heads of a model with so many are tried on two of its calls."""
+    return heads * 2 <= FORWARDS
+
+
 def of_call(trial: Trial, call: ModelCall, points: Points, at_once: int, progress: bool) -> Weights:
     """The weight of each head by one call of the model; ``at_once`` heads of a site are tried together, and share it.
 

@@ -51,7 +51,7 @@ class Inquiry:
         at_once = influence.together(heads)
         keys = sorted(self._gathered(lambda call: 0.0))
         wanted = [keys[len(keys) // 2]]
-        if heads * 2 <= influence.FORWARDS and len(keys) > 1:
+        if influence.of_two_calls(heads) and len(keys) > 1:
             wanted = [keys[len(keys) // 4], keys[3 * len(keys) // 4]]
 
         def of_call(call: ModelCall) -> influence.Weights:

@@ -1,39 +1,36 @@
 """Choose the order of tokens of each site, by what the model returns.
 
 In: a run over the first batch. Out: a tile for each site, or raster. Errors of attention alone would choose another
-order than the model's output does, so the model makes a few of its calls again in each order: with all sites sparse,
-and with each alone. A model had best one order for all of its sites: then one permutation where tokens enter it is
-enough, and blocks that share a graph go on doing so. Orders of their own must win by a margin.
+order than the model's output does, so the model makes a call again: in each order with all sites sparse, in the best of
+them with each site alone, and in the next best with those alone that matter most. A model had best one order for all of
+its sites: then one permutation where tokens enter it is enough, and blocks that share a graph go on doing so. Orders of
+their own must win by a margin.
 """
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..kernels.order import Tile
 from .calls import ModelCall, NotedCalls
-from .influence import FORWARDS
-from .orders import Trials, best_for_attention, shares_for
+from .influence import forwards
+from .orders import best_for_attention, shares_for
 from .record import Batch, Recorder
 from .settings import Settings
-from .trial import on_trial
+from .trial import Trial, on_trial
 
-ASKED = 2  # calls of the model that are made again in each order, of those of the first batch
+BEST = 3  # of the orders: in which sites are asked of alone
+PART = 8  # in the best order, sites are asked of by so small a part of the forwards that their influence will take
 MARGIN = 0.03  # by how much of the output's error an order of its own must win where a site alone is sparse
 OWN_WINS = 0.05  # the same of all orders of sites together
 
 Tiles = dict[str, "Tile | None"]
-
-
-class Errors(NamedTuple):
-    """Relative errors of the model's output in one order: with all sites sparse, and with each alone."""
-
-    together: float
-    alone: Mapping[str, float]
+Groups = Sequence[Sequence[str]]  # of sites that are asked of together: one each, or neighbours of very many
+Alone = Mapping["Tile | None", Mapping[str, float]]  # relative errors of the output with one site sparse, by order
 
 
 def choose_orders(
@@ -47,60 +44,91 @@ def choose_orders(
         noted: gets the calls that the recorder notes.
         run: runs the first batch.
     """
-    shares = shares_for(settings.aim.get("target_sparsity"))
-    trials, batch = recorder.try_orders(0, run, settings.orders, shares)
-    if not trials.sites:
+    sites, batch = recorder.find_grids(0, run)
+    if not sites:
         return {}, batch
+    shares = shares_for(settings.aim.get("target_sparsity"))
     calls = noted.calls()
-    step = -(-len(calls) // ASKED)
-    ask = Question(model, settings, trials, calls[step // 2 :: step])
+    one, other = calls[len(calls) // 4], calls[3 * len(calls) // 4]
     try:
-        errors = {order: ask(dict.fromkeys(trials.sites, order), each=True) for order in trials.orders}
-        common = min(trials.orders, key=lambda order: errors[order].together)
-        chosen: Tiles = dict.fromkeys(trials.sites, common)
-        own = own_orders(errors, common)
-        if own != chosen and ask(own).together < errors[common].together * (1 - OWN_WINS):
-            chosen = own
+        with asking(model, settings, sites, shares[len(shares) // 2]) as question:
+            return chosen(question, settings.orders, one, other, settings.asks_model), None
     except ValueError:  # a model that cannot be asked; whoever must ask it says so
-        chosen = dict.fromkeys(trials.sites, best_for_attention(trials))
-    return chosen, None
-
-
-def own_orders(errors: Mapping[Tile | None, Errors], common: Tile | None) -> Tiles:
-    """Return the order of each site: that of the model, or the one in which it alone does best, by the margin."""
-    found: Tiles = {}
-    for name, least in errors[common].alone.items():
-        own = min(errors, key=lambda order: errors[order].alone[name])
-        found[name] = own if errors[own].alone[name] < least * (1 - MARGIN) else common
-    return found
+        trials = recorder.try_orders(0, run, settings.orders, shares)
+        return dict.fromkeys(sites, best_for_attention(trials)), None
 
 
 class Question:
-    """What the model's output loses where its sites, in some orders, read the share of blocks that is aimed at."""
+    """What the model's output loses where its sites, in some orders, read the same share of their blocks."""
 
-    def __init__(self, model: nn.Module, settings: Settings, trials: Trials, calls: Sequence[ModelCall]) -> None:
-        self._model, self._settings, self._calls = model, settings, calls
-        self._heads = {name: next(iter(scores.values())).shape[1] for name, scores in trials.sites.items()}
-        share = trials.shares[len(trials.shares) // 2]
-        self._pairs = {name: ((share, 0.0),) * number for name, number in self._heads.items()}
-        together = -(-len(self._pairs) * len(trials.orders) // FORWARDS)  # of a model with very many sites
-        names = list(self._pairs)
-        self._groups = [names[start : start + together] for start in range(0, len(names), together)]
-        self._dense: dict[tuple[int, int], list[Tensor]] = {}
+    def __init__(self, trial: Trial, sites: Mapping[str, int], share: float) -> None:
+        self._trial = trial
+        self.pairs = {name: ((share, 0.0),) * heads for name, heads in sites.items()}
+        number = max(1, forwards(sum(sites.values())) // PART)
+        together = -(-len(sites) // number)
+        names = list(sites)
+        self.groups = [names[start : start + together] for start in range(0, len(names), together)]
 
-    def __call__(self, orders: Mapping[str, Tile | None], each: bool = False) -> Errors:
-        """Ask the model; ``each``: for each site alone too, on one of the calls.
+    def all_sparse(self, orders: Mapping[str, Tile | None], call: ModelCall) -> float:
+        """The relative error of the output with all sites sparse.
 
         Raises:
             ValueError: a model that cannot be tried (:mod:`.trial`).
         """
-        kept = {name: self._settings.options.kept_of(name) for name in self._heads}
-        tiles = {name: order for name, order in orders.items() if order is not None}
-        options = self._settings.options
-        with on_trial(self._model, self._heads, options, kept=kept, tiles=tiles, dense=self._dense) as trial:
-            together = statistics.fmean(trial.error(call, self._pairs) for call in self._calls)
-            alone: dict[str, float] = {}
-            for group in self._groups if each else ():
-                error = trial.error(self._calls[0], {name: self._pairs[name] for name in group})
-                alone |= dict.fromkeys(group, error)
-        return Errors(together, alone)
+        self._trial.reorder(orders)
+        return self._trial.error(call, self.pairs)
+
+    def alone(self, orders: Mapping[str, Tile | None], call: ModelCall, groups: Groups) -> dict[str, float]:
+        """The same of each site with its group alone sparse."""
+        self._trial.reorder(orders)
+        found: dict[str, float] = {}
+        for group in groups:
+            error = self._trial.error(call, {name: self.pairs[name] for name in group})
+            found |= dict.fromkeys(group, error)
+        return found
+
+
+@contextmanager
+def asking(model: nn.Module, settings: Settings, sites: Mapping[str, int], share: float) -> Iterator[Question]:
+    """A question to a model, about sites with so many heads, that read this share of their blocks.
+
+    Raises:
+        ValueError: a model that cannot be tried (:mod:`.trial`).
+    """
+    kept = {name: settings.options.kept_of(name) for name in sites}
+    with on_trial(model, sites, settings.options, kept=kept) as trial:
+        yield Question(trial, sites, share)
+
+
+def chosen(question: Question, orders: Sequence[Tile | None], one: ModelCall, other: ModelCall, by_site: bool) -> Tiles:
+    """Return the order of each site: that in which the model does best, or its own if these are better together.
+
+    They are chosen by ``one`` call, and judged by an ``other``.
+    """
+
+    def everywhere(order: Tile | None) -> Tiles:
+        return dict.fromkeys(question.pairs, order)
+
+    errors = {order: question.all_sparse(everywhere(order), one) for order in orders}
+    common, *next_best = sorted(orders, key=errors.__getitem__)[:BEST]
+    if not by_site or len(question.groups) == 1:
+        return everywhere(common)
+    alone = {common: question.alone(everywhere(common), one, question.groups)}
+    matter = sorted(question.groups, key=lambda group: -alone[common][group[0]])[: -(-len(question.groups) // 2)]
+    alone |= {order: question.alone(everywhere(order), one, matter) for order in next_best}
+    own = own_orders(alone, common)
+    if own != everywhere(common):
+        least = question.all_sparse(everywhere(common), other)
+        if question.all_sparse(own, other) < least * (1 - OWN_WINS):
+            return own
+    return everywhere(common)
+
+
+def own_orders(errors: Alone, common: Tile | None) -> Tiles:
+    """Return the order of each site: that of the model, or the one in which it alone does best, by the margin."""
+    found: Tiles = {}
+    for name, least in errors[common].items():
+        asked = [order for order in errors if name in errors[order]]
+        own = min(asked, key=lambda order: errors[order][name])
+        found[name] = own if errors[own][name] < least * (1 - MARGIN) else common
+    return found

@@ -71,6 +71,7 @@ class Recorder(SiteCalls):
         self._every, self.noted = every, noted
         self._measuring = Measuring(options, query_blocks, memory, seed, tile)
         self._trials: Trials | None = None  # of orders, where these are what is recorded
+        self._found: dict[str, int] | None = None  # sites with a grid, where these are
         self._watched = watching(target, self)
         self._batch, self._number = Batch(), 0
         self._ended = 0  # steps of this batch
@@ -86,19 +87,31 @@ class Recorder(SiteCalls):
         samples = [to_host(sample) for sample in self._batch.samples]
         return Batch(samples, without_gaps(self._batch.steps) if self._ended else list(range(self._calls)))
 
+    def find_grids(self, number: int, run: Callable[[], Any]) -> tuple[dict[str, int], Batch]:
+        """Return the sites whose grid is known, with their numbers of heads; if there is none, the batch is recorded.
+
+        ``run`` is as for :meth:`record`. Only the first call is looked at, if it has such sites.
+        """
+        found = self._found = {}
+        try:
+            return found, self.record(number, run)
+        finally:
+            self._found = None
+
     def try_orders(
         self, number: int, run: Callable[[], Any], orders: Sequence[Tile | None], shares: Sequence[float]
-    ) -> tuple[Trials, Batch]:
-        """Return what some orders of tokens do to a batch, and the samples of the sites of which no grid is known.
+    ) -> Trials:
+        """Return what some orders of tokens do to the attention of a batch, where its grid is known.
 
         ``run`` is as for :meth:`record`; at these ``shares`` of the key blocks orders are compared.
         """
         trials = self._trials = Trials(tuple(orders), tuple(shares), {})
         self._measuring.candidates, self._measuring.shares = trials.orders, trials.shares
         try:
-            return trials, self.record(number, run)
+            self.record(number, run)
         finally:
-            self._trials = None
+            self._trials, self._measuring.candidates = None, ()
+        return trials
 
     def use(self, tiles: Mapping[str, Tile | None]) -> None:
         """Measure these sites in these orders from now on."""
@@ -131,7 +144,7 @@ class Recorder(SiteCalls):
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         """One call of the model."""
-        measured = self._calls % self._every == 0
+        measured = self._calls % self._every == 0 and not self._found
         self.turns.clear()
         self._note(args, kwargs)
         try:
@@ -145,13 +158,16 @@ class Recorder(SiteCalls):
     @property
     def wants_grids(self) -> bool:
         """Whether some site may be in tiles."""
-        return self._measuring.in_tiles
+        return self._found is not None or self._measuring.in_tiles
 
     def heard(self, name: str, turn: int, operands: Operands) -> None:
         """Measure a site."""
         site = SiteCall(name, self._number, self._calls, turn)
-        if self._trials is not None and any(operands.grids):
-            self._trials.add(site.name, self._measuring.try_orders(site, operands))
+        if self._trials is not None:
+            if any(operands.grids):
+                self._trials.add(name, self._measuring.try_orders(site, operands))
+        elif self._found is not None and any(operands.grids):
+            self._found[name] = operands.query.shape[1]
         else:
             self._batch.samples.append(self._measuring.sample(site, operands))
 

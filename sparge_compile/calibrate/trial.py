@@ -25,7 +25,7 @@ from ..notices import unsaid
 from ..options import Options
 from ..pair import Sites
 from ..running.listeners import heard_by
-from ..running.observe import uncompiled
+from ..running.observe import NO_LIMITS, uncompiled
 from ..thresholds.attached import Attachment
 from ..thresholds.attachment import attach
 from ..thresholds.buffers import attached_to
@@ -49,15 +49,14 @@ class Trial:
         sparse: Callable[..., Any],
         attached: Attachment,
         open_eagerly: Callable[[], Replacement],
-        dense: dict[tuple[int, int], list[Tensor]] | None = None,
     ) -> None:
         self._model, self._sparse, self._attached, self._open_eagerly = model, sparse, attached, open_eagerly
         start = attached.get()
         self._sites, self._kept = {name: len(pairs) for name, pairs in start.sites.items()}, start.kept
         self._eager: Replacement | None = None
-        self._outputs = {} if dense is None else dense
-        self._held = sum(x.nbytes for each in self._outputs.values() for x in each)
-        self._repeats = False
+        self._outputs: dict[tuple[int, int], list[Tensor]] = {}
+        self._held = 0
+        self._repeats, self._is_heard = False, False
         self.forwards = 0
 
     def everything_kept(self, call: ModelCall) -> list[Tensor]:
@@ -66,10 +65,23 @@ class Trial:
         Raises:
             ValueError: a calibrated site did not become sparse, or the model does not return the same twice.
         """
-        missing, exact = self._heard(call)
+        exact = self._checked(call)
+        self._check_repeats(self._sparse, call, exact)
+        return exact
+
+    def reorder(self, tiles: Mapping[str, Tile | None]) -> None:
+        """Have these sites run in other orders; what was compiled for an order stays."""
+        self._attached.set_tiles(tiles)
+        if self._eager is not None:  # its calls are known by their forms alone
+            self._eager.remove()
+            self._eager, self._is_heard = None, False
+
+    def _checked(self, call: ModelCall) -> list[Tensor]:
+        """What it returns under the thresholds that hold, where all sites run sparse."""
+        missing, outputs = self._heard(call)
         if missing and self._eager is None:
             self._eager = self._open_eagerly()
-            missing, exact = self._heard(call)
+            missing, outputs = self._heard(call)
         if missing:
             raise value_error(
                 "calibrate: measured attention does not run sparse when the model is asked for its output",
@@ -77,8 +89,8 @@ class Trial:
                 allowed="sites that run sparse on these inputs",
                 todo="Give inputs that reach them, and the options that they were measured with (additive_masks).",
             )
-        self._check_repeats(self._sparse, call, exact)
-        return exact
+        self._is_heard = True
+        return outputs
 
     def _heard(self, call: ModelCall) -> tuple[set[str], list[Tensor]]:
         """The sites that are not sparse in a call, and what it returns."""
@@ -93,7 +105,7 @@ class Trial:
         kept = {name: what for name, what in self._kept.items() if name in sites}
         self._attached.set(Calibration(sites, kept=kept))
         try:
-            return self._run(self._sparse, call)
+            return self._run(self._sparse, call) if self._is_heard else self._checked(call)
         finally:
             self._attached.set(Calibration({name: dense_pairs(self._sites[name]) for name in sites}, kept=kept))
 
@@ -101,7 +113,7 @@ class Trial:
         """The relative L2 error ‖u − v‖ ÷ ‖v‖ of the output u under these thresholds; v is that of the model as it is.
 
         Raises:
-            ValueError: the model does not return the same twice.
+            ValueError: a calibrated site did not become sparse, or the model does not return the same twice.
         """
         exact = self._outputs.get(call[:2])
         if exact is None:
@@ -137,11 +149,10 @@ def on_trial(
     *,
     kept: Mapping[str, Kept] = MappingProxyType({}),
     tiles: Mapping[str, Tile] = MappingProxyType({}),
-    dense: dict[tuple[int, int], list[Tensor]] | None = None,
 ) -> Iterator[Trial]:
     """A model that takes thresholds, by the names of its sites and their numbers of heads.
 
-    What sites keep, and which tiles are their blocks, is by name, too. ``dense`` are outputs that are known, by call.
+    What sites keep, and which tiles are their blocks, is by name, too.
 
     It runs as the options say (masks, the order of tokens), but for thresholds and for who compiles it. What this
     process has compiled, of this model or others, is compiled anew when it is used next.
@@ -160,10 +171,19 @@ def on_trial(
         inductor={},
         inductor_mode=None,
     )
-    with unsaid(), attach(model, start) as attached, uncompiled(model), torch.no_grad(), ExitStack() as stack:
+    # Each order is compiled once, however many there are.
+    no_limits = torch._dynamo.config.patch(NO_LIMITS)
+    with (
+        unsaid(),
+        attach(model, start) as attached,
+        uncompiled(model),
+        torch.no_grad(),
+        no_limits,
+        ExitStack() as stack,
+    ):
         compiled: Any = replace(eager, inner="eager")
         sparse = torch.compile(model, backend=sparge, options=compiled)
-        yield Trial(model, sparse, attached, lambda: stack.enter_context(replace_attention(model, eager)), dense)
+        yield Trial(model, sparse, attached, lambda: stack.enter_context(replace_attention(model, eager)))
 
 
 def dense_pairs(heads: int) -> tuple[tuple[float, float], ...]:

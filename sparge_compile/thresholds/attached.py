@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from types import TracebackType
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import value_error
 from ..keeping import WIDTH, Kept
+from ..kernels.order import Tile
 from ..pair import check_pair, check_progress
 from ..user_model import was_compiled
 from .buffers import Attached, attached_to, child_of, remove_child
@@ -184,6 +186,14 @@ class Attachment:
         float32 [H, 2], or [1, 2] for all heads; [H or 1, 6] where the calibration keeps tokens (docs/design.md).
         """
         return {site_name(target): values for target, values in self._buffers().items()}
+
+    def set_tiles(self, tiles: Mapping[str, Tile | None]) -> None:
+        """Say which tiles the thresholds of sites are for, None: raster order. A graph is compiled for each order."""
+        for target in self._sites:
+            if (name := site_name(target)) in tiles:
+                held, tile = self._held(*target), tiles[name]
+                others = {index: known for index, known in held.tiles.items() if index != target[1]}
+                held.tiles = others if tile is None else {**others, target[1]: tile}
 
     def remove(self) -> None:
         """Take buffers and hooks off the model, whose sites then have the option ``calibration`` or the defaults."""

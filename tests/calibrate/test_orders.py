@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparge_compile import Calibration, Options, attention, calibrate, explain
-from sparge_compile.calibrate import order_choice, orders, stages
-from sparge_compile.calibrate.calls import NotedCalls
+from sparge_compile.calibrate import conduct, influence, order_choice, orders, stages
+from sparge_compile.calibrate.calls import ModelCall
 from sparge_compile.calibrate.curves import TOPK
-from sparge_compile.calibrate.order_choice import Errors, own_orders
+from sparge_compile.calibrate.order_choice import Question, asking, chosen, own_orders
 from sparge_compile.calibrate.orders import Trials, best_for_attention, parse_orders, shares_for
 from sparge_compile.calibrate.record import Recorder
 from sparge_compile.errors import is_of_user
@@ -24,21 +24,22 @@ OPTIONS = {"min_seq_len": 0}
 
 
 class Attend(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, heads: int = 2) -> None:
         super().__init__()
+        self.heads = heads
         self.scale = nn.Parameter(torch.tensor(4.0))
 
     def forward(self, x: Tensor) -> Tensor:
-        heads = x.unflatten(2, (2, -1)).transpose(1, 2)
+        heads = x.unflatten(2, (self.heads, -1)).transpose(1, 2)
         return F.scaled_dot_product_attention(heads * self.scale, heads, heads).transpose(1, 2).flatten(2)
 
 
 class Video(nn.Module):
     """[B, C, T, H, W]; the last layer attends in a line, of which nobody knows the grid."""
 
-    def __init__(self, layers: int = 2, in_line: bool = False) -> None:
+    def __init__(self, layers: int = 2, in_line: bool = False, heads: int = 2) -> None:
         super().__init__()
-        self.layers, self.in_line = nn.ModuleList(Attend() for _ in range(layers)), in_line
+        self.layers, self.in_line = nn.ModuleList(Attend(heads) for _ in range(layers)), in_line
 
     def forward(self, video: Tensor) -> Tensor:
         x = video.flatten(2).transpose(1, 2)
@@ -128,7 +129,7 @@ def test_raster_is_chosen_where_it_does_best_and_takes_no_more_forwards_where_th
     ids=["raster", "tile", "tiles", "one"],
 )
 def test_an_order_that_is_said_is_not_chosen(options, given, tiles, monkeypatch):
-    monkeypatch.setattr(Recorder, "try_orders", None)
+    monkeypatch.setattr(conduct, "choose_orders", None)
     found = calibrate(made(), batches(1), target_error=0.1, options={**OPTIONS, **options}, orders=given)
     assert found.tiles == tiles
 
@@ -150,7 +151,7 @@ def test_kept_tokens_stay_those_of_the_sequence():
 
 
 def test_an_interrupted_run_goes_on_in_the_order_that_it_chose(tmp_path, monkeypatch):
-    tried, real = [], Recorder.try_orders
+    tried, real = [], Recorder.find_grids
 
     def count(self, *args):
         tried.append(1)
@@ -167,7 +168,7 @@ def test_an_interrupted_run_goes_on_in_the_order_that_it_chose(tmp_path, monkeyp
         calibrate(made(), until(stop), target_error=0.1, options=OPTIONS, out=path, orders=["raster", TILE])
         return path.read_bytes()
 
-    monkeypatch.setattr(Recorder, "try_orders", count)
+    monkeypatch.setattr(Recorder, "find_grids", count)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "c.json", stop=2)
     assert Calibration.load(tmp_path / "c.json").tiles == dict.fromkeys(NAMES, TILE)  # of what there is
@@ -192,33 +193,58 @@ ALONE = {None: {"a": 0.3, "b": 0.2, "c": 0.1}, TILE: {"a": 0.1, "b": 0.202, "c":
 
 def test_a_site_has_an_order_of_its_own_only_if_it_wins_by_the_margin():
     assert best_for_attention(Trials((None, TILE), (0.1, 0.2, 0.4), SITES)) == TILE
-    errors = {order: Errors(0.5, alone) for order, alone in ALONE.items()}
-    assert own_orders(errors, TILE) == {"a": TILE, "b": TILE, "c": None}
-    assert own_orders(errors, None) == {"a": TILE, "b": None, "c": None}
+    assert own_orders(ALONE, TILE) == {"a": TILE, "b": TILE, "c": None}
+    assert own_orders(ALONE, None) == {"a": TILE, "b": None, "c": None}
+    assert own_orders({TILE: ALONE[TILE], None: {"a": 0.01}}, TILE) == {"a": None, "b": TILE, "c": TILE}
 
 
-def test_each_site_is_asked_of_alone_at_the_density_that_is_aimed_at(monkeypatch):
-    """What the model returns with one site sparse, in each order; many sites are asked of together."""
+def call_of(x: Tensor) -> ModelCall:
+    return ModelCall.of(0, 0, (x,), {})
+
+
+def test_each_site_is_asked_of_alone_at_the_density_that_is_aimed_at():
+    """What the model returns with one site sparse, or all, in each order; an order that was asked of stays compiled."""
     model, x = made(), boxes(0)
-    noted = NotedCalls()
-    noted.note(0, 0, (x,), {})
-    trials = Trials((None, TILE), (0.05, 0.1, 0.2), {name: scores(raster=1.0, tile=1.0) for name in NAMES})
     settings = SimpleNamespace(options=Options(min_seq_len=0))
-    ask = order_choice.Question(model, settings, trials, noted.calls())
     with torch.no_grad():
         exact = model(x)
-        for order in (None, TILE):
-            errors = ask(dict.fromkeys(NAMES, order), each=True)
-            for name, error in {**errors.alone, "*": errors.together}.items():
+        found = {}
+        with asking(model, settings, dict.fromkeys(NAMES, 2), 0.1) as question:
+            before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            for order in (None, TILE, None):
+                orders = dict.fromkeys(NAMES, order)
+                assert question.groups == [NAMES]  # so few heads that sites would not be asked of
+                found[order] = question.alone(orders, call_of(x), [[name] for name in NAMES])
+                found[order]["*"] = question.all_sparse(orders, call_of(x))
+            assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 2
+        for order, errors in found.items():
+            for name, error in errors.items():
                 sites = {site: [(0.1, 0.0) if name in ("*", site) else (1.0, 0.0)] * 2 for site in NAMES}
                 tiles = {} if order is None else dict.fromkeys(NAMES, order)
                 options = {**OPTIONS, "inner": "eager", "calibration": Calibration(sites, tiles=tiles)}
                 torch._dynamo.reset()
                 out = torch.compile(model, backend="sparge", options=options)(x)
                 assert error == pytest.approx(((out - exact).norm() / exact.norm()).item(), rel=1e-3)
-    monkeypatch.setattr(order_choice, "FORWARDS", 2)
-    together = order_choice.Question(model, settings, trials, noted.calls())(dict.fromkeys(NAMES, TILE), each=True)
-    assert list(together.alone.values()) == pytest.approx([errors.together] * 2)
+
+
+def test_very_many_sites_are_asked_of_together():
+    def groups(sites: int, heads: int) -> list[int]:
+        return [len(group) for group in Question(None, {str(n): heads for n in range(sites)}, 0.1).groups]
+
+    assert groups(8, 4) == [1] * 8 and groups(30, 12) == [2] * 15 and groups(57, 24) == [3] * 19
+    for sites, heads in ((8, 4), (30, 12), (57, 24), (2, 2)):  # a quarter of what influence takes
+        number = len(groups(sites, heads))
+        assert number == 1 or number + 2 * -(-number // 2) <= 0.3 * influence.forwards(sites * heads)
+
+
+def test_a_model_in_eager_code_is_asked_in_the_order_that_is_tried():
+    """Its calls are prepared once for each form, which says nothing of orders."""
+    model, x = made(1), boxes(0)
+    model.layers[0].forward = torch.compiler.disable(model.layers[0].forward)
+    settings = SimpleNamespace(options=Options(min_seq_len=0, grid=GRID))
+    with torch.no_grad(), asking(model, settings, {"layers.0": 2}, 0.1) as question:
+        raster, tiles = (question.all_sparse({"layers.0": order}, call_of(x)) for order in (None, TILE))
+    assert 0 < tiles < 0.9 * raster
 
 
 def test_orders_are_compared_at_what_is_aimed_at():
@@ -241,38 +267,67 @@ def test_images_have_tiles_of_one_frame():
     recorder = Recorder(
         made(1), options=Options(min_seq_len=0, grid=(1, 16, 16)), query_blocks=8, every=1, memory=1 << 28, seed=0
     )
-    trials, _ = recorder.try_orders(0, lambda: recorder._model(image), parse_orders(None), (0.3,))
+    trials = recorder.try_orders(0, lambda: recorder._model(image), parse_orders(None), (0.3,))
     found = trials.sites["layers.0"]
     assert found[2, 4, 8] is found[1, 8, 8] and found[None] is not found[1, 8, 8]
 
 
-@pytest.mark.parametrize(
-    "own, chosen",
-    [(0.4, {"a": TILE, "b": TILE, "c": None}), (0.49, dict.fromkeys("abc", TILE)), (None, dict.fromkeys("abc", TILE))],
-    ids=["wins", "too little", "not asked"],
-)
-def test_orders_of_their_own_must_win_in_what_the_model_returns(own, chosen, monkeypatch):
-    class Question:
-        def __init__(self, model, settings, trials, calls) -> None:
-            assert [call.number for call in calls] == [2, 6]
+class Asked:
+    """A question to a model of three sites; c matters less than the others."""
 
-        def __call__(self, tiles, each=False) -> Errors:
-            if own is None:
-                raise ValueError("a model that cannot be asked")
-            found = set(tiles.values())
-            if len(found) == 2:
-                assert not each
-                return Errors(own, {})
-            (order,) = found
-            return Errors({None: 0.9, TILE: 0.5}[order], ALONE[order])
+    pairs = dict.fromkeys("abc", ((0.1, 0.0),))
+    groups = (("a",), ("b",), ("c",))
 
-    monkeypatch.setattr(order_choice, "Question", Question)
-    recorder = SimpleNamespace(try_orders=lambda *args: (Trials((None, TILE), (0.1, 0.2, 0.4), SITES), None))
-    noted = NotedCalls()
-    for number in range(8):
-        noted.note(0, number, (), {})
-    settings = SimpleNamespace(aim={}, orders=(None, TILE))
-    assert order_choice.choose_orders(made(), recorder, noted, settings, lambda: None) == (chosen, None)
+    def __init__(self, own: float) -> None:
+        self.own, self.asked = own, []
+
+    def all_sparse(self, orders, call) -> float:
+        kinds = set(orders.values())
+        self.asked.append((call, kinds.pop() if len(kinds) == 1 else "own"))
+        return {None: 0.9, TILE: 0.5, (4, 4, 4): 0.6, (1, 8, 8): 0.95, "own": self.own}[self.asked[-1][1]]
+
+    def alone(self, orders, call, groups) -> dict[str, float]:
+        (order,) = set(orders.values())
+        self.asked += [(call, order, *group) for group in groups]
+        return {name: {"a": 0.3, "b": 0.2, "c": 0.1}[name] * (1 if order == TILE else 0.9) for (name,) in groups}
+
+
+@pytest.mark.parametrize("own, wins", [(0.4, True), (0.49, False)])
+def test_orders_of_their_own_must_win_on_another_call(own, wins):
+    asked = Asked(own)
+    found = chosen(asked, (None, TILE, (1, 8, 8), (4, 4, 4)), "one", "other", by_site=True)
+    assert found == ({"a": (4, 4, 4), "b": (4, 4, 4), "c": TILE} if wins else dict.fromkeys("abc", TILE))
+    assert asked.asked == [
+        *(("one", order) for order in (None, TILE, (1, 8, 8), (4, 4, 4))),
+        *(("one", TILE, name) for name in "abc"),
+        *(("one", order, name) for order in ((4, 4, 4), None) for name in "ab"),
+        *(("other", order) for order in (TILE, "own")),
+    ]
+    asked = Asked(own)
+    assert chosen(asked, (None, TILE), "one", "other", by_site=False) == dict.fromkeys("abc", TILE)
+    assert len(asked.asked) == 2  # nobody asks the model of its heads
+
+
+def test_attention_chooses_where_the_model_cannot_be_asked(monkeypatch):
+    """Then alone is attention looked at in every order."""
+    tried = []
+    monkeypatch.setattr(Recorder, "try_orders", lambda self, *args: tried.append(args) or Trials(args[2], (), SITES))
+    monkeypatch.setattr(order_choice, "best_for_attention", lambda trials: TILE)
+    for model in (made(), made().train()):
+        found = calibrate(model, batches(1), target_error=0.1, options=OPTIONS, orders=["raster", TILE])
+        assert found.tiles == dict.fromkeys(NAMES, TILE) and len(tried) == model.training
+
+
+def test_a_choice_of_orders_takes_half_as_many_forwards_more():
+    def forwards(orders) -> int:
+        model, made = Video(4, heads=4).eval(), []
+        model.register_forward_pre_hook(lambda module, args: made.append(1))
+        clips = [x[:, :, :4, :8, :8] for x in batches(2)]
+        calibrate(model, clips, target_sparsity=0.5, options=OPTIONS, orders=orders, query_blocks=1)
+        return len(made)
+
+    without = forwards(["raster"])
+    assert without < forwards(["raster", "2x4x8", "4x4x4", "2x8x4"]) <= 1.5 * without
 
 
 def test_the_time_of_a_stage_inside_another_counts_once(monkeypatch):
