@@ -162,7 +162,11 @@ def train(args: argparse.Namespace) -> None:
         else:
             model.save_pretrained(args.out, state_dict=state)
         final.save(args.out / "sparge.json")
-        print(f"{args.out} holds the model and sparge.json")
+        print(
+            f"{args.out} holds the {'adapters' if args.lora else 'model'} and sparge.json: from_pretrained"
+            f"{' and load_lora_adapter' if args.lora else ''}, then "
+            f'torch.compile(model, backend="sparge", options={{"calibration": "{args.out / "sparge.json"}"}})'
+        )
 
 
 def make_smoke(folder: Path) -> None:
@@ -213,6 +217,7 @@ def main() -> None:
     with TemporaryDirectory() as name:
         folder = Path(name)
         make_smoke(folder)
+        print("Random weights and noise: the losses show that it runs, and need not fall.")
         if args.out is None:
             print("What comes out is thrown away: --out FOLDER keeps it.")
         args.model, args.data, args.out = folder / "model", folder / "data", args.out or folder / "out"

@@ -58,6 +58,14 @@ def test_two_processes_have_the_losses_of_one_with_as_many_clips(monkeypatch, tm
     assert losses(tmp_path / "two") == pytest.approx(dict(want), rel=1e-4)
 
 
+def test_it_says_how_to_use_what_is_left(monkeypatch, tmp_path, capsys):
+    for package in ("diffusers", "accelerate"):
+        pytest.importorskip(package)
+    run(monkeypatch, tmp_path / "student")
+    said = capsys.readouterr().out
+    assert "need not fall" in said and f'options={{"calibration": "{tmp_path / "student" / "sparge.json"}"}}' in said
+
+
 def check_what_is_left(folder: Path) -> None:
     """A model and its thresholds, for one line of inference."""
     import diffusers

@@ -16,7 +16,7 @@ LENGTH = TEXT + SOUND + VIDEO
 
 
 def built() -> tuple[nn.Module, dict[str, Any]]:
-    pytest.importorskip("diffusers")
+    pytest.importorskip("diffusers", "0.40")
     from tiny_modular import minimax_h3_transformer
 
     model = minimax_h3_transformer()
