@@ -91,7 +91,9 @@ class Phases:
         for _, values in self.phases:
             for target in values:
                 if not self.is_dense_layer(target):
-                    values[target][:, column] = number
+                    changed = values[target].clone()  # made in inference mode, it may not be written to outside
+                    changed[:, column] = number
+                    values[target] = changed
 
     def add(self, values: Values) -> None:
         """Have sites that are not in it keep these thresholds in every phase."""

@@ -348,6 +348,15 @@ def test_whole_model_and_block_by_block_agree_on_wan(given, opened_graphs):
     assert names == [f"blocks.{i}.attn{j}" for i in range(2) for j in (1, 2)]
 
 
+def test_what_was_attached_and_set_in_inference_mode_is_set_outside_of_it():
+    model = Model(2)
+    with torch.inference_mode():
+        handle = attach(model, Calibration({"*.inner": [(0.25, 0.5)] * 4}))
+        handle.set(topk=0.5)
+    handle.set(topk=1.0, topp=0.0)
+    assert handle.get().sites[NAMES[0]] == ((1.0, 0.0),) * 4
+
+
 def test_a_saved_model_with_thresholds_is_built_and_attached_before_it_is_loaded():
     saved = Model(2)
     attach(saved, Calibration({"*.inner": [(0.25, 0.5)] * 4}))
