@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from ...report import Reason
 from ..read.axes import Dim, Layout, is_layout, new_layout, settle, settle_dim
-from ..read.calls import Value
+from ..read.calls import Value, reads_number
 from ..read.fx_utils import value_of
 from ..read.reader import Reader
 from .attention import Attention, Refusal
@@ -161,7 +161,7 @@ def _near_product(start: Node, onwards: Callable[[Node], Iterable[Node]], reader
     edge = list(onwards(start))
     while edge and len(seen) < MAX_LOOK:
         node = edge.pop(0)
-        if node in seen or node.op in ("placeholder", "output", "get_attr"):
+        if node in seen or node.op in ("placeholder", "output", "get_attr") or _is_number(value_of(node)):
             continue
         seen.add(node)
         value = reader.value(node)
@@ -169,6 +169,11 @@ def _near_product(start: Node, onwards: Callable[[Node], Iterable[Node]], reader
             return True
         edge += list(onwards(node))
     return False
+
+
+def _is_number(held: Any) -> bool:
+    """Whether a node holds a number, or a tensor of one: no product is behind it, and masks are made of many."""
+    return reads_number(held) or (isinstance(held, torch.Tensor) and not held.dim())
 
 
 def _has_product(value: Value) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch.fx import Node
+from torch.utils._pytree import tree_leaves
 
 from ...report import Reason
 from ..read.axes import Dim, Layout, axes_of, before, broadcast, is_layout, new_dim, settle, settle_dim
@@ -85,6 +86,8 @@ class _ScoresWalk:
                 ways.reverse()
             first, second = (self._filled(x, condition, fill, node, layout, kind) for x, fill, kind in ways)
             return second if isinstance(second, Scores) and isinstance(first, Refusal) else first
+        if not any(isinstance(x, Value) for x in tree_leaves((call.args, call.kwargs))):
+            return Refusal(Reason.NOT_ATTENTION, "no product of queries and keys")  # made of nothing, as masks are
         return Refusal(Reason.SCORES_CHANGED, f"by {call.name}")
 
     def _score_product(self, a: Value, b: Value, node: Node, layout: Layout) -> Scores | Refusal:
@@ -196,8 +199,8 @@ class _ScoresWalk:
             return first, b if isinstance(b, Value) else None
         if isinstance(second, Scores):
             return second, a
-        best = second if second is not None and second.reason is Reason.SCORES_CHANGED else first
-        return best, None
+        refused = [x for x in (first, second) if isinstance(x, Refusal)]  # the mask is mostly the second
+        return next((x for x in refused if x.reason is Reason.SCORES_CHANGED), first), None
 
     def _operand(self, x: Value, node: Node, layout: Layout) -> Scores | Refusal:
         spread = broadcast(layout, x.shape)

@@ -134,6 +134,15 @@ def scores_capped(b, q, k, v):
     return weighted(b, b.call(torch.tanh, scores_of(b, q, k)), v)
 
 
+def scores_capped_far_behind_a_mask(b, q, k, v):
+    """A mask as transformers builds it in a step with a cache, of more nodes than are searched."""
+    hidden = b.call(torch.ones, L, S, dtype=torch.bool)
+    for number in range(5):
+        hidden = b.call(torch.logical_and, hidden, b.call(torch.ops.aten.scalar_tensor.default, bool(number)))
+    capped = b.call(torch.mul, b.call(torch.tanh, b.call(torch.div, scores_of(b, q, k), 5.0)), 5.0)
+    return weighted(b, b.call(torch.add, capped, b.call(torch.where, hidden, b.call(torch.zeros, ()), INF)), v)
+
+
 def softmax_over_rows(b, q, k, v):
     weights = b.call(torch.softmax, scores_of(b, q, k), -2)
     return b.call(torch.matmul, weights, v)
@@ -178,6 +187,7 @@ REFUSED = {
     scores_returned: Reason.SCORES_USED,
     weights_scaled: Reason.SCORES_CHANGED,
     scores_capped: Reason.SCORES_CHANGED,
+    scores_capped_far_behind_a_mask: Reason.SCORES_CHANGED,
     softmax_over_rows: Reason.NOT_ATTENTION,
     no_queries: Reason.NOT_ATTENTION,
     no_values: Reason.NOT_ATTENTION,

@@ -133,6 +133,17 @@ def test_the_reason_is_what_changed_the_scores_not_what_fills_them(scores_first)
     assert traced(capped) == Refusal(Reason.SCORES_CHANGED, "by tanh")
 
 
+@pytest.mark.parametrize("scores_first", [True, False], ids=["scores + mask", "mask + scores"])
+def test_the_reason_is_what_changed_the_scores_not_what_a_mask_is_made_of(scores_first):
+    def capped(b, s):
+        zero, low = (b.call(torch.ops.aten.scalar_tensor.default, number) for number in (0.0, INF))
+        added = b.call(torch.where, mask(b, L, S), zero, low)
+        both = (b.call(torch.tanh, s), added)
+        return b.call(torch.add, *(both if scores_first else both[::-1]))
+
+    assert traced(capped) == Refusal(Reason.SCORES_CHANGED, "by tanh")
+
+
 def test_a_fill_that_is_not_known_is_named():
     found = traced(REFUSED["fill of an unknown number"])
     assert isinstance(found, Refusal) and found.detail == "filled with a tensor"
