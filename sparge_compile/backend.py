@@ -182,6 +182,8 @@ def explain(
                 with calls_through(model, watched):  # type: ignore[arg-type]
                     call(*args, **kwargs)
         report = seen.report(settings)
+        if isinstance(target, Module) and not target.training:
+            report.say_that_gradients_are_recorded()
         warn_of_nothing(report, settings, type(target).__name__)
         return report
 

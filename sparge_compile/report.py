@@ -242,7 +242,7 @@ class Report:
     calls: int | None = None  # of attention, in a report of eager code, which has no graphs
     failures: list[Failure] = field(default_factory=list)  # graphs that could not be looked at
     kernels: dict[str, str] = field(default_factory=dict)  # of each GPU with sparse sites, as a line
-    notes: list[str] = field(default_factory=list)  # what was not looked at, and why
+    notes: list[str] = field(default_factory=list)  # what was not looked at, or not as may be meant, and why
 
     def __iter__(self) -> Iterator[SiteReport]:
         return iter(self.sites)
@@ -259,6 +259,14 @@ class Report:
     def dense(self) -> list[SiteReport]:
         """The rows of sites that stay as they are."""
         return [row for row in self.sites if row.status == "dense"]
+
+    def say_that_gradients_are_recorded(self) -> None:
+        """Note, for a model in eval mode, that some decisions are about training, if they are."""
+        if any(row.decision.prediction is not None and row.decision.prediction.trains for row in self.sites):
+            self.notes.append(
+                "(training): the model is in eval mode, but gradients are recorded, so these sites were decided for a "
+                "forward with its backward. For inference, ask under torch.no_grad(), as you will run."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain JSON types."""

@@ -331,6 +331,16 @@ def test_equal_options_are_equal():
     assert Options.parse(None) == Options()
 
 
+def test_explain_of_a_model_in_eval_mode_says_that_gradients_are_recorded():
+    """The natural first call has no ``torch.no_grad()``, and training is decided otherwise than inference."""
+    model, x = Broken().eval(), torch.randn(1, 2048, 32)
+    report = explain(model)(x)
+    assert "(training)" in str(report) and "ask under torch.no_grad()" in report.notes[0]
+    with torch.no_grad():
+        assert explain(model)(x).notes == []
+    assert explain(model.train())(x).notes == []
+
+
 def test_explain_leaves_room_for_compilation():
     """A backend for each explain once used up Dynamo's limit on the frames after a break, and nothing was replaced."""
     model, x = Broken(), torch.randn(1, 700, 32)

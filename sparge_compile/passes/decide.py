@@ -63,7 +63,7 @@ def kept_text(kept: Kept, match: Match) -> str:
         return f"keeps no text: {match.parts}"
     start, stop = beside_longest(hints(match.parts))
     sizes = " + ".join(str(size_text(part.size)) for part in match.parts)
-    return f"keeps {kept}, here tokens {start}:{stop}, beside the longest of {sizes}"
+    return f"keeps {kept}, here tokens {start}:{stop} of {sizes}"
 
 
 def verdict(attention: Attention, density: float, options: Options) -> Decision:
