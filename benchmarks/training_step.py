@@ -129,6 +129,14 @@ def gradients(model: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
     return found
 
 
+def finite(found: Tensor, name: str) -> bool:
+    """Whether gradients are numbers; says of whom they are not, which is not always the sparse model."""
+    bad = int((~found.isfinite()).sum())
+    if bad:
+        print(f"FAULT: {bad:,} of {found.numel():,} gradients of the {name} model are not finite")
+    return not bad
+
+
 @torch.no_grad()
 def sparsity_of(model: Wan, inputs: tuple[Tensor, ...], topk: float, topp: float) -> float:
     """The mean sparsity of self-attention over the layers, of the uncompiled model with sparse attention put in."""
@@ -193,6 +201,8 @@ def main() -> int:
         kept = gradients(compiled(copy.deepcopy(base), args.whole, "sparge", **all_kept), inputs)
     if len(sites.names) != args.layers:
         print(f"FAULT: {len(sites.names)} of {args.layers} self-attentions are sparse")
+        return 1
+    if not (finite(dense, "dense") & finite(kept, "rewritten")):
         return 1
     error = ((kept - dense).norm() / dense.norm()).item()
     bound = 0.05 if dtype == torch.bfloat16 else 1e-3
