@@ -98,10 +98,11 @@ def warn_of_orders(orders: Mapping[str, SiteOrder], settings: Options) -> None:
     """Warn once where a sparse site was to have its tokens in tiles, and they stay in raster order. By site name."""
     if settings.on_unsupported == "dense":
         return
-    lacking = [name for name, order in orders.items() if order.is_raster and order.why == NO_GRID]
+    lacking = [name for name, order in orders.items() if order.lacks_grid]
     missed = [name for name, order in orders.items() if order.misses]
     todo = (
-        "Give it as the option 'grid' or with attach(..., grid=), as (frames, height, width) in tokens; "
+        "Give it as the option 'grid' or with attach(..., grid=), as (frames, height, width) in tokens, or as (prefix, "
+        "frames, height, width, suffix) where tokens stand before or behind it; "
         if lacking
         else ""
     ) + "sparge_compile.explain(model)(...) says the order of each site."
@@ -113,10 +114,11 @@ def warn_of_orders(orders: Mapping[str, SiteOrder], settings: Options) -> None:
             f"({orders[name].why}), where they leave more error. {todo}",
         )
     elif lacking:
+        why = orders[lacking[0]].why
         warn(
             "no grid",
             f"sparge: the tokens of {lacking[0]} stay in raster order, where the same sparsity leaves more error, "
-            f"since no grid of theirs is known. {todo}",
+            f"since {'no grid of theirs is known' if why == NO_GRID else why}. {todo}",
         )
 
 

@@ -27,6 +27,7 @@ from .read.reader import Reader
 from .stated import SizedGrid, fitted, stated_grids
 
 NO_GRID = "no grid known"
+_GIVEN = "that is given"
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,11 @@ class SiteOrder:
     def is_raster(self) -> bool:
         """Whether all tokens stay as they are."""
         return self.queries is None and self.keys is None
+
+    @property
+    def lacks_grid(self) -> bool:
+        """Whether all tokens stay as they are since no grid of theirs is known, or what is given does not fit."""
+        return self.is_raster and (self.why == NO_GRID or _GIVEN in self.why)
 
     @property
     def misses(self) -> bool:
@@ -188,8 +194,8 @@ class _Orders:
             return shown or NO_GRID
         axes = _product(stated.grid[1:4])
         if stated.grid.is_open:
-            return f"the grid {axes} that is given is no part of {size_text(size)} tokens"
-        given = f"the grid {axes} that is given has {size_text(stated.grid.tokens)} tokens"
+            return f"the grid {axes} {_GIVEN} is no part of {size_text(size)} tokens"
+        given = f"the grid {axes} {_GIVEN} has {size_text(stated.grid.tokens)} tokens"
         changes = isinstance(size, SymInt) and size_hint(size) == size_hint(stated.grid.tokens)
         return f"{given}, and their number here changes" if changes else f"{given}, not {size_text(size)}"
 

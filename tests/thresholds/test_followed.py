@@ -189,6 +189,16 @@ def test_a_missing_grid_is_warned_of_once() -> None:
     assert sum("no grid" in str(each.message) for each in caught) == 1
 
 
+def test_a_grid_that_does_not_fit_is_warned_of() -> None:
+    from sparge_compile.notices import forget_warnings
+
+    forget_warnings()
+    model = made()
+    attach(model, SPARSE, grid=(2, 9, 11))
+    with torch.no_grad(), pytest.warns(UserWarning, match="grid 2×9×11 that is given has 198 tokens, not 180. Give it"):
+        by_blocks(model, options=OPTIONS)(video_of(GRIDS[0]))
+
+
 def test_explain_says_the_order_of_an_attached_grid() -> None:
     model = made()
     attach(model, SPARSE, grid={"blocks.0.attn": grid_of, "blocks.1.*": (2, 10, 9)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +17,17 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 from toys import Block, Stack
 
-from sparge_compile import Calibration, DistillationHook, Grid, attach, attention, explain, replace_attention, rewrite
+from sparge_compile import (
+    Calibration,
+    DistillationHook,
+    Grid,
+    attach,
+    attention,
+    explain,
+    replace_attention,
+    rewrite,
+    set_step,
+)
 from sparge_compile.kernels.order import TILE, make_order
 
 pytest.importorskip("diffusers")
@@ -109,7 +120,7 @@ def test_a_shown_grid_is_the_one_that_may_be_given() -> None:
     assert replaced.report.sites[0].order.startswith(VIDEO)
 
 
-def permuted(grids: dict[int, Grid]) -> Callable[..., Tensor]:
+def permuted(grids: dict[int, Grid], topk: float = 0.3) -> Callable[..., Tensor]:
     """Sparse attention in raster order over tokens that torch has permuted, by the grid that so many tokens have."""
 
     def order_of(tokens: int) -> Tensor:
@@ -121,7 +132,7 @@ def permuted(grids: dict[int, Grid]) -> Callable[..., Tensor]:
         if attn_mask is not None:
             attn_mask = attn_mask[..., k]
             attn_mask = attn_mask if attn_mask.shape[-2] == 1 else attn_mask[..., q, :]
-        out = attention(query[:, :, q], key[:, :, k], value[:, :, k], topk=0.3, topp=0.0, attn_mask=attn_mask)
+        out = attention(query[:, :, q], key[:, :, k], value[:, :, k], topk=topk, topp=0.0, attn_mask=attn_mask)
         return out[:, :, q.argsort()]
 
     return attend
@@ -215,6 +226,59 @@ def test_resolutions_change_and_nothing_is_compiled_anew(checkpointed: bool) -> 
     want = [x for size in sizes for x in results("sparge", [size], options={**options, "grid": (TEXT, *size, 0)})]
     for got, right in zip(found, want, strict=True):
         torch.testing.assert_close(got, right, atol=1e-5, rtol=1e-4)
+
+
+class Layer(nn.Module):
+    """A block whose attention is a module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x)
+
+
+@pytest.mark.parametrize("how", ["whole", "by blocks", "options"])
+def test_steps_of_a_run_keep_the_order(how: str, monkeypatch) -> None:
+    """A dense step, then steps of two phases: each is a permutation in torch, and none compiles anything anew."""
+    torch.manual_seed(0)
+    model, clip = Video().eval(), inputs_of(5, 7, 9)
+    model.blocks = nn.ModuleList(Layer() for _ in range(2))
+    phases = [(0.0, 0.2), (0.5, 0.2 if how == "options" else 0.5)]
+    want = []
+    for _, topk in phases:
+        with monkeypatch.context() as patch, torch.no_grad():
+            grid = Grid(TEXT, 5, 7, 9, 0)
+            patch.setattr(F, "scaled_dot_product_attention", permuted({TEXT + 5 * 7 * 9: grid}, topk))
+            want.append(model(*clip))
+    with torch.no_grad():
+        dense = model(*clip)
+    first = Calibration({"blocks.*": [(0.2, 0.0)]})
+    compiled: Any = model
+    if how == "options":
+        options = {**TILES, "calibration": first, "dense_steps": 1}
+        compiled = torch.compile(model, backend="sparge", options=options)
+        set_step_to = partial(set_step, model)
+    else:
+        planned = Calibration(first.sites, phases={0.5: {"blocks.*": [(0.5, 0.0)]}})
+        grid_of = None if how == "whole" else lambda video, text: (TEXT, 5, 7, 9, 0)
+        set_step_to = attach(model, planned, dense_steps=1, grid=grid_of).set_step
+        for block in model.blocks if how == "by blocks" else ():
+            block.compile(backend="sparge", options=TILES)
+        compiled = torch.compile(model, backend="sparge", options=TILES) if how == "whole" else model
+    graphs = []
+    for step in (0, 1, 2, 3, 0, 1):
+        set_step_to(step, 4)
+        with torch.no_grad():
+            got = compiled(*clip)
+        graphs.append(counters["stats"]["unique_graphs"])
+        if step == 0:
+            assert torch.equal(got, dense)
+        else:
+            torch.testing.assert_close(got, want[step // 2], atol=1e-5, rtol=1e-4)
+            assert not torch.allclose(got, dense, atol=1e-3)
+    assert len(set(graphs)) == 1
 
 
 class Small(nn.Module):
