@@ -17,7 +17,6 @@ and the table has those of earlier runs as well; with ``--gpus 0`` nothing else 
 from __future__ import annotations
 
 import argparse
-import faulthandler
 import gc
 import math
 import os
@@ -264,14 +263,11 @@ def work(rank: int, world: int, args: argparse.Namespace, rows: Path) -> None:
         if rank == 0:
             torch.save(row, rows / f"{time.time_ns()}.pt")
 
-    if args.dump:
-        faulthandler.dump_traceback_later(args.dump, file=open(rows / f"stack_{rank}.txt", "w"))  # noqa: SIM115
     if world > 1:
         rate = run.exchange_rate()
         if rank == 0:
             print(f"{world} GPUs, an exchange: {rate}", flush=True)
     (losses if args.losses else measure_all)(run, keep)
-    faulthandler.cancel_dump_traceback_later()
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -317,7 +313,6 @@ def main() -> None:
     parser.add_argument("--rows", help="a folder where rows are kept, and others may be")
     overlaps = {"nargs": "+", "default": ["on"], "choices": ("on", "whole", "off")}
     parser.add_argument("--overlap", **overlaps, help="whole: heads not in turns; off: exchanges waited for at once")
-    parser.add_argument("--dump", type=int, help="seconds after which it is noted beside the rows where each is")
     args = parser.parse_args()
     args.begin = time.time()
     if args.tiny:

@@ -7,7 +7,8 @@ A step of one rank, layer by layer:
 
     tokens     what is done token by token, at a rate fitted to one GPU: work / (P · rate)
     attention  the cost model of the package for a rank's share, times the imbalance of its heads
-    exchange   bytes that leave a rank / bandwidth + latency, for heads; of a ring, what attention does not hide
+    exchange   bytes that leave a rank / bandwidth + latency, for heads, where nothing hides it; of a ring, what
+               attention does not hide
 
 Heads are exchanged among as many ranks of one host as divide them; what is left forms a ring. Training has the forward
 twice, for activation checkpointing, and the backward.
@@ -56,9 +57,9 @@ class Machine:
     bandwidths of one GPU in one direction, as links are sold, times what collectives usually get of them."""
 
     rate: float = 510e12  # operations a second, token by token
-    inside: float = 450e9 * 0.7  # bytes a second in a host
+    inside: float = 450e9 * 0.6  # bytes a second in a host; this and the latency as NCCL's kernels took on two H200
     between: float = 50e9 * 0.8
-    latency: float = 25e-6  # of a collective
+    latency: float = 50e-6  # of a collective, with the wait for the slower rank
     gpus: int = 8  # in a host
 
 
@@ -80,6 +81,19 @@ def split(ranks: int, heads: int, machine: Machine, ring_alone: bool = False) ->
     """(how many ranks exchange heads, how many steps the ring has)."""
     exchanging = 1 if ring_alone else gcd(gcd(ranks, heads), machine.gpus)
     return exchanging, ranks // exchanging
+
+
+def bare(heads: int, overlap: str) -> tuple[float, int]:
+    """What nothing hides of an exchange of so many heads a rank: a share of its bytes, and collectives.
+
+    ``off``: all of it, values, keys with queries, and the result. ``whole``: values go while keys and queries are
+    projected. ``on``: so do keys and queries of the second turn, and the result of the first.
+    """
+    if overlap == "off":
+        return 1.0, 3
+    first = heads // 2 / heads if overlap == "on" and heads > 1 else 1.0
+    last = 1 - first if first < 1 else 1.0
+    return (2 * first + last) / 4, 2
 
 
 def attention_seconds(model: Model, rows: float, keys: float, heads: int, density: float | None, trains: bool) -> float:
@@ -106,8 +120,9 @@ def predict(
     imbalance: float = 1.0,
     machine: Machine = Machine(),
     ring_alone: bool = False,
+    overlap: str = "",
 ) -> Step:
-    """A step of one rank of so many."""
+    """A step of one rank of so many; ``overlap`` as in :func:`bare`, "": on for sparse attention, off for dense."""
     heads_among, ring = split(ranks, model.heads, machine, ring_alone)
     passes = 3 if trains else 1  # over the links: forward, forward anew, backward
     rounds = 5 if trains else 1  # of keys and values; sums of gradients are twice as wide
@@ -117,7 +132,8 @@ def predict(
     attention = attention_seconds(model, length / ring, length, heads, density, trains) * imbalance
 
     sent = passes * 4 * rows * model.width * BYTES * (heads_among - 1) / heads_among
-    exchange = sent / machine.inside + 2 * passes * machine.latency if heads_among > 1 else 0.0
+    share, collectives = bare(heads, overlap or ("off" if density is None else "on"))
+    exchange = sent * share / machine.inside + collectives * passes * machine.latency if heads_among > 1 else 0.0
     if ring > 1:
         part = 2 * rows * heads_among * heads * HEAD_SIZE * BYTES  # keys and values of the rows that a step has
         link = machine.inside if ranks <= machine.gpus else machine.between
@@ -173,9 +189,10 @@ def beside(path: Path, machine: Machine) -> list[dict[str, object]]:
         density = None if row["attention"] == "dense" else 1 - float(row["sparsity"])
         trains = row["step"] == "training"
         alone = row["way"] == "ring"
-        step = predict(model, int(row["tokens"]), int(row["GPUs"]), density, trains, machine=machine, ring_alone=alone)
-        keys = ("step", "attention", "way", "tokens", "layers", "GPUs", "ms")
-        found.append({**{key: row[key] for key in keys}, "predicted ms": 1000 * step.total})
+        overlap, sizes = row.get("overlap") or "off", (int(row["tokens"]), int(row["GPUs"]))
+        step = predict(model, *sizes, density, trains, machine=machine, ring_alone=alone, overlap=overlap)
+        keys = ("step", "attention", "way", "overlap", "tokens", "layers", "GPUs", "ms")
+        found.append({**{key: row.get(key) for key in keys}, "predicted ms": 1000 * step.total})
     return found
 
 

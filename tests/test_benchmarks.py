@@ -74,6 +74,10 @@ def test_what_is_expected_of_several_gpus():
     assert scaling_model.split(8, 12, scaling_model.Machine()) == (4, 2), (
         "12 heads are exchanged among 4, in a ring of 2"
     )
+    one_at_a_time = scaling_model.predict(model, 32_760, 2, 0.05, overlap="off")
+    assert one_at_a_time.exchange > steps[2].exchange and one_at_a_time.bytes == steps[2].bytes
+    assert [scaling_model.bare(6, overlap) for overlap in ("on", "whole", "off")] == [(0.375, 2), (0.75, 2), (1.0, 3)]
+    assert scaling_model.bare(3, "on")[0] == pytest.approx((2 * 1 / 3 + 2 / 3) / 4)
     dear = scaling_model.predict(model, 32_760, 4, 0.05, imbalance=2.0)
     assert dear.attention == pytest.approx(2 * steps[4].attention) and dear.tokens == steps[4].tokens
 
