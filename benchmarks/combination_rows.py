@@ -8,13 +8,9 @@ from typing import Any
 
 import torch
 from combining import (
-    as_gguf,
-    as_peft,
     attends_by,
     averaged,
-    blocks_of_peft,
     blocks_of_unet,
-    by_bitsandbytes,
     by_block,
     by_deepspeed,
     by_flash,
@@ -30,11 +26,8 @@ from combining import (
     flux,
     gradient,
     image,
-    loads,
     named_to_accelerate,
     prepared,
-    quantised,
-    ready_to_swap,
     saved_and_loaded,
     sdxl,
     sequential,
@@ -43,6 +36,7 @@ from combining import (
     wan,
     without,
 )
+from combining_weights import as_gguf, as_peft, blocks_of_peft, by_bitsandbytes, loads, quantised, ready_to_swap
 from torch import Tensor
 
 
