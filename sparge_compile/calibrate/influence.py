@@ -18,7 +18,7 @@ from ..thresholds.fronts import Point
 from ..thresholds.site_curves import SiteCurves
 from ..user_model import user_model
 from .calls import ModelCall
-from .inputs import arguments
+from .inputs import arguments, listed
 from .trial import Trial, dense_pairs, on_trial, squared_error
 
 # A head is tried at the density that is aimed at, or at this one if that is denser: sparse enough for an error that is
@@ -82,7 +82,7 @@ def head_influence(
     found = []
     beside: dict[str, Any] = {"kept": calibration.kept, "tiles": calibration.tiles}
     with on_trial(target, sites, Options.parse(options), **beside) as trial:
-        for number, batch in enumerate(batches):
+        for number, batch in enumerate(listed(batches)):
             call = ModelCall.of(number, 0, *arguments(batch))
             found.append(of_call(trial, call, points_at(curves, 0, density), 1, progress))
     if not found:

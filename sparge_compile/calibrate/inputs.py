@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..errors import value_error
+from ..errors import type_error, value_error
 
 
 def batches_and_call(
@@ -26,7 +26,19 @@ def batches_and_call(
             allowed="batches, or a forward_loop",
             todo="Give one of the two.",
         )
-    return batches, call or model
+    return listed(batches), call or model
+
+
+def listed(batches: Iterable[Any]) -> Iterable[Any]:
+    """Batches, which a single one is not: iterating over it gives rows of a tensor, or names."""
+    if isinstance(batches, (Tensor, Mapping, str)):
+        raise type_error(
+            "batches",
+            given=f"a {type(batches).__name__}, which would be taken to pieces",
+            allowed="an iterable of batches",
+            todo="Put a single batch into a list: [batch].",
+        )
+    return batches
 
 
 def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -156,6 +156,8 @@ def test_what_cannot_be_measured_is_an_error(measured) -> None:
         head_influence(model, Calibration({"layers.*": [(0.5, 0.5)]}), batches)
     with pytest.raises(ValueError, match="batches"):
         head_influence(model, calibration, [])
+    with pytest.raises(TypeError, match="taken to pieces"):
+        head_influence(model, calibration, batches[0])
     with pytest.raises(ValueError, match="add up to nan"):
         head_influence(model, calibration, [torch.full_like(batches[0], float("nan"))])
     assert not any("sparge" in name for name in model.state_dict()), "thresholds were left on it"

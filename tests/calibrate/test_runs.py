@@ -97,6 +97,8 @@ def test_batches_of_another_run_are_refused(tmp_path):
     "change, message",
     [
         ({"batches": []}, "at least one"),
+        ({"batches": torch.zeros(2, 400, 32)}, "taken to pieces"),
+        ({"batches": {"x": torch.zeros(1, 400, 32)}}, "taken to pieces"),
         ({"batches": None}, "batches, or a forward_loop"),
         ({"query_blocks": 0}, "query_blocks"),
         ({"phases": (0.5, 0.2)}, "phases"),
