@@ -66,6 +66,10 @@ class NotedCalls:
     left of each, every second batch."""
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Keep nothing of what was offered."""
         self._calls: list[tuple[int, ModelCall]] = []  # with its number among those that were offered of its batch
         self._offered: Counter[int] = Counter()
         self._stride, self._batch_stride = 1, 1
@@ -83,10 +87,6 @@ class NotedCalls:
             else:
                 self._batch_stride *= 2
             self._calls = [(place, call) for place, call in self._calls if self._keeps(place, call.batch)]
-
-    def forget(self) -> None:
-        """Keep nothing of what was offered."""
-        self.__init__()  # type: ignore[misc]
 
     def calls(self) -> list[ModelCall]:
         """Return what is kept, by batch and number."""

@@ -174,9 +174,14 @@ def substitute(work: Work, options: Options, as_input: Callable[[Tensor], Any]) 
             made, thresholds = new_input(match, work.graph_module, values, as_input(values))
             work.threshold_inputs.append(made)
         op = substitute_match(
-            match, thresholds, replaced, decision.limit, parts[match.node], orders.get(match.node, {}),
-            decision.precision == "fp8",
-        )  # fmt: skip
+            match,
+            thresholds,
+            replaced,
+            decision.limit,
+            parts=parts[match.node],
+            order=orders.get(match.node, {}),
+            eight_bits=decision.precision == "fp8",
+        )
         work.substituted.append((match, op))
     work.changed |= bool(work.substituted)
 
