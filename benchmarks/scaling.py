@@ -277,9 +277,10 @@ def finish(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows with what one GPU is needed for: times its time, and how far outputs are apart."""
     one = {(row["attention"], row["step"]): row for row in rows if row["GPUs"] == 1}
     for row in rows:
-        times = row.pop("kernels", None) or {}
-        row["exchange ms"] = sum(ms for name, ms in times.items() if "nccl" in name.lower())
-        row["computing ms"] = sum(times.values()) - row["exchange ms"]
+        times = row.pop("kernels", {})
+        if times:
+            row["exchange ms"] = sum(ms for name, ms in times.items() if "nccl" in name.lower())
+            row["computing ms"] = sum(times.values()) - row["exchange ms"]
         alone, out = one.get((row["attention"], row["step"])), row.get("out")
         if alone is not None:
             row["× one GPU"] = alone["ms"] / row["ms"]

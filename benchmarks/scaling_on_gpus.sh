@@ -1,5 +1,6 @@
 #!/bin/sh
-# Everything that wants four GPUs, in some 580 s: scaling, tests under NCCL, losses, unequal heads, Wan-14B's shape.
+# Everything that wants several GPUs, four or else two, in some 580 s: scaling, tests under NCCL, losses, unequal heads,
+# Wan-14B's shape.
 #   PYTHON=python OUT=folder sh benchmarks/scaling_on_gpus.sh [--tiny]    (--tiny: two processes over gloo, to try it)
 # What matters most comes first; what needs not all GPUs runs at once, on GPUs of its own. Each part has its time, all
 # have $LIMIT seconds; what has used it up is ended with all its processes, and the rows that it measured stand.
@@ -26,20 +27,21 @@ shown() {
 scaling() { name=$1 time=$2 gpus=$3; shift 3; part "$name" "$time" "$gpus" "$PYTHON" -W ignore "$here/scaling.py" $on "$@"; }
 tests() { part "$1" 200 "$2" "$PYTHON" -m pytest --tb=line -o timeout=120 -m "$3" tests/parallel tests/distill/test_parallel.py tests/test_cli.py tests/examples; }
 
-on="" one=0 two=1,2 three=3 all=0,1,2,3 many=4 latents="16 32 32"
+on="" one=0 two=1,2 three=3 first=0,1 second=2,3 all=0,1,2,3 many=4 latents="16 32 32"
+[ "$("$PYTHON" -c "import torch; print(torch.cuda.device_count())")" -ge 4 ] || three=1 second=0,1 all=0,1 many=2
 large="--heads 40 --ffn 13824 --layers 2 --latents 21 90 160 --ways heads ring --steps forward --rows $kept/large"
 small="--rows $kept/small" unequal="--shares 0.01 0.19 --attention sparse --steps forward --rows $kept/unequal"
 losses="--heads 24 --head-size 64 --layers 4 --losses 20 --rows $kept/losses"
 [ "$1" = --tiny ] && on="--device cpu --tiny" many=2 latents="4 32 32"
 
 scaling "1 GPU" 200 $one $small --gpus 1 &
-[ -n "$on" ] || scaling "2 GPUs" 200 $two $small --gpus 2 &
+[ $many = 2 ] || scaling "2 GPUs" 200 $two $small --gpus 2 &
 { scaling "losses of 1 GPU" 120 $three $losses --latents $latents --gpus 1; scaling "14B, 1 GPU" 80 $three $large --gpus 1; } &
 wait
 scaling "all GPUs" 180 $all $small --gpus $many
 scaling "table" 20 $one $small --gpus 0 --csv "$OUT/scaling.csv"
 shown "1 GPU" 0; shown "2 GPUs" 0; shown "all GPUs" 0; shown "table" 20
-[ -n "$on" ] || { tests "tests" 0,1 "multigpu and not slow" & tests "slow tests" 2,3 "multigpu and slow" & wait; }
+[ -n "$on" ] || { tests "tests" $first "multigpu and not slow" & tests "slow tests" $second "multigpu and slow" & wait; }
 shown "tests" 12; shown "slow tests" 20
 scaling "losses" 80 $all $losses --latents $latents --gpus $many
 shown "losses of 1 GPU" 0; shown "losses" 8
