@@ -178,6 +178,21 @@ def test_the_page_holds_what_its_results_say() -> None:
         assert f"<!-- {name} -->\n{table}\n<!-- /{name} -->" in text, name
 
 
+def test_distilled_orders_have_a_table_and_a_sentence_once_they_are_there() -> None:
+    rows = tabular.read(SMALL.results / "quality.csv")
+    untrained = tabular.where(rows, part="orders", steps="0")
+    assert fidelity.distilled_orders_text(untrained) == ""
+    found = []
+    for row in tabular.where(rows, part="students", target="0.95", trained="all weights"):
+        for order, factor in (("raster", 1.0), ("tiles", 0.8)):
+            error = str(float(row["velocity error"]) * factor)
+            found.append({**row, "part": "orders", "order": order, "velocity error": error})
+    text = fidelity.distilled_orders_text([*untrained, *found])
+    assert "for 1,000 steps" in text and "20% less at 95% (less in 3 of 3 seeds)." in text
+    assert fidelity.orders_table([*untrained, *found], "PSNR") == fidelity.orders_table(untrained, "PSNR")
+    assert "In tiles" not in fidelity.distilled_orders_text(tabular.where(found, order="tiles"))
+
+
 @pytest.mark.slow
 def test_the_study_measures_what_is_missing(tmp_path, monkeypatch, capsys) -> None:
     command = "reproduce.py --parts floor --seeds 0 --batch 2 --rounds 1 --sample-steps 2 --frames 4 --out"
