@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sparge_compile
-from sparge_compile.kernels import eight_bits
+from sparge_compile.kernels import allocate, eight_bits
 from sparge_compile.kernels.how import How
 
 SPARSE = {"min_seq_len": 0, "inner": "eager", "topk": 0.5, "topp": 0.0}
@@ -63,6 +63,24 @@ def test_the_backward_is_that_of_attention_over_the_rounded_operands() -> None:
         torch.testing.assert_close(x.grad, y.grad)
     by_rule = sparge_compile.attention(*mine, topk=0.5, precision="fp8")
     by_rule.sum().backward()
+
+
+def test_results_lie_in_memory_as_tracing_was_told() -> None:
+    """As models have them: heads of a fused projection, whose rows are not adjacent."""
+    qkv = torch.randn(1, 300, 3, 2, 32, requires_grad=True)
+
+    def attend(x: Tensor) -> Tensor:
+        q, k, v = x.transpose(1, 3).unbind(2)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    options = {"min_seq_len": 0, "inner": "aot_eager", "topk": 1.0, "precision": "fp8"}
+    compiled = torch.compile(attend, backend="sparge", options=options)(qkv)  # once: "view size is not compatible"
+    q, k, v = (x.detach().requires_grad_() for x in qkv.transpose(1, 3).unbind(2))
+    out = sparge_compile.attention(q, k, v, topk=1.0, precision="fp8")
+    torch.testing.assert_close(compiled, out.transpose(1, 2).flatten(2))
+    assert out.stride() == allocate.new_out(q, v).stride()
+    for x, grad in zip((q, k, v), torch.autograd.grad(out.sum(), (q, k, v)), strict=True):
+        assert grad.stride() == allocate.dense_like(x).stride()
 
 
 def test_neither_a_bias_of_all_keys_nor_autocast_changes_the_backward() -> None:

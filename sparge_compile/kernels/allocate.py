@@ -39,6 +39,12 @@ def dense_like(x: Tensor) -> Tensor:
     return torch.empty_permuted(x.shape, order_of(x), dtype=x.dtype, device=x.device)
 
 
+def laid_out(made: Tensor, like: Tensor) -> Tensor:
+    """``made``, in memory whose dimensions have the order of ``like``'s: as it is, if it is so."""
+    wanted = torch.empty_permuted(made.shape, order_of(like), dtype=made.dtype, device=made.device)
+    return made if made.stride() == wanted.stride() else wanted.copy_(made)
+
+
 def order_of(x: Tensor) -> list[int]:
     """The dimensions of x from the slowest to the fastest in memory, but for the last; ties keep their order.
 

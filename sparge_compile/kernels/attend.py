@@ -131,7 +131,8 @@ def _backward_in_eight_bits(
         center = center.repeat_interleave(query.shape[1] // key.shape[1], 1)
         seen = torch.where(lse == -torch.inf, 0.0, grad_lse)
         dq = (dq + how.scale * seen.unsqueeze(-1) * center).to(dq.dtype)
-    return dq, dk, dv
+    # Of the rounded operands, which are contiguous, whatever those are that the op was given.
+    return allocate.laid_out(dq, query), allocate.laid_out(dk, key), allocate.laid_out(dv, value)
 
 
 _FIELDS = len(How._fields)

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import allocate, eight_bits, rule
 from .. import block_map as forms
-from .. import eight_bits, rule
 from ..how import How
 from . import attention, packed
 
@@ -63,7 +63,7 @@ def forward(
         return _place(how).forward(query, key, value, counts, indices, given)
     x = eight_bits.centred(query, key, value, given)
     out, lse = _place(how).forward(x.q, x.k, x.v, counts, indices, given)
-    return out, lse + x.lift
+    return allocate.laid_out(out, query), lse + x.lift
 
 
 def centred(query: Tensor, key: Tensor, value: Tensor, lse: Tensor, how: How) -> tuple[Tensor, Tensor, Tensor, Tensor]:
