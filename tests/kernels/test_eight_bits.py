@@ -157,13 +157,17 @@ def check_beside_the_oracle(case: Case) -> None:
     want, want_lse = reference.attention_in_eight_bits(q, k, v, block_map, case.is_causal, how_of(case).scale)
     hidden = want_lse == -torch.inf
     assert torch.equal(lse == -torch.inf, hidden) and not out[hidden].any()
-    # Where a score rounds otherwise in float32, a weight may fall to the next of its sixteen steps.
-    assert relative(out, want) < (2e-3 if case.dtype == torch.float32 else 5e-3)
+    # Where a score rounds otherwise in float32, a weight may fall to the next of its sixteen steps. Hopper's kernel, of
+    # 16 bits, sums weights before they are rounded, by half a step at the most: of few of them that is the sum's error.
+    on_hopper = q.is_cuda and case.dtype != torch.float32
+    few = 1 / 32 if on_hopper and case.keys <= 64 else 0
+    assert relative(out, want) < max(few, 2e-3 if case.dtype == torch.float32 else 5e-3)
     # Where an entry of a query rounds otherwise, by one of 127 steps, the scores of a row move by so much of a key's.
-    # Hopper's kernel, of 16 bits, adds up the weights of 128 keys in fourteen bits.
     apart = (lse[~hidden].double() - want_lse[~hidden]).abs()
-    often = 2e-2 if q.is_cuda and case.dtype != torch.float32 else 1e-3
-    assert (apart > 2e-3).float().mean() < often and not (apart > 0.05).any()
+    if on_hopper:
+        assert apart.mean() < 1e-2 and not (apart > 1 / 16).any()
+    else:
+        assert (apart > 2e-3).float().mean() < 1e-3 and not (apart > 0.05).any()
 
 
 def test_what_rounding_costs_where_numbers_have_heavy_tails() -> None:

@@ -4,10 +4,10 @@ One loading warp follows the lists, two consumers of 64 rows compute; two key bl
 which are exact. Weights go to the product with the values in registers, as they come out of the scores: there a thread
 has columns 8i + 2t and 8i + 2t + 1 of each 32, where the operand has 4t to 4t + 3 and 16 + 4t to 16 + 4t + 3. So the
 keys of a block of values stand in an order in which that is the same (``PERMUTED`` in codes.py): nothing is exchanged.
-Their sums are a product with ones.
+Their sums are of what they were before they were rounded, so a row that sees few keys may be off by half a step of
+e4m3, 1/32, as a whole; a product with ones gives those of the rounded ones, but with some fourteen bits.
 
-Tensor cores add up e4m3 products with some fourteen bits. So the sums begin at zero for each pair of key blocks and are
-added in float32. The outputs are not: of values that all have one sign, long lists lose a part (docs/kernel-notes.md).
+Tensor cores add up e4m3 products with some fourteen bits.
 """
 
 from __future__ import annotations
@@ -46,8 +46,6 @@ from .hopper import (
 
 LOADER_REGISTERS, CONSUMER_REGISTERS = 24, 240  # 128 threads each, of 65,536 registers
 STAGES = {64: 6, 128: 4}  # pairs of K and V tiles in the ring, by head size
-SUMS = gl.constexpr(8)  # columns of ones: the fewest that a product has
-ONE = gl.constexpr(0x38)  # 1 in e4m3
 
 
 @gluon.jit
@@ -132,16 +130,20 @@ def _start_scores(q, k_smem, k_full, done, STAGES: gl.constexpr, SCORE: gl.const
 
 
 @gluon.jit
-def _start_outputs(p, other_p, v_smem, v_full, ones, acc, done, STAGES: gl.constexpr, SUM: gl.constexpr):
-    """Start acc + p v, and the sums of p alone, for pair number ``done`` of the ring: two products a key block."""
+def _start_outputs(p, other_p, v_smem, v_full, acc, done, STAGES: gl.constexpr):
+    """Start acc + p v for pair number ``done`` of the ring, a product for each key block."""
     stage = done % STAGES
     mbarrier.wait(v_full.index(stage), (done // STAGES) & 1)
-    sums = gl.zeros([p.shape[0], SUMS], gl.float32, SUM)
-    sums = warpgroup_mma(p, ones.permute((1, 0)), sums, use_acc=False, is_async=True)
-    sums = warpgroup_mma(other_p, ones.permute((1, 0)), sums, is_async=True)
     acc = warpgroup_mma(p, v_smem.index(2 * stage).permute((1, 0)), acc, is_async=True)
-    acc = warpgroup_mma(other_p, v_smem.index(2 * stage + 1).permute((1, 0)), acc, is_async=True)
-    return acc, sums
+    return warpgroup_mma(other_p, v_smem.index(2 * stage + 1).permute((1, 0)), acc, is_async=True)
+
+
+@gluon.jit
+def _lane_sum(p):
+    """Sums over the columns that one thread holds, [rows, 4]."""
+    ROWS: gl.constexpr = p.shape[0]
+    PARTS: gl.constexpr = p.shape[1] // 8
+    return gl.sum(gl.sum(p.reshape([ROWS, PARTS, 4, 2]), 3), 1)
 
 
 @gluon.jit
@@ -191,15 +193,15 @@ def _operand(p, OPERAND: gl.constexpr):
 
 @gluon.jit
 def _softmax(scores, top, row_scale, k_scale, other_k_scale, MASKED: gl.constexpr):
-    """A step of the online softmax: the weights of both blocks, the factor for what came before, the new top, which is
-    a whole number. Scores are int32, of which a maximum of three is one instruction, or floats once they are masked."""
+    """A step of the online softmax on whole numbers, as floats: the weights of both blocks, the factor for what came
+    before, the new top, which is a whole number."""
     some, others = _halves(scores)
     ROW: gl.constexpr = gl.SliceLayout(1, some.type.layout)
     scale = gl.convert_layout(row_scale, ROW)
     old = gl.convert_layout(top, ROW)
     some_scale = scale * k_scale
     others_scale = scale * other_k_scale
-    highest = gl.maximum(gl.max(some, 1).to(gl.float32) * some_scale, gl.max(others, 1).to(gl.float32) * others_scale)
+    highest = gl.maximum(gl.max(some, 1) * some_scale, gl.max(others, 1) * others_scale)
     # A step is 0 where all is 0: 0 times a hidden score of -inf is NaN, of which a maximum takes the other.
     new_top = gl.maximum(old, gl.ceil(highest))
     shift = new_top
@@ -207,41 +209,41 @@ def _softmax(scores, top, row_scale, k_scale, other_k_scale, MASKED: gl.constexp
         shift = gl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen no key: -inf - -inf is NaN
     fade = gl.exp2(old - shift)
     shift = shift - 8.0
-    p = gl.exp2(some.to(gl.float32) * some_scale[:, None] - shift[:, None])
-    other_p = gl.exp2(others.to(gl.float32) * others_scale[:, None] - shift[:, None])
-    return _packed(p), _packed(other_p), fade, gl.convert_layout(new_top, top.type.layout)
+    p = gl.exp2(some * some_scale[:, None] - shift[:, None])
+    other_p = gl.exp2(others * others_scale[:, None] - shift[:, None])
+    return _packed(p), _packed(other_p), _lane_sum(p + other_p), fade, gl.convert_layout(new_top, top.type.layout)
 
 
 @gluon.jit
 def _step(
-    q, k_smem, scale_smem, v_smem, k_full, k_empty, v_full, v_empty, ones, acc, weight, p, other_p, top,
+    q, k_smem, scale_smem, v_smem, k_full, k_empty, v_full, v_empty, acc, weight, p, other_p, top,
     row_scale, done,
     STAGES: gl.constexpr, LANES: gl.constexpr, SCORE: gl.constexpr,
 ):  # fmt: skip
     """Scores of pair ``done + 1`` and their softmax, while the output product of pair ``done`` runs."""
     OUT: gl.constexpr = acc.type.layout
-    SUM: gl.constexpr = weight.type.layout
+    WEIGHT: gl.constexpr = weight.type.layout
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUT, 4)
     p = _operand(p, OPERAND)  # before a product starts: the assembler would await every one otherwise
     other_p = _operand(other_p, OPERAND)
     s_token = _start_scores(q, k_smem, k_full, done + 1, STAGES, SCORE)
-    tokens = _start_outputs(p, other_p, v_smem, v_full, ones, acc, done, STAGES, SUM)
+    o_token = _start_outputs(p, other_p, v_smem, v_full, acc, done, STAGES)
     stage = (done + 1) % STAGES
     k_scale = word(scale_smem, 2 * stage * LANES)
     other_k_scale = word(scale_smem, (2 * stage + 1) * LANES)
-    scores = warpgroup_mma_wait(4, deps=[s_token])
+    scores = warpgroup_mma_wait(2, deps=[s_token]).to(gl.float32)
     mbarrier.arrive(k_empty.index(stage), count=1)
-    new_p, new_other_p, fade, top = _softmax(scores, top, row_scale, k_scale, other_k_scale, False)
-    acc, sums = warpgroup_mma_wait(0, deps=tokens)
+    new_p, new_other_p, sums, fade, top = _softmax(scores, top, row_scale, k_scale, other_k_scale, False)
+    acc = warpgroup_mma_wait(0, deps=[o_token])
     mbarrier.arrive(v_empty.index(done % STAGES), count=1)
     acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, OUT))[:, None]
-    weight = (weight + sums) * gl.convert_layout(fade, gl.SliceLayout(1, SUM))[:, None]
+    weight = weight * gl.convert_layout(fade, gl.SliceLayout(1, WEIGHT))[:, None] + gl.convert_layout(sums, WEIGHT)
     return acc, weight, new_p, new_other_p, top
 
 
 @gluon.jit
 def _consume(
-    q_smem, k_smem, scale_smem, v_smem, out_smem, ones, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    q_smem, k_smem, scale_smem, v_smem, out_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     out_desc, q_scale_ptr, lift_ptr, v_scale_ptr, lse_ptr, work,
     heads, group, length, keys, n_tiles, total,
     PART: gl.constexpr, HEAD: gl.constexpr, KEYS: gl.constexpr, HALF: gl.constexpr, STAGES: gl.constexpr,
@@ -250,7 +252,7 @@ def _consume(
     """A consumer: attention of rows PART * HALF and on of every query block."""
     SCORE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * KEYS, 32])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD, 32])
-    SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SUMS, 32])
+    HALF_SCORE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 32])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUT, 4)
     ROW: gl.constexpr = gl.SliceLayout(1, SCORE)
     scale_words = reinterpret(scale_smem, gl.float32, [2 * STAGES * LANES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -273,7 +275,7 @@ def _consume(
         v_scale = gl.load(v_scale_ptr + b * (heads // group) + h // group)
 
         acc = gl.zeros([HALF, HEAD], gl.float32, OUT)
-        weight = gl.zeros([HALF, SUMS], gl.float32, SUM)  # the same in all columns
+        weight = _lane_sum(gl.zeros([HALF, KEYS], gl.float32, HALF_SCORE))
         top = gl.full([HALF], float("-inf"), gl.float32, ROW)
 
         q = q_smem.index(2 * slot + PART)
@@ -284,26 +286,24 @@ def _consume(
             other_k_scale = word(scale_words, (2 * stage + 1) * LANES)
             mbarrier.arrive(k_empty.index(stage), count=1)
             scores = mask_scores(scores.to(gl.float32), first, second, row, keys, KEYS, SCORE, False)
-            p, other_p, _fade, top = _softmax(scores, top, row_scale, k_scale, other_k_scale, True)
+            p, other_p, sums, _fade, top = _softmax(scores, top, row_scale, k_scale, other_k_scale, True)
+            weight = gl.convert_layout(sums, weight.type.layout)
             for _ in range(pairs - 1):
                 acc, weight, p, other_p, top = _step(
-                    q, k_smem, scale_words, v_smem, k_full, k_empty, v_full, v_empty, ones, acc, weight, p, other_p,
+                    q, k_smem, scale_words, v_smem, k_full, k_empty, v_full, v_empty, acc, weight, p, other_p,
                     top, row_scale, done, STAGES, LANES, SCORE,
                 )  # fmt: skip
                 done += 1
             mbarrier.arrive(q_empty.index(slot), count=1)
-            p = _operand(p, OPERAND)
-            other_p = _operand(other_p, OPERAND)
-            tokens = _start_outputs(p, other_p, v_smem, v_full, ones, acc, done, STAGES, SUM)
-            acc, sums = warpgroup_mma_wait(0, deps=tokens)
-            weight += sums
+            token = _start_outputs(_operand(p, OPERAND), _operand(other_p, OPERAND), v_smem, v_full, acc, done, STAGES)
+            acc = warpgroup_mma_wait(0, deps=[token])
             mbarrier.arrive(v_empty.index(done % STAGES), count=1)
             done += 1
         else:
             mbarrier.arrive(q_empty.index(slot), count=1)
 
         # total_weight is 0 exactly where no key was seen: then out is 0 and lse is -inf.
-        total_weight = gl.convert_layout(gl.max(weight, 1), ROW)
+        total_weight = gl.convert_layout(gl.sum(weight, 1), ROW)
         lse = (top - 8.0 + gl.log2(total_weight) + lift) * 0.6931471805599453  # LN_2
         factor = v_scale / gl.where(total_weight == 0.0, 1.0, total_weight)
         out = (acc * gl.convert_layout(factor, gl.SliceLayout(1, OUT))[:, None]).to(out_desc.dtype)
@@ -339,11 +339,6 @@ def _forward_hopper_8_kernel(
     v_smem = gl.allocate_shared_memory(v_desc.dtype, [2 * STAGES, HEAD, KEYS], VALUES)
     scale_smem = gl.allocate_shared_memory(gl.float32, [2 * STAGES, 1, LANES], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     out_smem = gl.allocate_shared_memory(out_desc.dtype, [2, HALF, HEAD], OUT_TILE)
-    ONES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SUMS, KEYS], v_desc.dtype)
-    ones = gl.allocate_shared_memory(v_desc.dtype, [SUMS, KEYS], ONES)
-    # By their bits: of a constant that is converted to e4m3 the assembler makes but every other pair.
-    SPREAD: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0])
-    reinterpret(ones, gl.int8, [SUMS, KEYS], ONES).store(gl.full([SUMS, KEYS], ONE, gl.int8, SPREAD))
     # The loader's messages: number of a query block, length of its list, the list's last two blocks.
     work = gl.allocate_shared_memory(gl.int32, [2 * 4, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -365,13 +360,13 @@ def _forward_hopper_8_kernel(
     gl.warp_specialize(
         [
             (_consume, (
-                q_smem, k_smem, scale_smem, v_smem, out_smem, ones, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                q_smem, k_smem, scale_smem, v_smem, out_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 out_desc, q_scale_ptr, lift_ptr, v_scale_ptr, lse_ptr, work,
                 heads, group, length, keys, n_tiles, total,
                 0, HEAD, KEYS, HALF, STAGES, LANES,
             )),
             (_consume, (
-                q_smem, k_smem, scale_smem, v_smem, out_smem, ones, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                q_smem, k_smem, scale_smem, v_smem, out_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 out_desc, q_scale_ptr, lift_ptr, v_scale_ptr, lse_ptr, work,
                 heads, group, length, keys, n_tiles, total,
                 1, HEAD, KEYS, HALF, STAGES, LANES,
