@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import is_of_user
 from ..kernels.order import Tile
 from .calls import ModelCall, NotedCalls
 from .influence import forwards
@@ -53,7 +54,9 @@ def choose_orders(
     try:
         with asking(model, settings, sites, shares[len(shares) // 2]) as question:
             return chosen(question, settings.orders, one, other, settings.asks_model), None
-    except ValueError:  # a model that cannot be asked; whoever must ask it says so
+    except ValueError as error:  # a model that cannot be asked; whoever must ask it says so
+        if not is_of_user(error):
+            raise
         trials = recorder.try_orders(0, run, settings.orders, shares)
         return dict.fromkeys(sites, best_for_attention(trials)), None
 

@@ -318,6 +318,15 @@ def test_attention_chooses_where_the_model_cannot_be_asked(monkeypatch):
         assert found.tiles == dict.fromkeys(NAMES, TILE) and len(tried) == model.training
 
 
+def test_a_fault_of_the_model_is_not_taken_for_one_that_cannot_be_asked(monkeypatch):
+    def asking(*args):
+        raise ValueError("not a word to the user")
+
+    monkeypatch.setattr(order_choice, "asking", asking)
+    with pytest.raises(ValueError, match="not a word"):
+        calibrate(made(), batches(1), target_error=0.1, options=OPTIONS, orders=["raster", TILE])
+
+
 def test_a_choice_of_orders_takes_half_as_many_forwards_more():
     def forwards(orders) -> int:
         model, made = Video(4, heads=4).eval(), []
