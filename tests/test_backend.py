@@ -264,7 +264,7 @@ def test_an_error_in_a_pass_leaves_dynamos_graph_as_it_was(monkeypatch):
         graphs.append((graph_module, graph_module.code))
         return backend.sparge(graph_module, inputs, options=FAST)
 
-    monkeypatch.setattr(pipeline, "substitute_match", lambda *a: 1 / 0)
+    monkeypatch.setattr(pipeline, "substitute_match", lambda *given, **named: 1 / 0)
     with pytest.raises(Exception, match="division"):
         torch.compile(Stack(), backend=caught)(torch.randn(1, 300, 32))
     assert graphs[0][0].code == graphs[0][1]
