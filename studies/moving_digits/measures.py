@@ -125,13 +125,15 @@ def accuracy(classifier: nn.Module, video: Tensor, classes: Tensor) -> Tensor:
 
 
 def train_classifier(device: torch.device, setup: Setup = SMALL, steps: int = 3000, batch: int = 512) -> Classifier:
-    """Trained on frames of both distributions, with noise of any small strength."""
+    """Trained on frames of both distributions, with noise of any small strength. Each batch has both: the statistics that
+    it leaves in the norms are those of neither alone, and reading takes them for either."""
     torch.manual_seed(0)
     model = Classifier(setup.reader).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
-        video, classes = clips(batch // 4, 10_000_000 + step, device, setup=setup, shifted=step % 2 == 1, frames=4)
+        both = (clips(batch // 8, 10_000_000 + step, device, setup=setup, shifted=s, frames=4) for s in (False, True))
+        video, classes = (torch.cat(each) for each in zip(*both, strict=True))
         noise = torch.randn_like(video) * 0.3 * torch.rand(len(video), 1, 1, 1, device=device)
         logits = model((video + noise).flatten(0, 1))
         loss = F.binary_cross_entropy_with_logits(logits, classes.repeat_interleave(4, 0))

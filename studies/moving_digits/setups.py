@@ -95,8 +95,8 @@ LARGE = Setup(
     blind=(6, 4, 20),
     stages=(
         Stage(2500, batch=32, lr=1e-3, frames=8),
-        Stage(4000, batch=8, lr=7e-4, frames=32, keep=0.2),
-        Stage(800, batch=8, lr=3e-4, frames=32),
+        Stage(3730, batch=8, lr=7e-4, frames=32, keep=0.2),
+        Stage(500, batch=8, lr=3e-4, frames=32),
     ),
     begins="small",
 )
