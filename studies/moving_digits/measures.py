@@ -125,8 +125,8 @@ def accuracy(classifier: nn.Module, video: Tensor, classes: Tensor) -> Tensor:
 
 
 def train_classifier(device: torch.device, setup: Setup = SMALL, steps: int = 3000, batch: int = 512) -> Classifier:
-    """Trained on frames of both distributions, with noise of any small strength. Each batch has both: the statistics that
-    it leaves in the norms are those of neither alone, and reading takes them for either."""
+    """Trained on frames of both distributions, with noise of any small strength. Each batch has both: reading takes the
+    norms' averages over batches, which fit neither distribution where batches have one of them."""
     torch.manual_seed(0)
     model = Classifier(setup.reader).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
