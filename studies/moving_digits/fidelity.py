@@ -139,17 +139,20 @@ def distilled_orders_text(quality: list[Row]) -> str:
     for target, of in sorted(grouped(rows, "target").items(), key=lambda each: float(each[0])):
         for order, some in grouped(of, "order").items():
             lines.append([f"{float(target):.0%}, {order}", *(shown(some, column) for column in columns)])
-        errors = {(row["seed"], row["order"]): float(row["velocity error"]) for row in of}
-        both = [seed for seed, order in errors if order == "tiles" and (seed, "raster") in errors]
-        if pairs := [(errors[seed, "tiles"], errors[seed, "raster"]) for seed in both]:
-            change = statistics.mean(tiles / raster for tiles, raster in pairs) - 1
-            seeds = sum(tiles < raster for tiles, raster in pairs)
-            more = "less" if change < 0 else "more"
-            words.append(f"{abs(change):.0%} {more} at {float(target):.0%} (less in {seeds} of {len(pairs)} seeds)")
+        found = {(row["seed"], row["order"]): row for row in of}
+        both = [seed for seed, order in found if order == "tiles" and (seed, "raster") in found]
+        if pairs := [(found[seed, "tiles"], found[seed, "raster"]) for seed in both]:
+            ratios = [float(tiles["velocity error"]) / float(raster["velocity error"]) for tiles, raster in pairs]
+            change, seeds = statistics.mean(ratios) - 1, sum(ratio < 1 for ratio in ratios)
+            at, beside = (statistics.mean(float(pair[i]["sparsity"]) for pair in pairs) for i in (0, 1))
+            words.append(
+                f"{abs(change):.0%} {'less' if change < 0 else 'more'} at {at:.1%} sparsity beside {beside:.1%} "
+                f"(less in {seeds} of {len(pairs)} seeds)"
+            )
     steps = " and ".join(f"{int(n):,}" for n in grouped(rows, "steps"))
     table = markdown(("", *columns), lines)
-    beside = f"\n\nIn tiles the velocity error is, beside raster order, {'; '.join(words)}." if words else ""
-    return f"Distilled for {steps} steps of all weights, one pair for all heads:\n\n{table}{beside}\n"
+    said = f"\n\nIn tiles the velocity error is, beside raster order, {'; '.join(words)}." if words else ""
+    return f"Distilled for {steps} steps of all weights, one pair for all heads:\n\n{table}{said}\n"
 
 
 def structures_table(rows: list[Row]) -> str:
