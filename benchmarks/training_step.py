@@ -5,9 +5,11 @@
     python benchmarks/training_step.py --device cpu --inner eager --layers 2 --width 128 --ffn 256 --frames 2
 
 A step is student forward, teacher forward, backward and AdamW, in bf16 with activation checkpointing of each block.
-Both models are compiled block by block (--whole: as one graph), and so are their teachers. The model is a stand-in with
-Wan's shapes and attention calls in plain torch; its weights are random, so the sparsity that the thresholds reach is
-measured and printed. Gradients are compared first with those of the same model in which all blocks are kept.
+Both models are compiled block by block (--whole: as one graph), and so are their teachers, the dense one too without
+the fusion of Inductor's that computes wrong gradients before torch 2.15 (``sparge_compile.inner.sound``). The model is
+a stand-in with Wan's shapes and attention calls in plain torch; its weights are random, so the sparsity that the
+thresholds reach is measured and printed. Gradients are compared first with those of the same model in which all blocks
+are kept.
 """
 
 from __future__ import annotations
@@ -22,11 +24,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor, nn
 
 import sparge_compile
+from sparge_compile.inner import sound
 from sparge_compile.running.listeners import heard_by
 
 sys.path.append(str(Path(__file__).parent))
@@ -256,4 +260,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with torch._inductor.config.patch(sound()):
+        sys.exit(main())

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch.fx import GraphModule
+from torch.torch_version import TorchVersion
 
 from .errors import value_error
 from .options import Options
@@ -31,6 +32,19 @@ def overlap() -> dict[str, Any]:
     passes = [name for name in ("raise_comms", "sink_waits") if hasattr(comms, name)]
     options = {"reorder_for_compute_comm_overlap": True, "reorder_for_compute_comm_overlap_passes": passes}
     return options if all(hasattr(config, name) for name in options) else {}
+
+
+def sound() -> dict[str, Any]:
+    """Inductor's options without a fusion that computes wrong gradients, on a torch before 2.15.
+
+    From 2.10 on reductions over rows and over columns share a kernel (``mix_order_reduction``). Where gradients are
+    slices of one parameter's, as those of Wan's ``scale_shift_table`` are, some are never written: what memory held
+    before takes their place (https://github.com/pytorch/pytorch/issues/193061). Who wants it asks: ``inductor={…}``.
+    """
+    from torch._inductor import config
+
+    has_fault = TorchVersion(torch.__version__) < "2.15" and hasattr(config.triton, "mix_order_reduction")
+    return {"triton.mix_order_reduction": False} if has_fault else {}
 
 
 def exchanges(graph_module: GraphModule) -> bool:
@@ -75,6 +89,7 @@ def _compile(graph_module: GraphModule, inputs: Sequence[Any], settings: Options
 
     call_directly()
     patches = {
+        **sound(),
         **list_mode_options(settings.inductor_mode or "default"),
         **(overlap() if exchanges(graph_module) else {}),
         **settings.inductor,

@@ -285,6 +285,21 @@ def test_inductor_gets_its_options_and_mode(monkeypatch):
     assert seen[1]["max_autotune"] is True
 
 
+@pytest.mark.parametrize("version, is_off", [("2.11.0+cu130", True), ("2.14.1", True), ("2.15.0", False)])
+def test_a_fusion_with_wrong_gradients_is_off_unless_asked_for(monkeypatch, version, is_off):
+    import torch._inductor.compile_fx as inductor
+
+    monkeypatch.setattr(torch, "__version__", version)
+    seen, name = [], "triton.mix_order_reduction"
+    monkeypatch.setattr(
+        inductor, "compile_fx", lambda graph, *a, config_patches, **k: seen.append(config_patches) or graph.forward
+    )
+    for options in ({}, {"inductor": {name: True}}):
+        torch.compiler.reset()
+        torch.compile(Block(), backend="sparge", options={"min_seq_len": 0, **options})(torch.randn(1, 100, 32))
+    assert seen[0].get(name, True) is not is_off and seen[1][name] is True
+
+
 def test_inductors_caches_know_source_and_options_but_no_thresholds(monkeypatch):
     """A changed kernel or option must not meet code that was compiled for another; another pair of thresholds may."""
     from torch._dynamo.utils import counters
