@@ -5,180 +5,124 @@
     python benchmarks/scaling.py --shares 0.01 0.2                      # unequal heads, as they come and balanced
     python benchmarks/scaling.py --losses 20 --layers 4  # of one GPU, FSDP2, and a shared sequence
     python benchmarks/scaling.py --device cpu --tiny --gpus 1 2         # two processes over gloo
+    python benchmarks/scaling.py … + … + …                              # several of these, in the same processes
 
-One table: time (of the slowest GPU), times one GPU, peak memory, bytes that leave a GPU, the time of a GPU's kernels
-that compute and of those that exchange (waiting for others included), and how far outputs are from one GPU's. Weights
-are random. In training they are sharded by FSDP2 over the same GPUs, and each block is checkpointed.
-With ``--shares`` also the time that attention takes, and that of the dearest GPU over the mean.
-``--csv`` keeps the table, for scaling_model.py. With ``--rows`` each row is kept in a folder as soon as it is there,
-and the table has those of earlier runs as well; with ``--gpus 0`` nothing else is done.
+One table: time (of the slowest GPU, and until a host has launched everything), times one GPU, peak memory, bytes that
+leave a GPU, the time of a GPU's kernels that compute and of those that exchange (waiting for others included), and how
+far outputs are from one GPU's. Weights are random. In training they are sharded by FSDP2 over the same GPUs, and each
+block is checkpointed. With ``--shares`` also the time that attention takes, and that of the dearest GPU over the mean.
+
+Rows of fewer GPUs than there are run at the same time, on GPUs of their own: first all of one GPU, then forwards, then
+training, then forwards as CUDA graphs. ``--csv`` keeps the table, for scaling_model.py, and the kernels of each row.
+With ``--rows`` each row is kept in a folder as soon as it is there, and what is there is not measured again; with
+``--gpus 0`` nothing is.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import math
 import os
-import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable
-from itertools import product
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import groupby, product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import harness
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from wan_stand_in import CHANNELS, HEAD, TEXT, Wan
+from scaling_ranks import OVERLAPS, Run, groups_of, line_of, shares_of, tokens_of
+from wan_stand_in import HEAD
 
-from sparge_compile import Calibration, DistillationHook, Ranks
+from sparge_compile import DistillationHook
 from sparge_compile.parallel.heads import balanced, imbalance
 from sparge_compile.parallel.measured import attention_seconds_by_rank
-from sparge_compile.passes.write import turns
 
-LEAST_BYTES = turns.LEAST_BYTES
 STEPS = {"forward": 5, "training": 3}  # that are timed, after two
 
 
-class Run:
-    """One process of several, with a model of its own."""
+class Job(NamedTuple):
+    """What makes a row."""
 
-    def __init__(self, rank: int, world: int, args: argparse.Namespace) -> None:
-        self.rank, self.world, self.args = rank, world, args
-        self.device = torch.device("cuda", rank) if args.device == "cuda" else torch.device("cpu")
-        self.dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-        costs = shares_of(args)
-        self.pairs = [(share, 0.0) for share in costs]
-        self.costs = costs
+    gpus: int
+    step: str
+    attention: str = "sparse"
+    way: str = ""
+    heads: str = ""
+    overlap: str = ""
+    launch: str = "kernels"
 
-    def model(self, checkpointed: bool, way: str, ordered: bool = True, shared: bool = True) -> Wan:
-        """The same weights in every process; attention over all of them, where there are several and they share."""
-        torch.manual_seed(0)
-        args = self.args
-        with self.device:
-            model = Wan(args.layers, args.heads * args.head_size, args.ffn, checkpointed, args.head_size)
-        model = model.to(self.dtype)
-        if self.world > 1 and shared:
-            model.group, ranks = dist.group.WORLD, Ranks.of()
-            best = balanced(self.costs, self.world)
-            order = torch.tensor(best, device=self.device) if ordered and best != sorted(best) else None
-            for block in model.blocks:
-                block.attn1.shared = {"heads": ranks, "order": order} if way == "heads" else {"ring": ranks}
-        return model
+    def __str__(self) -> str:
+        said = [self.step, self.attention, self.way, self.heads, self.overlap, "as a graph" * (self.launch == "graph")]
+        return f"{self.gpus} GPUs, {', '.join(filter(None, said))}"
 
-    def inputs(self, seed: int = 1, batch: int = 1) -> tuple[Tensor, ...]:
-        generator = torch.Generator().manual_seed(seed)
-        width = self.args.heads * self.args.head_size
-        latents = torch.randn(batch, CHANNELS, *self.args.latents, generator=generator)
-        text = torch.randn(batch, TEXT, width, generator=generator)
-        moved = (x.to(self.device, self.dtype) for x in (latents, text))
-        return *moved, torch.full((batch,), 500.0, device=self.device)
 
-    def compiled(self, model: nn.Module, attention: str, overlap: str = "on") -> nn.Module:
-        """Its blocks compiled, sparse or by the inner backend alone."""
-        torch._dynamo.reset()
-        how: dict[str, Any] = {"backend": self.args.inner, "fullgraph": True}
-        if attention == "sparse":
-            calibration = Calibration({"blocks.*.attn1": self.pairs})
-            options = {"calibration": calibration, "min_seq_len": 1024, "inner": self.args.inner}
-            turns.LEAST_BYTES = LEAST_BYTES if overlap == "on" else math.inf
-            if overlap == "off" and self.args.inner == "inductor":
-                options["inductor"] = {"reorder_for_compute_comm_overlap": False}
-            how |= {"backend": "sparge", "options": options}
-        for block in model.blocks:
-            block.compile(**how)
-        return model
-
-    def seconds(self, call: Callable[[], object], number: int) -> float:
-        """The median of some calls, each from the moment when all ranks are ready until the last one is done."""
-        found = []
-        for _ in range(number + 2):
-            self.wait()
-            start = time.perf_counter()
-            call()
-            self.wait(alone=True)
-            found.append(time.perf_counter() - start)
-        return statistics.median(max(times) for times in zip(*self.of_all(found[2:]), strict=True))
-
-    def exchange_rate(self) -> str:
-        """How long an exchange of one layer's keys takes, by itself."""
-        width = self.args.heads * self.args.head_size
-        mine = torch.randn(self.world, tokens_of(self.args) // self.world**2 * width, device=self.device).to(self.dtype)
-        came = torch.empty_like(mine)
-        seconds = self.seconds(lambda: dist.all_to_all_single(came, mine), 5)
-        sent = mine.nbytes * (self.world - 1) / self.world
-        return f"{sent / 1e6:.3g} MB to others in {1000 * seconds:.3g} ms, {sent / seconds / 1e9:.3g} GB/s"
-
-    def of_all(self, value: Any) -> list[Any]:
-        """What each rank has."""
-        values = [value] * self.world
-        if self.world > 1:
-            dist.all_gather_object(values, value)
-        return values
-
-    def wait(self, alone: bool = False) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        if self.world > 1 and not alone:
-            dist.barrier()
-
-    def peak(self) -> float | None:
-        """GiB of memory at the most since the last time; None on a CPU."""
-        if self.device.type != "cuda":
-            return None
-        found = torch.cuda.max_memory_allocated(self.device) / 2**30
-        torch.cuda.reset_peak_memory_stats(self.device)
+def jobs_of(args: argparse.Namespace) -> list[Job]:
+    """All rows, in the order in which they are measured."""
+    found = []
+    if args.losses:
+        for n in args.gpus:
+            found += [Job(n, "losses", "sparse", way) for way in (("FSDP2", "heads", "ring") if n > 1 else ("",))]
         return found
+    launches = ["kernels", *["graph"] * args.graphs]
+    for launch, step, n, attention in product(launches, args.steps, args.gpus, args.attention):
+        if launch == "graph" and step == "training":
+            continue
+        ways = args.ways if n > 1 else [""]
+        overlaps = args.overlap[: None if launch == "kernels" else 1] if n > 1 and attention == "sparse" else [""]
+        for way, overlap in product(ways, overlaps):
+            unequal = args.shares and (way, attention) == ("heads", "sparse") and n > 1
+            for heads in ("as they come", "balanced") if unequal else ("",):
+                found.append(Job(n, step, attention, way, heads, overlap, launch))
+    return sorted(found, key=lambda job: _turn(job, args))  # stable
 
 
-def shares_of(args: argparse.Namespace) -> list[float]:
-    """The share of key blocks that each head keeps: alike, or evenly between two numbers, the dearest heads first."""
-    low, high = args.shares or (1 - args.sparsity,) * 2
-    return [high + (low - high) * h / max(1, args.heads - 1) for h in range(args.heads)]
+def _turn(job: Job, args: argparse.Namespace) -> tuple[int, ...]:
+    """When jobs are done; those of one turn are shared among the groups."""
+    if args.losses:
+        return (args.gpus.index(job.gpus),)
+    step = 0 if job.gpus == 1 else 1 + args.steps.index(job.step)
+    return job.launch == "graph", step, args.overlap.index(job.overlap or args.overlap[0]), args.gpus.index(job.gpus)
 
 
 def sent(args: argparse.Namespace, world: int, way: str, trains: bool) -> float:
     """GB that leave a GPU in a step, for attention."""
     whole = args.layers * tokens_of(args) * args.heads * args.head_size * (2 if args.device == "cuda" else 4) / 1e9
-    if way == "heads":
-        return whole * 4 * (world - 1) / world**2 * (3 if trains else 1)
-    return whole * 2 * (world - 1) / world * (5 if trains else 1)  # sums of gradients are twice as wide
+    if way == "ring":
+        return whole * 2 * (world - 1) / world * (5 if trains else 1)  # sums of gradients are twice as wide
+    return whole * 4 * (world - 1) / world**2 * (3 if trains else 1)
 
 
-def tokens_of(args: argparse.Namespace) -> int:
-    frames, height, width = args.latents
-    return frames * height * width // 4
-
-
-def measure(run: Run, step: str, attention: str, way: str, ordered: bool, overlap: str) -> dict[str, Any]:
+def measure(run: Run, job: Job) -> dict[str, Any]:
     """One row: a step with one kind of attention on so many GPUs."""
-    args = run.args
-    row = {"attention": attention, "step": step, "way": way if run.world > 1 else "", "GPUs": run.world}
+    args, trains = run.args, job.step == "training"
+    row: dict[str, Any] = {"attention": job.attention, "step": job.step, "way": job.way, "GPUs": job.gpus}
     row |= {"tokens": tokens_of(args), "layers": args.layers, "heads": args.heads, "ffn": args.ffn}
-    row |= {"sparsity": args.sparsity, "GB sent": sent(args, run.world, way, step == "training")}
-    row |= {"heads are": ("balanced" if ordered else "as they come") if run.world > 1 and way == "heads" else ""}
-    row |= {"overlap": overlap if run.world > 1 and attention == "sparse" else ""}
+    row |= {"sparsity": args.sparsity, "GB sent": sent(args, run.world, job.way, trains)}
+    row |= {"heads are": job.heads, "overlap": job.overlap, "launched": job.launch}
     inputs = run.inputs()
-    gc.collect()  # models of before
-    if step == "forward":
-        model = run.compiled(run.model(False, way, ordered).requires_grad_(False).eval(), attention, overlap)
+    model = run.model(trains, job.way, job.heads != "as they come")
+    run.compiled(model if trains else model.requires_grad_(False).eval(), job.attention, job.overlap)
+    run.peak()
+    if not trains:
         call = torch.no_grad()(lambda: model(*inputs))
-        run.peak()
-        row |= {"ms": 1000 * run.seconds(call, STEPS[step]), "GiB": run.peak(), "out": call().float().cpu()}
-        row |= {"kernels": kernels_of(run, call)}
-        if args.shares and run.world > 1 and attention == "sparse":
-            seconds = attention_seconds_by_rank(call)
+        if job.launch == "graph":
+            call = run.captured(call)
+        took = run.seconds(call, STEPS[job.step])
+        row |= {"ms": 1000 * took.all, "host ms": 1000 * took.host, "GiB": run.peak(), "out": call().float().cpu()}
+        row |= {"kernels": run.kernels_of(call) if job.launch == "kernels" else {}}
+        if args.shares and run.world > 1 and job.attention == "sparse":
+            seconds = attention_seconds_by_rank(call, run.group)
             mean = sum(seconds) / run.world
             row |= {"attention ms": 1000 * mean, "dearest ÷ mean": max(seconds) / mean}
         return row
-    model = run.compiled(run.model(True, way, ordered), attention, overlap)
     if run.world > 1:
-        sharded(model)
+        run.sharded(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=run.device.type == "cuda")
 
     def train() -> None:
@@ -186,102 +130,80 @@ def measure(run: Run, step: str, attention: str, way: str, ordered: bool, overla
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    run.peak()
-    row |= {"ms": 1000 * run.seconds(train, STEPS[step]), "GiB": run.peak()}
-    return row | {"kernels": kernels_of(run, train)}
+    took = run.seconds(train, STEPS[job.step])
+    return row | {"ms": 1000 * took.all, "host ms": 1000 * took.host, "GiB": run.peak()}
 
 
-def kernels_of(run: Run, call: Callable[[], object]) -> dict[str, float]:
-    """ms of this process's GPU by kernel, in a call that all ranks begin together; nothing on a CPU."""
-    run.wait()
-    return {name: 1000 * seconds for name, seconds in harness.kernel_seconds(call).items()}
-
-
-def sharded(model: nn.Module) -> None:
-    """Under FSDP2, block by block."""
-    for block in model.blocks:
-        fully_shard(block)
-    fully_shard(model)
-
-
-def measure_all(run: Run, keep: Callable[[dict[str, Any]], None]) -> None:
-    """Every row of one number of GPUs, forwards first, since these are over soon."""
-    args = run.args
-    ways = args.ways if run.world > 1 else args.ways[:1]
-    for step, way, attention, overlap in product(args.steps, ways, args.attention, args.overlap):
-        if overlap != args.overlap[0] and (run.world == 1 or attention == "dense"):
-            continue
-        both = args.shares and run.world > 1 and (way, attention) == ("heads", "sparse")
-        for ordered in (False, True) if both else (True,):
-            row = measure(run, step, attention, way, ordered, overlap)
-            keep(row)
-            if run.rank == 0:
-                said = ", ".join(x for x in (attention, row["way"], row["heads are"], row["overlap"]) if x)
-                past = time.time() - args.begin
-                print(f"{run.world} GPUs, {step}, {said}: {row['ms']:.4g} ms ({past:.0f} s so far)", flush=True)
-
-
-def losses(run: Run, keep: Callable[[dict[str, Any]], None]) -> None:
-    """Losses of a distillation in float32: of one GPU with the whole batch, of FSDP2, and of a shared sequence."""
+def losses(run: Run, job: Job) -> dict[str, Any]:
+    """Losses of a distillation in float32: of one GPU with the whole batch, of FSDP2, or of a shared sequence."""
     run.dtype = torch.float32
-    batch = run.inputs(batch=run.args.batch)
-    for way in ("FSDP2", "heads", "ring") if run.world > 1 else ("",):
-        shares = way in ("heads", "ring")
-        mine = tuple(x.chunk(run.world)[run.rank] for x in batch) if way == "FSDP2" else batch
-        gc.collect()
-        teacher, student = (run.model(False, way, shared=shares) for _ in range(2))
-        student = run.compiled(student, "sparse")
-        for model in (student, teacher) if run.world > 1 else ():
-            sharded(model)
-        optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
-        curve = []
-        run.peak()
-        with DistillationHook(student, teacher) as hook:
-            for _ in range(run.args.losses):
-                student(*mine)
-                loss = hook.loss()
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                curve.append(sum(run.of_all(loss.item())) / run.world)
-        keep({"GPUs": run.world, "way": way, "losses": curve, "GiB": run.peak()})
+    batch, shares = run.inputs(batch=run.args.batch), job.way in ("heads", "ring")
+    mine = tuple(x.chunk(run.world)[run.rank] for x in batch) if job.way == "FSDP2" else batch
+    teacher, student = (run.model(False, job.way, shared=shares) for _ in range(2))
+    run.compiled(student, "sparse")
+    for model in (student, teacher) if run.world > 1 else ():
+        run.sharded(model)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
+    curve = []
+    run.peak()
+    with DistillationHook(student, teacher) as hook:
+        for _ in range(run.args.losses):
+            student(*mine)
+            loss = hook.loss()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            curve.append(sum(run.of_all(loss.item())) / run.world)
+    return {"GPUs": run.world, "way": job.way, "losses": curve, "GiB": run.peak()}
 
 
-def work(rank: int, world: int, args: argparse.Namespace, rows: Path) -> None:
-    """One process: everything that is to be measured on so many GPUs."""
+def work(rank: int, world: int, plans: list[tuple[argparse.Namespace, list[Job]]], rendezvous: str) -> None:
+    """One process: its part of what is to be measured."""
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     torch.set_num_threads(1)
-    run = Run(rank, world, args)
-    if args.device == "cuda":
-        torch.cuda.set_device(run.device)
+    kind = plans[0][0].device
+    device = torch.device("cuda", rank) if kind == "cuda" else torch.device("cpu")
+    groups = {}
+    if kind == "cuda":
+        torch.cuda.set_device(device)
     if world > 1:
-        how = {"backend": "nccl", "device_id": run.device} if args.device == "cuda" else {"backend": "gloo"}
-        where = f"file://{args.rendezvous}/{world}"
-        dist.init_process_group(**how, init_method=where, rank=rank, world_size=world)
-
-    def keep(row: dict[str, Any]) -> None:
-        if rank == 0:
-            torch.save(row, rows / f"{time.time_ns()}.pt")
-
-    if world > 1:
-        rate = run.exchange_rate()
-        if rank == 0:
-            print(f"{world} GPUs, an exchange: {rate}", flush=True)
-    (losses if args.losses else measure_all)(run, keep)
+        how = {"backend": "nccl", "device_id": device} if kind == "cuda" else {"backend": "gloo"}
+        dist.init_process_group(**how, init_method=f"file://{rendezvous}/processes", rank=rank, world_size=world)
+        wanted = {(job.gpus, line_of(job.overlap)) for _, jobs in plans for job in jobs if job.gpus > 1}
+        groups = groups_of(world, sorted(wanted), device)
+    for args, jobs in plans:
+        for _, turn in groupby(jobs, partial(_turn, args=args)):
+            for i, job in enumerate(turn):
+                if i % (world // job.gpus) == rank // job.gpus:
+                    gc.collect()  # models of before
+                    run = Run(args, device, groups.get((job.gpus, line_of(job.overlap))))
+                    row = (losses if args.losses else measure)(run, job)
+                    if run.rank == 0:
+                        keep(args, job, row)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
 
 
+def keep(args: argparse.Namespace, job: Job, row: dict[str, Any]) -> None:
+    """Write a row into the folder, and say it."""
+    torch.save(row | {"job": tuple(job)}, Path(args.rows) / f"{time.time_ns()}.pt")
+    took = f": {row['ms']:.4g} ms, launched in {row['host ms']:.4g}" if "ms" in row else ""
+    print(f"{job}{took} ({time.time() - args.begin:.0f} s so far)", flush=True)
+
+
 def finish(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows with what one GPU is needed for: times its time, and how far outputs are apart."""
-    one = {(row["attention"], row["step"]): row for row in rows if row["GPUs"] == 1}
+
+    def like(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["attention"], row["step"], row["launched"]
+
+    one = {like(row): row for row in rows if row["GPUs"] == 1}
     for row in rows:
-        times = row.pop("kernels", {})
-        if times:
+        if times := row.get("kernels"):
             row["exchange ms"] = sum(ms for name, ms in times.items() if "nccl" in name.lower())
             row["computing ms"] = sum(times.values()) - row["exchange ms"]
-        alone, out = one.get((row["attention"], row["step"])), row.get("out")
+        alone, out = one.get(like(row)), row.get("out")
         if alone is not None:
             row["× one GPU"] = alone["ms"] / row["ms"]
             if out is not None and row is not alone:
@@ -289,11 +211,12 @@ def finish(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name != "out"} for row in rows]
 
 
-def main() -> None:
+def arguments(given: Sequence[str]) -> argparse.Namespace:
+    """One setting."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     here = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=here, choices=("cuda", "cpu"), help=f"({here})")
-    parser.add_argument("--gpus", type=int, nargs="+", help="(1, 2, 4, as many as there are)")
+    parser.add_argument("--gpus", type=int, nargs="+", help="(1, 2, 4, as many as there are), in this order")
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--head-size", type=int, default=HEAD)
@@ -301,7 +224,7 @@ def main() -> None:
     parser.add_argument("--latents", type=int, nargs=3, default=[21, 60, 104], help="frames, height, width (21 60 104)")
     parser.add_argument("--sparsity", type=float, default=0.95)
     parser.add_argument("--shares", type=float, nargs=2, help="of the sparsest head and of the densest")
-    parser.add_argument("--attention", nargs="+", default=["dense", "sparse"], choices=("dense", "sparse"))
+    parser.add_argument("--attention", nargs="+", default=["sparse", "dense"], choices=("dense", "sparse"))
     parser.add_argument("--ways", nargs="+", default=["heads"], choices=("heads", "ring"))
     parser.add_argument("--steps", nargs="+", default=["forward", "training"], choices=("forward", "training"))
     parser.add_argument(
@@ -310,62 +233,104 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="of these (4)")
     parser.add_argument("--inner", default="inductor", choices=("inductor", "aot_eager", "eager"))
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to see that everything runs")
-    parser.add_argument("--csv", help="write the table to this file as well")
+    parser.add_argument("--csv", help="write the table to this file as well, and kernels to another beside it")
     parser.add_argument("--rows", help="a folder where rows are kept, and others may be")
-    overlaps = {"nargs": "+", "default": ["on"], "choices": ("on", "whole", "off")}
-    parser.add_argument("--overlap", **overlaps, help="whole: heads not in turns; off: exchanges waited for at once")
-    args = parser.parse_args()
+    parser.add_argument("--graphs", action="store_true", help="forwards as one CUDA graph, too")
+    under_way = "; ".join(f"{name}: {said}" for name, said in OVERLAPS.items())
+    parser.add_argument("--overlap", nargs="+", default=["on"], choices=OVERLAPS, help=f"under way: {under_way}")
+    args = parser.parse_args(given)
     args.begin = time.time()
     if args.tiny:
         args.layers, args.heads, args.head_size, args.ffn, args.latents, args.inner = 2, 4, 16, 64, [4, 32, 32], "eager"
     counts = args.gpus if args.gpus is not None else [n for n in (1, 2, 4) if n <= max(1, torch.cuda.device_count())]
-    print(harness.header(torch.device(args.device)), flush=True)
-    if args.shares:
-        costs = shares_of(args)
-        for n in counts:
-            if n and args.heads % n == 0:
-                come, best = (imbalance(costs, order, n) for order in (range(args.heads), balanced(costs, n)))
-                print(f"{n} GPUs: expected, the dearest over the mean: {come:.2f} as heads come, {best:.2f} balanced")
-    with tempfile.TemporaryDirectory() as args.rendezvous:
-        folder = Path(args.rows or args.rendezvous)
-        folder.mkdir(parents=True, exist_ok=True)
+    args.gpus = [n for n in counts if n]
+    if args.graphs and args.device == "cpu":
+        parser.error("--graphs: there are no CUDA graphs on a CPU")
+    return args
+
+
+def settings(given: Sequence[str]) -> Iterator[argparse.Namespace]:
+    """Those between pluses, one or more."""
+    for is_plus, some in groupby(given, "+".__eq__):
+        if not is_plus:
+            yield arguments(list(some))
+
+
+def main() -> None:
+    every = list(settings(sys.argv[1:])) or [arguments([])]
+    counts = [n for args in every for n in args.gpus]
+    world = max(counts, default=1)
+    if any(world % n for n in counts):
+        raise SystemExit(f"--gpus {counts}: the largest is to be a multiple of each")
+    print(harness.header(torch.device(every[0].device)), flush=True)
+    with tempfile.TemporaryDirectory() as place:
+        plans = []
+        for i, args in enumerate(every):
+            args.rows = args.rows or f"{place}/{i}"
+            Path(args.rows).mkdir(parents=True, exist_ok=True)
+            there = {row["job"] for row in rows_in(args)}
+            plans.append((args, [job for job in jobs_of(args) if job not in there]))
         failed = None
-        for n in filter(None, counts):
+        if any(jobs for _, jobs in plans):
             try:
-                torch.multiprocessing.spawn(work, (n, args, folder), nprocs=n)
+                torch.multiprocessing.spawn(work, (world, plans, place), nprocs=world)
             except Exception as error:  # told behind what there is
                 failed = error
-        rows = [torch.load(path, weights_only=False) for path in sorted(folder.glob("*.pt"))]
-    rows.sort(key=lambda row: row["GPUs"])
-    if args.losses:
-        show_losses([row for row in rows if "losses" in row])
-    else:
-        show(args, finish([row for row in rows if "ms" in row]))
+        for args in every:
+            (show_losses if args.losses else show)(args, rows_in(args))
     if failed is not None:
         raise failed
 
 
+def rows_in(args: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = [torch.load(path, weights_only=False) for path in sorted(Path(args.rows).glob("*.pt"))]
+    return sorted(rows, key=lambda row: row["GPUs"])
+
+
 def show(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    shown = ["attention", "step", "way", "heads are", "overlap", "GPUs", "ms", "× one GPU", "GiB", "GB sent"]
-    shown += ["computing ms", "exchange ms", "apart"]
-    shown += ["attention ms", "dearest ÷ mean"] if args.shares else []
-    rows.sort(key=lambda row: (row["step"], row["attention"], row["way"] == "ring"))
-    print(harness.table([{name: row.get(name) for name in shown} for row in rows]))
+    """The table; before it, what heads that are unequal should cost."""
+    costs = shares_of(args)
+    for n in args.gpus if args.shares else ():
+        if args.heads % n == 0:
+            come, best = (imbalance(costs, order, n) for order in (range(args.heads), balanced(costs, n)))
+            print(f"{n} GPUs: expected, the dearest over the mean: {come:.2f} as heads come, {best:.2f} balanced")
+    rows = finish(rows)
+    shown = [
+        "attention",
+        "step",
+        "way",
+        "heads are",
+        "overlap",
+        "launched",
+        "GPUs",
+        "ms",
+        "× one GPU",
+        "GiB",
+        "GB sent",
+    ]
+    shown += ["host ms", "computing ms", "exchange ms", "apart", "attention ms", "dearest ÷ mean"]
+    shown = [name for name in shown if any(row.get(name) not in (None, "") for row in rows)]
+    rows.sort(key=lambda row: (row["launched"] == "graph", row["step"], row["attention"], row["way"] == "ring"))
+    print(harness.table([{name: row.get(name) for name in shown} for row in rows]), flush=True)
     if args.csv:
-        harness.write_csv(args.csv, rows)
+        kernels = [(row["job"], name, ms) for row in rows for name, ms in row.get("kernels", {}).items()]
+        said = [{"row": str(Job(*job)), "kernel": name, "ms": ms} for job, name, ms in kernels]
+        harness.write_csv(Path(args.csv).with_suffix(".kernels.csv"), said)
+        harness.write_csv(args.csv, [{k: v for k, v in row.items() if k not in ("kernels", "job")} for row in rows])
 
 
-def show_losses(rows: list[dict[str, Any]]) -> None:
+def show_losses(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """First and last loss of each curve, and how far it is from the first row's at the most."""
     if not rows:
         return
     want = torch.tensor(rows[0]["losses"])
+    shown = []
     for row in rows:
         curve = torch.tensor(row["losses"])
         apart = ((curve - want).abs() / want).max().item()
-        row |= {"first": curve[0].item(), "last": curve[-1].item(), "apart at most": apart}
-        row.pop("losses")
-    print(harness.table(rows))
+        shown.append({"GPUs": row["GPUs"], "way": row["way"], "GiB": row["GiB"], "steps": len(curve)})
+        shown[-1] |= {"first": curve[0].item(), "last": curve[-1].item(), "apart at most": apart}
+    print(harness.table(shown), flush=True)
 
 
 if __name__ == "__main__":
