@@ -1,12 +1,14 @@
 #!/bin/sh
-# Everything that wants several GPUs, four or else two, in some 580 s: scaling, tests under NCCL, losses, unequal heads,
+# Everything that wants several GPUs, four or else two, in some 450 s: scaling, tests under NCCL, losses, unequal heads,
 # Wan-14B's shape.
-#   PYTHON=python OUT=folder sh benchmarks/scaling_on_gpus.sh [--tiny]    (--tiny: two processes over gloo, to try it)
-# What matters most comes first; what needs not all GPUs runs at once, on GPUs of its own. Each part has its time, all
-# have $LIMIT seconds; what has used it up is ended with all its processes, and the rows that it measured stand.
-PYTHON=${PYTHON:-python} OUT=${OUT:-.} LIMIT=${LIMIT:-580}
+#   PYTHON=python OUT=folder sh benchmarks/scaling_on_gpus.sh [--tiny] [scaling] [tests] [unequal] [14B]
+# --tiny: processes over gloo, to try it; no names: all parts, what matters most first. Each part has its time ($SCALING
+# seconds for the first), all have $LIMIT seconds; what has used it up is ended with all its processes, and the rows that
+# it measured stand. Tests and losses, which are not timed, run at the same time, each test file on a pair of GPUs.
+PYTHON=${PYTHON:-python} OUT=${OUT:-.} LIMIT=${LIMIT:-580} SCALING=${SCALING:-260}
 here=$(dirname "$0") kept=$(mktemp -d) begin=$(date +%s)
-export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 TORCHINDUCTOR_COMPILE_THREADS=8 PYTHONUNBUFFERED=1
+export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
+export TORCHINDUCTOR_COMPILE_THREADS=8 TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$kept/triton}"  # one for all GPUs
 spent() { echo $(($(date +%s) - begin)); }
 
 # part NAME SECONDS GPUS COMMAND …: what it prints and how it ends is kept, until `shown NAME`.
@@ -18,38 +20,58 @@ part() {
     echo $? >"$kept/$name.code"
     { echo "== $name, after $(spent) s"; cat "$kept/$name.out" "$kept/$name.err"; } >>"$OUT/log.txt"
 }
+# shown NAME LINES: the last of them, and what was wrong.
 shown() {
     [ -f "$kept/$1.code" ] || return
     echo "== $1: exit code $(cat "$kept/$1.code"), $(spent) s so far"
-    [ ! -f "$kept/$1.out" ] || tail -n "$2" "$kept/$1.out" | tail -c 1800
-    [ "$(cat "$kept/$1.code")" = 0 ] || grep -hE "Error|error:" "$kept/$1.err" 2>/dev/null | sort -u | tail -n 5 | cut -c -300
+    [ ! -f "$kept/$1.out" ] || grep -v "^|" "$kept/$1.out" | tail -n "$2" | cut -c -150
+    [ "$(cat "$kept/$1.code")" = 0 ] || grep -hE "Error|error:|SIG|Fatal" "$kept/$1.err" 2>/dev/null | sort -u | tail -n 4 | cut -c -250
 }
-scaling() { name=$1 time=$2 gpus=$3; shift 3; part "$name" "$time" "$gpus" "$PYTHON" -W ignore "$here/scaling.py" $on "$@"; }
-tests() { part "$1" 200 "$2" "$PYTHON" -m pytest --tb=line -o timeout=120 -m "$3" tests/parallel tests/distill/test_parallel.py tests/test_cli.py tests/examples; }
+scaling() { name=$1 time=$2; shift 2; part "$name" "$time" "$all" "$PYTHON" -W ignore "$here/scaling.py" "$@"; }
+tests() { part "$1" 200 "$2" "$PYTHON" -m pytest --tb=line -o timeout=150 -m "$3" "$4"; }
+wanted() { [ -z "$parts" ] || case " $parts " in *" $1 "*) ;; *) false ;; esac; }
 
-on="" one=0 two=1,2 three=3 first=0,1 second=2,3 all=0,1,2,3 many=4 latents="16 32 32"
-[ "$("$PYTHON" -c "import torch; print(torch.cuda.device_count())")" -ge 4 ] || three=1 second=0,1 all=0,1 many=2
-large="--heads 40 --ffn 13824 --layers 2 --latents 21 90 160 --ways heads ring --steps forward --rows $kept/large"
-small="--rows $kept/small" unequal="--shares 0.01 0.19 --attention sparse --steps forward --rows $kept/unequal"
-losses="--heads 24 --head-size 64 --layers 4 --losses 20 --rows $kept/losses"
-[ "$1" = --tiny ] && on="--device cpu --tiny" many=2 latents="4 32 32"
+on="" gpus="1 4 2" all=0,1,2,3 first=0,1 second=2,3 latents="16 32 32" graphs=--graphs
+[ "$("$PYTHON" -c "import torch; print(torch.cuda.device_count())")" -ge 4 ] || gpus="1 2" all=0,1 second=0,1
+[ "$1" = --tiny ] && { on="--device cpu --tiny" gpus="1 2" latents="4 32 32" graphs=""; shift; }
+parts=$*
+most=${gpus#1 } most=${most%% *}
+small="$on --gpus $gpus $graphs --rows $kept/small --csv $OUT/scaling.csv"
+losses="$on --gpus 1 $most --heads 24 --head-size 64 --layers 4 --losses 20 --latents $latents --inner aot_eager --rows $kept/losses"
+unequal="$on --gpus $most --shares 0.01 0.19 --attention sparse --steps forward --rows $kept/unequal --csv $OUT/unequal.csv"
+large="$on --gpus 1 $most --heads 40 --ffn 13824 --layers 2 --latents 21 90 160 --ways heads ring --steps forward --rows $kept/large --csv $OUT/scaling_14b.csv"
 
-scaling "1 GPU" 200 $one $small --gpus 1 &
-[ $many = 2 ] || scaling "2 GPUs" 200 $two $small --gpus 2 &
-{ scaling "losses of 1 GPU" 120 $three $losses --latents $latents --gpus 1; scaling "14B, 1 GPU" 80 $three $large --gpus 1; } &
-wait
-scaling "all GPUs" 180 $all $small --gpus $many
-scaling "table" 20 $one $small --gpus 0 --csv "$OUT/scaling.csv"
-shown "1 GPU" 0; shown "2 GPUs" 0; shown "all GPUs" 0; shown "table" 20
-[ -n "$on" ] || { tests "tests" $first "multigpu and not slow" & tests "slow tests" $second "multigpu and slow" & wait; }
-shown "tests" 12; shown "slow tests" 20
-scaling "losses" 80 $all $losses --latents $latents --gpus $many
-shown "losses of 1 GPU" 0; shown "losses" 8
-scaling "unequal heads" 50 $all $unequal --gpus $many --csv "$OUT/unequal.csv"
-shown "unequal heads" 8
-scaling "14B" 70 $all $large --gpus $many --csv "$OUT/scaling_14b.csv"
-shown "14B, 1 GPU" 0; shown "14B" 10
+wanted scaling && scaling "scaling" "$SCALING" $small
+shown "scaling" 24
+if wanted tests; then
+    if [ -z "$on" ]; then
+        tests "NCCL: sharded attention" $first multigpu tests/parallel/test_sharded_attention.py &
+        tests "NCCL: context_parallel" $second multigpu tests/parallel/test_torch_context_parallel.py &
+        tests "NCCL: diffusers" $first multigpu tests/parallel/test_models.py &
+        tests "NCCL: distillation, slow" $second "multigpu and slow" tests/distill/test_parallel.py &
+        tests "NCCL: distillation" $first "multigpu and not slow" tests/distill/test_parallel.py &
+        tests "NCCL: recipe" $second multigpu tests/examples/test_finetune.py &
+        tests "NCCL: overlap" $first multigpu tests/parallel/test_overlap.py &
+        tests "NCCL: sparge calibrate" $second multigpu tests/test_cli.py &
+    fi
+    scaling "losses" 150 $losses &
+    wait
+    for name in "sharded attention" context_parallel diffusers "distillation, slow" distillation recipe overlap "sparge calibrate"; do
+        shown "NCCL: $name" 2
+    done
+    shown "losses" 8
+fi
+for name in unequal large; do
+    eval "those=\$$name"
+    case $name in large) wanted 14B ;; *) wanted $name ;; esac && rest="${rest:+$rest + }$those"
+done
+[ -z "$rest" ] || scaling "unequal heads, 14B" 150 $rest
+shown "unequal heads, 14B" 16
+for some in "$small" "$losses" "$unequal" "$large"; do  # tables, of what was ended too
+    rows=${some#*--rows } rows=${rows%% *}
+    [ -z "$(ls "$rows" 2>/dev/null)" ] || "$PYTHON" -W ignore "$here/scaling.py" $some --gpus 0 >>"$OUT/tables.txt"
+done
 for file in scaling scaling_14b; do
-    [ ! -f "$OUT/$file.csv" ] || "$PYTHON" -W ignore "$here/scaling_model.py" --models --measured "$OUT/$file.csv"
+    [ ! -f "$OUT/$file.csv" ] || "$PYTHON" -W ignore "$here/scaling_model.py" --models --measured "$OUT/$file.csv" >>"$OUT/tables.txt"
 done
 rm -r "$kept"
