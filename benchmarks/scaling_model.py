@@ -87,12 +87,12 @@ def bare(heads: int, overlap: str) -> tuple[float, int]:
     """What nothing hides of an exchange of so many heads a rank: a share of its bytes, and collectives.
 
     ``off``: all of it, values, keys with queries, and the result. ``whole``: values go while keys and queries are
-    projected. ``on``: so do keys and queries of the second turn, and the result of the first.
+    projected. ``on``: so do keys and queries of the second turn, and the result of the first; ``thirds``: of three.
     """
     if overlap == "off":
         return 1.0, 3
-    first = heads // 2 / heads if overlap == "on" and heads > 1 else 1.0
-    last = 1 - first if first < 1 else 1.0
+    turns = min(heads, {"whole": 1, "thirds": 3}.get(overlap, 2))
+    first, last = heads // turns / heads, -(-heads // turns) / heads
     return (2 * first + last) / 4, 2
 
 

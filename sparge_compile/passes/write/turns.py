@@ -1,5 +1,5 @@
-"""A rank's heads in two turns: while the first is attended to, queries and keys of the second are exchanged, and while
-the second is attended to, the result of the first.
+"""A rank's heads in turns: while the first is attended to, queries and keys of the second are exchanged, and while the
+second is attended to, the result of the first.
 
 ``to_heads``, the op and ``to_rows`` become those of ``parallel/exchange.py`` that take turns, with an op for each turn.
 Left as it is: what has a mask or a limit, exchanges too short to be worth a second one, heads of one key head.
@@ -24,6 +24,7 @@ _TO_HEADS = {sparge.to_heads, sparge.to_heads.default}
 _TO_ROWS = {sparge.to_rows, sparge.to_rows.default}
 # Of a rank's queries: some 50 µs over NVLink, which is what a second exchange costs, and smaller kernels.
 LEAST_BYTES = 2**24
+TURNS = 2
 
 
 class Between(NamedTuple):
@@ -55,11 +56,13 @@ def between_exchanges(op: Node) -> Between | None:
     heads = int(key.shape[1]) // ranks  # of a rank
     if heads < 2 or query.numel() * query.element_size() < LEAST_BYTES:
         return None
-    return Between(to_heads, op, ends[0], [heads // 2, heads - heads // 2])  # nothing hides the exchange of the first
+    turns = min(TURNS, heads)
+    shares = [heads * (i + 1) // turns - heads * i // turns for i in range(turns)]
+    return Between(to_heads, op, ends[0], shares)  # the first has the fewest: nothing hides its exchange
 
 
 def take_turns(ops: Iterable[Node]) -> None:
-    """Put two ops in the place of each that stands between exchanges, and the exchanges of both around them."""
+    """Put an op for each turn in the place of each that stands between exchanges, and their exchanges around them."""
     for op in ops:
         found = between_exchanges(op)
         if found is not None:
