@@ -28,6 +28,11 @@ shown() {
     [ "$(cat "$kept/$1.code")" = 0 ] || grep -hE "Error|error:|SIG|Fatal" "$kept/$1.err" 2>/dev/null | sort -u | tail -n 4 | cut -c -250
 }
 scaling() { name=$1 time=$2; shift 2; part "$name" "$time" "$all" "$PYTHON" -W ignore "$here/scaling.py" "$@"; }
+# table NAME ARGUMENTS …: of the rows that there are, where the part was ended before it could print its own.
+table() {
+    [ "$(cat "$kept/$1.code" 2>/dev/null)" = 0 ] && return; shift
+    "$PYTHON" -W ignore "$here/scaling.py" "$@" --gpus 0 >>"$OUT/tables.txt" 2>&1
+}
 tests() { part "$1" 200 "$2" "$PYTHON" -m pytest --tb=line -o timeout=150 -m "$3" "$4"; }
 wanted() { [ -z "$parts" ] || case " $parts " in *" $1 "*) ;; *) false ;; esac; }
 
@@ -43,6 +48,7 @@ large="$on --gpus 1 $most --heads 40 --ffn 13824 --layers 2 --latents 21 90 160 
 
 wanted scaling && scaling "scaling" "$SCALING" $small
 shown "scaling" 24
+wanted scaling && table "scaling" $small &
 if wanted tests; then
     if [ -z "$on" ]; then
         tests "NCCL: sharded attention" $first multigpu tests/parallel/test_sharded_attention.py &
@@ -60,17 +66,18 @@ if wanted tests; then
         shown "NCCL: $name" 2
     done
     shown "losses" 8
+    table "losses" $losses &
 fi
 for name in unequal large; do
     eval "those=\$$name"
     case $name in large) wanted 14B ;; *) wanted $name ;; esac && rest="${rest:+$rest + }$those"
 done
-[ -z "$rest" ] || scaling "unequal heads, 14B" 150 $rest
-shown "unequal heads, 14B" 16
-for some in "$small" "$losses" "$unequal" "$large"; do  # tables, of what was ended too
-    rows=${some#*--rows } rows=${rows%% *}
-    [ -z "$(ls "$rows" 2>/dev/null)" ] || "$PYTHON" -W ignore "$here/scaling.py" $some --gpus 0 >>"$OUT/tables.txt"
-done
+if [ -n "$rest" ]; then
+    scaling "unequal heads, 14B" 150 $rest
+    shown "unequal heads, 14B" 16
+    for some in "$unequal" "$large"; do table "unequal heads, 14B" $some & done
+fi
+wait
 for file in scaling scaling_14b; do
     [ ! -f "$OUT/$file.csv" ] || "$PYTHON" -W ignore "$here/scaling_model.py" --models --measured "$OUT/$file.csv" >>"$OUT/tables.txt"
 done
