@@ -79,10 +79,10 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
             unequal = args.shares and (way, attention) == ("heads", "sparse") and n > 1
             for heads in ("as they come", "balanced") if unequal else ("",):
                 found.append(Job(n, step, attention, way, heads, overlap, launch))
-    return sorted(found, key=lambda job: _turn(job, args))  # stable
+    return sorted(found, key=lambda job: turn_of(job, args))  # stable
 
 
-def _turn(job: Job, args: argparse.Namespace) -> tuple[int, ...]:
+def turn_of(job: Job, args: argparse.Namespace) -> tuple[int, ...]:
     """When jobs are done; those of one turn are shared among the groups."""
     if args.losses:
         return (args.gpus.index(job.gpus),)
@@ -172,7 +172,7 @@ def work(rank: int, world: int, plans: list[tuple[argparse.Namespace, list[Job]]
         wanted = {(job.gpus, line_of(job.overlap)) for _, jobs in plans for job in jobs if job.gpus > 1}
         groups = groups_of(world, sorted(wanted), device)
     for args, jobs in plans:
-        for _, turn in groupby(jobs, partial(_turn, args=args)):
+        for _, turn in groupby(jobs, partial(turn_of, args=args)):
             for i, job in enumerate(turn):
                 if i % (world // job.gpus) == rank // job.gpus:
                     gc.collect()  # models of before

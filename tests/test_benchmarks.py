@@ -12,6 +12,7 @@ import methods
 import plot_sweep
 import pytest
 import raised_messages
+import scaling
 import scaling_model
 import torch
 import varlen
@@ -78,8 +79,31 @@ def test_what_is_expected_of_several_gpus():
     assert one_at_a_time.exchange > steps[2].exchange and one_at_a_time.bytes == steps[2].bytes
     assert [scaling_model.bare(6, overlap) for overlap in ("on", "whole", "off")] == [(0.375, 2), (0.75, 2), (1.0, 3)]
     assert scaling_model.bare(3, "on")[0] == pytest.approx((2 * 1 / 3 + 2 / 3) / 4)
+    assert scaling_model.bare(3, "thirds")[0] == pytest.approx((2 * 1 / 3 + 1 / 3) / 4)
     dear = scaling_model.predict(model, 32_760, 4, 0.05, imbalance=2.0)
     assert dear.attention == pytest.approx(2 * steps[4].attention) and dear.tokens == steps[4].tokens
+
+
+def test_rows_are_measured_in_turns_of_groups_that_are_as_large():
+    """All of one GPU at once, then forwards, then training, then graphs; each number of GPUs in the order given."""
+    (args,) = scaling.settings(["--device", "cpu", "--gpus", "1", "4", "2"])
+    args.graphs = True  # there are none on a CPU
+    jobs = scaling.jobs_of(args)
+    assert [(job.gpus, job.step, job.launch) for job in jobs[::2]] == [
+        *[(1, step, "kernels") for step in ("forward", "training")],
+        *[(n, step, "kernels") for step in ("forward", "training") for n in (4, 2)],
+        *[(n, "forward", "graph") for n in (1, 4, 2)],
+    ]
+    assert [job.attention for job in jobs] == ["sparse", "dense"] * 9
+    turns = [scaling.turn_of(job, args) for job in jobs]
+    assert turns == sorted(turns) and len(set(turns)) == 8, "what one GPU does is one turn"
+
+
+def test_settings_are_parted_by_pluses():
+    first, second = scaling.settings(["--layers", "3", "+", "--losses", "20", "--gpus", "1", "2"])
+    assert (first.layers, first.losses, second.losses) == (3, 0, 20)
+    ways = [(job.gpus, job.way) for job in scaling.jobs_of(second)]
+    assert ways == [(1, ""), (2, "FSDP2"), (2, "heads"), (2, "ring")]
 
 
 def test_a_picture_is_drawn(tmp_path):
