@@ -36,7 +36,7 @@ import harness
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from scaling_ranks import OVERLAPS, Run, groups_of, line_of, shares_of, tokens_of
+from scaling_ranks import OVERLAPS, Run, groups_of, shares_of, tokens_of
 from wan_stand_in import HEAD
 
 from sparge_compile import DistillationHook
@@ -169,14 +169,17 @@ def work(rank: int, world: int, plans: list[tuple[argparse.Namespace, list[Job]]
     if world > 1:
         how = {"backend": "nccl", "device_id": device} if kind == "cuda" else {"backend": "gloo"}
         dist.init_process_group(**how, init_method=f"file://{rendezvous}/processes", rank=rank, world_size=world)
-        wanted = {(job.gpus, line_of(job.overlap)) for _, jobs in plans for job in jobs if job.gpus > 1}
+        wanted = {(job.gpus, job.overlap == "first") for _, jobs in plans for job in jobs if job.gpus > 1}
         groups = groups_of(world, sorted(wanted), device)
+        rate = Run(plans[0][0], device, dist.group.WORLD).exchange_rate()
+        if rank == 0:
+            print(f"{world} GPUs, an exchange: {rate}", flush=True)
     for args, jobs in plans:
         for _, turn in groupby(jobs, partial(turn_of, args=args)):
             for i, job in enumerate(turn):
                 if i % (world // job.gpus) == rank // job.gpus:
                     gc.collect()  # models of before
-                    run = Run(args, device, groups.get((job.gpus, line_of(job.overlap))))
+                    run = Run(args, device, groups.get((job.gpus, job.overlap == "first")))
                     row = (losses if args.losses else measure)(run, job)
                     if run.rank == 0:
                         keep(args, job, row)

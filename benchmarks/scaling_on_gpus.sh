@@ -41,7 +41,7 @@ on="" gpus="1 4 2" all=0,1,2,3 first=0,1 second=2,3 latents="16 32 32" graphs=--
 [ "$1" = --tiny ] && { on="--device cpu --tiny" gpus="1 2" latents="4 32 32" graphs=""; shift; }
 parts=$*
 most=${gpus#1 } most=${most%% *}
-small="$on --gpus $gpus $graphs --rows $kept/small --csv $OUT/scaling.csv"
+small="$on --gpus $gpus $graphs --overlap on first thirds --rows $kept/small --csv $OUT/scaling.csv"
 losses="$on --gpus 1 $most --heads 24 --head-size 64 --layers 4 --losses 20 --latents $latents --inner aot_eager --rows $kept/losses"
 unequal="$on --gpus $most --shares 0.01 0.19 --attention sparse --steps forward --rows $kept/unequal --csv $OUT/unequal.csv"
 large="$on --gpus 1 $most --heads 40 --ffn 13824 --layers 2 --latents 21 90 160 --ways heads ring --steps forward --rows $kept/large --csv $OUT/scaling_14b.csv"

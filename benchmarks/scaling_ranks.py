@@ -25,11 +25,10 @@ from sparge_compile.parallel.heads import balanced
 from sparge_compile.passes.write import turns
 
 LEAST_BYTES, TURNS = turns.LEAST_BYTES, turns.TURNS
-FIRST = "first"
 # What is under way while something is computed, and who gets a GPU's processors first.
 OVERLAPS = {
-    "on": "exchanges, before kernels that compute",
-    "usual": "exchanges, when kernels that compute leave room",
+    "on": "exchanges, heads in two turns",
+    "first": "as on, but exchanges go before kernels that compute, in a stream of high priority",
     "thirds": "as on, but heads take three turns, not two",
     "whole": "as on, but heads do not take turns",
     "off": "nothing: exchanges are waited for at once",
@@ -43,24 +42,19 @@ class Timed(NamedTuple):
     host: float
 
 
-def line_of(overlap: str) -> str:
-    """How exchanges are put in line with kernels that compute."""
-    return "usual" if overlap == "usual" else FIRST
-
-
-def groups_of(world: int, wanted: list[tuple[int, str]], device: torch.device) -> dict[tuple[int, str], Any]:
-    """This process's group of each size and place in the line; all processes call this alike."""
+def groups_of(world: int, wanted: list[tuple[int, bool]], device: torch.device) -> dict[tuple[int, bool], Any]:
+    """This process's group of each size, and whether its exchanges go first; all processes call this alike."""
     found = {}
-    for size, line in wanted:
+    for size, goes_first in wanted:
         options: Any = None
         if device.type == "cuda":
             options = dist.ProcessGroupNCCL.Options()
-            options.is_high_priority_stream = line == FIRST
+            options.is_high_priority_stream = goes_first
         for first in range(0, world, size):
             members = list(range(first, first + size))
             group = dist.new_group(members, pg_options=options)
             if dist.get_rank() in members:
-                found[size, line] = group
+                found[size, goes_first] = group
     return found
 
 
