@@ -1,13 +1,14 @@
-"""Block-sparse kernels of other libraries beside ours, at equal block maps: cuDNN's frontend, FlashAttention-4, FlexAttention.
+"""Block-sparse kernels of other libraries beside ours, at equal maps: those of cuDNN, FlashAttention-4, FlexAttention.
 
     pip install "nvidia-cudnn-frontend>=1.32" "flash-attn-4[cu13]"   # kernels in CuTe DSL; what is missing is left out
     python benchmarks/peers.py --shapes A B
 
-Three maps of one density: "ours" are blocks of 128 queries x 64 keys, as many in a row as the thresholds of its head say;
-"even" the same with equally many in each row, as cuDNN's kernels in 8 bits want it; "squares" blocks of 128 x 128, equally
-many in each row. Kernels with squares of 64 get each row of lists twice. Lengths are those of attention.py rounded up to
-whole blocks. Each library has a process of its own, so that a crash loses its rows alone: all compile at once, then they
-are timed one after the other. Every result is checked before its time is printed; one that fails gets "wrong".
+Three maps of one density: "ours" are blocks of 128 queries x 64 keys, as many in a row as the thresholds of its head
+say; "even" the same with equally many in each row, as cuDNN's kernels in 8 bits want it; "squares" blocks of 128 x 128,
+equally many in each row. Kernels with squares of 64 get each row of lists twice. Lengths are those of attention.py
+rounded up to whole blocks. Each library has a process of its own, so that a crash loses its rows alone: all compile at
+once, then they are timed one after the other. Every result is checked before its time is printed; one that fails gets
+"wrong".
 """
 
 from __future__ import annotations
@@ -104,7 +105,8 @@ def ours(inputs: Inputs, maps: Maps) -> Rows:
             return kernels.forward(q, k, v, *block_map, *how, codes=codes)
 
         def check(block_map: BlockMap = block_map, attend: Attend = attend_8) -> None:
-            gate.check_in_eight_bits(q, k, v, block_map, how, *attend())
+            error = gate.check_in_eight_bits(q, k, v, block_map, how, *attend())
+            print(f"ours: relative error {error:.1e}", file=sys.stderr)
 
         yield name, Method(f"ours: {FORWARD_8}", "forward", attend_8, check=check)
 
@@ -140,7 +142,7 @@ def cudnn(inputs: Inputs, maps: Maps, size: int) -> Rows:
         return forward(*codes, even, even.shape[-1])
 
     yield name, Method(f"{label}: {CODES}", "map", lambda: _quantize_sage_bhsd(q, k, v, v_layout="bhds"))
-    check = near(inputs, getattr(maps, name), lambda: attend_8()[0])
+    check = near(label, inputs, getattr(maps, name), lambda: attend_8()[0])
     yield name, Method(f"{label}: {FORWARD_8}", "forward", attend_8, check=check)
 
 
@@ -183,7 +185,10 @@ def flex(inputs: Inputs, maps: Maps) -> Rows:
 
     for method in autograd_methods("FlexAttention 128x128", attend, inputs, kept=True):
         is_forward = method.direction == "forward"
-        yield "squares", method._replace(check=near(inputs, maps.squares, method.call)) if is_forward else method
+        yield (
+            "squares",
+            method._replace(check=near(method.name, inputs, maps.squares, method.call)) if is_forward else method,
+        )
 
 
 PEERS: dict[str, Callable[[Inputs, Maps], Rows]] = {
@@ -211,13 +216,13 @@ def checked(
     yield name, Method(label, "backward", lambda: backward(out, lse), check=check)
 
 
-def near(inputs: Inputs, block_map: BlockMap, attend: Callable[[], object]) -> Callable[[], None]:
+def near(label: str, inputs: Inputs, block_map: BlockMap, attend: Callable[[], object]) -> Callable[[], None]:
     """A check of all rows beside our forward over the same blocks, which has been held against the definition."""
 
     def check() -> None:
         true, _ = harness.kernels(inputs.q.device).forward(*inputs[:3], *block_map, *inputs.options)
         error = ((attend().float() - true.float()).norm() / true.float().norm()).item()
-        print(f"relative error {error:.1e}", file=sys.stderr)
+        print(f"{label}: relative error {error:.1e}", file=sys.stderr)
         if not error < COARSE:
             raise gate.WrongResult(f"relative error {error:.1e}")
 
@@ -245,6 +250,7 @@ def prepare(
     torch.manual_seed(0)
     inputs = Inputs.of(whole_blocks(SHAPES[name]), dtype, device)
     maps, methods = Maps.of(inputs, density), []
+    torch.cuda.empty_cache()  # the libraries share the GPU
     try:
         for map_name, method in PEERS[peer](inputs, maps):
             method.call()
@@ -252,6 +258,7 @@ def prepare(
             methods.append((map_name, method))
     except Exception as error:  # whatever another library raises becomes a row
         methods.append(("ours", Method(peer, "", raising(error))))
+    torch.cuda.empty_cache()
     return inputs, maps, methods
 
 
@@ -264,7 +271,7 @@ def raising(error: Exception) -> Callable[[], None]:
 
 def row(method: Method, inputs: Inputs, block_map: BlockMap) -> dict[str, object]:
     try:
-        measured = measure([method], inputs.q.device, budget=0.2)[0]
+        measured = measure([method], inputs.q.device, budget=0.1)[0]
     except Exception as error:
         measured = Measured(method, None, trouble=f"not run: {type(error).__name__}: {error}".splitlines()[0][:150])
     found = rows_of([measured], inputs.problem, "", block_map)[0]
@@ -279,7 +286,7 @@ def say(what: dict[str, object]) -> None:
 
 
 def ask(peers: Sequence[str], names: Sequence[str], arguments: Sequence[str], patience: float) -> Iterator[list[dict]]:
-    """The rows of a library over a shape, one after the other; one that ends early or is late leaves a row that says so."""
+    """The rows of each library over each shape; one that ends early or is late leaves a row that says so."""
     command, start = [sys.executable, __file__, *arguments, "--shapes", *names, "--serve"], time.monotonic()
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     asked = {peer: subprocess.Popen([*command, peer], **pipes) for peer in peers}
@@ -301,6 +308,8 @@ def read(process: subprocess.Popen, last: str, patience: float) -> Iterator[dict
     watch = threading.Timer(patience, process.kill)
     watch.start()
     for line in process.stdout:
+        if not line.startswith("{"):
+            continue  # a library's own words
         said = json.loads(line)
         if last in said:
             break
@@ -317,7 +326,8 @@ def beside_ours(rows: Sequence[dict]) -> list[dict]:
         return one["shape"], one.get("map"), one.get("direction"), one["method"].partition(": ")[2]
 
     times = {key(one): one["ms"] for one in rows if one["method"].partition(":")[0] == "ours" and "ms" in one}
-    return [one | ({"x ours": one["ms"] / times[key(one)]} if "ms" in one and key(one) in times else {}) for one in rows]
+    ratios = [{"x ours": one["ms"] / times[key(one)]} if "ms" in one and key(one) in times else {} for one in rows]
+    return [one | ratio for one, ratio in zip(rows, ratios, strict=True)]
 
 
 def installed(package: str) -> str:
@@ -333,7 +343,9 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=["A", "B"], help="(A B)")
     parser.add_argument("--density", type=float, default=0.05, help="share of key blocks to keep (0.05)")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="(all)")
-    parser.add_argument("--patience", type=float, default=30, help="seconds for a library and shape; three times to compile")
+    parser.add_argument(
+        "--patience", type=float, default=30, help="seconds for a library's shape, a third of compiling"
+    )
     parser.add_argument("--csv", help="write all rows to this file as well")
     parser.add_argument("--serve", choices=PEERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
