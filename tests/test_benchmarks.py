@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import limits
 import messages
 import methods
+import peers
 import plot_sweep
 import pytest
 import raised_messages
@@ -64,6 +67,26 @@ def test_wrong_results_do_not(inputs, spoiled, monkeypatch):
 def test_break_even(speedups, want):
     found = plot_sweep.break_even(list(zip((1024, 2048, 4096), speedups, strict=True)))
     assert found == (want if want is None else pytest.approx(want, abs=1))
+
+
+def test_peers_get_equal_maps():
+    maps = peers.Maps.of(methods.Inputs.of(methods.Problem(1, 2, 2, 1024, 32), torch.float32, CPU), 0.3)
+    for found in (maps.even, maps.squares):
+        assert found.counts.unique().numel() == 1, "kernels without counts need rows of one length"
+    twice = peers.lists(maps.ours, 2)  # squares of 64
+    assert twice.counts.unique().numel() > 1 and twice.indices.shape[-1] == twice.counts.max()
+    kept = maps.ours.to_dense().repeat_interleave(2, 2)
+    for row, counts, indices in zip(*(x.reshape(-1, *x.shape[3:]) for x in (kept, *twice)), strict=True):
+        assert indices[:counts].tolist() == row.nonzero().flatten().tolist() and not indices[counts:].any()
+    assert torch.equal(peers.squares(maps.mask).counts * 2, maps.squares.counts), "64 keys are half a square"
+
+
+def test_a_peer_that_ends_early_loses_its_own_rows_alone():
+    says = """print('{"a": 1}'); print('loading'); print('{"b": 2}', flush=True); raise SystemExit(3)"""
+    process = subprocess.Popen([sys.executable, "-c", says], stdout=subprocess.PIPE, text=True)
+    assert list(peers.read(process, "done", 60)) == [{"a": 1}, {"b": 2}] and process.returncode == 3
+    late = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert list(peers.read(late, "done", 0.2)) == [] and late.returncode < 0
 
 
 def test_what_is_expected_of_several_gpus():
