@@ -130,9 +130,8 @@ def _backward_in_eight_bits(
         center = eight_bits.constant(key, eight_bits.seen_keys(how, query.shape[2], key.shape[2]))
         center = center.repeat_interleave(query.shape[1] // key.shape[1], 1)
         seen = torch.where(lse == -torch.inf, 0.0, grad_lse)
-        dq = (dq + how.scale * seen.unsqueeze(-1) * center).to(dq.dtype)
-    # Of the rounded operands, which are contiguous, whatever those are that the op was given.
-    return allocate.laid_out(dq, query), allocate.laid_out(dk, key), allocate.laid_out(dv, value)
+        dq.add_(how.scale * seen.unsqueeze(-1) * center)
+    return dq, dk, dv
 
 
 _FIELDS = len(How._fields)

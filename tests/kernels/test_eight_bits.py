@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparge_compile.kernels import eight_bits, reference, rule
+from sparge_compile.kernels import allocate, eight_bits, reference, rule
 from sparge_compile.kernels.block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap
 from sparge_compile.kernels.how import How
 
@@ -115,7 +115,7 @@ def check_operands_of_a_backward(case: Case) -> None:
         *got, lower = face.centred(q, k, v, lse, how_of(case))
     want = eight_bits.centred(q, k, v, how_of(case))
     for x, y, whole in zip(got, want[:3], (q, k, v), strict=True):  # of keys a constant is taken away: one has no rest
-        assert x.dtype == y.dtype
+        assert x.dtype == y.dtype and x.stride() == allocate.dense_like(whole).stride()
         assert (x.double() - y.double()).norm() < 1e-3 * whole.double().norm()  # in the middle of two: either way
     apart = (lower - (lse - want.lift)).abs()  # an entry of a query that rounds otherwise moves its row's
     assert (apart > 2e-4).float().mean() < 1e-2 and not (apart > 0.05).any()

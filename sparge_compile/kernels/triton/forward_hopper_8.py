@@ -46,6 +46,7 @@ from .hopper import (
 
 LOADER_REGISTERS, CONSUMER_REGISTERS = 24, 240  # 128 threads each, of 65,536 registers
 STAGES = {64: 6, 128: 4}  # pairs of K and V tiles in the ring, by head size
+SUMS = gl.constexpr(8)  # columns of the product that sums weights: equal ones, and the fewest there are
 
 
 @gluon.jit
@@ -130,20 +131,18 @@ def _start_scores(q, k_smem, k_full, done, STAGES: gl.constexpr, SCORE: gl.const
 
 
 @gluon.jit
-def _start_outputs(p, other_p, v_smem, v_full, acc, done, STAGES: gl.constexpr):
-    """Start acc + p v for pair number ``done`` of the ring, a product for each key block."""
+def _start_outputs(p, other_p, v_smem, ones, v_full, done, STAGES: gl.constexpr, OUT: gl.constexpr, SUM: gl.constexpr):
+    """Start p v and p 1 for pair number ``done`` of the ring: outputs [rows, head size], sums [rows, 8]."""
     stage = done % STAGES
     mbarrier.wait(v_full.index(stage), (done // STAGES) & 1)
-    acc = warpgroup_mma(p, v_smem.index(2 * stage).permute((1, 0)), acc, is_async=True)
-    return warpgroup_mma(other_p, v_smem.index(2 * stage + 1).permute((1, 0)), acc, is_async=True)
-
-
-@gluon.jit
-def _lane_sum(p):
-    """Sums over the columns that one thread holds, [rows, 4]."""
-    ROWS: gl.constexpr = p.shape[0]
-    PARTS: gl.constexpr = p.shape[1] // 8
-    return gl.sum(gl.sum(p.reshape([ROWS, PARTS, 4, 2]), 3), 1)
+    SHAPE: gl.constexpr = [p.shape[0], v_smem.shape[1]]
+    zeros = gl.zeros(SHAPE, gl.float32, OUT)
+    out = warpgroup_mma(p, v_smem.index(2 * stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    out = warpgroup_mma(other_p, v_smem.index(2 * stage + 1).permute((1, 0)), out, is_async=True)
+    SUM_SHAPE: gl.constexpr = [p.shape[0], SUMS]
+    zeros = gl.zeros(SUM_SHAPE, gl.float32, SUM)
+    sums = warpgroup_mma(p, ones.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    return out, warpgroup_mma(other_p, ones.permute((1, 0)), sums, is_async=True)
 
 
 @gluon.jit
@@ -193,15 +192,17 @@ def _operand(p, OPERAND: gl.constexpr):
 
 @gluon.jit
 def _softmax(scores, top, row_scale, k_scale, other_k_scale, MASKED: gl.constexpr):
-    """A step of the online softmax on whole numbers, as floats: the weights of both blocks, the factor for what came
-    before, the new top, which is a whole number."""
+    """A step of the online softmax on whole numbers: the weights of both blocks, the factor for what came before, the
+    new top, which is a whole number. Masked scores are floats."""
     some, others = _halves(scores)
     ROW: gl.constexpr = gl.SliceLayout(1, some.type.layout)
     scale = gl.convert_layout(row_scale, ROW)
     old = gl.convert_layout(top, ROW)
     some_scale = scale * k_scale
     others_scale = scale * other_k_scale
-    highest = gl.maximum(gl.max(some, 1) * some_scale, gl.max(others, 1) * others_scale)
+    # Maxima of whole numbers as such: of three at a time, and conversions hide behind the exponentials.
+    highest = gl.max(some, 1).to(gl.float32) * some_scale
+    highest = gl.maximum(highest, gl.max(others, 1).to(gl.float32) * others_scale)
     # A step is 0 where all is 0: 0 times a hidden score of -inf is NaN, of which a maximum takes the other.
     new_top = gl.maximum(old, gl.ceil(highest))
     shift = new_top
@@ -209,41 +210,47 @@ def _softmax(scores, top, row_scale, k_scale, other_k_scale, MASKED: gl.constexp
         shift = gl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen no key: -inf - -inf is NaN
     fade = gl.exp2(old - shift)
     shift = shift - 8.0
-    p = gl.exp2(some * some_scale[:, None] - shift[:, None])
-    other_p = gl.exp2(others * others_scale[:, None] - shift[:, None])
-    return _packed(p), _packed(other_p), _lane_sum(p + other_p), fade, gl.convert_layout(new_top, top.type.layout)
+    p = gl.exp2(some.to(gl.float32) * some_scale[:, None] - shift[:, None])
+    other_p = gl.exp2(others.to(gl.float32) * others_scale[:, None] - shift[:, None])
+    return _packed(p), _packed(other_p), fade, gl.convert_layout(new_top, top.type.layout)
+
+
+@gluon.jit
+def _add(acc, weight, fade, out, sums):
+    """What came before, at the new top, and the outputs and sums of a pair."""
+    acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, acc.type.layout))[:, None] + out
+    return acc, weight * gl.convert_layout(fade, gl.SliceLayout(1, weight.type.layout))[:, None] + sums
 
 
 @gluon.jit
 def _step(
-    q, k_smem, scale_smem, v_smem, k_full, k_empty, v_full, v_empty, acc, weight, p, other_p, top,
+    q, k_smem, scale_smem, v_smem, ones, k_full, k_empty, v_full, v_empty, acc, weight, p, other_p, fade, top,
     row_scale, done,
     STAGES: gl.constexpr, LANES: gl.constexpr, SCORE: gl.constexpr,
 ):  # fmt: skip
     """Scores of pair ``done + 1`` and their softmax, while the output product of pair ``done`` runs."""
     OUT: gl.constexpr = acc.type.layout
-    WEIGHT: gl.constexpr = weight.type.layout
+    SUM: gl.constexpr = weight.type.layout
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUT, 4)
     p = _operand(p, OPERAND)  # before a product starts: the assembler would await every one otherwise
     other_p = _operand(other_p, OPERAND)
     s_token = _start_scores(q, k_smem, k_full, done + 1, STAGES, SCORE)
-    o_token = _start_outputs(p, other_p, v_smem, v_full, acc, done, STAGES)
+    o_token, w_token = _start_outputs(p, other_p, v_smem, ones, v_full, done, STAGES, OUT, SUM)
     stage = (done + 1) % STAGES
     k_scale = word(scale_smem, 2 * stage * LANES)
     other_k_scale = word(scale_smem, (2 * stage + 1) * LANES)
-    scores = warpgroup_mma_wait(2, deps=[s_token]).to(gl.float32)
+    scores = warpgroup_mma_wait(4, deps=[s_token])
     mbarrier.arrive(k_empty.index(stage), count=1)
-    new_p, new_other_p, sums, fade, top = _softmax(scores, top, row_scale, k_scale, other_k_scale, False)
-    acc = warpgroup_mma_wait(0, deps=[o_token])
+    new_p, new_other_p, new_fade, top = _softmax(scores, top, row_scale, k_scale, other_k_scale, False)
+    out, sums = warpgroup_mma_wait(0, deps=[o_token, w_token])
     mbarrier.arrive(v_empty.index(done % STAGES), count=1)
-    acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, OUT))[:, None]
-    weight = weight * gl.convert_layout(fade, gl.SliceLayout(1, WEIGHT))[:, None] + gl.convert_layout(sums, WEIGHT)
-    return acc, weight, new_p, new_other_p, top
+    acc, weight = _add(acc, weight, fade, out, sums)
+    return acc, weight, new_p, new_other_p, new_fade, top
 
 
 @gluon.jit
 def _consume(
-    q_smem, k_smem, scale_smem, v_smem, out_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    q_smem, k_smem, scale_smem, v_smem, ones, out_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     out_desc, q_scale_ptr, lift_ptr, v_scale_ptr, lse_ptr, work,
     heads, group, length, keys, n_tiles, total,
     PART: gl.constexpr, HEAD: gl.constexpr, KEYS: gl.constexpr, HALF: gl.constexpr, STAGES: gl.constexpr,
@@ -252,7 +259,7 @@ def _consume(
     """A consumer: attention of rows PART * HALF and on of every query block."""
     SCORE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * KEYS, 32])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD, 32])
-    HALF_SCORE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 32])
+    SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SUMS, 32])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUT, 4)
     ROW: gl.constexpr = gl.SliceLayout(1, SCORE)
     scale_words = reinterpret(scale_smem, gl.float32, [2 * STAGES * LANES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -275,7 +282,7 @@ def _consume(
         v_scale = gl.load(v_scale_ptr + b * (heads // group) + h // group)
 
         acc = gl.zeros([HALF, HEAD], gl.float32, OUT)
-        weight = _lane_sum(gl.zeros([HALF, KEYS], gl.float32, HALF_SCORE))
+        weight = gl.zeros([HALF, SUMS], gl.float32, SUM)
         top = gl.full([HALF], float("-inf"), gl.float32, ROW)
 
         q = q_smem.index(2 * slot + PART)
@@ -286,24 +293,25 @@ def _consume(
             other_k_scale = word(scale_words, (2 * stage + 1) * LANES)
             mbarrier.arrive(k_empty.index(stage), count=1)
             scores = mask_scores(scores.to(gl.float32), first, second, row, keys, KEYS, SCORE, False)
-            p, other_p, sums, _fade, top = _softmax(scores, top, row_scale, k_scale, other_k_scale, True)
-            weight = gl.convert_layout(sums, weight.type.layout)
+            p, other_p, fade, top = _softmax(scores, top, row_scale, k_scale, other_k_scale, True)
             for _ in range(pairs - 1):
-                acc, weight, p, other_p, top = _step(
-                    q, k_smem, scale_words, v_smem, k_full, k_empty, v_full, v_empty, acc, weight, p, other_p,
-                    top, row_scale, done, STAGES, LANES, SCORE,
+                acc, weight, p, other_p, fade, top = _step(
+                    q, k_smem, scale_words, v_smem, ones, k_full, k_empty, v_full, v_empty, acc, weight, p, other_p,
+                    fade, top, row_scale, done, STAGES, LANES, SCORE,
                 )  # fmt: skip
                 done += 1
             mbarrier.arrive(q_empty.index(slot), count=1)
-            token = _start_outputs(_operand(p, OPERAND), _operand(other_p, OPERAND), v_smem, v_full, acc, done, STAGES)
-            acc = warpgroup_mma_wait(0, deps=[token])
+            p, other_p = _operand(p, OPERAND), _operand(other_p, OPERAND)
+            o_token, w_token = _start_outputs(p, other_p, v_smem, ones, v_full, done, STAGES, OUT, SUM)
+            out, sums = warpgroup_mma_wait(0, deps=[o_token, w_token])
+            acc, weight = _add(acc, weight, fade, out, sums)
             mbarrier.arrive(v_empty.index(done % STAGES), count=1)
             done += 1
         else:
             mbarrier.arrive(q_empty.index(slot), count=1)
 
         # total_weight is 0 exactly where no key was seen: then out is 0 and lse is -inf.
-        total_weight = gl.convert_layout(gl.sum(weight, 1), ROW)
+        total_weight = gl.convert_layout(gl.max(weight, 1), ROW)  # of equal columns
         lse = (top - 8.0 + gl.log2(total_weight) + lift) * 0.6931471805599453  # LN_2
         factor = v_scale / gl.where(total_weight == 0.0, 1.0, total_weight)
         out = (acc * gl.convert_layout(factor, gl.SliceLayout(1, OUT))[:, None]).to(out_desc.dtype)
@@ -339,6 +347,11 @@ def _forward_hopper_8_kernel(
     v_smem = gl.allocate_shared_memory(v_desc.dtype, [2 * STAGES, HEAD, KEYS], VALUES)
     scale_smem = gl.allocate_shared_memory(gl.float32, [2 * STAGES, 1, LANES], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     out_smem = gl.allocate_shared_memory(out_desc.dtype, [2, HALF, HEAD], OUT_TILE)
+    # By their bits, four at a time: of a constant converted to e4m3 the assembler (12.8) made other numbers.
+    ONES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SUMS, KEYS], v_desc.dtype)
+    ones = gl.allocate_shared_memory(v_desc.dtype, [SUMS, KEYS], ONES)
+    words = reinterpret(ones, gl.int32, [SUMS * KEYS // 4], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    words.store(gl.full([SUMS * KEYS // 4], 0x38383838, gl.int32, gl.BlockedLayout([1], [32], [4], [0])))
     # The loader's messages: number of a query block, length of its list, the list's last two blocks.
     work = gl.allocate_shared_memory(gl.int32, [2 * 4, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -360,13 +373,13 @@ def _forward_hopper_8_kernel(
     gl.warp_specialize(
         [
             (_consume, (
-                q_smem, k_smem, scale_smem, v_smem, out_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                q_smem, k_smem, scale_smem, v_smem, ones, out_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 out_desc, q_scale_ptr, lift_ptr, v_scale_ptr, lse_ptr, work,
                 heads, group, length, keys, n_tiles, total,
                 0, HEAD, KEYS, HALF, STAGES, LANES,
             )),
             (_consume, (
-                q_smem, k_smem, scale_smem, v_smem, out_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                q_smem, k_smem, scale_smem, v_smem, ones, out_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 out_desc, q_scale_ptr, lift_ptr, v_scale_ptr, lse_ptr, work,
                 heads, group, length, keys, n_tiles, total,
                 1, HEAD, KEYS, HALF, STAGES, LANES,
