@@ -98,6 +98,8 @@ _SMALL = {
     "dq": {64: (64, 4, 2), 128: (64, 4, 2), 256: (64, 4, 1), 512: (32, 8, 1)},
     "dkv": {64: (64, 4, 2), 128: (64, 4, 2), 256: (32, 4, 1), 512: (16, 8, 1)},
 }
+# In eight bits, whatever the head size: of 128 rows, or with 8 warps, an H200 took longer at 128 and at 256 columns.
+_EIGHT_BITS = Launch(64, 4, 2)
 # float32 products run without tensor cores, from registers: small tiles, many warps.
 _WIDE = {
     "forward": {64: (64, 4, 1), 128: (64, 4, 1), 256: (64, 8, 1), 512: (32, 8, 1), 1024: (16, 8, 1)},
@@ -110,6 +112,8 @@ def attention_launch(direction: str, head_size: int, dtype: torch.dtype, device:
     """The table's entry for ``direction`` "forward", "dq" or "dkv", a head size, an item size and an architecture."""
     row_bytes = max(64, pad_head(head_size) * dtype.itemsize)
     narrow = {9: _LARGE, 10: _DATA_CENTRE_BLACKWELL}.get(architecture(device), _SMALL)
+    if dtype.itemsize == 1:
+        return _EIGHT_BITS
     table = _WIDE if dtype.itemsize > 2 else narrow
     return Launch(*table[direction][row_bytes])
 

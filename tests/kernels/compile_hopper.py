@@ -37,7 +37,7 @@ def tile_of(direction: str, name: str, head_pad: int, packed: bool) -> tuple[str
     """The dtype of a descriptor, by two names, and its tile."""
     lead = [1] * (3 if packed else 2)
     if name == "out_desc" and direction.startswith("forward"):
-        return "bf16", gl.bfloat16, [*lead, ROWS, head_pad]
+        return "bf16", gl.bfloat16, [*lead, ROWS, head_pad // 2 if direction == "forward_8" else head_pad]
     if direction != "forward_8":
         return "bf16", gl.bfloat16, [*lead, ROWS, COLUMNS]
     tiles = {

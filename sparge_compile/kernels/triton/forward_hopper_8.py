@@ -4,10 +4,10 @@ One loading warp follows the lists, two consumers of 64 rows compute; two key bl
 which are exact. Weights go to the product with the values in registers, as they come out of the scores: there a thread
 has columns 8i + 2t and 8i + 2t + 1 of each 32, where the operand has 4t to 4t + 3 and 16 + 4t to 16 + 4t + 3. So the
 keys of a block of values stand in an order in which that is the same (``PERMUTED`` in codes.py): nothing is exchanged.
-Their sums are of what they were before they were rounded, so a row that sees few keys may be off by half a step of
-e4m3, 1/32, as a whole; a product with ones gives those of the rounded ones, but with some fourteen bits.
 
-Tensor cores add up e4m3 products with some fourteen bits.
+Tensor cores add up e4m3 products with some fourteen bits, so the outputs of each pair of blocks begin at zero, and are
+added in float32. They come in two halves of the head, each behind the exponentials of one block: whole ones would not
+fit into registers beside the scores. Sums of weights are products with ones, so they are of the rounded weights.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from .hopper import (
 
 LOADER_REGISTERS, CONSUMER_REGISTERS = 24, 240  # 128 threads each, of 65,536 registers
 STAGES = {64: 6, 128: 4}  # pairs of K and V tiles in the ring, by head size
-SUMS = gl.constexpr(8)  # columns of the product that sums weights: equal ones, and the fewest there are
+SUMS = gl.constexpr(8)  # equal columns of the product with ones: the fewest there are
 
 
 @gluon.jit
@@ -131,18 +131,29 @@ def _start_scores(q, k_smem, k_full, done, STAGES: gl.constexpr, SCORE: gl.const
 
 
 @gluon.jit
-def _start_outputs(p, other_p, v_smem, ones, v_full, done, STAGES: gl.constexpr, OUT: gl.constexpr, SUM: gl.constexpr):
-    """Start p v and p 1 for pair number ``done`` of the ring: outputs [rows, head size], sums [rows, 8]."""
+def _start_outputs(p, other_p, v_smem, PART: gl.constexpr, done, STAGES: gl.constexpr, OUT: gl.constexpr):
+    """Start p v for half PART of the head and pair number ``done`` of the ring, whose values are there."""
     stage = done % STAGES
-    mbarrier.wait(v_full.index(stage), (done // STAGES) & 1)
-    SHAPE: gl.constexpr = [p.shape[0], v_smem.shape[1]]
-    zeros = gl.zeros(SHAPE, gl.float32, OUT)
-    out = warpgroup_mma(p, v_smem.index(2 * stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
-    out = warpgroup_mma(other_p, v_smem.index(2 * stage + 1).permute((1, 0)), out, is_async=True)
-    SUM_SHAPE: gl.constexpr = [p.shape[0], SUMS]
-    zeros = gl.zeros(SUM_SHAPE, gl.float32, SUM)
-    sums = warpgroup_mma(p, ones.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    return out, warpgroup_mma(other_p, ones.permute((1, 0)), sums, is_async=True)
+    HALF_HEAD: gl.constexpr = v_smem.shape[1] // 2
+    SHAPE: gl.constexpr = [p.shape[0], HALF_HEAD]
+    v = v_smem.index(2 * stage).slice(PART * HALF_HEAD, HALF_HEAD, 0)
+    other_v = v_smem.index(2 * stage + 1).slice(PART * HALF_HEAD, HALF_HEAD, 0)
+    out = warpgroup_mma(p, v.permute((1, 0)), gl.zeros(SHAPE, gl.float32, OUT), use_acc=False, is_async=True)
+    return warpgroup_mma(other_p, other_v.permute((1, 0)), out, is_async=True)
+
+
+@gluon.jit
+def _start_sums(p, other_p, ones, SUM: gl.constexpr):
+    """Start p 1: sums [rows, 8]."""
+    SHAPE: gl.constexpr = [p.shape[0], SUMS]
+    sums = warpgroup_mma(p, ones.permute((1, 0)), gl.zeros(SHAPE, gl.float32, SUM), use_acc=False, is_async=True)
+    return warpgroup_mma(other_p, ones.permute((1, 0)), sums, is_async=True)
+
+
+@gluon.jit
+def _faded(acc, fade, x):
+    """What came before, at the new top, and what a pair adds."""
+    return acc * gl.convert_layout(fade, gl.SliceLayout(1, acc.type.layout))[:, None] + x
 
 
 @gluon.jit
@@ -191,15 +202,10 @@ def _operand(p, OPERAND: gl.constexpr):
 
 
 @gluon.jit
-def _softmax(scores, top, row_scale, k_scale, other_k_scale, MASKED: gl.constexpr):
-    """A step of the online softmax on whole numbers: the weights of both blocks, the factor for what came before, the
-    new top, which is a whole number. Masked scores are floats."""
-    some, others = _halves(scores)
+def _top(some, others, top, some_scale, others_scale, MASKED: gl.constexpr):
+    """The new top of rows, a whole number, what is taken from scores, and the factor for what came before."""
     ROW: gl.constexpr = gl.SliceLayout(1, some.type.layout)
-    scale = gl.convert_layout(row_scale, ROW)
     old = gl.convert_layout(top, ROW)
-    some_scale = scale * k_scale
-    others_scale = scale * other_k_scale
     # Maxima of whole numbers as such: of three at a time, and conversions hide behind the exponentials.
     highest = gl.max(some, 1).to(gl.float32) * some_scale
     highest = gl.maximum(highest, gl.max(others, 1).to(gl.float32) * others_scale)
@@ -208,44 +214,57 @@ def _softmax(scores, top, row_scale, k_scale, other_k_scale, MASKED: gl.constexp
     shift = new_top
     if MASKED:
         shift = gl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen no key: -inf - -inf is NaN
-    fade = gl.exp2(old - shift)
-    shift = shift - 8.0
-    p = gl.exp2(some.to(gl.float32) * some_scale[:, None] - shift[:, None])
-    other_p = gl.exp2(others.to(gl.float32) * others_scale[:, None] - shift[:, None])
-    return _packed(p), _packed(other_p), fade, gl.convert_layout(new_top, top.type.layout)
+    return gl.convert_layout(new_top, top.type.layout), shift - 8.0, gl.exp2(old - shift)
 
 
 @gluon.jit
-def _add(acc, weight, fade, out, sums):
-    """What came before, at the new top, and the outputs and sums of a pair."""
-    acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, acc.type.layout))[:, None] + out
-    return acc, weight * gl.convert_layout(fade, gl.SliceLayout(1, weight.type.layout))[:, None] + sums
+def _weights(scores, scale, shift):
+    """Weights of a block, packed."""
+    return _packed(gl.exp2(scores.to(gl.float32) * scale[:, None] - shift[:, None]))
 
 
 @gluon.jit
 def _step(
-    q, k_smem, scale_smem, v_smem, ones, k_full, k_empty, v_full, v_empty, acc, weight, p, other_p, fade, top,
-    row_scale, done,
+    q, k_smem, scale_smem, v_smem, ones, k_full, k_empty, v_full, v_empty, acc, other_acc, weight, p, other_p, fade,
+    top, row_scale, done,
     STAGES: gl.constexpr, LANES: gl.constexpr, SCORE: gl.constexpr,
 ):  # fmt: skip
-    """Scores of pair ``done + 1`` and their softmax, while the output product of pair ``done`` runs."""
+    """Scores of pair ``done + 1`` and their softmax, while the output products of pair ``done`` run.
+
+    The assembler moves a wait for a product in front of whatever does not need it, but not over a branch: that of a
+    wait for values which are there keeps it behind the exponentials.
+    """
     OUT: gl.constexpr = acc.type.layout
     SUM: gl.constexpr = weight.type.layout
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUT, 4)
     p = _operand(p, OPERAND)  # before a product starts: the assembler would await every one otherwise
     other_p = _operand(other_p, OPERAND)
     s_token = _start_scores(q, k_smem, k_full, done + 1, STAGES, SCORE)
-    o_token, w_token = _start_outputs(p, other_p, v_smem, ones, v_full, done, STAGES, OUT, SUM)
+    ready = v_full.index(done % STAGES)
+    phase = (done // STAGES) & 1
+    mbarrier.wait(ready, phase)
+    w_token = _start_sums(p, other_p, ones, SUM)
+    o_token = _start_outputs(p, other_p, v_smem, 0, done, STAGES, OUT)
     stage = (done + 1) % STAGES
     k_scale = word(scale_smem, 2 * stage * LANES)
     other_k_scale = word(scale_smem, (2 * stage + 1) * LANES)
     scores = warpgroup_mma_wait(4, deps=[s_token])
     mbarrier.arrive(k_empty.index(stage), count=1)
-    new_p, new_other_p, new_fade, top = _softmax(scores, top, row_scale, k_scale, other_k_scale, False)
+    some, others = _halves(scores)
+    scale = gl.convert_layout(row_scale, gl.SliceLayout(1, some.type.layout))
+    top, shift, new_fade = _top(some, others, top, scale * k_scale, scale * other_k_scale, False)
+    new_p = _weights(some, scale * k_scale, shift)
+    mbarrier.wait(ready, phase)
     out, sums = warpgroup_mma_wait(0, deps=[o_token, w_token])
+    o_token = _start_outputs(p, other_p, v_smem, 1, done, STAGES, OUT)
+    acc = _faded(acc, fade, out)
+    weight = _faded(weight, fade, sums)
+    new_other_p = _weights(others, scale * other_k_scale, shift)
+    mbarrier.wait(ready, phase)
+    out = warpgroup_mma_wait(0, deps=[o_token])
     mbarrier.arrive(v_empty.index(done % STAGES), count=1)
-    acc, weight = _add(acc, weight, fade, out, sums)
-    return acc, weight, new_p, new_other_p, new_fade, top
+    other_acc = _faded(other_acc, fade, out)
+    return acc, other_acc, weight, new_p, new_other_p, new_fade, top
 
 
 @gluon.jit
@@ -258,7 +277,7 @@ def _consume(
 ):  # fmt: skip
     """A consumer: attention of rows PART * HALF and on of every query block."""
     SCORE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * KEYS, 32])
-    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD, 32])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD // 2, 32])
     SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SUMS, 32])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUT, 4)
     ROW: gl.constexpr = gl.SliceLayout(1, SCORE)
@@ -281,7 +300,8 @@ def _consume(
         lift = gl.load(lift_ptr + head_rows + row, mask=row < length, other=0.0)
         v_scale = gl.load(v_scale_ptr + b * (heads // group) + h // group)
 
-        acc = gl.zeros([HALF, HEAD], gl.float32, OUT)
+        acc = gl.zeros([HALF, HEAD // 2], gl.float32, OUT)
+        other_acc = gl.zeros([HALF, HEAD // 2], gl.float32, OUT)
         weight = gl.zeros([HALF, SUMS], gl.float32, SUM)
         top = gl.full([HALF], float("-inf"), gl.float32, ROW)
 
@@ -293,18 +313,26 @@ def _consume(
             other_k_scale = word(scale_words, (2 * stage + 1) * LANES)
             mbarrier.arrive(k_empty.index(stage), count=1)
             scores = mask_scores(scores.to(gl.float32), first, second, row, keys, KEYS, SCORE, False)
-            p, other_p, fade, top = _softmax(scores, top, row_scale, k_scale, other_k_scale, True)
+            some, others = _halves(scores)
+            scale = gl.convert_layout(row_scale, gl.SliceLayout(1, some.type.layout))
+            top, shift, fade = _top(some, others, top, scale * k_scale, scale * other_k_scale, True)
+            p, other_p = _weights(some, scale * k_scale, shift), _weights(others, scale * other_k_scale, shift)
             for _ in range(pairs - 1):
-                acc, weight, p, other_p, fade, top = _step(
-                    q, k_smem, scale_words, v_smem, ones, k_full, k_empty, v_full, v_empty, acc, weight, p, other_p,
-                    fade, top, row_scale, done, STAGES, LANES, SCORE,
+                acc, other_acc, weight, p, other_p, fade, top = _step(
+                    q, k_smem, scale_words, v_smem, ones, k_full, k_empty, v_full, v_empty, acc, other_acc, weight, p,
+                    other_p, fade, top, row_scale, done, STAGES, LANES, SCORE,
                 )  # fmt: skip
                 done += 1
             mbarrier.arrive(q_empty.index(slot), count=1)
             p, other_p = _operand(p, OPERAND), _operand(other_p, OPERAND)
-            o_token, w_token = _start_outputs(p, other_p, v_smem, ones, v_full, done, STAGES, OUT, SUM)
-            out, sums = warpgroup_mma_wait(0, deps=[o_token, w_token])
-            acc, weight = _add(acc, weight, fade, out, sums)
+            mbarrier.wait(v_full.index(done % STAGES), (done // STAGES) & 1)
+            w_token = _start_sums(p, other_p, ones, SUM)
+            o_token = _start_outputs(p, other_p, v_smem, 0, done, STAGES, OUT)
+            other_token = _start_outputs(p, other_p, v_smem, 1, done, STAGES, OUT)
+            sums, out, other_out = warpgroup_mma_wait(0, deps=[w_token, o_token, other_token])
+            weight = _faded(weight, fade, sums)
+            acc = _faded(acc, fade, out)
+            other_acc = _faded(other_acc, fade, other_out)
             mbarrier.arrive(v_empty.index(done % STAGES), count=1)
             done += 1
         else:
@@ -314,13 +342,15 @@ def _consume(
         total_weight = gl.convert_layout(gl.max(weight, 1), ROW)  # of equal columns
         lse = (top - 8.0 + gl.log2(total_weight) + lift) * 0.6931471805599453  # LN_2
         factor = v_scale / gl.where(total_weight == 0.0, 1.0, total_weight)
-        out = (acc * gl.convert_layout(factor, gl.SliceLayout(1, OUT))[:, None]).to(out_desc.dtype)
+        factor = gl.convert_layout(factor, gl.SliceLayout(1, OUT))[:, None]
         tma.store_wait(0)  # the one before has left out_smem
-        tile = out_smem.index(PART)
-        tile.store(out)
+        out_smem.index(2 * PART).store((acc * factor).to(out_desc.dtype))
+        out_smem.index(2 * PART + 1).store((other_acc * factor).to(out_desc.dtype))
         fence_async_shared()
-        tile = reinterpret(tile, out_desc.dtype, [1, 1, HALF, HEAD], out_desc.layout)
-        tma_store(out_desc, [b, h, (2 * i + PART) * HALF, 0], tile)
+        for part in gl.static_range(2):
+            tile = out_smem.index(2 * PART + part)
+            tile = reinterpret(tile, out_desc.dtype, [1, 1, HALF, HEAD // 2], out_desc.layout)
+            tma_store(out_desc, [b, h, (2 * i + PART) * HALF, part * (HEAD // 2)], tile)
         gl.store(lse_ptr + head_rows + row, lse, mask=row < length)
         turn += 1
         mbarrier.wait(q_full.index(turn % 2), (turn // 2) & 1)
@@ -340,13 +370,13 @@ def _forward_hopper_8_kernel(
     LOADER_REGS: gl.constexpr, CONSUMER_REGS: gl.constexpr,
 ):  # fmt: skip
     TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, HEAD], q_desc.dtype)
-    OUT_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, HEAD], out_desc.dtype)
+    OUT_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, HEAD // 2], out_desc.dtype)
     VALUES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HEAD, KEYS], v_desc.dtype)
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [4, HALF, HEAD], TILE)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 2 * KEYS, HEAD], TILE)
     v_smem = gl.allocate_shared_memory(v_desc.dtype, [2 * STAGES, HEAD, KEYS], VALUES)
     scale_smem = gl.allocate_shared_memory(gl.float32, [2 * STAGES, 1, LANES], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-    out_smem = gl.allocate_shared_memory(out_desc.dtype, [2, HALF, HEAD], OUT_TILE)
+    out_smem = gl.allocate_shared_memory(out_desc.dtype, [4, HALF, HEAD // 2], OUT_TILE)
     # By their bits, four at a time: of a constant converted to e4m3 the assembler (12.8) made other numbers.
     ONES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SUMS, KEYS], v_desc.dtype)
     ones = gl.allocate_shared_memory(v_desc.dtype, [SUMS, KEYS], ONES)
@@ -427,7 +457,7 @@ def forward(
     recording.launch(
         _forward_hopper_8_kernel, (min(launch.multiprocessors(out.device), total),),
         _tiles(codes.q, ROWS, gl.int8), _tiles(codes.k, KEY_BLOCK, gl.int8), _tiles(codes.k_scale, 1, gl.float32),
-        _tiles(codes.v.flatten(2, 3), head_size, gl.float8e4nv), descriptor(out, ROWS, head_size, False),
+        _tiles(codes.v.flatten(2, 3), head_size, gl.float8e4nv), descriptor(out, ROWS, head_size // 2, False),
         counts, indices, codes.q_scale, codes.lift, codes.v_scale, counter, lse,
         *counts.stride(), *indices.stride()[:3],
         heads, heads // key_heads, length, keys, n_tiles, total,
