@@ -141,6 +141,21 @@ def test_the_kernels_of_a_gpu_beside_the_oracle(case: Case, on_the_gpu: None) ->
     check_operands_of_a_backward(case)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_size", [64, 128, 256])
+def test_nothing_is_lost_in_long_lists(head_size: int, on_the_gpu: None) -> None:
+    """Tensor cores add up e4m3 products with fourteen bits: a sum over 8,192 keys that ran on would lose a tenth."""
+    from sparge_compile.kernels import triton as face
+
+    if torch.cuda.get_device_capability() < eight_bits.LEAST_CAPABILITY:
+        pytest.skip("no products of e4m3")
+    q, k = (torch.randn(1, 8, n, head_size, dtype=torch.bfloat16) for n in (1100, 8192))
+    v = torch.full_like(k, 1.5)
+    block_map = BlockMap.from_dense(torch.ones(1, 8, 9, 128, dtype=torch.bool))
+    out, _ = face.forward(q, k, v, *block_map, *How(None, False, head_size**-0.5, eight_bits=True))
+    torch.testing.assert_close(out, torch.full_like(out, 1.5), rtol=2**-8, atol=0)
+
+
 @pytest.mark.interpreter
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_kernel_beside_the_oracle(case: Case) -> None:
