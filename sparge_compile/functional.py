@@ -69,10 +69,8 @@ def attention(
         precision: ``"fp8"`` for a forward in eight bits: int8 scores, e4m3 weights and values (docs/kernel-notes.md has
             its error). On NVIDIA GPUs of compute capability 8.9 or newer, and on a CPU, which rounds the operands
             and not the weights. Head sizes must be multiples of 16, and there is no mask. The backward is that of
-            attention over the rounded operands, in their own dtype, and these count as the given ones. On Hopper (H100,
-            H200) outputs are added up in some fourteen bits: where the values of a channel have one sign, a query that
-            keeps 32,760 keys loses 30 % of it, one that keeps a few hundred nothing to speak of. Use it where no more
-            than some 4,000 keys are kept. None: the operands' dtype.
+            attention over the rounded operands, in their own dtype, and these count as the given ones. None: the
+            operands' dtype.
         return_lse: also return the log-sum-exp (natural) of the scaled scores of the kept keys, masks added, float32
             [B, H, L]; −inf for a row that sees no key; differentiable. Two calls over parts of the keys, as in ring
             attention, merge as ``lse = torch.logaddexp(lse1, lse2)`` and ``out = out1 · exp(lse1 − lse) + out2 ·

@@ -73,8 +73,7 @@ class Options:
     precision: str | None = None
     """The products of sparse sites in the forward: `None` in the operands' own dtype, `"fp8"` in eight bits, where a
     site allows it: no mask, no packed sequences, head sizes that are multiples of 16, an NVIDIA GPU of compute
-    capability 8.9 or newer, or a CPU; the report says. Backwards stay in the operands' dtype. On Hopper, use it where a
-    query keeps no more than some 4,000 keys: of values of one sign, long lists lose a part."""
+    capability 8.9 or newer, or a CPU; the report says. Backwards stay in the operands' dtype."""
     min_seq_len: int | None = None
     """Sites with fewer keys stay dense. `None` lets the cost model decide from 1,024 keys on; a number (0 too) replaces
     both."""

@@ -13,11 +13,6 @@ from tabulate import tabulate
 
 from .limit import Limit
 
-_LONG_LISTS = (
-    "fp8: on H100 and H200 outputs are added up in some fourteen bits, so values of one sign lose a part: 30 % where a "
-    "query keeps 32,760 keys, fewer about in proportion. Where more than some 4,000 are kept, leave precision out."
-)
-
 
 @dataclass(frozen=True)
 class Site:
@@ -290,8 +285,6 @@ class Report:
             graphs = "eager code" if not self.calls else f"{self.calls} call{'s' * (self.calls > 1)} in eager code"
         failures = "".join(f"\nnot looked into: {each}" for each in dict.fromkeys(self.failures))
         failures += "".join(f"\n{note}" for note in self.notes)
-        if any(row.precision == "fp8" for row in self.sites):
-            failures += f"\n{_LONG_LISTS}"
         if not self.sites:
             return f"sparge: no attention found in {graphs}; nothing was replaced{failures}"
         attention = [row for row in self.sites if row.reason is not Reason.NOT_ATTENTION]
