@@ -26,9 +26,9 @@ from tabulate import tabulate
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 KERNELS = Path(__file__).parents[1] / "tests" / "kernels"
-TESTS = [str(KERNELS / name) for name in ("test_triton_gpu.py", "test_packed.py")]
+TESTS = [str(KERNELS / f"test_{name}.py") for name in ("triton_gpu", "packed", "eight_bits")]
 # One case for each kernel and what it can be specialised by; longer ones take a tool minutes.
-CHOICE = "gpu and (test_attention or on_hopper) or test_the_portable_backward or test_packed"
+CHOICE = "gpu and (test_attention or on_hopper) or test_the_portable_backward or test_packed or kernels_of_a_gpu"
 
 
 def pytest_command(args: argparse.Namespace) -> list[str]:
