@@ -172,8 +172,8 @@ def check_beside_the_oracle(case: Case) -> None:
     want, want_lse = reference.attention_in_eight_bits(q, k, v, block_map, case.is_causal, how_of(case).scale)
     hidden = want_lse == -torch.inf
     assert torch.equal(lse == -torch.inf, hidden) and not out[hidden].any()
-    # Where a score rounds otherwise in float32, a weight may fall to the next of its sixteen steps. Hopper's kernel, of
-    # 16 bits, sums weights before they are rounded, by half a step at the most: of few of them that is the sum's error.
+    # Where a score rounds otherwise in float32, a weight may fall to the next of its sixteen steps: over few keys that
+    # is a part of the sum.
     on_hopper = q.is_cuda and case.dtype != torch.float32
     few = 1 / 32 if on_hopper and case.keys <= 64 else 0
     assert relative(out, want) < max(few, 2e-3 if case.dtype == torch.float32 else 5e-3)
