@@ -69,8 +69,8 @@ def forward(
 def centred(query: Tensor, key: Tensor, value: Tensor, lse: Tensor, how: How) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q, k and v of :func:`eight_bits.centred`, in the order of what was given, and lse without its lift."""
     x = eight_bits.centred(query, key, value, how)
-    given = ((x.q, query), (x.k, key), (x.v, value))
-    return *(allocate.laid_out(made, like) for made, like in given), lse - x.lift
+    q, k, v = map(allocate.laid_out, (x.q, x.k, x.v), (query, key, value))
+    return q, k, v, lse - x.lift
 
 
 def code(query: Tensor, key: Tensor, value: Tensor, how: How) -> tuple[None, None]:
