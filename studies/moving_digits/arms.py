@@ -6,45 +6,57 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from attention_study import ranking_gaps, record
+from blind import keep_clips, paired
 from case import ALL, ATTENTION, Case, Table
-from choose import thresholds
+from choose import aimed, thresholds
 from digits import HELD_OUT_SEED, clips
-from distil import held_out_error
-from lab import Lab
+from distil import batches, held_out_error, weights_of
+from lab import Aim, Lab
+from lessons import Batch
 from measures import accuracy, psnr
-from parts import draw
+from pictures import sheet
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from train import precision
 
 from sparge_compile import Calibration
 
 SHORT, LONG = 500, 2000  # steps
-TARGETS, RULES, ORDERS = (0.95, 0.9, 0.97), ("hybrid", "topk", "topp"), ("tiles", "raster")
+ONWARD, ONWARD_RATE, ONWARD_SEED = 1500, 1.5e-3, 50  # of the student that ships
+EDGES = 4.0  # the shift of times with which it learns what edges look like
+SHOWN = 3  # clips of a picture
+TARGETS, RULES, ORDERS = (0.951, 0.9, 0.97), ("hybrid", "topk", "topp"), ("tiles", "raster")  # 19 of 392 blocks
 RATES = {ALL: (5e-4, 1e-3, 4e-3, 8e-3), ATTENTION: (2e-3, 8e-3)}  # beside those of case.RATES
 TIMES = (0.99, 0.97, 0.95, 0.9, 0.8, 0.6, 0.3)
-DENSE_STEPS = (1, 3, 6)  # of sampling
+DENSE_STEPS = (2, 5)  # of sampling
 DENSE = (1.0, 0.0)
 PART_SECONDS = 60  # that a part of a student taken apart is thought to take
 TRAINED_ON = 3e-4  # the learning rate of the last stage of training
 
 
-def case(rule: str = "hybrid", target: float = 0.95, order: str = "tiles", kind: str = "one pair") -> Case:
+def case(rule: str = "hybrid", target: float = TARGETS[0], order: str = "tiles", kind: str = "one pair") -> Case:
     return Case("arms", rule, kind, target, order)
+
+
+KEPT = case().tuned(LONG)
 
 
 def arms() -> list[Case]:
     """Each once; the first are what the rest is compared with."""
     first = [case(rule, order=order) for order in ORDERS for rule in RULES]
-    listed = [*first, *(each.tuned(SHORT) for each in first)]
+    listed = [case(), case().tuned(SHORT), KEPT, *first, *(each.tuned(SHORT) for each in first)]
+    listed += [case(rule).tuned(LONG) for rule in RULES[1:]]
+    listed += [case().tuned(LONG, loss="flow"), case().tuned(LONG, ATTENTION)]
     listed += [case().tuned(SHORT, trained, rate=rate) for trained, rates in RATES.items() for rate in rates]
-    listed += [case().tuned(LONG), case("topk").tuned(LONG), case().tuned(LONG, ATTENTION)]
     listed += [each for target in TARGETS[1:] for each in (case(target=target), case(target=target).tuned(SHORT))]
     listed += [case(kind=kind).tuned(SHORT) for kind in ("each head", "by influence")]
     listed += [replace(case().tuned(SHORT), anneal=0.25), replace(case().tuned(SHORT), outputs=0.1)]
@@ -61,16 +73,75 @@ def arms() -> list[Case]:
 
 
 def measure_arms(lab: Lab, seed: int) -> None:
-    """The arms that are asked for and lack; of seed 0 a picture of each."""
-    for arm in (scaled(arm, lab.args.scale) for arm in arms() if fnmatch.fnmatch(arm.name, lab.args.arms)):
-        if lab.has(arm, seed):
-            continue
-        model = lab.measure(arm, seed, thresholds(lab, seed, arm))
-        if not seed and arm.steps:
-            videos = {"dense": lab.dense_samples(seed), arm.name: lab.samples(model, seed)[0]}
-            folder = lab.args.out / "pictures"
-            folder.mkdir(exist_ok=True)
-            draw(videos, folder / f"{''.join(c if c.isalnum() else '-' for c in arm.name)}.png")
+    """The arms that are asked for."""
+    for arm in arms():
+        if fnmatch.fnmatch(arm.name, lab.args.arms):
+            measure(lab, seed, scaled(arm, lab.args.scale))
+
+
+def measure(lab: Lab, seed: int, arm: Case) -> None:
+    """An arm, if it lacks; of seed 0 a picture. Of the long one the student is kept."""
+    if lab.has(arm, seed):
+        return
+    calibration = thresholds(lab, seed, arm)
+    model = lab.measure(arm, seed, calibration, aim(lab, seed, arm))
+    if not seed and arm.steps:
+        folder = lab.args.out / "pictures"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{''.join(c if c.isalnum() else '-' for c in arm.name)}.jpg"
+        sheet({"dense": lab.dense_samples(seed)[:SHOWN], arm.name: lab.drawn[:SHOWN]}).save(path, quality=90)
+    if arm == scaled(KEPT, lab.args.scale):
+        save(model, lab.student(calibration).attached.get(), lab.args.out / f"student-{seed}.safetensors")
+
+
+def aim(lab: Lab, seed: int, arm: Case) -> Aim | None:
+    """One pair keeps other blocks where weights change; Top-k's as many as before."""
+    if arm.thresholds != "one pair" or arm.rule == "topk":
+        return None
+    return lambda model: aimed(lab, seed, arm.rule, arm.target, arm.order, lab.copy_of(model))
+
+
+def save(model: nn.Module, calibration: Calibration, path: Path) -> None:
+    """Write all weights, and the thresholds beside them."""
+    save_file({name: each.detach().bfloat16().cpu() for name, each in weights_of(model, ALL).items()}, path)
+    calibration.save(path.with_suffix(".json"))
+
+
+def onward(lab: Lab, seed: int, target: float = TARGETS[0]) -> None:
+    """The student that ships: that of the long arm and seed 0 trained on. It is one; seeds are of what judges it."""
+    steps, path = math.ceil(ONWARD * lab.args.scale), lab.args.out / f"student-{target}.safetensors"
+    arm = replace(case(target=target).tuned(steps, rate=ONWARD_RATE), part="shipped")
+    if lab.has(arm, seed):
+        return
+    if not path.exists():
+        begin = path.with_stem("student-0")
+        calibration, weights = Calibration.load(begin.with_suffix(".json")), load_file(begin, str(lab.device))
+        aimed_at = aim(lab, ONWARD_SEED, arm)
+        calibration = aimed_at(lab.student(calibration).set(calibration, weights))
+        model = lab.tuned(arm, 0, calibration, aimed_at, weights, sharper(lab, steps))
+        save(model, lab.student(calibration).attached.get(), path)
+    calibration = Calibration.load(path.with_suffix(".json"))
+    model = lab.student(calibration).set(calibration, load_file(path, str(lab.device)))
+    sparsity = lab.sparsity(calibration, next(lab.held_out(seed)), lab.copy_of(model))
+    lab.add(arm, seed, lab.quality(model, seed, sparsity), calibration)
+    if not seed:
+        picture = lab.args.out / f"samples_shipped-{target}.jpg"
+        sheet({"dense": lab.dense_samples(0)[:SHOWN], "distilled": lab.drawn[:SHOWN]}).save(picture, quality=90)
+    distilled, untrained = lab.drawn, lab.samples(lab.sparse(calibration), seed)[0]
+    found = paired(lab.setup, lab.dense_samples(seed), distilled, untrained)
+    keep_clips(found, lab.args.out / f"clips-{target}-{seed}.safetensors")
+
+
+def sharper(lab: Lab, steps: int) -> Iterator[Batch]:
+    """Other clips than the arms', at times of training and at less noise by turns. Strokes get their edges in the last
+    steps of sampling, at times below 0.75; of those of training 5 % are there."""
+    setups = lab.setup, replace(lab.setup, shift=EDGES)
+    how = {"size": lab.args.batch, "device": lab.device, "frames": lab.args.frames}
+    each = [
+        batches(math.ceil(steps / 2), seed=ONWARD_SEED + number, setup=setup, **how)
+        for number, setup in enumerate(setups)
+    ]
+    return itertools.islice(itertools.chain.from_iterable(zip(*each, strict=True)), steps)
 
 
 def scaled(arm: Case, share: float) -> Case:
@@ -104,12 +175,12 @@ def apart(lab: Lab, seed: int) -> None:
 
 
 def judged(lab: Lab, seed: int) -> Iterator[tuple[str, Calibration, nn.Module]]:
-    """The shipped student, if there is one; and its thresholds on the dense model's weights, or those of 95 %."""
-    if (lab.setup.weights / "student.safetensors").exists():
-        calibration, model = lab.shipped()
-        yield "shipped", calibration, model
-    else:
-        calibration = thresholds(lab, seed, case())
+    """The student of the long arm, if it was kept; and its thresholds on the dense model's weights, or those of
+    95 %."""
+    calibration = thresholds(lab, seed, case())
+    if (path := lab.args.out / f"student-{seed}.safetensors").exists():
+        calibration = Calibration.load(path.with_suffix(".json"))
+        yield "distilled", calibration, lab.student(calibration).set(calibration, load_file(path, str(lab.device)))
     yield "not trained", calibration, lab.sparse(calibration)
 
 
@@ -122,7 +193,7 @@ def by_time(lab: Lab, seed: int, calibration: Calibration, model: nn.Module) -> 
         when = torch.full((len(video),), time, device=lab.device)
         batch = torch.lerp(video, noise, time), when, noise - video, classes
         found[f"{time:g}"] = held_out_error(model, lab.dense, [batch])[0]
-    return {**found, "all": held_out_error(model, lab.dense, lab.held_out(seed))[0]}
+    return {**found, "all": held_out_error(model, lab.teacher, lab.held_out(seed))[0]}
 
 
 def pairs_of(lab: Lab, calibration: Calibration) -> dict[str, list[tuple[float, float]]]:
@@ -144,7 +215,7 @@ def restored(
             sites[site][head] = DENSE
         tile = next(iter(calibration.tiles.values()), None)
         attached.set(Calibration(sites, tiles={} if tile is None else dict.fromkeys(sites, tile)))
-        found[name] = held_out_error(model, lab.dense, data)[0]
+        found[name] = held_out_error(model, lab.teacher, data)[0]
     attached.set(calibration)
     return found
 
@@ -167,7 +238,7 @@ def by_ranking(lab: Lab, seed: int, calibration: Calibration, model: nn.Module) 
     plain = lab.copy_of(model)
     given = next(lab.held_out(seed))
     ways = ("tiles 2x4x8", "tiles oracle") if calibration.tiles else ("pooled", "oracle")
-    density = 1 - lab.sparsity(calibration, given, model)
+    density = 1 - lab.sparsity(calibration, given, plain)
     with precision(lab.device):
         sites = record(plain, *(given[i][:1] for i in (0, 1, 3)))
     found: dict[str, list[float]] = {}

@@ -3,6 +3,7 @@
     python studies/moving_digits/blind.py --score answers.csv   # of the sheets in docs/fidelity/blind
     python studies/moving_digits/blind.py --out new             # new ones, on a GPU: new/sheet1.png … and new/key.csv
     python studies/moving_digits/blind.py --setup large         # of the large model's student
+    python studies/moving_digits/blind.py --setup large --clips found/clips-0.951-*  # that were kept
 
 Answers are lines "pair,answer" under a line of these words; an answer is the row, A or B, that is held for the sparse
 model's.
@@ -23,7 +24,8 @@ from pathlib import Path
 
 import torch
 from lab import Lab
-from pictures import sheet
+from pictures import EVERY, in_bytes, sheet
+from safetensors.torch import load_file, save_file
 from setups import Setup, add_setup
 from tabulate import tabulate
 from torch import Tensor
@@ -34,22 +36,40 @@ ON_A_SHEET = 6
 Pair = tuple[str, Tensor, Tensor]  # its kind, the dense clip [T, side, side], the sparse clip
 
 
+def paired(setup: Setup, dense: Tensor, distilled: Tensor, untrained: Tensor) -> list[Pair]:
+    """Of samples of three models, every third frame."""
+    first, controls, count = setup.blind  # clips before the first are in other pictures, with their names
+    kinds = {"not trained": (untrained, range(first, first + controls))}
+    kinds["distilled"] = distilled, range(first + controls, first + controls + count)
+    some = slice(None, None, EVERY)
+    return [(kind, dense[i, some], sparse[i, some]) for kind, (sparse, which) in kinds.items() for i in which]
+
+
 def pairs(lab: Lab) -> list[Pair]:
+    """Of the student of the repository."""
     found: list[Pair] = []
-    first, controls, count = lab.setup.blind  # clips before the first are in other pictures, with their names
     for seed in SEEDS:
-        dense = lab.dense_samples(seed)
         calibration, student = lab.shipped()
         distilled = lab.samples(student, seed)[0]
         untrained = lab.samples(lab.sparse(calibration), seed)[0]
-        found += [("not trained", dense[i], untrained[i]) for i in range(first, first + controls)]
-        others = range(first + controls, first + controls + count)
-        found += [("distilled", dense[i], distilled[i]) for i in others]
+        found += paired(lab.setup, lab.dense_samples(seed), distilled, untrained)
     return found
 
 
+def keep_clips(found: list[Pair], path: Path) -> None:
+    """Write pairs in bytes, to make sheets of them later."""
+    kinds: dict[str, list[Tensor]] = {}
+    for kind, *both in found:
+        kinds.setdefault(kind, []).append(in_bytes(torch.stack(both)).cpu())
+    save_file({kind: torch.stack(each) for kind, each in kinds.items()}, path)
+
+
+def kept_clips(path: Path) -> list[Pair]:
+    return [(kind, *(each / 127.5 - 1)) for kind, found in load_file(path).items() for each in found]
+
+
 def write(found: list[Pair], out: Path, shuffle: random.Random, times: int = 2) -> None:
-    """Sheets of pairs in random order, every third frame of each clip, and the key: which row of each is sparse."""
+    """Sheets of pairs in random order, and the key: which row of each is sparse. Large ones are JPEGs."""
     out.mkdir(parents=True, exist_ok=True)
     shuffle.shuffle(found)
     with (out / "key.csv").open("w", newline="") as file:
@@ -62,7 +82,8 @@ def write(found: list[Pair], out: Path, shuffle: random.Random, times: int = 2) 
                 clips = (sparse, dense) if sparse_row == "A" else (dense, sparse)
                 rows |= {f"{number} {name}": clip[None] for name, clip in zip("AB", clips, strict=True)}
                 key.writerow((number, kind, sparse_row))
-            sheet(rows, times).save(out / f"sheet{first // ON_A_SHEET + 1}.png")
+            kind = "png" if times > 1 else "jpg"
+            sheet(rows, times, every=1).save(out / f"sheet{first // ON_A_SHEET + 1}.{kind}", quality=90)
 
 
 def score(answers: Path, key: Path) -> dict[str, tuple[int, int]]:
@@ -85,19 +106,20 @@ def by_chance(right: int, of: int) -> float:
     return sum(math.comb(of, count) for count in range(right, of + 1)) / 2**of
 
 
-def draw(setup: Setup, out: Path, seed: int) -> None:
+def drawn(setup: Setup) -> list[Pair]:
     torch._dynamo.config.recompile_limit = 64
     kind = {"setup": setup, "frames": setup.frames, "batch": setup.batch, "rounds": setup.rounds}
     with tempfile.TemporaryDirectory() as folder:
         settings = argparse.Namespace(out=Path(folder), sample_steps=25, minutes=math.inf, **kind)
         lab = Lab(settings, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        write(pairs(lab), out, random.Random(seed), 1 if setup.side > 100 else 2)
+        return pairs(lab)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_setup(parser)
     parser.add_argument("--score", type=Path, nargs="+", metavar="CSV", help="answers; nothing is drawn")
+    parser.add_argument("--clips", type=Path, nargs="+", default=[], help="draw nothing: those that reproduce.py kept")
     parser.add_argument("--out", type=Path, help="the folder of sheets and key (blind, beside the setup's results)")
     parser.add_argument("--seed", type=int, default=0, help="of the order (0)")
     args = parser.parse_args()
@@ -105,7 +127,8 @@ def main() -> None:
     if not args.score:
         if (out / "key.csv").exists():
             parser.error(f"{out} holds sheets and a key already: give --out another folder")
-        draw(args.setup, out, args.seed)
+        found = [pair for path in args.clips for pair in kept_clips(path)] or drawn(args.setup)
+        write(found, out, random.Random(args.seed), 1 if args.setup.side > 100 else 2)
         return
     rows = [
         (path, kind, f"{right} of {of}", f"{by_chance(right, of):.3f}")

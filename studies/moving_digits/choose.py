@@ -8,6 +8,7 @@ import torch
 from case import Case
 from distil import everywhere
 from lab import Lab
+from torch import nn
 from train import precision
 
 import sparge_compile
@@ -46,6 +47,11 @@ def thresholds(lab: Lab, seed: int, case: Case) -> Calibration:
 @functools.cache
 def one_pair(lab: Lab, seed: int, rule: str, sparsity: float, order: str = "raster") -> Calibration:
     """The pair of a rule with which the model keeps as many blocks, on clips that are seen, as Top-k alone does."""
+    return aimed(lab, seed, rule, sparsity, order)
+
+
+def aimed(lab: Lab, seed: int, rule: str, sparsity: float, order: str, plain: nn.Module | None = None) -> Calibration:
+    """The same for other weights: an uncompiled dense model that has them."""
     kept = kept_blocks(lab, sparsity)
     if rule == "topk":
         return everywhere((kept / blocks(lab), 0.0), order)
@@ -53,7 +59,7 @@ def one_pair(lab: Lab, seed: int, rule: str, sparsity: float, order: str = "rast
     batch, low, high = lab.seen(seed)[0], 0.0, 1.0
     for _ in range(10):
         topp = (low + high) / 2
-        is_sparser = lab.sparsity(everywhere((topk, topp), order), batch) > 1 - kept / blocks(lab)
+        is_sparser = lab.sparsity(everywhere((topk, topp), order), batch, plain) > 1 - kept / blocks(lab)
         low, high = (topp, high) if is_sparser else (low, topp)
     return everywhere((topk, high), order)
 

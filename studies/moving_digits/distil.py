@@ -20,6 +20,7 @@ import torch
 from case import ALL, ATTENTION, RATES
 from digits import FINE_TUNE_SEED, HELD_OUT_SEED, batch
 from journal import journal
+from lessons import Batch, made_ahead
 from measures import measured_sparsity, velocity_error
 from safetensors.torch import save_file
 from setups import SMALL, Setup, add_setup
@@ -80,11 +81,21 @@ def weights_of(model: nn.Module, trained: str) -> dict[str, nn.Parameter]:
 
 
 def batches(
-    steps: int, size: int, device: torch.device, seed: int = 0, setup: Setup = SMALL, **kind: int | bool
-) -> Iterator[tuple[Tensor, ...]]:
-    """Noisy clips, times, velocities and classes; ``kind`` goes to ``clips``."""
-    for number in range(FINE_TUNE_SEED + 100_000 * seed, FINE_TUNE_SEED + 100_000 * seed + steps):
-        yield batch(number, size, device, setup, free=DROPPED, **kind)
+    steps: int,
+    size: int,
+    device: torch.device,
+    seed: int = 0,
+    setup: Setup = SMALL,
+    first: int = 0,
+    **kind: int | bool,
+) -> Iterator[Batch]:
+    """Noisy clips, times, velocities and classes of the steps from ``first`` on; ``kind`` goes to ``clips``."""
+    begin = FINE_TUNE_SEED + 100_000 * seed
+
+    def make(number: int) -> Batch:
+        return batch(number, size, device, setup, free=DROPPED, **kind)
+
+    yield from made_ahead(make, range(begin + first, begin + steps), device)
 
 
 def fine_tune(
@@ -96,10 +107,10 @@ def fine_tune(
     loss_of: Callable[[Tensor, Tensor], Tensor],
     every: int = 50,
     say: Callable[[str], None] = print,
-    after: Callable[[], None] = lambda: None,
+    after: Callable[[int], None] = lambda step: None,
 ) -> None:
     """AdamW with a short rise and a cosine. ``loss_of`` gets prediction and true velocity; every so many steps a line
-    is said; ``after`` is called after each."""
+    is said; ``after`` is called after each with how many are done."""
     trained = list(trained)
     optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     student.train()
@@ -114,7 +125,7 @@ def fine_tune(
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        after()
+        after(step + 1)
         if (step + 1) % every == 0 or step + 1 == steps:
             rate = (step + 1) / (time.perf_counter() - began)
             say(f"step {step + 1}: loss {loss.item():.5f}, {rate:.2f} steps/s")

@@ -6,6 +6,7 @@ In: cases and their thresholds. Out: rows of figures. What is asked of them is i
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -25,6 +26,7 @@ from distil import (
     tiles_of,
     weights_of,
 )
+from lessons import Batch, Recalling, has_room
 from measures import accuracy, flicker, load_classifier, measured_sparsity, psnr, ssim
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -34,6 +36,10 @@ from transformer import compiled, load, sample
 import sparge_compile
 from sparge_compile import Calibration
 from sparge_compile.kernels.order import Tile
+
+AIMED = (0.5, 0.75, 1.0)  # shares of the steps after which thresholds are aimed anew
+
+Aim = Callable[[nn.Module], Calibration]
 
 
 class OutOfTime(Exception):
@@ -51,7 +57,12 @@ class Lab:
         self.classifier = load_classifier(device, args.setup)
         self.quality_table = Table(args.out, "quality")
         self._students: dict[tuple[Tile | None, ...], Student] = {}
+        self.teacher = Recalling(self.dense)
+        self._seed: int | None = None  # of what is kept
+        self._lessons: list[Batch] = []  # that the teacher was asked about
+        self._held_out: list[Batch] = []
         self._dense_samples: tuple[int, Tensor] | None = None
+        self.drawn: Tensor | None = None  # the samples of the model that was measured last
         self._began, self._pace = time.perf_counter(), {"step": 0.0, "rest": 0.0}  # seconds
 
     def _copy(self) -> nn.Module:
@@ -87,24 +98,40 @@ class Lab:
         weights = load_file(self.setup.weights / "student.safetensors", str(self.device))
         return calibration, self.student(calibration).set(calibration, weights)
 
-    def tuned(self, case: Case, seed: int, calibration: Calibration | None) -> nn.Module:
-        """The student, or without thresholds the dense model, fine-tuned from the teacher's weights."""
+    def tuned(
+        self,
+        case: Case,
+        seed: int,
+        calibration: Calibration | None,
+        aim: Aim | None = None,
+        weights: dict[str, Tensor] | None = None,
+        data: Iterator[Batch] | None = None,
+    ) -> nn.Module:
+        """The student, or without thresholds the dense model, fine-tuned from the teacher's weights but for those that
+        are given, on the case's batches or others. ``aim`` gives thresholds for what it has become."""
         if calibration is None:
             model = self.free
             model.load_state_dict(self.plain.state_dict())
         else:
-            model = self.sparse(calibration)
+            model = self.student(calibration).set(calibration, weights)
         trained = weights_of(model, case.trained)
         for each in trained.values():
             each.requires_grad_(True)
-        is_shifted = case.data == "shifted"
-        data = batches(case.steps, self.args.batch, self.device, seed, shifted=is_shifted, **self.kind)
+        data = data or self.lessons(case, seed)
         how: dict[str, Any] = {"every": max(1, case.steps // 4), "say": lambda text: print(f"    {text}", flush=True)}
-        if case.anneal and calibration is not None:
+        if calibration is not None:
             attached = self.student(calibration).attached
-            how["after"] = sparge_compile.SparsitySchedule(attached, round(case.anneal * case.steps)).step
+            schedule = sparge_compile.SparsitySchedule(attached, round(case.anneal * case.steps))
+            aimed = {math.ceil(share * case.steps) for share in AIMED} if aim else set()
+
+            def after(step: int) -> None:
+                schedule.step()
+                if step in aimed and aim:
+                    attached.set(aim(model))
+
+            how["after"] = after
         if case.loss == "distillation":
-            teacher = self._copy() if case.outputs else self.dense  # outputs: the hook compiles it as it needs it
+            teacher = self._copy() if case.outputs else self.teacher  # outputs: the hook compiles it as it needs it
             with sparge_compile.DistillationHook(
                 model, teacher, layers=case.outputs, compile=bool(case.outputs)
             ) as hook:
@@ -118,13 +145,38 @@ class Lab:
 
     # ---- inputs
 
+    def _of(self, seed: int) -> None:
+        """Let go what was kept of another seed."""
+        if self._seed != seed:
+            self._seed = seed
+            self._lessons.clear()
+            self._held_out.clear()
+            self.teacher.forget()
+
+    def lessons(self, case: Case, seed: int) -> Iterator[Batch]:
+        """The batches that a case trains on; those of matched data are kept for the next case."""
+        self._of(seed)
+        how: dict[str, Any] = {"size": self.args.batch, "device": self.device, "seed": seed, **self.kind}
+        if case.data != "matched":
+            yield from batches(case.steps, shifted=True, **how)
+            return
+        kept = self._lessons[: case.steps]
+        yield from kept
+        for number, each in enumerate(batches(case.steps, first=len(kept), **how), len(kept)):
+            if number == len(self._lessons) and has_room(number, self.device):
+                self._lessons.append(each)
+            yield each
+
     def seen(self, seed: int, count: int = 2) -> list[tuple[Tensor, ...]]:
         """What thresholds are chosen by: noisy clips of digits that the model was trained on, times, velocities,
         classes."""
         return list(batches(count, self.args.batch, self.device, 900 + seed, **self.kind))
 
-    def held_out(self, seed: int) -> Iterator[tuple[Tensor, ...]]:
-        return held_out(self.args.rounds, self.args.batch, self.device, seed, **self.kind)
+    def held_out(self, seed: int) -> Iterator[Batch]:
+        self._of(seed)
+        if not self._held_out:
+            self._held_out.extend(held_out(self.args.rounds, self.args.batch, self.device, seed, **self.kind))
+        return iter(self._held_out)
 
     # ---- figures
 
@@ -142,21 +194,21 @@ class Lab:
             self._dense_samples = seed, self.samples(self.dense, seed)[0]
         return self._dense_samples[1]
 
-    def sparsity(self, calibration: Calibration, clips: tuple[Tensor, ...], model: nn.Module | None = None) -> float:
-        """Of these thresholds with the weights of a model, or the dense one's, on a batch of ``seen`` or
+    def sparsity(self, calibration: Calibration, clips: Batch, plain: nn.Module | None = None) -> float:
+        """Of these thresholds in an uncompiled dense model, the teacher if none is given, on a batch of ``seen`` or
         ``held_out``."""
         mixed, when, _, classes = clips
-        plain = self.plain if model is None else self.copy_of(model)
         with precision(self.device):
-            return measured_sparsity(plain, calibration, (mixed, when, classes))
+            return measured_sparsity(plain or self.plain, calibration, (mixed, when, classes))
 
     def quality(self, model: nn.Module, seed: int, sparsity: float) -> dict[str, float]:
         """The row of a model in evaluation mode."""
-        video, classes = self.samples(model, seed)
         dense = self.dense_samples(seed)
+        video, classes = self.samples(model, seed)
+        self.drawn = video
         values = (
             sparsity,
-            *held_out_error(model, self.dense, self.held_out(seed)),
+            *held_out_error(model, self.teacher, self.held_out(seed)),
             psnr(video, dense).mean().item(),
             ssim(video, dense).mean().item(),
             accuracy(self.classifier, video, classes).mean().item(),
@@ -169,19 +221,21 @@ class Lab:
     def has(self, case: Case, seed: int) -> bool:
         return self.quality_table.has(*key_of(case, seed))
 
-    def measure(self, case: Case, seed: int, calibration: Calibration | None) -> nn.Module:
-        """Add the row of a model, fine-tuned if the case says so; None: of a dense one. Gives the model.
+    def measure(self, case: Case, seed: int, calibration: Calibration | None, aim: Aim | None = None) -> nn.Module:
+        """Add the row of a model, fine-tuned if the case says so; None: of a dense one. Gives the model. Where training
+        moves what thresholds keep, ``aim`` gives those for the model as it is, and training goes on with them.
 
         Raises:
             OutOfTime: it would take longer than what is left, as far as earlier ones tell.
         """
         self.check_time(case.name, case.steps * self._pace["step"] + self._pace["rest"])
         start = time.perf_counter()
-        model = self.tuned(case, seed, calibration) if case.steps else self.sparse(calibration)
+        model = self.tuned(case, seed, calibration, aim) if case.steps else self.sparse(calibration)
         trained = time.perf_counter()
         sparsity = 0.0
         if calibration is not None:
-            sparsity = self.sparsity(calibration, next(self.held_out(seed)), model)
+            calibration = self.student(calibration).attached.get()
+            sparsity = self.sparsity(calibration, next(self.held_out(seed)), self.copy_of(model))
         self.add(case, seed, self.quality(model, seed, sparsity), calibration)
         if case.steps:
             self._pace["step"] = (trained - start) / case.steps

@@ -81,7 +81,7 @@ def structures(lab: Lab, seed: int) -> None:
 
 
 def floor(lab: Lab, seed: int) -> None:
-    """Dense values, and how far apart two dense models are that differ in rounding or in their noise."""
+    """Dense values, how far apart samples of other noise are, and what the reader makes of rendered clips."""
 
     def add(kind: str, **found: float) -> None:
         lab.add(Case("floor", kind, loss=""), seed, dict.fromkeys(QUALITY, math.nan) | found)
@@ -89,14 +89,21 @@ def floor(lab: Lab, seed: int) -> None:
     if lab.has(Case("floor", "rendered clips", loss=""), seed):
         return
     add("dense", **lab.quality(lab.dense, seed, 0.0))
-    rounded = load(device=lab.device, dtype=torch.bfloat16, setup=lab.setup)
-    add("dense, weights in bfloat16", **lab.quality(rounded, seed, 0.0))
-    dense, other = lab.dense_samples(seed), lab.samples(lab.dense, seed + 500)[0]
+    dense = lab.dense_samples(seed)
+    other = dense.roll(1, 0)
     add("dense, other noise and classes", PSNR=psnr(other, dense).mean().item(), SSIM=ssim(other, dense).mean().item())
     number = HELD_OUT_SEED + 500 + seed
     video, classes = clips(len(dense), number, lab.device, held_out=True, **lab.kind)
     read = accuracy(lab.classifier, video, classes).mean().item()
     add("rendered clips", flicker=flicker(video).mean().item(), **{"digits read": read})
+
+
+def rounded(lab: Lab, seed: int) -> None:
+    """The dense model whose weights and activations are in bfloat16."""
+    case = Case("floor", "dense, weights in bfloat16", loss="")
+    if not lab.has(case, seed):
+        model = load(device=lab.device, dtype=torch.bfloat16, setup=lab.setup)
+        lab.add(case, seed, lab.quality(model, seed, 0.0))
 
 
 def defaults(lab: Lab, seed: int) -> None:
@@ -200,7 +207,7 @@ def shipped(lab: Lab, seed: int) -> None:
     if lab.has(case, seed) and (seed or picture.exists()):
         return
     calibration, student = lab.shipped()
-    sparsity = lab.sparsity(calibration, next(lab.held_out(seed)), student)
+    sparsity = lab.sparsity(calibration, next(lab.held_out(seed)), lab.copy_of(student))
     lab.add(case, seed, lab.quality(student, seed, sparsity), calibration)
     if not seed:
         draw({"dense": lab.dense_samples(seed), "distilled": lab.samples(student, seed)[0]}, picture)

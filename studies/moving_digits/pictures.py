@@ -13,19 +13,23 @@ RATE = 12  # frames a second
 LINE, GAP, GROUND = 16, 4, 40  # pixels of a name and between pictures; grey around them
 
 
+def in_bytes(clips: Tensor) -> Tensor:
+    """The greys of clips, 0 to 255."""
+    return ((clips.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
 def enlarged(frame: Tensor, times: int) -> Image.Image:
     """A frame [side, side] as a grey picture."""
-    grey = ((frame.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(grey.cpu().numpy()).resize(
+    return Image.fromarray(in_bytes(frame).cpu().numpy()).resize(
         (frame.shape[1] * times, frame.shape[0] * times), Image.Resampling.NEAREST
     )
 
 
-def sheet(videos: dict[str, Tensor], times: int = 1) -> Image.Image:
+def sheet(videos: dict[str, Tensor], times: int = 1, every: int = EVERY) -> Image.Image:
     """Frames in rows under their names: the first clip of each variant, then the second of each."""
     clips = next(iter(videos.values()))
     font, side = ImageFont.load_default(), clips.shape[-1] * times
-    shown = range(0, clips.shape[1], EVERY)
+    shown = range(0, clips.shape[1], every)
     picture = Image.new("L", (len(shown) * (side + GAP) - GAP, len(clips) * len(videos) * (LINE + side)), GROUND)
     rows = ((name, video[number]) for number in range(len(clips)) for name, video in videos.items())
     for row, (name, clip) in enumerate(rows):

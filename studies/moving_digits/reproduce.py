@@ -4,18 +4,19 @@
     python studies/moving_digits/reproduce.py --parts rules losses  # some parts
     python studies/moving_digits/reproduce.py --parts               # tables and pictures alone; needs no GPU
     python studies/moving_digits/reproduce.py --setup large --seeds 0 --minutes 8.5        # of the large model, a piece
-    python studies/moving_digits/reproduce.py --setup large --parts arms --arms '*0.95, not trained'
+    python studies/moving_digits/reproduce.py --setup large --parts arms --arms '*0.951, not trained'
     python studies/moving_digits/reproduce.py --setup large --parts --add FOUND            # rows measured elsewhere
 
 Every result is a row of a CSV file, written as soon as it is there; what is there is not measured again. A run may be
 stopped, and other parts or seeds may be measured beside it on another GPU: they add to the same files, or to another
 folder whose rows --add brings here. Parts: attention (error split, ranking, structured inputs), floor (dense values,
-noise floors), defaults (thresholds without an aim at sparsity), rules (Top-k, Top-p, hybrid, training-free), orders
-(raster and tiles, training-free), chosen-orders (those that calibration chooses), distilled-orders (the same after long
-distillation), rates (learning rates of distillation), losses (distillation against the plain loss, matched and shifted
-data), distilled (the rules after distillation), students (long distillation; pictures), shipped (the student of the
-repository); of the large model arms (rules, orders, sparsities, ways to train: arms.py), spread (a dense model that is
-trained on), apart (where a student's error is), timing.
+other noise), rounded (the dense model in bfloat16), defaults (thresholds without an aim at sparsity), rules (Top-k,
+Top-p, hybrid, training-free), orders (raster and tiles, training-free), chosen-orders (those that calibration
+chooses), distilled-orders (the same after long distillation), rates (learning rates of distillation), losses
+(distillation against the plain loss, matched and shifted data), distilled (the rules after distillation), students
+(long distillation; pictures), shipped (the student of the repository); of the large model arms (rules, orders,
+sparsities, ways to train: arms.py; one student is kept), onward (that one trained on, to ship, and clips for the
+blind test), spread (a dense model that is trained on), apart (where a student's error is), timing.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ import argparse
 import math
 from pathlib import Path
 
+import arms
 import parts
 import torch
-from arms import apart, measure_arms, spread
 from case import TABLES, Table
 from fidelity import PAGE, fill, tables
 from journal import where as place
@@ -39,6 +40,7 @@ from tabular import read, where
 PARTS = {
     "attention": parts.attention,
     "floor": parts.floor,
+    "rounded": parts.rounded,
     "defaults": parts.defaults,
     "rules": parts.rules,
     "orders": parts.orders,
@@ -49,14 +51,16 @@ PARTS = {
     "distilled": parts.distilled,
     "students": parts.students,
     "shipped": parts.shipped,
-    "arms": measure_arms,
-    "spread": spread,
-    "apart": apart,
+    "arms": arms.measure_arms,
+    "spread": arms.spread,
+    "apart": arms.apart,
     "timing": timing,
+    "onward": arms.onward,
 }
+PICTURES = ("*.png", "*.jpg")
 FLAT, DEEP = (
-    list(PARTS)[:12],
-    ["floor", "arms", "spread", "apart", "timing", "attention"],
+    list(PARTS)[:13],
+    ["floor", "arms", "spread", "onward", "apart", "timing", "rounded", "attention"],
 )  # of the small model, of the large
 
 
@@ -84,7 +88,7 @@ def add(found: Path, out: Path) -> None:
     for name in TABLES:
         if rows := read(found / f"{name}.csv"):
             Table(out, name).add(rows)
-    for path in found.rglob("*.png"):
+    for path in (path for kind in PICTURES for path in found.rglob(kind)):
         copy = out / path.relative_to(found)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(path.read_bytes())

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from arms import ORDERS, TARGETS
 from attention_study import record
 from case import Case, Table
 from choose import thresholds
@@ -34,7 +35,7 @@ from transformer import sample
 import sparge_compile
 
 TIMED_STEPS = 5  # of sampling
-TIMED = list(itertools.product(("tiles", "raster"), (0.9, 0.95, 0.97)))  # orders and sparsities
+TIMED = list(itertools.product(ORDERS, sorted(TARGETS)))
 
 
 def wait(device: torch.device) -> None:
@@ -66,7 +67,7 @@ def timing(lab: Lab, seed: int) -> None:
     noise, classes = noise_of(lab.setup, seed, lab.args.batch // 2, lab.device, lab.args.frames)
     mixed, when, _, given = next(lab.held_out(seed))
     with precision(lab.device):
-        site = record(lab.plain, mixed[:1], when[:1], given[:1])[len(lab.plain.blocks) // 2]
+        site = record(lab.plain, mixed, when, given)[len(lab.plain.blocks) // 2]
     dtype = torch.bfloat16 if lab.device.type == "cuda" else torch.float32
     q, k, v = (x.to(dtype) for x in (site.q, site.k, site.v))
 
@@ -75,10 +76,12 @@ def timing(lab: Lab, seed: int) -> None:
             return spent(lambda: sample(model, noise, classes, TIMED_STEPS), lab.device, 2) / TIMED_STEPS / len(noise)
 
     def attending(**how: Any) -> float:
-        return spent(lambda: sparge_compile.attention(q, k, v, **how), lab.device, 20)
+        return spent(lambda: sparge_compile.attention(q, k, v, **how), lab.device, 20) / len(q)
 
     dense = {"sampling, a step and clip": sampling(lab.dense)}
-    dense["attention, a layer and clip"] = spent(lambda: F.scaled_dot_product_attention(q, k, v), lab.device, 20)
+    dense["attention, a layer and clip"] = spent(lambda: F.scaled_dot_product_attention(q, k, v), lab.device, 20) / len(
+        q
+    )
     for order, target in TIMED:
         calibration = thresholds(lab, seed, Case("timing", thresholds="one pair", target=target, order=order))
         topk, topp = next(iter(calibration.sites.values()))[0]

@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import arms
+import blind
 import case
 import digits
+import lessons
 import pytest
 import reproduce
 import setups
@@ -21,7 +23,7 @@ from processes import torchrun
 from setups import LARGE, Stage
 
 STAGES = (Stage(1, 2, 1e-3, frames=2), Stage(2, 2, 1e-3, frames=4, keep=0.5))
-TOY = replace(LARGE, name="toy", frames=4, side=32, reader=(8, 8), batch=2, rounds=1)  # 256 tokens
+TOY = replace(LARGE, name="toy", frames=4, side=32, reader=(8, 8), batch=2, rounds=2, blind=(0, 1, 1))  # 256 tokens
 TOY = replace(TOY, stages=STAGES, begins="", sizes=(64, 2, 2))
 
 
@@ -107,6 +109,29 @@ def test_the_study_of_the_large_model_at_toy_size(toy: Path, monkeypatch, capsys
         assert f"\n{name}\n" in printed and "nan" not in printed.split(f"\n{name}\n")[1].split("\n\n")[0]
     run(reproduce.main, monkeypatch, "--parts", "--add", found, "--out", toy / "again")
     assert (toy / "again" / "quality.csv").read_text() == (found / "quality.csv").read_text()
+
+    study = (*study[:-1], arms.KEPT.name)
+    run(reproduce.main, monkeypatch, *study, "--parts", "arms", "onward", "apart")  # now of the student that was kept
+    assert "seed 0, distilled: by head" in capsys.readouterr().out
+    assert len(list((found / "pictures").glob("*.jpg"))) == 3
+    run(blind.main, monkeypatch, "--clips", found / "clips-0.951-0.safetensors", "--out", toy / "blind")
+    assert sorted(row["kind"] for row in tabular.read(toy / "blind" / "key.csv")) == ["distilled", "not trained"]
+
+
+def test_a_teacher_is_asked_once_and_batches_come_in_their_order() -> None:
+    asked = []
+
+    class Teacher(torch.nn.Module):
+        def forward(self, mixed: torch.Tensor, when: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+            asked.append(mixed[0].item())
+            return mixed + 1
+
+    teacher = lessons.Recalling(Teacher())
+    made = list(lessons.made_ahead(lambda number: (torch.tensor([number]),) * 3, range(5), torch.device("cpu")))
+    said = [teacher(*batch).item() for batch in made + made]
+    assert said == [1, 2, 3, 4, 5] * 2 and asked == [0, 1, 2, 3, 4]
+    teacher.forget()
+    assert teacher(*made[3]).item() == 4 and asked[-1] == 3
 
 
 TOY_RUN = """

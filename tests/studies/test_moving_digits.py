@@ -196,13 +196,13 @@ def test_distilled_orders_have_a_table_and_a_sentence_once_they_are_there() -> N
 
 @pytest.mark.slow
 def test_the_study_measures_what_is_missing(tmp_path, monkeypatch, capsys) -> None:
-    command = "reproduce.py --parts floor --seeds 0 --batch 2 --rounds 1 --sample-steps 2 --frames 4 --out"
+    command = "reproduce.py --parts floor rounded --seeds 0 --batch 2 --rounds 1 --sample-steps 2 --frames 4 --out"
     monkeypatch.setattr(sys, "argv", [*command.split(), str(tmp_path / "found")])
     reproduce.main()
     assert "rendered clips" in capsys.readouterr().out
     found = tabular.read(tmp_path / "found" / "quality.csv")
     assert [row["rule"] for row in found] == list(dict.fromkeys(row["rule"] for row in found))
-    dense, rounded, *_ = found
+    dense, *_, rounded = found
     assert float(dense["velocity error"]) == 0 < float(rounded["velocity error"]) < 1e-3
     reproduce.main()
     assert tabular.read(tmp_path / "found" / "quality.csv") == found
@@ -234,7 +234,7 @@ def test_pairs_to_judge_are_of_the_same_noise(tmp_path, monkeypatch) -> None:
     found = blind.pairs(small)
     assert [kind for kind, *_ in found] == ["not trained", "distilled"]
     for i, (_, dense, sparse) in enumerate(found, 1):
-        assert torch.equal(dense, small.dense_samples(0)[i]) and dense.shape == sparse.shape == (4, 64, 64)
+        assert torch.equal(dense, small.dense_samples(0)[i, ::3]) and dense.shape == sparse.shape == (2, 64, 64)
         assert not torch.equal(dense, sparse)
 
 
