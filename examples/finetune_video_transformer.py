@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import math
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,6 +35,7 @@ from torch import Tensor
 
 from sparge_compile import Calibration, DistillationHook, SparsitySchedule, attach
 
+RISE = 20  # steps in which the learning rate rises; then it falls as a cosine
 SITES = "blocks.*.attn1"  # self-attention; attention to the text has too few keys to be sparse
 
 
@@ -97,6 +99,11 @@ class Log:
             self.writer.add_scalar("loss", loss, step)
 
 
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    """It depends on the step alone, so that a resumed run goes on with it."""
+    return args.lr * min(1.0, (step + 1) / RISE) * (1 + math.cos(math.pi * step / args.steps)) / 2
+
+
 def thresholds(args: argparse.Namespace) -> Calibration:
     return Calibration.load(args.calibration) if args.calibration else Calibration({SITES: [(args.topk, args.topp)]})
 
@@ -131,6 +138,8 @@ def train(args: argparse.Namespace) -> None:
     log = Log(args.out, progress.step, args.tensorboard) if accelerator.is_main_process else None
     while progress.step < min(args.steps, args.stop_after or args.steps):
         start, losses = time.perf_counter(), []
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(progress.step, args)
         for part in range(args.accumulate):
             with accelerator.accumulate(student):
                 with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=not (args.cpu or args.smoke)):
@@ -190,7 +199,7 @@ def main() -> None:
     parser.add_argument("--topk", type=float, default=0.03, help="(0.03, as published)")
     parser.add_argument("--topp", type=float, default=0.2, help="(0.2, as published for Wan 1.3B at 480p; 14B: 0.16)")
     parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--lr", type=float, default=1e-5)
+    parser.add_argument("--lr", type=float, default=1e-5, help="at its highest (1e-5)")
     parser.add_argument("--weight-decay", type=float, default=0.01)
     parser.add_argument("--batch-size", type=int, default=1, help="clips for each process and micro-batch (1)")
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches in a step (1)")

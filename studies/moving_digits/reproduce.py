@@ -68,7 +68,8 @@ def report(out: Path, setup: Setup) -> None:
     """Write the pictures into ``out``, and its tables into docs/fidelity.md if it is a folder of that; or print
     them."""
     if quality := read(out / "quality.csv"):
-        plot_rules(quality, out / "rules.png", setup.digits / CLASSES)
+        if where(quality, part="rules"):
+            plot_rules(quality, out / "rules.png", setup.digits / CLASSES)
         if where(quality, part="orders"):
             plot_orders(quality, out / "orders.png")
     if ranking := read(out / "ranking.csv"):

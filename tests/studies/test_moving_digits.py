@@ -29,7 +29,7 @@ import tabular
 import torch
 import transformer
 from PIL import Image
-from setups import SMALL, Setup
+from setups import LARGE, SMALL, Setup
 
 import sparge_compile
 
@@ -174,7 +174,7 @@ def test_tables_go_between_their_marks(tmp_path) -> None:
 def test_the_page_holds_what_its_results_say() -> None:
     """docs/fidelity.md is as ``reproduce.py --parts`` writes it."""
     text = fidelity.PAGE.read_text()
-    for name, table in fidelity.tables(SMALL.results).items():
+    for name, table in (fidelity.tables(SMALL.results) | fidelity.tables(LARGE.results)).items():
         assert f"<!-- {name} -->\n{table}\n<!-- /{name} -->" in text, name
 
 
@@ -245,6 +245,10 @@ def test_the_pairs_of_the_page_were_found_as_often_as_it_says() -> None:
     text = " ".join(fidelity.PAGE.read_text().split())
     assert controls == all_controls and f"found the sparse row of all {controls}, and of {right} of the {of}" in text
     assert f"p = {blind.by_chance(right, of):.2f};" in text
+    folder = LARGE.results / "blind"
+    found = blind.score(folder / "answers.csv", folder / "key.csv")
+    (controls, all_controls), (right, of) = found["not trained"], found["distilled"]
+    assert controls == all_controls and f"row of all {controls} controls and of {right} of the {of} (chance" in text
 
 
 @pytest.mark.slow
