@@ -89,7 +89,7 @@ def sparge(
     warn_of_names(settings, names)
     free = [match.site.name for match in graph.matches if match.is_attention and match.node not in graph.attached]
     warn_of_misfits(settings, free, graph.names)
-    if graph.names is not None and (settings.calibration is not None or has_attached(graph.names.root)):
+    if graph.names is not None and (settings.names_sites or has_attached(graph.names.root)):
         expect_first_forward(settings, graph.names.root, warn_of_unused)
     sites = [(graph.slots[match.node], match.node in graph.markers) for match in graph.matches if match.is_attention]
     with_outputs = outputs_wanted()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch.nn import Module
@@ -110,7 +110,7 @@ def warn_of_misfits(settings: Options, names: Sequence[str], model: Names | None
 
 
 def warn_of_unused(first: FirstForward) -> None:
-    """Warn, once for a calibration, of entries that no site used in the first forward of a model."""
+    """Warn, once, of entries of a calibration and names in other options that no site had in a first forward."""
     if first.model is None:
         return
     modules = {name or ROOT for name in Names(first.model).by_name}
@@ -122,6 +122,7 @@ def warn_of_unused(first: FirstForward) -> None:
             unused = [entry for entry in unused if not any(_is_longer_or_shorter(entry, name) for name in names)]
             measured = options.calibration.origin is not None
             _warn_of_unused([e for e in unused if measured or _fits(e, modules)], "the calibration", first.model, seen)
+        _warn_of_unmet(options, first.model, names)
     if not first.is_blind:
         attached = dict.fromkeys(entry for held in first.attached() for entry in held.entries.values())
         # What a pattern says may be said by other entries as well, one by one.
@@ -130,10 +131,12 @@ def warn_of_unused(first: FirstForward) -> None:
 
 
 def warn_of_unused_in_eager_code(settings: Options, model: Module, seen: Iterable[str]) -> None:
-    """Warn, once for a calibration, of entries that no site used while attention was replaced in eager code."""
+    """Warn, once, of entries and names as above that no site had while attention was replaced in eager code."""
+    seen = set(seen)
     entries = () if settings.calibration is None else settings.calibration.sites
     unused = [entry for entry in entries if not any(_means(entry, name) for name in seen)]
     _warn_of_unused(unused, "the calibration", model, seen, "in eager code")
+    _warn_of_unmet(settings, model, seen, "in eager code")
 
 
 def _warn_of_unused(
@@ -141,12 +144,28 @@ def _warn_of_unused(
 ) -> None:
     if not entries:
         return
+    _warn_of_entries(entries, f"used the thresholds that {where} gave for", model, seen, when)
+
+
+def _warn_of_unmet(settings: Options, model: Module, seen: Iterable[str], when: str = "in the first forward") -> None:
+    """Warn of names in ``dense_layers`` and ``grid`` that mean none of the sites that ran."""
+    seen = set(seen)
+    grids = settings.grid if isinstance(settings.grid, Mapping) else {}
+    for option, entries in {
+        "dense_layers": settings.schedule.unmet_layers(seen),
+        "grid": [entry for entry in grids if not any(_means(entry, name) for name in seen)],
+    }.items():
+        if entries:
+            _warn_of_entries(entries, f"is what the option {option!r} names", model, seen, when)
+
+
+def _warn_of_entries(entries: Sequence[str], verb: str, model: Module, seen: Iterable[str], when: str) -> None:
     sites = sorted(seen)
     near = near_names(entries, sites)[:4]
     warn(
-        f"unused {where} {entries}",
-        f"sparge: {when} of {type(model).__name__}, no attention used the thresholds that {where} gave "
-        f"for {', '.join(map(repr, entries[:4]))}{', …' if len(entries) > 4 else ''}. Of the {len(sites)} sites that "
+        f"unused {verb} {entries}",
+        f"sparge: {when} of {type(model).__name__}, no attention {verb} "
+        f"{', '.join(map(repr, entries[:4]))}{', …' if len(entries) > 4 else ''}. Of the {len(sites)} sites that "
         f"ran, near are {', '.join(map(repr, near)) or 'none'}. A branch that was not taken has none here, nor has "
         "attention outside of graphs; sparge_compile.explain(model)(...) lists all sites.",
     )

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import sharding
 from .errors import explain_error
@@ -99,6 +100,7 @@ def _are_plain(*tensors: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and torch._C._functorch.peek_interpreter_stack() is None
+        and not in_forward_mode()
         and all(type(x) is Tensor and not x.is_neg() and not _is_batched(x) for x in tensors)
     )
 
@@ -370,14 +372,36 @@ def _any_requires_grad(*arguments: Any) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
 
 
+def in_forward_mode() -> bool:
+    """Whether forward-mode derivatives are being taken, by torch.func.jvp or torch.autograd.forward_ad."""
+    return forward_ad._current_level >= 0
+
+
+def _refuse_tangents(*tensors: Any) -> None:
+    """Raise where forward-mode derivatives are asked for, which kernels would leave out without a word."""
+    if in_forward_mode() and any(
+        isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in tensors
+    ):
+        raise NotImplementedError(
+            explain_error(
+                "sparge attention has no forward-mode derivative",
+                given="an operand with a tangent, from torch.func.jvp, jacfwd or torch.autograd.forward_ad",
+                allowed="derivatives by a backward",
+                todo="Use a backward, or dense attention where forward-mode derivatives are needed.",
+            )
+        )
+
+
 def _attend_under_autograd(query, key, value, *others):
     """``attend`` where it may be differentiated: lowered where no gradient was in sight, and trained after all."""
+    _refuse_tangents(query, key, value)
     if _any_requires_grad(query, key, value):
         return torch.ops.sparge.attend_for_backward.default(query, key, value, *others)[0]
     return _below_autograd(torch.ops.sparge.attend.default, query, key, value, *others)
 
 
 def _attention_under_autograd(op: Any, query, key, value, *others):
+    _refuse_tangents(query, key, value)
     run = partial(_below_autograd, op)
     if not _any_requires_grad(query, key, value):
         return run(query, key, value, *others)
@@ -386,6 +410,7 @@ def _attention_under_autograd(op: Any, query, key, value, *others):
 
 
 def _backward_under_autograd(*arguments: Any) -> Any:
+    _refuse_tangents(*arguments)
     if _any_requires_grad(*arguments):
         return _Gradients.apply(*arguments)
     return _below_autograd(torch.ops.sparge.backward.default, *arguments)

@@ -195,6 +195,11 @@ class Options:
         return self.calibration is not None and self.calibration.schedule.is_dense_layer(name)
 
     @property
+    def names_sites(self) -> bool:
+        """Whether some of these options name sites of the model, so that a name may fit none."""
+        return self.calibration is not None or bool(self.schedule.dense_layers) or isinstance(self.grid, Mapping)
+
+    @property
     def schedule(self) -> Schedule:
         """The plan of these options; what a calibration plans besides is not in it."""
         return parse_schedule(self.dense_steps, self.dense_layers)

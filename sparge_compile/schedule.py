@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -29,6 +29,13 @@ class Schedule(NamedTuple):
             number = re.search(r"(?:^|\.)(\d+)(?=\.|#|$)", name)
             return number is not None and int(number[1]) < self.dense_layers
         return any(_means(entry, name) for entry in self.dense_layers)
+
+    def unmet_layers(self, names: Iterable[str]) -> list[str]:
+        """The entries of ``dense_layers`` that mean none of these sites or modules; a number is ``0:n``."""
+        names = list(names)
+        if isinstance(self.dense_layers, int):
+            return [] if any(map(self.is_dense_layer, names)) else [f"0:{self.dense_layers}"]
+        return [entry for entry in self.dense_layers if not any(_means(entry, name) for name in names)]
 
     def is_dense_step(self, step: int, steps: int | None) -> bool:
         """Whether all sites are dense in a step of a run of so many; None: it is not known how many."""

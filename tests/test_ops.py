@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers import Problem, Results, assert_results_bounded
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.library import opcheck
 
 from sparge_compile import BlockMap, attention
@@ -170,6 +171,23 @@ def test_second_derivatives_are_refused():
     (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match="differentiated twice"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("of", range(3))
+@pytest.mark.parametrize("grad", [False, True])
+def test_forward_mode_derivatives_are_refused(of, grad):
+    """The kernels would drop the tangents without a word."""
+    given = qkv(grad=grad)
+
+    def attend(x):
+        return attention(*given[:of], x, *given[of + 1 :], enable_gqa=True, topk=0.5)
+
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(attend, (given[of],), (torch.ones_like(given[of]),))
+    with forward_ad.dual_level():
+        attend(given[of])  # nothing has a tangent
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            attend(forward_ad.make_dual(given[of], torch.ones_like(given[of])))
 
 
 def test_topk_one_is_dense_attention():

@@ -75,7 +75,7 @@ class Call:
             plain = type(x) in _TENSORS and x.layout is torch.strided if is_tensor else _is_constant(x)
             if not plain:
                 return Reason.ARGUMENT, f"{name} is a {type(x).__name__}"
-        return (Reason.TRANSFORM, "") if _level() is not None else None
+        return (Reason.TRANSFORM, "") if _is_transformed() else None
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -134,7 +134,7 @@ def form_of(function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]
             form.append(x)
         else:
             return None
-    if not tensors or torch._C._len_torch_dispatch_stack() or _level() is not None:
+    if not tensors or torch._C._len_torch_dispatch_stack() or _is_transformed():
         return None
     form.append(_autocast(tensors))
     ids = [id(x) for x in tensors]
@@ -152,6 +152,11 @@ def call_past_the_dispatcher(graph_module: GraphModule) -> None:
 
 
 _level = getattr(torch._C._functorch, "maybe_current_level", lambda: None)
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func transforms what runs, or forward-mode derivatives are taken of it."""
+    return _level() is not None or ops.in_forward_mode()
 
 
 def unseen() -> AbstractContextManager[Any]:

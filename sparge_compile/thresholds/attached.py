@@ -21,7 +21,7 @@ from .followed import GridHook, Grids
 from .phases import DENSE_STEP, Phases, keeps_all
 from .setting import Held, phases_to_set
 from .steps import check_step
-from .targets import Target, find_targets, modules_of, site_name
+from .targets import Target, find_targets, fits_module, modules_of, near_names, site_name
 
 logger = logging.getLogger("sparge_compile")
 
@@ -35,6 +35,7 @@ class Attachment:
         modules = modules_of(model)
         entries = find_targets(model, calibration)
         self._sites = {(name, index): modules[name] for name, index in entries}
+        _check_names(calibration, grid, modules)
         self._phases = Phases.of(calibration, calibration.schedule, lambda phase: find_targets(model, phase))
         for (name, index), values in self._phases.values(0).items():
             target = name, index
@@ -225,6 +226,25 @@ class Attachment:
     def _buffers(self) -> dict[Target, Tensor]:
         buffers = {target: self._held(*target).get(target[1]) for target in self._sites}
         return {target: values for target, values in buffers.items() if values is not None}
+
+
+def _check_names(calibration: Calibration, grid: Grids | None, modules: Mapping[str, nn.Module]) -> None:
+    """Check that what is dense by plan, and what grids are given for, are modules of the model.
+
+    Raises:
+        ValueError: a name or pattern that fits no module; the message lists names that are near.
+    """
+    layers = calibration.schedule.dense_layers
+    grids = grid if isinstance(grid, Mapping) else {}
+    for what, entries in {"dense_layers": () if isinstance(layers, int) else layers, "grid": grids}.items():
+        missed = [entry for entry in entries if not fits_module(entry, modules)]
+        if missed:
+            raise value_error(
+                f"attach: {what} for modules that the model does not have",
+                given=", ".join(map(repr, missed)),
+                allowed=f"modules that may compute attention, as {', '.join(near_names(missed, modules))}",
+                todo="sparge_compile.explain(model)(...) lists the sites.",
+            )
 
 
 def _device(module: nn.Module, model: nn.Module) -> torch.device:

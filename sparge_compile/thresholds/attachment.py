@@ -52,8 +52,8 @@ def attach(
 
     Raises:
         TypeError: no module, no calibration, or a grid that is none of these.
-        ValueError: a name or pattern that fits no module; the message lists names that are near. As
-            ``Calibration.scheduled``.
+        ValueError: a name or pattern that fits no module, in the calibration, ``dense_layers`` or ``grid``; the message
+            lists names that are near. As ``Calibration.scheduled``.
     """
     if not isinstance(model, nn.Module):
         raise type_error(

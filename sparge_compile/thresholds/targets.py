@@ -78,7 +78,12 @@ def _may_hold_attention(module: nn.Module) -> bool:
 
 def _is_shadowed(entry: str, names: Iterable[str]) -> bool:
     """Whether a pattern does match modules, and only those that other entries name."""
-    return not is_exact(entry) and any(fnmatchcase(name, entry.partition("#")[0]) for name in names)
+    return not is_exact(entry) and fits_module(entry, names)
+
+
+def fits_module(entry: str, names: Iterable[str]) -> bool:
+    """Whether an entry is the name or a pattern of one of these modules, or of a site in it."""
+    return any(fnmatchcase(name, entry.partition("#")[0]) for name in names)
 
 
 def near_names(missed: Iterable[str], names: Iterable[str]) -> list[str]:

@@ -15,6 +15,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from toys import Block, Stack
@@ -269,6 +271,20 @@ def test_calls_that_are_no_graph(x):
         with pytest.raises(TypeError):
             F.scaled_dot_product_attention(q)
     assert {row.reason for row in replaced.report} >= {Reason.NESTED, Reason.TRANSFORM}
+
+
+def test_forward_mode_derivatives_are_those_of_dense_attention(x):
+    model = Calls()
+    tangent = torch.randn_like(x)
+    with sdpa_kernel(SDPBackend.MATH):
+        want = torch.func.jvp(model, (x,), (tangent,))[1]
+        with replace_attention(model, SPARSE, on_unsupported="dense") as replaced:
+            torch.testing.assert_close(torch.func.jvp(model, (x,), (tangent,))[1], want)
+            with forward_ad.dual_level():
+                torch.testing.assert_close(
+                    forward_ad.unpack_dual(model(forward_ad.make_dual(x, tangent))).tangent, want
+                )
+    assert {row.reason for row in replaced.report} == {Reason.TRANSFORM}
 
 
 def test_bad_arguments():

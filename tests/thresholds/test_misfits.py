@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_names import FAST, NAMES, Model, X, by_block, expected, run, wrapped
 
+import sparge_compile
 from sparge_compile import Calibration, Options
 
 FEW = [(0.1, 0.0)]
@@ -93,3 +94,62 @@ def test_a_calibration_from_a_file_equals_one_by_hand(tmp_path):
     loaded = Calibration.load(tmp_path / "model.json")
     assert loaded == Calibration({"*": FEW}) == copy.deepcopy(loaded) and loaded.source is not None
     assert Options(calibration=loaded).digest() == Options(calibration=Calibration({"*": FEW})).digest()
+
+
+def warned_of(option, call):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [str(w.message) for w in caught if f"is what the option {option!r} names" in str(w.message)]
+
+
+@pytest.mark.parametrize("way", [compiled, by_block])
+@pytest.mark.parametrize(
+    ("option", "given", "missed"),
+    [
+        ("dense_layers", ["bloks.*", "blocks.1"], "'bloks.*'"),
+        ("dense_layers", "blocks.0.mlp", "'blocks.0.mlp'"),
+        ("dense_layers", ["*.attn", "blocks.1", NAMES[0]], None),
+        ("dense_layers", 1, None),
+        ("grid", {"bloks.*": (1, 10, 30)}, "'bloks.*'"),
+        ("grid", {"blocks.0": (1, 10, 30)}, "'blocks.0'"),
+        ("grid", {"blocks.*": (1, 10, 30)}, None),
+    ],
+)
+def test_options_that_name_no_site_are_told_of_once(way, option, given, missed):
+    model, x = Model(2), torch.randn(X)
+    model = way(model, {**FAST, option: given})
+    texts = warned_of(option, lambda: (run(model, x), run(model, x)))
+    assert len(texts) == (missed is not None)
+    assert all(missed in text and NAMES[0] in text for text in texts)
+
+
+def test_dense_layers_by_number_want_numbers_in_names():
+    model = compiled(Model(2).blocks[0], {**FAST, "dense_layers": 2})
+    (text,) = warned_of("dense_layers", lambda: run(model, torch.randn(X)))
+    assert "'0:2'" in text
+
+
+def test_eager_code_is_told_of_options_that_name_no_site():
+    model = Model(2)
+
+    def replaced():
+        with sparge_compile.replace_attention(model, min_seq_len=0, dense_layers="bloks.0"):
+            run(model, torch.randn(X))
+
+    (text,) = warned_of("dense_layers", replaced)
+    assert "'bloks.0'" in text
+
+
+@pytest.mark.parametrize(
+    "plan", [{"dense_layers": ["blocks.0", "bloks.1"]}, {"grid": {"bloks.1": (1, 10, 30), "*": (1, 10, 30)}}]
+)
+def test_attach_refuses_a_plan_for_modules_that_are_not_there(plan):
+    with pytest.raises(ValueError, match=r"bloks\.1.*blocks\.1") as refused:
+        sparge_compile.attach(Model(2), Calibration({"*": FEW}), **plan)
+    assert str(refused.value).startswith(f"attach: {next(iter(plan))}")
+    fitting = {
+        name: {n.replace("bloks", "blocks"): v for n, v in given.items()} if name == "grid" else ["blocks.1"]
+        for name, given in plan.items()
+    }
+    assert sparge_compile.attach(Model(2), Calibration({"*": FEW}), **fitting).names
