@@ -18,9 +18,10 @@ from .user_model import WRAPPERS
 ROOT = "(root)"  # attention written directly in the forward of the compiled module
 
 # Dynamo's name of the local or global that holds the model, or a function, a method or a hook that does: whatever leads
-# to the owner of a method (diffusers' hooks keep the forward that they replace).
+# to the owner of a method (diffusers' hooks keep the forward that they replace). What is left of an iterator behind a
+# graph break is read by a function: ___tuple_iterator_getitem(L['___stack0'], 0).
 _BASE = re.compile(
-    r"^[LG]\['[^']*'\](?:.*\.__self__(?=[.\[]|$))?"
+    r"^(?:___\w+\()*[LG]\['[^']*'\](?:[\w.\[\]']*, \w+\))*(?:.*\.__self__(?=[.\[]|$))?"
     r"(?:\._torchdynamo_inline|\.__closure__\[\d+\]\.cell_contents|\.__func__|(?:\.forward)?\.__self__)*"
 )
 _MODULES = re.compile(

@@ -139,13 +139,12 @@ def place(work: OpenGraph, given: GraphModule, names: Names | Callable[[], Names
     locators: dict[str | None, Locator] = {}
     parts: dict[tuple[str | None, str], tuple[Part, int, int]] = {}  # with the part's first number and its size
     seen = sites_before()
-    here = Counter(
-        (module_base(match.node), match.path if names is None else names.below(match.path))
+    paths = [
+        frame.rebased(module_base(match.node), match.path if names is None else names.below(match.path), names)
         for match in work.matches
-        if match.is_attention
-    )
-    for i, match in enumerate(work.matches):
-        base, path = module_base(match.node), match.path if names is None else names.below(match.path)
+    ]
+    here = Counter(path for match, path in zip(work.matches, paths, strict=True) if match.is_attention)
+    for i, (match, (base, path)) in enumerate(zip(work.matches, paths, strict=True)):
         if base not in locators:
             locators[base] = frame.locator(base, path, names)
         locator = locators[base]

@@ -153,6 +153,28 @@ class Frame:
         """The paths of the parameters and buffers that the graph reads, each below its base."""
         return frozenset(anchor.path for anchors in self._anchors.values() for anchor in anchors)
 
+    def rebased(self, base: str | None, path: str, names: Names | None) -> tuple[str | None, str]:
+        """A base and a path below it, from the module on where what is above it is none of the model's modules.
+
+        A tuple, a dict or the rest of an iterator that holds modules is such; their parameters know their names.
+        """
+        anchors = [] if base is None or names is None else self._anchors.get(base, [])
+        if names is None or any(
+            join(prefix, path) in names.by_name or path == ROOT
+            for anchor in anchors
+            for prefix in names.prefixes(self.inputs[anchor.position], names.below(anchor.path))
+        ):
+            return base, path
+        parts = path.split(".")
+        for end in range(len(parts), 0, -1):
+            above = ".".join(parts[:end]) + "."
+            inside = (a._replace(path=a.path.removeprefix(above)) for a in anchors if a.path.startswith(above))
+            known = [a for a in inside if names.prefixes(self.inputs[a.position], a.path)]
+            if known:
+                self._anchors[f"{base}.{above}"] = known
+                return f"{base}.{above}", ".".join(parts[end:]) or ROOT
+        return base, path
+
     def locator(self, base: str | None, path: str, names: Names | None) -> Locator:
         """Make what finds the place of a base at run time; ``path`` is that of a module below it.
 

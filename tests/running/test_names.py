@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -167,6 +168,51 @@ def test_explain_gives_full_names_whatever_is_compiled(way):
             report = explain(given, FAST)(x)
         assert [row.name for row in report] == NAMES
     assert run(given, x).shape == x.shape
+
+
+class Handed(Model):
+    """Blocks that reach the code behind a graph break in something that is no module."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.groups = [[self.blocks[0]], {"rest": list(self.blocks[1:])}]
+
+    def forward(self, x):
+        if self.how in ("enumerate", "generator"):
+            numbered = enumerate(self.blocks)
+            for _, block in numbered if self.how == "enumerate" else ((i, block) for i, block in numbered):
+                x = block(x)
+                torch._dynamo.graph_break()
+            return x
+        if self.how == "attribute":
+            for block in (self.groups[0][0], *self.groups[1]["rest"]):
+                x = block(x)
+            return x
+        pair, rest = Pair(self.blocks[0], self.blocks[1]), {"rest": tuple(self.blocks)[2:]}
+        torch._dynamo.graph_break()
+        x = pair.second(pair.first(x))
+        torch._dynamo.graph_break()
+        for block in rest["rest"]:
+            x = block(x)
+        return x
+
+
+class Pair(NamedTuple):
+    first: torch.nn.Module
+    second: torch.nn.Module
+
+
+@pytest.mark.parametrize("how", ["enumerate", "generator", "attribute", "containers"])
+def test_blocks_in_iterators_and_containers_have_their_full_names(how):
+    """`for i, block in enumerate(self.blocks)` with a break in it: the blocks are in what is left of an iterator."""
+    model, x = Handed(how), torch.randn(X)
+    want = expected(model, x)
+    with torch.no_grad():
+        assert [row.name for row in explain(model, FAST)(x)] == NAMES
+    compiled = torch.compile(model, backend="sparge", options={**FAST, "calibration": calibration()})
+    torch.testing.assert_close(run(compiled, x), want, atol=1e-5, rtol=1e-5)
+    assert (want - run(model, x)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("hide", [lambda b: b.compile(backend="sparge", options=FAST), None])
