@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from torch.nn import Module
-
 from .errors import value_error
 from .naming import ROOT
 from .notices import warn
@@ -115,39 +113,43 @@ def warn_of_unused(first: FirstForward) -> None:
         return
     modules = {name or ROOT for name in Names(first.model).by_name}
     seen = {name for _, names in first.sites for name in names}
+    when = f"in the first forward of {type(first.model).__name__}"
     for options, names in first.sites:
         if options.calibration is not None:
             unused = [entry for entry in options.calibration.sites if not any(_means(entry, name) for name in names)]
             # Of the others there was a word when the graphs were compiled.
             unused = [entry for entry in unused if not any(_is_longer_or_shorter(entry, name) for name in names)]
             measured = options.calibration.origin is not None
-            _warn_of_unused([e for e in unused if measured or _fits(e, modules)], "the calibration", first.model, seen)
-        _warn_of_unmet(options, first.model, names)
+            _warn_of_unused([e for e in unused if measured or _fits(e, modules)], "the calibration", seen, when)
+        _warn_of_unmet(options, names, when)
     if not first.is_blind:
         attached = dict.fromkeys(entry for held in first.attached() for entry in held.entries.values())
         # What a pattern says may be said by other entries as well, one by one.
         unused = [e for e in attached if e not in first.met and not any(_means(e, name) for name in seen)]
-        _warn_of_unused(unused, "attach", first.model, seen)
+        _warn_of_unused(unused, "attach", seen, when)
 
 
-def warn_of_unused_in_eager_code(settings: Options, model: Module, seen: Iterable[str]) -> None:
-    """Warn, once, of entries and names as above that no site had while attention was replaced in eager code."""
+def warn_of_unused_without_forward(settings: Options, seen: Iterable[str], when: str) -> None:
+    """Warn, once, of entries and names as above that no site had where all sites are known otherwise.
+
+    Args:
+        settings: the options.
+        seen: the names of the attention sites.
+        when: what they are the sites of, as ``"in eager code of Model"``.
+    """
     seen = set(seen)
     entries = () if settings.calibration is None else settings.calibration.sites
-    unused = [entry for entry in entries if not any(_means(entry, name) for name in seen)]
-    _warn_of_unused(unused, "the calibration", model, seen, "in eager code")
-    _warn_of_unmet(settings, model, seen, "in eager code")
+    unused = [e for e in entries if not any(_means(e, name) or _is_longer_or_shorter(e, name) for name in seen)]
+    _warn_of_unused(unused, "the calibration", seen, when)
+    _warn_of_unmet(settings, seen, when)
 
 
-def _warn_of_unused(
-    entries: Sequence[str], where: str, model: Module, seen: Iterable[str], when: str = "in the first forward"
-) -> None:
-    if not entries:
-        return
-    _warn_of_entries(entries, f"used the thresholds that {where} gave for", model, seen, when)
+def _warn_of_unused(entries: Sequence[str], where: str, seen: Iterable[str], when: str) -> None:
+    if entries:
+        _warn_of_entries(entries, f"used the thresholds that {where} gave for", seen, when)
 
 
-def _warn_of_unmet(settings: Options, model: Module, seen: Iterable[str], when: str = "in the first forward") -> None:
+def _warn_of_unmet(settings: Options, seen: Iterable[str], when: str) -> None:
     """Warn of names in ``dense_layers`` and ``grid`` that mean none of the sites that ran."""
     seen = set(seen)
     grids = settings.grid if isinstance(settings.grid, Mapping) else {}
@@ -156,15 +158,15 @@ def _warn_of_unmet(settings: Options, model: Module, seen: Iterable[str], when: 
         "grid": [entry for entry in grids if not any(_means(entry, name) for name in seen)],
     }.items():
         if entries:
-            _warn_of_entries(entries, f"is what the option {option!r} names", model, seen, when)
+            _warn_of_entries(entries, f"is what the option {option!r} names", seen, when)
 
 
-def _warn_of_entries(entries: Sequence[str], verb: str, model: Module, seen: Iterable[str], when: str) -> None:
+def _warn_of_entries(entries: Sequence[str], verb: str, seen: Iterable[str], when: str) -> None:
     sites = sorted(seen)
     near = near_names(entries, sites)[:4]
     warn(
         f"unused {verb} {entries}",
-        f"sparge: {when} of {type(model).__name__}, no attention {verb} "
+        f"sparge: {when}, no attention {verb} "
         f"{', '.join(map(repr, entries[:4]))}{', …' if len(entries) > 4 else ''}. Of the {len(sites)} sites that "
         f"ran, near are {', '.join(map(repr, near)) or 'none'}. A branch that was not taken has none here, nor has "
         "attention outside of graphs; sparge_compile.explain(model)(...) lists all sites.",

@@ -36,6 +36,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .errors import type_error, value_error
+from .misfits import warn_of_names, warn_of_unused_without_forward
 from .naming import user_path
 from .notices import warn_of_orders, warn_of_unsupported
 from .options import Options
@@ -339,6 +340,10 @@ def _report(work: Work, settings: Options) -> Report:
     logger.info("%s", report)
     warn_of_unsupported(report, settings)
     warn_of_orders(work.orders_by_name, settings)
+    free = [match for match in work.matches if match.is_attention and match.node not in work.markers]
+    if free:
+        warn_of_names(settings, [match.site.name for match in work.sparse if match in free])
+        warn_of_unused_without_forward(settings, [match.site.name for match in free], "in the graph that was given")
     return report
 
 
@@ -356,4 +361,12 @@ def _options(options: Mapping[str, Any] | Options | None) -> Options:
             allowed="the other options of the backend",
             todo="Nothing is compiled here: give the result to torch.compile or AOTInductor.",
         )
-    return Options.parse(options)
+    settings = Options.parse(options)
+    if settings.schedule.dense_steps is not None:
+        raise value_error(
+            "an option that means nothing to rewrite",
+            given=f"dense_steps={settings.dense_steps!r}",
+            allowed="the same in every step: no graph is told which step it is",
+            todo="Run the program that was given in these steps.",
+        )
+    return settings

@@ -716,3 +716,30 @@ def test_aot_inductor_packages_a_rewritten_program(tmp_path):
     for first, fine in (("import sparge_compile.ops", True), ("", False)):
         done = subprocess.run([sys.executable, "-c", f"{first}\n{load}"], capture_output=True, text=True)
         assert (done.returncode == 0) == fine and ("Could not find schema for sparge" in done.stderr) != fine
+
+
+@pytest.mark.parametrize("trace", [lambda model, x: torch.export.export(model, (x,)), None], ids=["program", "module"])
+@pytest.mark.parametrize(
+    ("options", "missed"),
+    [
+        ({"calibration": Calibration({"bloks.*": [(0.1, 0.0)]})}, "gave for 'bloks.*'"),
+        ({"dense_layers": ["bloks.0", "blocks.1"]}, "'dense_layers' names 'bloks.0'"),
+        ({"calibration": Calibration({"*": [(0.1, 0.0)]}), "dense_layers": 1}, None),
+    ],
+)
+def test_names_that_fit_no_site_of_the_graph_are_told_of(trace, options, missed):
+    model, x = Stack(2), torch.randn(1, 300, 32)
+    given = trace(model, x) if trace else torch.export.export(model, (x,)).module()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        rewrite(given, {"min_seq_len": 0, **options})
+    texts = [str(w.message) for w in caught if "in the graph that was given" in str(w.message)]
+    assert len(texts) == (missed is not None)
+    assert all(missed in text and "near are 'blocks." in text for text in texts)
+
+
+def test_dense_steps_are_refused():
+    """A graph is not told which step it is: it would be sparse in all of them."""
+    program = torch.export.export(Stack(1), (torch.randn(1, 300, 32),))
+    with pytest.raises(ValueError, match=r"means nothing to rewrite: got dense_steps=2"):
+        rewrite(program, {"min_seq_len": 0, "dense_steps": 2})

@@ -10,7 +10,7 @@ from typing import Any
 from torch.nn import Module
 
 from ..errors import type_error, value_error
-from ..misfits import check_model, warn_of_misfits, warn_of_names, warn_of_unused_in_eager_code
+from ..misfits import check_model, warn_of_misfits, warn_of_names, warn_of_unused_without_forward
 from ..naming import ROOT, numbered
 from ..notices import warn, warn_of_orders, warn_of_unsupported
 from ..options import Options
@@ -222,7 +222,8 @@ class Replacement:
         if kind is not None:
             return
         if self._rows and isinstance(model, Module):
-            warn_of_unused_in_eager_code(self._settings, model, {row.name for row in self._rows.values()})
+            seen = {row.name for row in self._rows.values()}
+            warn_of_unused_without_forward(self._settings, seen, f"in eager code of {type(model).__name__}")
         if not self._rows and self._settings.on_unsupported != "dense":
             whose = "this process" if model is None else type(model).__name__
             warn(
