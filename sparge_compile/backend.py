@@ -40,7 +40,7 @@ from .running.graph import decide_sites, open_graph
 from .running.listeners import Outlet, outputs_wanted, refuse_outputs, with_outlet
 from .running.observe import Observer, Watched, calls_through, watching
 from .running.outside import Outside
-from .running.phases import DenseCalls, by_plan, dense_copy
+from .running.phases import DenseCalls, by_plan, dense_copy, refuse_steps
 from .running.places import Place, find_names
 from .running.stack import is_innermost
 from .running.thresholds import RunTime
@@ -102,6 +102,7 @@ def sparge(
     thresholds = RunTime(graph.threshold_inputs, graph.slots, settings, partial(_new_place, settings))
     if is_stored(graph_module):  # without what is around it here, so it must be whole
         refuse_outputs(with_outputs)
+        refuse_steps(settings)
         make_constants(graph.graph_module, thresholds.constants())
         graph.threshold_inputs.clear()
     inputs = [*example_inputs, *(value_of(x.placeholder) for x in graph.threshold_inputs)]

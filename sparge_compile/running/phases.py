@@ -12,6 +12,7 @@ from typing import Any
 
 from torch.fx import GraphModule
 
+from ..errors import value_error
 from ..options import Options
 from ..passes.pipeline import check, erase_markers, find, return_dense
 from ..passes.read.fx_utils import clone
@@ -72,6 +73,21 @@ def dense_copy(graph: OpenGraph, with_outputs: bool) -> GraphModule:
         run(copy, partial(return_dense, matches=sites))
     run(copy, erase_markers, check)
     return copy.graph_module
+
+
+def refuse_steps(options: Options) -> None:
+    """Refuse to store a graph that is dense in some steps: nobody tells it where it runs which step it is.
+
+    Raises:
+        ValueError: the options have dense steps.
+    """
+    if options.schedule.dense_steps is not None:
+        raise value_error(
+            "sparge: a graph that is dense in some steps cannot be stored",
+            given=f"dense_steps={options.dense_steps!r}, and aot_compile or torch._dynamo.config.caching_precompile",
+            allowed="one of the two",
+            todo="Attach the thresholds with their plan: sparge_compile.attach(model, calibration, dense_steps=…).",
+        )
 
 
 def by_plan(

@@ -66,6 +66,23 @@ def test_aot_compile_says_what_it_cannot_store():
         stored(compiled_with(Stack(1), "eager"), inputs())
 
 
+def test_dense_steps_cannot_be_stored():
+    """What is stored is not told which step it is: it would be sparse in all of them."""
+    with torch.no_grad(), pytest.raises(Exception, match=r"sparge: a graph that is dense in some steps.*attach"):
+        stored(compiled_with(Stack(1), "aot_eager", dense_steps=2), inputs())
+
+
+def test_attached_dense_steps_are_stored():
+    model, x = Stack(), inputs()
+    handle = attach(model, Calibration({"*": [(0.1, 0.0)]}), dense_steps=1)
+    with torch.no_grad():
+        ahead = stored(compiled_with(model), x)
+        for step in range(3):
+            handle.set_step(step, 3)
+            near(ahead(x), compiled_with(model, "eager")(x))
+            assert ((ahead(x) - model(x)).abs().max() < 1e-5) == (step == 0)
+
+
 class BlockByBlock(Stack):
     def __init__(self):
         super().__init__()
