@@ -142,7 +142,7 @@ def orders_of(model: Video, grid: tuple[int, ...], opened_graphs: list) -> list[
         (GRIDS[0], "tiles 4×4×4 of 2×9×10"),
         (lambda video: None, "raster: no grid known"),
         ({"blocks.*": grid_of}, "tiles 4×4×4 of 2×9×10"),
-        ({"other": grid_of}, "raster: no grid known"),
+        ({"blocks.*.out": grid_of}, "raster: no grid known"),
         ((-1, 2, 9, 9, 4), "tiles 4×4×4 of 2×9×9 with 14 before and 4 behind"),
         (lambda video: (0, *video.shape[2:4], 9, -1), "tiles 4×4×4 of 2×9×9 with 18 behind"),
     ],
@@ -172,6 +172,8 @@ def test_a_copy_follows_its_own_calls_and_a_removed_grid_is_gone(opened_graphs) 
 def test_a_grid_that_is_none_is_refused() -> None:
     with pytest.raises(TypeError, match="attach: grid cannot be read"):
         attach(made(), SPARSE, grid="21x30x52")
+    with pytest.raises(ValueError, match="grid for modules that the model does not have: got 'other'"):
+        attach(made(), SPARSE, grid={"other": grid_of})
     model = made()
     attach(model, SPARSE, grid=lambda video: (3, 4))
     with pytest.raises(TypeError, match="attach: grid cannot be read"):
