@@ -11,7 +11,6 @@ import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from attention_study import ranking_gaps, record
@@ -19,12 +18,12 @@ from blind import keep_clips, paired
 from case import ALL, ATTENTION, Case, Table
 from choose import aimed, thresholds
 from digits import HELD_OUT_SEED, clips
-from distil import batches, held_out_error, weights_of
+from distil import batches, held_out_error, save_student, weights_of
 from lab import Aim, Lab
 from lessons import Batch
 from measures import accuracy, psnr
 from pictures import sheet
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from train import precision
 
@@ -91,7 +90,8 @@ def measure(lab: Lab, seed: int, arm: Case) -> None:
         path = folder / f"{''.join(c if c.isalnum() else '-' for c in arm.name)}.jpg"
         sheet({"dense": lab.dense_samples(seed)[:SHOWN], arm.name: lab.drawn[:SHOWN]}).save(path, quality=90)
     if arm == scaled(KEPT, lab.args.scale):
-        save(model, lab.student(calibration).attached.get(), lab.args.out / f"student-{seed}.safetensors")
+        path = lab.args.out / f"student-{seed}.safetensors"
+        save_student(weights_of(model, ALL), lab.student(calibration).attached.get(), path)
 
 
 def aim(lab: Lab, seed: int, arm: Case) -> Aim | None:
@@ -99,12 +99,6 @@ def aim(lab: Lab, seed: int, arm: Case) -> Aim | None:
     if arm.thresholds != "one pair" or arm.rule == "topk":
         return None
     return lambda model: aimed(lab, seed, arm.rule, arm.target, arm.order, lab.copy_of(model))
-
-
-def save(model: nn.Module, calibration: Calibration, path: Path) -> None:
-    """Write all weights, and the thresholds beside them."""
-    save_file({name: each.detach().bfloat16().cpu() for name, each in weights_of(model, ALL).items()}, path)
-    calibration.save(path.with_suffix(".json"))
 
 
 def onward(lab: Lab, seed: int, target: float = TARGETS[0]) -> None:
@@ -119,7 +113,7 @@ def onward(lab: Lab, seed: int, target: float = TARGETS[0]) -> None:
         aimed_at = aim(lab, ONWARD_SEED, arm)
         calibration = aimed_at(lab.student(calibration).set(calibration, weights))
         model = lab.tuned(arm, 0, calibration, aimed_at, weights, sharper(lab, steps))
-        save(model, lab.student(calibration).attached.get(), path)
+        save_student(weights_of(model, ALL), lab.student(calibration).attached.get(), path)
     calibration = Calibration.load(path.with_suffix(".json"))
     model = lab.student(calibration).set(calibration, load_file(path, str(lab.device)))
     sparsity = lab.sparsity(calibration, next(lab.held_out(seed)), lab.copy_of(model))

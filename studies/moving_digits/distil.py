@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -152,6 +152,12 @@ def held_out(
         yield batch(number, size, device, setup, held_out=True, **kind)
 
 
+def save_student(weights: Mapping[str, Tensor], calibration: Calibration, path: Path) -> None:
+    """Write weights in bfloat16, and the thresholds beside them."""
+    save_file({name: each.detach().bfloat16().cpu() for name, each in weights.items()}, path)
+    calibration.save(path.with_suffix(".json"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_setup(parser)
@@ -193,10 +199,7 @@ def main() -> None:
         data = batches(args.steps, args.batch, device, setup=args.setup, **frames)
         fine_tune(model, weights.values(), data, args.steps, args.lr, lambda *_: hook.loss(), say=say)
     judge("distilled")
-    save_file(
-        {name: each.detach().bfloat16().cpu() for name, each in weights.items()}, args.out / "student.safetensors"
-    )
-    calibration.save(args.out / "student.json")
+    save_student(weights, calibration, args.out / "student.safetensors")
 
 
 if __name__ == "__main__":
