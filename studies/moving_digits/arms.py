@@ -30,8 +30,9 @@ from train import precision
 from sparge_compile import Calibration
 
 SHORT, LONG = 500, 2000  # steps
-ONWARD, ONWARD_RATE, ONWARD_SEED = 1500, 1.5e-3, 50  # of the student that ships
-EDGES = 4.0  # the shift of times with which it learns what edges look like
+LESSONS, EPOCHS, GENTLER = 1500, 4, 600  # of the student that ships, each a step; of those that keep more, from it on
+SHIP_SEED, SHIP_RATE = 50, 2e-3
+SHIFTS = (5.0, 2.0)  # of times, beside that of training: strokes get their edges at less noise
 SHOWN = 3  # clips of a picture
 TARGETS, RULES, ORDERS = (0.951, 0.9, 0.97), ("hybrid", "topk", "topp"), ("tiles", "raster")  # 19 of 392 blocks
 RATES = {ALL: (5e-4, 1e-3, 4e-3, 8e-3), ATTENTION: (2e-3, 8e-3)}  # beside those of case.RATES
@@ -46,20 +47,21 @@ def case(rule: str = "hybrid", target: float = TARGETS[0], order: str = "tiles",
     return Case("arms", rule, kind, target, order)
 
 
-KEPT = case().tuned(LONG)
-
-
 def arms() -> list[Case]:
     """Each once; the first are what the rest is compared with."""
     first = [case(rule, order=order) for order in ORDERS for rule in RULES]
-    listed = [case(), case().tuned(SHORT), KEPT, *first, *(each.tuned(SHORT) for each in first)]
+    listed = [case(), case().tuned(SHORT), case().tuned(LONG), *first, *(each.tuned(SHORT) for each in first)]
     listed += [case(rule).tuned(LONG) for rule in RULES[1:]]
     listed += [case().tuned(LONG, loss="flow"), case().tuned(LONG, ATTENTION)]
     listed += [case().tuned(SHORT, trained, rate=rate) for trained, rates in RATES.items() for rate in rates]
     listed += [each for target in TARGETS[1:] for each in (case(target=target), case(target=target).tuned(SHORT))]
     listed += [case(kind=kind).tuned(SHORT) for kind in ("each head", "by influence")]
     listed += [replace(case().tuned(SHORT), anneal=0.25), replace(case().tuned(SHORT), outputs=0.1)]
-    listed += [case().tuned(SHORT, ATTENTION), case().tuned(SHORT, loss="flow")]
+    listed += [
+        case().tuned(SHORT, ATTENTION),
+        case().tuned(SHORT, loss="flow"),
+        case("topk").tuned(SHORT, loss="guided"),
+    ]
     listed += [case(target=target).tuned(LONG) for target in TARGETS[1:]]
     listed += [
         each
@@ -79,19 +81,16 @@ def measure_arms(lab: Lab, seed: int) -> None:
 
 
 def measure(lab: Lab, seed: int, arm: Case) -> None:
-    """An arm, if it lacks; of seed 0 a picture. Of the long one the student is kept."""
+    """An arm, if it lacks; of seed 0 a picture."""
     if lab.has(arm, seed):
         return
     calibration = thresholds(lab, seed, arm)
-    model = lab.measure(arm, seed, calibration, aim(lab, seed, arm))
+    lab.measure(arm, seed, calibration, aim(lab, seed, arm))
     if not seed and arm.steps:
         folder = lab.args.out / "pictures"
         folder.mkdir(exist_ok=True)
         path = folder / f"{''.join(c if c.isalnum() else '-' for c in arm.name)}.jpg"
         sheet({"dense": lab.dense_samples(seed)[:SHOWN], arm.name: lab.drawn[:SHOWN]}).save(path, quality=90)
-    if arm == scaled(KEPT, lab.args.scale):
-        path = lab.args.out / f"student-{seed}.safetensors"
-        save_student(weights_of(model, ALL), lab.student(calibration).attached.get(), path)
 
 
 def aim(lab: Lab, seed: int, arm: Case) -> Aim | None:
@@ -101,19 +100,19 @@ def aim(lab: Lab, seed: int, arm: Case) -> Aim | None:
     return lambda model: aimed(lab, seed, arm.rule, arm.target, arm.order, lab.copy_of(model))
 
 
-def onward(lab: Lab, seed: int, target: float = TARGETS[0]) -> None:
-    """The student that ships: that of the long arm and seed 0 trained on. It is one; seeds are of what judges it."""
-    steps, path = math.ceil(ONWARD * lab.args.scale), lab.args.out / f"student-{target}.safetensors"
-    arm = replace(case(target=target).tuned(steps, rate=ONWARD_RATE), part="shipped")
+def ship(lab: Lab, seed: int, target: float = TARGETS[0]) -> None:
+    """The student that ships, and those of other targets, from its weights on: each is one; seeds are of what judges
+    it. Keeps the pairs of the blind test."""
+    path, first = (lab.args.out / f"student-{each}.safetensors" for each in (target, TARGETS[0]))
+    is_first = path == first
+    steps = math.ceil((LESSONS * EPOCHS if is_first else GENTLER) * lab.args.scale)
+    arm = replace(case("topk", target).tuned(steps, rate=SHIP_RATE if is_first else SHIP_RATE / 2), part="shipped")
     if lab.has(arm, seed):
         return
     if not path.exists():
-        begin = path.with_stem("student-0")
-        calibration, weights = Calibration.load(begin.with_suffix(".json")), load_file(begin, str(lab.device))
-        aimed_at = aim(lab, ONWARD_SEED, arm)
-        calibration = aimed_at(lab.student(calibration).set(calibration, weights))
-        model = lab.tuned(arm, 0, calibration, aimed_at, weights, sharper(lab, steps))
-        save_student(weights_of(model, ALL), lab.student(calibration).attached.get(), path)
+        weights = None if is_first else load_file(first, str(lab.device))
+        model = lab.tuned(arm, 0, thresholds(lab, seed, arm), None, weights, sharper(lab, steps))
+        save_student(weights_of(model, ALL), thresholds(lab, seed, arm), path)
     calibration = Calibration.load(path.with_suffix(".json"))
     model = lab.student(calibration).set(calibration, load_file(path, str(lab.device)))
     sparsity = lab.sparsity(calibration, next(lab.held_out(seed)), lab.copy_of(model))
@@ -127,15 +126,18 @@ def onward(lab: Lab, seed: int, target: float = TARGETS[0]) -> None:
 
 
 def sharper(lab: Lab, steps: int) -> Iterator[Batch]:
-    """Other clips than the arms', at times of training and at less noise by turns. Strokes get their edges in the last
-    steps of sampling, at times below 0.75; of those of training 5 % are there."""
-    setups = lab.setup, replace(lab.setup, shift=EDGES)
+    """Other clips than the arms', at times of training and at less noise by turns; as many as there are lessons, then
+    the same again. Strokes get their edges in the last steps of sampling, at times below 0.75; of those of training
+    5 % are there."""
+    setups = (lab.setup, *(replace(lab.setup, shift=shift) for shift in SHIFTS))
+    count = min(steps, math.ceil(LESSONS * lab.args.scale))
     how = {"size": lab.args.batch, "device": lab.device, "frames": lab.args.frames}
     each = [
-        batches(math.ceil(steps / 2), seed=ONWARD_SEED + number, setup=setup, **how)
+        batches(math.ceil(count / len(setups)), seed=SHIP_SEED + number, setup=setup, **how)
         for number, setup in enumerate(setups)
     ]
-    return itertools.islice(itertools.chain.from_iterable(zip(*each, strict=True)), steps)
+    lessons = itertools.islice(itertools.chain.from_iterable(zip(*each, strict=True)), count)
+    return itertools.islice(itertools.cycle(lessons), steps)
 
 
 def scaled(arm: Case, share: float) -> Case:
@@ -169,10 +171,10 @@ def apart(lab: Lab, seed: int) -> None:
 
 
 def judged(lab: Lab, seed: int) -> Iterator[tuple[str, Calibration, nn.Module]]:
-    """The student of the long arm, if it was kept; and its thresholds on the dense model's weights, or those of
-    95 %."""
-    calibration = thresholds(lab, seed, case())
-    if (path := lab.args.out / f"student-{seed}.safetensors").exists():
+    """The student that ships, if it is there; and its thresholds, or those of 95 %, on the dense model's weights."""
+    calibration = thresholds(lab, seed, case("topk"))
+    paths = lab.args.out / f"student-{TARGETS[0]}.safetensors", lab.setup.weights / "student.safetensors"
+    for path in [path for path in paths if path.exists()][:1]:
         calibration = Calibration.load(path.with_suffix(".json"))
         yield "distilled", calibration, lab.student(calibration).set(calibration, load_file(path, str(lab.device)))
     yield "not trained", calibration, lab.sparse(calibration)

@@ -22,7 +22,7 @@ class Case:
     thresholds: str = ""  # one pair for all heads, each head's by errors of attention, or these by influence
     target: float | str = ""  # sparsity that is asked for
     order: str = "raster"
-    loss: str = "none"  # distillation, flow, or none: not trained
+    loss: str = "none"  # distillation, guided (of pairs with and without classes), flow, or none: not trained
     data: str = ""  # matched or shifted
     trained: str = ""
     steps: int = 0

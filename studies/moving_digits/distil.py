@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from setups import SMALL, Setup, add_setup
 from torch import Tensor, nn
 from train import precision
-from transformer import compiled, load
+from transformer import GUIDANCE, compiled, load
 
 import sparge_compile
 from sparge_compile import Calibration
@@ -96,6 +96,19 @@ def batches(
         return batch(number, size, device, setup, free=DROPPED, **kind)
 
     yield from made_ahead(make, range(begin + first, begin + steps), device)
+
+
+def in_pairs(lesson: Batch) -> Batch:
+    """The first half of a batch, with classes and then without: as sampling with guidance asks for them."""
+    *both, classes = (each[: len(each) // 2] for each in lesson)
+    return *(torch.cat((each, each)) for each in both), torch.cat((classes, torch.zeros_like(classes)))
+
+
+def guided_loss(predicted: Tensor, taught: Tensor) -> Tensor:
+    """Mean square errors of pairs, and of the velocity that sampling makes of a pair."""
+    error = predicted.float() - taught.float()
+    given, free = error.chunk(2)
+    return error.square().mean() + (free + GUIDANCE * (given - free)).square().mean()
 
 
 def fine_tune(

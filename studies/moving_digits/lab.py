@@ -20,8 +20,10 @@ from distil import (
     Student,
     batches,
     fine_tune,
+    guided_loss,
     held_out,
     held_out_error,
+    in_pairs,
     inner,
     tiles_of,
     weights_of,
@@ -136,6 +138,8 @@ class Lab:
                 model, teacher, layers=case.outputs, compile=bool(case.outputs)
             ) as hook:
                 fine_tune(model, trained.values(), data, case.steps, case.rate, lambda *_: hook.loss(), **how)
+        elif case.loss == "guided":
+            fine_tune(model, trained.values(), self.taught(data), case.steps, case.rate, guided_loss, **how)
         else:
             fine_tune(
                 model, trained.values(), data, case.steps, case.rate, lambda u, v: F.mse_loss(u.float(), v), **how
@@ -157,6 +161,9 @@ class Lab:
         """The batches that a case trains on; those of matched data are kept for the next case."""
         self._of(seed)
         how: dict[str, Any] = {"size": self.args.batch, "device": self.device, "seed": seed, **self.kind}
+        if case.loss == "guided":
+            yield from map(in_pairs, batches(case.steps, **how))
+            return
         if case.data != "matched":
             yield from batches(case.steps, shifted=True, **how)
             return
@@ -166,6 +173,13 @@ class Lab:
             if number == len(self._lessons) and has_room(number, self.device):
                 self._lessons.append(each)
             yield each
+
+    def taught(self, lessons: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches with the teacher's velocities."""
+        for mixed, when, _, classes in lessons:
+            with precision(self.device):
+                said = self.teacher(mixed, when, classes)
+            yield mixed, when, said, classes
 
     def seen(self, seed: int, count: int = 2) -> list[tuple[Tensor, ...]]:
         """What thresholds are chosen by: noisy clips of digits that the model was trained on, times, velocities,

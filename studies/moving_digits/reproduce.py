@@ -15,7 +15,7 @@ Top-p, hybrid, training-free), orders (raster and tiles, training-free), chosen-
 chooses), distilled-orders (the same after long distillation), rates (learning rates of distillation), losses
 (distillation against the plain loss, matched and shifted data), distilled (the rules after distillation), students
 (long distillation; pictures), shipped (the student of the repository); of the large model arms (rules, orders,
-sparsities, ways to train: arms.py; one student is kept), onward (that one trained on, to ship, and clips for the
+sparsities, ways to train: arms.py), ship (the student of the repository, and clips for the
 blind test), spread (a dense model that is trained on), apart (where a student's error is), timing.
 """
 
@@ -55,12 +55,12 @@ PARTS = {
     "spread": arms.spread,
     "apart": arms.apart,
     "timing": timing,
-    "onward": arms.onward,
+    "ship": arms.ship,
 }
 PICTURES = ("*.png", "*.jpg")
 FLAT, DEEP = (
     list(PARTS)[:13],
-    ["floor", "arms", "spread", "onward", "apart", "timing", "rounded", "attention"],
+    ["floor", "arms", "spread", "ship", "apart", "timing", "rounded", "attention"],
 )  # of the small model, of the large
 
 

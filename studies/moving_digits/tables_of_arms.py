@@ -6,6 +6,8 @@ import statistics
 
 from tabular import MEASURES, RULES, Row, grouped, markdown, numbers, shown, where
 
+LOSSES = {"flow": "plain loss", "guided": "guided loss"}
+
 
 def arms_table(quality: list[Row]) -> str:
     """The large model's arms: by sparsity, then by how long they were trained."""
@@ -20,11 +22,13 @@ def arms_table(quality: list[Row]) -> str:
             words.append("not trained")
         else:
             words += [f"{named['steps']} steps", named["trained"], f"rate {named['rate']}"]
-            words += ["plain loss"] * (named["loss"] == "flow")
+            words += [words_of for loss, words_of in LOSSES.items() if loss == named["loss"]]
             words += [f"{name} {named[name]}" for name in ("anneal", "outputs") if named[name] != "0"]
         of = where(rows, **named)
         lines.append([", ".join(words), *(shown(of, m) for m in ("sparsity", *MEASURES))])
-    others = {"95%, the student of the repository": where(quality, part="shipped")}
+    others = {}
+    for target, of in grouped(where(quality, part="shipped"), "target").items():
+        others[f"{float(target):.0%}, {'trained on from it' if others else 'the student of the repository'}"] = of
     others["dense"] = where(quality, part="floor", rule="dense")
     lines += [[name, *(shown(of, m) for m in ("sparsity", *MEASURES))] for name, of in others.items() if of]
     return markdown(("", "sparsity", *MEASURES), lines)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from setups import CLASSES, PATCH, SMALL, Setup
 from torch import Tensor, nn
 
+GUIDANCE = 3.0  # of sampling: how far beyond the velocity without classes
 ROPE_BASE = 100.0  # positions are few: 32 frames of 28 × 28 tokens at most
 
 
@@ -141,7 +142,7 @@ def sample(
     noise: Tensor,
     classes: Tensor,
     steps: int = 20,
-    guidance: float = 3.0,
+    guidance: float = GUIDANCE,
     shift: float = SMALL.shift,
 ) -> Tensor:
     """Clips in [-1, 1] from noise [B, T, side, side]: Euler's method on times moved towards noise,

@@ -11,6 +11,7 @@ import arms
 import blind
 import case
 import digits
+import distil
 import lessons
 import pytest
 import reproduce
@@ -110,8 +111,8 @@ def test_the_study_of_the_large_model_at_toy_size(toy: Path, monkeypatch, capsys
     run(reproduce.main, monkeypatch, "--parts", "--add", found, "--out", toy / "again")
     assert (toy / "again" / "quality.csv").read_text() == (found / "quality.csv").read_text()
 
-    study = (*study[:-1], arms.KEPT.name)
-    run(reproduce.main, monkeypatch, *study, "--parts", "arms", "onward", "apart")  # now of the student that was kept
+    study = (*study[:-1], "*guided*")
+    run(reproduce.main, monkeypatch, *study, "--parts", "arms", "ship", "apart")  # now of the student that ships
     assert "seed 0, distilled: by head" in capsys.readouterr().out
     assert len(list((found / "pictures").glob("*.jpg"))) == 3
     run(blind.main, monkeypatch, "--clips", found / "clips-0.951-0.safetensors", "--out", toy / "blind")
@@ -132,6 +133,23 @@ def test_a_teacher_is_asked_once_and_batches_come_in_their_order() -> None:
     assert said == [1, 2, 3, 4, 5] * 2 and asked == [0, 1, 2, 3, 4]
     teacher.forget()
     assert teacher(*made[3]).item() == 4 and asked[-1] == 3
+
+
+def test_the_guided_loss_is_of_what_sampling_does() -> None:
+    """A batch in pairs: the same clips with classes and without; guidance makes one velocity of both answers."""
+    video, when = torch.randn(4, 2, 8, 8), torch.rand(4)
+    mixed, times, _, classes = distil.in_pairs((video, when, -video, torch.ones(4, 10)))
+    assert torch.equal(mixed, torch.cat((video[:2], video[:2]))) and torch.equal(times[:2], times[2:])
+    assert classes[:2].eq(1).all() and classes[2:].eq(0).all()
+    said, taught = torch.randn(2, *mixed.shape).unbind()
+
+    def drawn(answer: torch.Tensor) -> torch.Tensor:
+        step = transformer.sample(lambda *_: answer, torch.zeros(2, 2, 8, 8), classes[:2], 1, shift=1.0)
+        return -step  # one step of sampling from nothing; 0.05 keeps it within the pixels' range
+
+    guided = (drawn(0.05 * said) - drawn(0.05 * taught)) / 0.05
+    wanted = (said - taught).square().mean() + guided.square().mean()
+    torch.testing.assert_close(distil.guided_loss(said, taught), wanted, rtol=1e-4, atol=1e-4)
 
 
 TOY_RUN = """
