@@ -21,6 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from wan_stand_in import CHANNELS, TEXT, Wan
 
 from sparge_compile import Calibration, Ranks
+from sparge_compile.inner import sound
 from sparge_compile.parallel.heads import balanced
 from sparge_compile.passes.write import turns
 
@@ -92,7 +93,7 @@ class Run:
         return *moved, torch.full((batch,), 500.0, device=self.device)
 
     def compiled(self, model: nn.Module, attention: str, overlap: str = "on") -> nn.Module:
-        """Its blocks compiled, one graph for all; sparse, or by the inner backend alone."""
+        """Its blocks compiled, one graph for all; sparse, or by the inner backend alone, without its unsound fusion."""
         torch._dynamo.reset()
         how: dict[str, Any] = {"backend": self.args.inner, "fullgraph": True}
         if attention == "sparse":
@@ -103,6 +104,8 @@ class Run:
             if overlap == "off" and self.args.inner == "inductor":
                 options["inductor"] = {"reorder_for_compute_comm_overlap": False}
             how |= {"backend": "sparge", "options": options}
+        elif self.args.inner == "inductor":
+            how["options"] = sound()
         for block in model.blocks:
             block.compile(**how)
         return model

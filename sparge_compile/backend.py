@@ -161,16 +161,16 @@ def explain(
             gets the arguments, and every call of the model that it makes is in the report.
 
     Raises:
-        TypeError: ``call`` is given for a model that is no module.
+        TypeError: a model that is neither a module nor a function, or that is no module where ``call`` is given.
     """
     settings = Options.parse(options)
     target: Any = user_model(model)
-    if call is not None and not isinstance(target, Module):
+    if not callable(target) or (call is not None and not isinstance(target, Module)):
         raise type_error(
             "explain: bad model",
             given=type(target).__name__,
-            allowed="an nn.Module where call is given",
-            todo="Pass the module that call runs, as pipe.transformer.",
+            allowed="an nn.Module or a function; an nn.Module where call is given",
+            todo="Pass the model, or the module that call runs, as pipe.transformer: explain(model)(*args).",
         )
 
     def run(*args: Any, **kwargs: Any) -> Report:

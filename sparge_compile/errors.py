@@ -22,6 +22,11 @@ def type_error(what: str, *, given: object, allowed: str, todo: str) -> TypeErro
     return _of_user(TypeError(explain_error(what, given=given, allowed=allowed, todo=todo)))
 
 
+def no_file_error(what: str, *, given: object, allowed: str, todo: str) -> FileNotFoundError:
+    """Return a ``FileNotFoundError`` of four parts, to be raised where a user names a file that is not there."""
+    return _of_user(FileNotFoundError(explain_error(what, given=given, allowed=allowed, todo=todo)))
+
+
 def is_of_user(error: BaseException) -> bool:
     """Whether an error tells a user of a wrong value; any other one is a fault of ours, or of what we call."""
     return getattr(error, "sparge_of_user", False)

@@ -83,6 +83,7 @@ def attention(
 
     Raises:
         ValueError: shapes, dtypes, devices or thresholds that do not fit; the message says what is allowed.
+        TypeError: a block map that is none.
 
     Source: SpargeAttention2 (arXiv 2602.13515), Eq. 9.
     """

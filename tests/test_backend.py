@@ -123,6 +123,8 @@ def test_what_calls_the_model_may_be_given(compiled):
     assert len(explain(pipe.model, Options(**FAST), call=lambda: None)()) == 0
     with pytest.raises(TypeError, match=r"explain: bad model.*nn\.Module where call is given"):
         explain(pipe, call=pipe)
+    with pytest.raises(TypeError, match=r"explain: bad model: got int; allowed: an nn\.Module or a function"):
+        explain(3)
 
 
 def test_what_attends_beside_the_model_is_not_in_its_report():

@@ -17,9 +17,11 @@ import pytest
 import raised_messages
 import scaling
 import scaling_model
+import scaling_ranks
 import torch
 import varlen
 
+from sparge_compile.inner import sound
 from sparge_compile.report import Reason
 
 CPU = torch.device("cpu")
@@ -120,6 +122,15 @@ def test_rows_are_measured_in_turns_of_groups_that_are_as_large():
     assert [job.attention for job in jobs] == ["sparse", "dense"] * 9
     turns = [scaling.turn_of(job, args) for job in jobs]
     assert turns == sorted(turns) and len(set(turns)) == 8, "what one GPU does is one turn"
+
+
+def test_the_dense_rival_is_compiled_as_soundly_as_the_sparse_model():
+    """Inductor's own defaults compute wrong gradients of Wan's tables before torch 2.15 (pytorch 193061)."""
+    (args,) = scaling.settings(["--device", "cpu", "--inner", "inductor"])
+    given = []
+    model = SimpleNamespace(blocks=[SimpleNamespace(compile=lambda **how: given.append(how))])
+    scaling_ranks.Run(args, CPU).compiled(model, "dense")
+    assert given == [{"backend": "inductor", "fullgraph": True, "options": sound()}]
 
 
 def test_settings_are_parted_by_pluses():

@@ -82,6 +82,12 @@ def test_wrong_type_of_threshold():
         call(topk="0.5")
 
 
+@pytest.mark.parametrize("given", [3, torch.ones(2, 4, 1, 2) > 0, (1, 2)])
+def test_wrong_type_of_block_map(given):
+    with pytest.raises(TypeError, match=r"block_map has the wrong type: got \w+; allowed: .*BlockMap\.from_dense"):
+        call(block_map=given)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", [0, 1, 2])
 def test_one_broken_head_leaves_the_others_untouched(bad, where):

@@ -56,8 +56,8 @@ def replace_attention(
 
     Raises:
         TypeError: no module; an option of the wrong type.
-        ValueError: an option that is unknown, has a bad value or speaks of compilers; modules of which attention is
-            replaced already.
+        ValueError: an option that is unknown, given twice, has a bad value or speaks of compilers; modules of which
+            attention is replaced already.
     """
     if model is not None and not isinstance(model, Module):
         raise type_error(
@@ -70,10 +70,20 @@ def replace_attention(
 
 
 def _options(options: Mapping[str, Any] | Options | None, named: Mapping[str, Any]) -> Options:
+    default = Options()
     if isinstance(options, Options):
-        options = {each.name: getattr(options, each.name) for each in fields(Options)}
+        changed = [each.name for each in fields(Options) if getattr(options, each.name) != getattr(default, each.name)]
+        options = {name: getattr(options, name) for name in changed}
+    twice = [name for name in named if isinstance(options, Mapping) and name in options]
+    if twice:
+        raise value_error(
+            "replace_attention: options that are given twice",
+            given=", ".join(twice),
+            allowed="each one in options or by name",
+            todo="Drop one of the two.",
+        )
     settings = Options.parse({**(options or {}), **named})
-    given = [name for name in _OF_COMPILERS if getattr(settings, name) != getattr(Options(), name)]
+    given = [name for name in _OF_COMPILERS if getattr(settings, name) != getattr(default, name)]
     if given:
         raise value_error(
             "replace_attention: an option that says how to compile",

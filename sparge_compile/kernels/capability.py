@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import value_error
+from ..errors import type_error, value_error
 from ..keeping import NOTHING, PLAIN_WIDTH, WIDTH, Kept
 from ..pair import check_pair
 from ..report import Reason
@@ -305,7 +305,18 @@ def _check_whole_numbers(name: str, x: Tensor, length: Any, device: torch.device
 
 
 def check_block_map(block_map: BlockMap, q: Tensor, k: Tensor, how: How) -> None:
-    """Raise a ``ValueError`` unless the map's lists fit q over k. Contents are not read."""
+    """Raise unless the map's lists fit q over k. Contents are not read.
+
+    Raises:
+        TypeError: no pair of tensors. ValueError: lists of other shapes, dtypes or devices.
+    """
+    if not isinstance(block_map, tuple) or len(block_map) != 2 or not all(isinstance(x, Tensor) for x in block_map):
+        raise type_error(
+            "block_map has the wrong type",
+            given=type(block_map).__name__,
+            allowed="a BlockMap: its tensors counts and indices",
+            todo="BlockMap.from_dense(kept) makes one from bool [B, H, query blocks, key blocks].",
+        )
     n_query, n_key = ceil_div(how.length(q), QUERY_BLOCK), ceil_div(how.keys(k), KEY_BLOCK)
     counts, indices = block_map
     lead = tuple(counts.shape[:2])

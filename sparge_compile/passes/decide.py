@@ -58,7 +58,10 @@ def decide(match: Match, options: Options) -> Decision:
 def kept_text(kept: Kept, match: Match) -> str:
     """What a site keeps, in words."""
     if not kept.of_graph:
-        return f"keeps {kept}"
+        assert match.attention is not None
+        keys = match.attention.keys
+        is_empty = isinstance(keys, int) and kept.tokens(keys) == (0, 0)
+        return f"keeps nothing: {kept} of {keys}" if is_empty else f"keeps {kept}"
     if isinstance(match.parts, str):
         return f"keeps no text: {match.parts}"
     start, stop = beside_longest(hints(match.parts))

@@ -11,7 +11,7 @@ from torch import nn
 from ..errors import type_error
 from ..user_model import user_model
 from .attached import Attachment
-from .calibration import Calibration
+from .calibration import Calibration, planned
 from .followed import Grids
 
 
@@ -65,5 +65,6 @@ def attach(
     root: Any = user_model(model)
     calibration = Calibration.parse(calibration)
     if dense_steps is not None or dense_layers is not None or sparsities:
-        calibration = calibration.scheduled(dense_steps=dense_steps, dense_layers=dense_layers, sparsities=sparsities)
+        plan = {"dense_steps": dense_steps, "dense_layers": dense_layers, "sparsities": sparsities}
+        calibration = planned(calibration, "attach", **plan)
     return Attachment(root, calibration, grid)

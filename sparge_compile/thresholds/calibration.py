@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from ..errors import type_error, value_error
+from ..errors import no_file_error, type_error, value_error
 from ..pair import Pair, check_progress
 from ..schedule import ALWAYS_SPARSE, parse_schedule
 from . import calibration_file, json_file
@@ -110,24 +110,8 @@ class Calibration(SiteThresholds):
             TypeError, ValueError: what cannot be read, holds no step, or is out of reach; layers that mean no site of
                 a calibration that was measured.
         """
-        schedule = parse_schedule(dense_steps, dense_layers, "Calibration.scheduled")
-        if self.origin is not None and schedule.dense_layers and not any(map(schedule.is_dense_layer, self.sites)):
-            raise value_error(
-                "Calibration.scheduled: dense_layers mean no site",
-                given=repr(dense_layers),
-                allowed=f"sites and modules around them, as {', '.join(list(self.sites)[:6])}",
-                todo="Name sites as Calibration.table() does.",
-            )
-        if not sparsities:
-            return replace(self, schedule=schedule)
-        starts = [i / len(sparsities) for i in range(len(sparsities))]
-        phases = {
-            start: self.at(target_sparsity=sparsity).at_progress(start).sites
-            for i, (start, sparsity) in enumerate(zip(starts, sparsities, strict=True))
-            if not i or sparsity != sparsities[i - 1]
-        }
-        first = phases.pop(0.0)
-        return replace(self, sites=first, phases=phases, origin=None, source=None, schedule=schedule)
+        plan = {"dense_steps": dense_steps, "dense_layers": dense_layers, "sparsities": sparsities}
+        return planned(self, "Calibration.scheduled", **plan)
 
     def at(
         self,
@@ -228,7 +212,15 @@ class Calibration(SiteThresholds):
             OSError: there is no such file.
             ValueError: another file, a damaged one, or one of another version.
         """
-        source = json_file.Source(path)
+        try:
+            source = json_file.Source(path)
+        except FileNotFoundError:
+            raise no_file_error(
+                "no calibration file",
+                given=f"{os.fspath(path)!r} in {os.getcwd()}",
+                allowed="a file of `sparge calibrate`, sparge_compile.calibrate(…, out=…) or Calibration.save",
+                todo="Mend the path, or make the file: sparge calibrate --model … --inputs … --out FILE.",
+            ) from None
         contents = calibration_file.read(path)
         with calibration_file.refusing(path):
             return Calibration(
@@ -255,6 +247,30 @@ class Calibration(SiteThresholds):
             allowed="a path or a Calibration",
             todo="Give the path of a file of `sparge calibrate`, or Calibration({'*': [(topk, topp)]}).",
         )
+
+
+def planned(
+    calibration: Calibration, where: str, *, dense_steps: Any = None, dense_layers: Any = None, sparsities: Any = ()
+) -> Calibration:
+    """What :meth:`Calibration.scheduled` returns, with errors that begin with ``where``."""
+    schedule, sites = parse_schedule(dense_steps, dense_layers, where), list(calibration.sites)
+    if calibration.origin is not None and schedule.dense_layers and not any(map(schedule.is_dense_layer, sites)):
+        raise value_error(
+            f"{where}: dense_layers mean no site",
+            given=repr(dense_layers),
+            allowed=f"sites and modules around them, as {', '.join(sites[:6])}",
+            todo="Name sites as Calibration.table() does.",
+        )
+    if not sparsities:
+        return replace(calibration, schedule=schedule)
+    starts = [i / len(sparsities) for i in range(len(sparsities))]
+    phases = {
+        start: calibration.at(target_sparsity=sparsity).at_progress(start).sites
+        for i, (start, sparsity) in enumerate(zip(starts, sparsities, strict=True))
+        if not i or sparsity != sparsities[i - 1]
+    }
+    first = phases.pop(0.0)
+    return replace(calibration, sites=first, phases=phases, origin=None, source=None, schedule=schedule)
 
 
 def from_points(origin: Origin, starts: Sequence[float], points: Mapping[Key, Point], **beside: Any) -> Calibration:

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from toys import Block, Stack
 
-from sparge_compile import Calibration, attach, attention, calibrate, explain, replace_attention
+from sparge_compile import Calibration, Options, attach, attention, calibrate, explain, replace_attention
 from sparge_compile.eager import door, replacement, sites
 from sparge_compile.report import Reason
 
@@ -294,6 +294,9 @@ def test_bad_arguments():
         replace_attention(inner="eager")
     with pytest.raises(ValueError, match="topq"):
         replace_attention(topq=0.5)
+    for options in ({"topk": 0.4}, Options(topk=0.4)):
+        with pytest.raises(ValueError, match="given twice: got topk"):
+            replace_attention(None, options, topk=0.2)
     assert F.scaled_dot_product_attention is SDPA
 
 

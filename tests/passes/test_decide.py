@@ -185,6 +185,8 @@ def test_kept_tokens_raise_the_bound_of_the_density():
     assert expected_density(pairs, Kept("text"), match) == pytest.approx(0.2)  # none is found
     decision = decide(match, Options(min_seq_len=0, keep_keys=500))
     assert "keeps tokens 0:500" in decision.detail
+    beyond = decide(match, Options(min_seq_len=0, keep_keys=(1000, None)))
+    assert "keeps nothing: tokens 1000: of 1000" in beyond.detail
     assert "keeps no text" in decide(match, Options(min_seq_len=0, keep_keys="text")).detail
 
 

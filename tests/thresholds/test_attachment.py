@@ -163,6 +163,11 @@ def test_set_refuses_what_is_not_attached():
     assert handle.get() == before
 
 
+def test_a_plan_that_cannot_be_read_is_said_of_what_was_called():
+    with pytest.raises(TypeError, match=r"^attach: dense_steps cannot be read: got 'x'"):
+        attach(Model(1), Calibration({"*": [(0.5, 0.0)]}), dense_steps="x")
+
+
 @pytest.mark.parametrize(
     "entry, near", [("blocks.0.atn", "blocks.0.attn"), ("layers.*", "blocks"), ("blocks", "blocks.0")]
 )

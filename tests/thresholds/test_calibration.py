@@ -230,8 +230,17 @@ def test_a_duplicate_key_a_newer_format_and_another_file_say_what_they_are(tmp_p
         path.write_bytes(content.encode("latin-1"))
         with pytest.raises(ValueError, match=words):
             Calibration.load(path)
-    with pytest.raises(FileNotFoundError):
-        Calibration.load(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    "load", [Calibration.load, lambda path: attach(torch.nn.Linear(2, 2), path), lambda path: Options(calibration=path)]
+)
+def test_a_missing_file_is_named_and_how_one_is_made(load, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        FileNotFoundError, match=r"no calibration file: got 'no.json' in .*; allowed: .*sparge calibrate"
+    ):
+        load("no.json")
 
 
 def run(model, x, calibration, **options):
