@@ -22,13 +22,14 @@ from ..kernels.order import Tile
 from ..naming import SiteNames, code_of, join, module_path
 from ..report import Reason, Site
 from .match.attention import Attention, Refusal
-from .match.decomposed import is_softmax, match_softmax
+from .match.decomposed import match_softmax
 from .match.dialects import Spoken, match_spoken, spoken
 from .match.foreign import known_of, match_foreign
 from .match.joint import Parts, joint_parts
 from .match.ranks import exchanged, is_ring, match_ring
 from .match.scope import TRANSPARENT
 from .match.sdpa import is_sdpa, match_sdpa
+from .match.softmax import is_softmax
 from .mha.autograd_function import is_autograd_function, open_function
 from .mha.flex import flex_refusal, flex_site, in_words_of_flex, is_flex
 from .mha.open import OPENABLE, holds_attention, open_up, why_closed

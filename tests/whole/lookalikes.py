@@ -136,12 +136,24 @@ def sigmoid(q, k, v):
     return scores_of(q, k).sigmoid() @ v
 
 
-@lookalike(Reason.NOT_ATTENTION, silent=True)
-def softmax_by_hand(q, k, v):
-    """Attention, but in a spelling that is left as it is."""
+@lookalike(Reason.SCORES_USED)
+def softmax_by_hand_of_scores_by_their_columns(q, k, v):
+    """What is subtracted differs from key to key."""
     scores = scores_of(q, k)
-    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    weights = (scores - scores.amax(-2, keepdim=True)).exp()
     return (weights / weights.sum(-1, keepdim=True)) @ v
+
+
+@lookalike(silent=True)
+def exp_by_the_sum_of_another(q, k, v):
+    scores = scores_of(q, k)
+    return (scores.exp() / (scores + 1).exp().sum(-1, keepdim=True)) @ v
+
+
+@lookalike(Reason.SCORES_USED)
+def softmax_by_hand_whose_exp_is_returned(q, k, v):
+    weights = scores_of(q, k).exp()
+    return (weights / weights.sum(-1, keepdim=True)) @ v, weights
 
 
 @lookalike(Reason.NOT_ATTENTION, silent=True)

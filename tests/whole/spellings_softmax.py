@@ -53,6 +53,28 @@ def safe_softmax(q, k, v, dim=-1):
     return torch.ops.aten._safe_softmax(q @ k.mT * SCALE, dim) @ v
 
 
+# ---- written out
+
+
+@spelling(twin={"dim": 2}, why=OTHER_AXIS)
+def softmax_by_hand(q, k, v, dim=-1):
+    scores = q @ k.mT * SCALE
+    weights = (scores - scores.amax(dim, keepdim=True)).exp()
+    return (weights / weights.sum(dim, keepdim=True)) @ v
+
+
+@spelling(twin={"dim": 2}, why=OTHER_AXIS, inputs=qkv(dtype=torch.bfloat16))
+def softmax_by_hand_in_float32(q, k, v, dim=-1):
+    scores = (q @ k.mT).float() * SCALE
+    weights = torch.exp(scores - scores.max(dim, keepdim=True).values.detach())
+    return weights.div(weights.sum(dim).unsqueeze(dim)).to(q.dtype) @ v
+
+
+@spelling(twin={"dim": 2}, why=OTHER_AXIS)
+def exp_of_a_log_softmax(q, k, v, dim=-1):
+    return F.log_softmax(q @ k.mT * SCALE, dim).exp() @ v
+
+
 # ---- dropout that does nothing
 
 _off = nn.Dropout(0.1).eval()

@@ -15,7 +15,7 @@ import torch
 from torch.fx import Node
 
 from ...report import Reason
-from ..read.axes import Dim, Layout, is_layout, new_layout, settle, settle_dim
+from ..read.axes import Dim, Layout, new_layout, settle, settle_dim
 from ..read.calls import Value, reads_number
 from ..read.fx_utils import value_of
 from ..read.reader import Reader
@@ -23,36 +23,21 @@ from .attention import Attention, Refusal
 from .compose import Part, compose
 from .filled import fills_what_is_hidden
 from .scores import ADDED_PRODUCTS, Scores, scores_of
+from .softmax import softmax_of
 from .weights import OTHER_AXIS, PRODUCTS, Product, may_hold_tensor, product_of
 
-_SOFTMAX = {"softmax", "_softmax", "_safe_softmax"}
 MAX_LOOK = 12  # graph nodes that are searched for a product where the way to it is not understood
-
-
-def is_softmax(node: Node, reader: Reader) -> bool:
-    """Whether a node is a softmax, by its name."""
-    target: Any = node.target
-    if node.op == "call_module":
-        return isinstance(reader.owner.get_submodule(str(target)), torch.nn.Softmax)
-    if node.op == "call_method":
-        return target == "softmax"
-    if isinstance(target, torch._ops.OpOverload):
-        target = target.overloadpacket
-    name = getattr(target, "__name__", "")
-    return node.op == "call_function" and name.removeprefix("special_") in _SOFTMAX
 
 
 def match_softmax(node: Node, reader: Reader) -> Attention | Refusal:
     """The attention around a softmax, or why it is none or cannot be replaced."""
     if getattr(reader.fake(node), "is_nested", False):
         return Refusal(Reason.NESTED)
-    value = reader.value(node)
-    while value is not None and value.call is not None and value.call.name not in _SOFTMAX and is_layout(value.call):
-        value = value.call.args[0]
-    if value is None or value.call is None or value.call.name not in _SOFTMAX:
+    softmax = softmax_of(node, reader)
+    if softmax is None:
         return Refusal(Reason.NO_SHAPES)
-    scores = value.call.args[0]
-    dim = int(value.call.argument(1, "dim")) % max(len(scores.shape), 1)
+    node, scores, user, dim = softmax
+    dim %= max(len(scores.shape), 1)
     if len(scores.shape) < 2:
         return Refusal(Reason.NOT_ATTENTION, "over a vector")
     layout = new_layout(scores.shape)
@@ -60,12 +45,12 @@ def match_softmax(node: Node, reader: Reader) -> Attention | Refusal:
         return Refusal(Reason.NOT_ATTENTION, "over one entry")
     keys = layout[dim]
     product = product_of(reader, node, layout, keys)
-    traced = scores_of(reader, scores, node, layout, keys)
+    traced = scores_of(reader, scores, user, layout, keys)
     if isinstance(traced, Refusal) or isinstance(product, Refusal):
         return _why(reader, node, traced, product)
     if _looks_up(reader, traced, product):
         return Refusal(Reason.NOT_ATTENTION, "no input reaches its keys and values")
-    held = reader.holders(scores, node, layout)
+    held = reader.holders(scores, user, layout)
     if not fills_what_is_hidden(reader, product.filled, traced.terms, held, product.weights):
         return Refusal(Reason.SCORES_CHANGED, "weights are filled where a key may be seen")
     return _assemble(reader, node, layout, keys, traced, product)

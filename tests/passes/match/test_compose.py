@@ -9,7 +9,8 @@ import torch
 from graphs import Builder
 
 from sparge_compile.passes.match.attention import Attention, Refusal
-from sparge_compile.passes.match.decomposed import is_softmax, match_softmax
+from sparge_compile.passes.match.decomposed import match_softmax
+from sparge_compile.passes.match.softmax import is_softmax
 from sparge_compile.report import Reason
 
 B, H, L, S, D = 2, 4, 6, 10, 8

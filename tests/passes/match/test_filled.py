@@ -7,7 +7,8 @@ import torch
 from graphs import Builder
 
 from sparge_compile.passes.match.attention import Attention
-from sparge_compile.passes.match.decomposed import is_softmax, match_softmax
+from sparge_compile.passes.match.decomposed import match_softmax
+from sparge_compile.passes.match.softmax import is_softmax
 from sparge_compile.report import Reason
 
 B, H, L, D = 2, 3, 6, 4  # as many keys as queries: a mask that is transposed is of the same shape
