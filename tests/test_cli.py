@@ -31,6 +31,8 @@ def batches():
 
 pairs = [(x, 2) for x in batches()]
 number = 3
+none = []
+one = torch.randn(1, 700, 32)
 """
 
 
@@ -119,7 +121,11 @@ def test_a_callable_may_run_the_model_and_calls_may_be_skipped(here):
 @pytest.mark.parametrize(
     "given, words",
     [
-        (["show", "none.json"], "No such file"),
+        (["show", "none.json"], "no calibration file: got 'none.json'"),
+        (["show", "plain.json", "--dense-steps", "1", "2", "3"], "sparge: the plan: dense_steps cannot be read"),
+        (["explain", "--model", "my_models:build", "--inputs", "my_models:none"], "batches: got none"),
+        (["explain", "--model", "my_models:build", "--inputs", "my_models:one"], "would be taken to pieces"),
+        (["report", "--model", "my_models:build", "--inputs", "my_models:none", "--out", "x"], "batches: got none"),
         (["show", "my_models.py"], "not JSON"),
         (["calibrate", "--out", "c.json"], "--model and --inputs, or --pipeline and --prompts"),
         (["calibrate", *SOURCE, "--out", "c.json", "--target-error", "2"], "target_error is out of range"),
@@ -141,6 +147,27 @@ def test_what_is_wrong_is_said_in_a_sentence(here, capsys, given, words):
     assert main(given) == 2
     error = capsys.readouterr().err
     assert words in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        (["doctor", "--device", "nix"], "'nix' is no device here"),
+        (["explain", "--device", "cuda:99"], "'cuda:99' is no device here"),
+        (["doctor", "--shape", "1,2,3,x"], "'1,2,3,x' is not B,H,L,D"),
+        (["doctor", "--shape", "1,2,3"], "'1,2,3' is not B,H,L,D"),
+    ],
+)
+def test_what_is_wrong_with_an_argument_is_said_behind_the_usage(capsys, given, words):
+    with pytest.raises(SystemExit) as ended:
+        main(given)
+    assert ended.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_what_is_written_makes_its_folder(here, capsys):
+    Calibration({"a": [(0.5, 0.0)]}).save("plain.json")
+    assert main(["show", "plain.json", "--out", "new/c.json"]) == 0 and Calibration.load("new/c.json").sites
+    assert main(["report", "plain.json", "--out", "other/r.html"]) == 0 and (here / "other/r.html").exists()
 
 
 def test_without_matplotlib_the_error_says_how_to_get_it(here, capsys, monkeypatch):

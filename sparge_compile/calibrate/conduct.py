@@ -21,7 +21,7 @@ from ..thresholds.calibration import Calibration
 from ..thresholds.measured import Origin
 from ..user_model import user_model
 from .calls import ModelCall, NotedCalls
-from .inputs import arguments
+from .inputs import arguments, no_batches
 from .inquiry import Inquiry
 from .order_choice import choose_orders
 from .orders import said
@@ -93,9 +93,7 @@ class Run:
                     part = table(saved, self._settings.phases)
                     self._searched(saved, part, self._origin(saved, complete=False)).save(self._out)
         if calibration is None:
-            raise value_error(
-                "calibrate: batches", given="none", allowed="at least one", todo="Is the iterable used up? Give a list."
-            )
+            raise no_batches()
         if self._processes.is_first:
             if self._progress:
                 print(self._stages, file=sys.stderr)

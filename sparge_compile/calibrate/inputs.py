@@ -41,6 +41,18 @@ def listed(batches: Iterable[Any]) -> Iterable[Any]:
     return batches
 
 
+def first_batch(batches: Iterable[Any]) -> Any:
+    """The first of the batches."""
+    for batch in listed(batches):
+        return batch
+    raise no_batches()
+
+
+def no_batches() -> ValueError:
+    """The error of inputs without a batch."""
+    return value_error("batches", given="none", allowed="at least one", todo="Is the iterable used up? Give a list.")
+
+
 def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the positional and the keyword arguments that a batch stands for."""
     if isinstance(batch, Mapping):

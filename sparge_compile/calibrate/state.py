@@ -53,12 +53,10 @@ class Folder:
 
     def save(self, number: int, batch: Batch) -> None:
         """Write a batch to a file of its own."""
-        self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path / f"batch-{number:06}.pt", _encode(self._key, batch))
 
     def save_tiles(self, tiles: Mapping[str, Tile | None]) -> None:
         """Write which tiles were chosen."""
-        self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path / _TILES, json.dumps({"key": self._key, "tiles": tiles}).encode())
 
     def load_tiles(self) -> dict[str, Tile | None] | None:

@@ -22,13 +22,13 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from ..backend import explain
-    from ..calibrate.inputs import arguments
+    from ..calibrate.inputs import arguments, first_batch
     from ..thresholds.calibration import Calibration
 
     model, call, batches, _ = source_of(args)
     thresholds = {name: getattr(args, name) for name in ("topk", "topp") if getattr(args, name) is not None}
     calibration = Calibration.load(args.calibration) if args.calibration else None
-    positional, named = arguments(next(iter(batches)))
+    positional, named = arguments(first_batch(batches))
     with torch.no_grad():
         options = {**options_of(args), **thresholds, "calibration": calibration}
         print(explain(model, options, call=call)(*positional, **named))

@@ -44,6 +44,8 @@ def described(calibration: Any, args: argparse.Namespace) -> Any:
 
 def planned(calibration: Any, args: argparse.Namespace) -> Any:
     """The calibration with the plan that is asked for; itself where none is."""
+    from ..thresholds import calibration as thresholds
+
     steps, layers = args.dense_steps, args.dense_layers
     given = {
         "dense_steps": steps[0] if steps and len(steps) == 1 else steps,
@@ -51,4 +53,4 @@ def planned(calibration: Any, args: argparse.Namespace) -> Any:
         "sparsities": args.sparsities,
     }
     plan = {name: value for name, value in given.items() if value is not None}
-    return calibration.scheduled(**plan) if plan else calibration
+    return thresholds.planned(calibration, "the plan", **plan) if plan else calibration

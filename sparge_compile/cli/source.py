@@ -24,7 +24,7 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--arguments", default="{}", metavar="JSON", help='of a pipeline: {"height": 480, "width": 832, ...}'
     )
-    parser.add_argument("--device", help="of a pipeline: where to run (cuda if there is one)")
+    parser.add_argument("--device", type=device, help="of a pipeline: where to run (cuda if there is one)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of a pipeline: load in this dtype")
     parser.add_argument("--min-seq-len", type=int, help="attention over fewer keys stays dense (1024)")
     parser.add_argument("--additive-masks", action="store_true", help="attention with masks that change scores, too")
@@ -36,6 +36,18 @@ def add_source(parser: argparse.ArgumentParser) -> None:
         help="frames, rows and columns of the tokens, where graphs do not show it; or five numbers, with the tokens "
         "before and behind, of which one may be -1: what is left",
     )
+
+
+def device(text: str) -> str:
+    """A device of torch that is there, as an argument."""
+    import torch
+
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        what = str(error).partition("\n")[0]
+        raise argparse.ArgumentTypeError(f"{text!r} is no device here, as cpu is: {what}") from error
+    return text
 
 
 def source_of(args: argparse.Namespace) -> Any:
@@ -71,12 +83,13 @@ def surveyed(args: argparse.Namespace, calibration: Any) -> Any:
     """What ``survey`` sees on the first batch; None where no model is given."""
     if not (args.model or args.inputs or args.pipeline or args.prompts):
         return None
+    from ..calibrate.inputs import first_batch
     from ..showing.survey import survey
 
     model, call, batches, _ = source_of(args)
     thresholds = {name: getattr(args, name) for name in ("topk", "topp") if getattr(args, name) is not None}
     options = {**options_of(args), **thresholds, "calibration": calibration}
-    return survey(model, next(iter(batches)), options, call=call, every=args.every, timed=not args.no_times)
+    return survey(model, first_batch(batches), options, call=call, every=args.every, timed=not args.no_times)
 
 
 def options_of(args: argparse.Namespace) -> dict[str, Any]:

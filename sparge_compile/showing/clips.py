@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import value_error
+from ..thresholds.json_file import write_atomically
 from .needed import needed
 
 RATE = 12.0  # frames a second
@@ -45,7 +46,7 @@ def side_by_side(
             allowed="one frame of each clip, or a GIF",
             todo=f"Write to {target.with_suffix('.gif').name!r}.",
         )
-    target.write_bytes(_png(pictures[0]) if is_still else _gif(pictures, rate))
+    write_atomically(target, _png(pictures[0]) if is_still else _gif(pictures, rate))
     return target
 
 

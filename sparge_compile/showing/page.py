@@ -15,6 +15,7 @@ import torch
 from ..errors import value_error
 from ..report import Reason
 from ..thresholds.calibration import Calibration
+from ..thresholds.json_file import write_atomically
 from ..version import __version__
 from .clips import gif
 from .drawn import chart, colour, data_uri, picture
@@ -91,7 +92,7 @@ def write_report(
         torch=torch.__version__,
     )
     target = Path(path)
-    target.write_text(page, "utf-8")
+    write_atomically(target, page.encode())
     return target
 
 

@@ -98,6 +98,7 @@ def _start() -> None:
 def _saved(figure: Any, path: Path) -> Path:
     from matplotlib import pyplot
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
     return path

@@ -49,8 +49,9 @@ def _hash_of(path: str) -> bytes:
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file; a reader sees the old one or the new one, never a part, even if this process is killed."""
+    """Write a file, its folder too; a reader sees the old one or the new one, never a part, even if it is killed."""
     target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "xb") as file:
