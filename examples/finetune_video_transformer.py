@@ -36,6 +36,7 @@ from torch import Tensor
 from sparge_compile import Calibration, DistillationHook, SparsitySchedule, attach
 
 RISE = 20  # steps in which the learning rate rises; then it falls as a cosine
+TILE = (4, 4, 4)  # frames, rows and columns of a block's tokens
 SITES = "blocks.*.attn1"  # self-attention; attention to the text has too few keys to be sparse
 
 
@@ -105,7 +106,9 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
 
 
 def thresholds(args: argparse.Namespace) -> Calibration:
-    return Calibration.load(args.calibration) if args.calibration else Calibration({SITES: [(args.topk, args.topp)]})
+    if args.calibration:
+        return Calibration.load(args.calibration)
+    return Calibration({SITES: [(args.topk, args.topp)]}, tiles={SITES: TILE} if args.order == "tiles" else {})
 
 
 def train(args: argparse.Namespace) -> None:
@@ -118,7 +121,13 @@ def train(args: argparse.Namespace) -> None:
 
         model.requires_grad_(False)
         model.add_adapter(LoraConfig(r=args.lora, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-    attached = attach(model, thresholds(args))
+    patch = model.config.patch_size
+
+    def grid(hidden_states: Tensor, **rest: Any) -> tuple[int, ...]:
+        """Tokens along frames, height and width: a block by itself does not show them."""
+        return tuple(size // each for size, each in zip(hidden_states.shape[2:], patch, strict=True))
+
+    attached = attach(model, thresholds(args), grid=grid)
     model.enable_gradient_checkpointing()
     options = {"inner": args.inner, "min_seq_len": args.min_seq_len}
     model.compile_repeated_blocks(backend="sparge", fullgraph=True, options=options)
@@ -198,6 +207,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, help="thresholds for each site; instead of --topk and --topp")
     parser.add_argument("--topk", type=float, default=0.03, help="(0.03, as published)")
     parser.add_argument("--topp", type=float, default=0.2, help="(0.2, as published for Wan 1.3B at 480p; 14B: 0.16)")
+    parser.add_argument("--order", choices=("tiles", "raster"), default="tiles", help="of tokens in blocks (tiles)")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--lr", type=float, default=1e-5, help="at its highest (1e-5)")
     parser.add_argument("--weight-decay", type=float, default=0.01)

@@ -106,7 +106,8 @@ def ship(lab: Lab, seed: int, target: float = TARGETS[0]) -> None:
     path, first = (lab.args.out / f"student-{each}.safetensors" for each in (target, TARGETS[0]))
     is_first = path == first
     steps = math.ceil((LESSONS * EPOCHS if is_first else GENTLER) * lab.args.scale)
-    arm = replace(case("topk", target).tuned(steps, rate=SHIP_RATE if is_first else SHIP_RATE / 2), part="shipped")
+    rate = SHIP_RATE if is_first else SHIP_RATE / 2
+    arm = replace(case("topk", target).tuned(steps, rate=rate), part="shipped")
     if lab.has(arm, seed):
         return
     if not path.exists():

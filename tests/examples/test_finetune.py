@@ -45,6 +45,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(monkeypatch, tmp_p
     assert run(monkeypatch, tmp_path / "parts", *extra) == whole and len(whole) == 6
     if "--lora" not in extra:
         check_what_is_left(tmp_path / "parts")
+        assert run(monkeypatch, tmp_path / "raster", "--order", "raster", *extra)[-1] != whole[-1]  # other blocks
 
 
 @pytest.mark.slow
