@@ -239,6 +239,25 @@ def test_decomposed_programs_are_rewritten_too(case):
     torch.testing.assert_close(*grads, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("decomposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_softmax_in_float32_is_found_behind_the_assertions_of_export(dtype, decomposed):
+    """torch.export puts one before each cast, and so a reader of the scores and of the weights: they once stayed."""
+
+    class Upcast(nn.Module):
+        def forward(self, q, k, v):
+            return ((q @ k.mT).float() * 0.3).softmax(-1, torch.float32).to(q.dtype) @ v
+
+    q, k, v = (torch.randn(2, 4, LENGTH, 16, dtype=dtype) for _ in range(3))
+    program = export(Upcast(), q, k, v)
+    assert "_assert_tensor_metadata" in str(program.graph)
+    new = rewrite(program.run_decompositions() if decomposed else program, {**EXACT, "on_unsupported": "error"})
+    assert [row.status for row in report_of(new)] == ["sparse"]
+    assert not any(name in str(new.graph) for name in ("softmax", "_assert_tensor_metadata"))
+    want = F.scaled_dot_product_attention(q, k, v, scale=0.3)
+    torch.testing.assert_close(new.module()(q, k, v), want, atol=1e-5 if dtype == torch.float32 else 3e-2, rtol=0)
+
+
 def test_a_decomposed_program_of_any_length():
     model, x = Model(), torch.randn(2, LENGTH, 32)
     length = torch.export.Dim("length", min=200, max=4000)
