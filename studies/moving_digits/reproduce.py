@@ -15,8 +15,8 @@ Top-p, hybrid, training-free), orders (raster and tiles, training-free), chosen-
 chooses), distilled-orders (the same after long distillation), rates (learning rates of distillation), losses
 (distillation against the plain loss, matched and shifted data), distilled (the rules after distillation), students
 (long distillation; pictures), shipped (the student of the repository); of the large model arms (rules, orders,
-sparsities, ways to train: arms.py), ship (the student of the repository, and clips for the
-blind test), spread (a dense model that is trained on), apart (where a student's error is), timing.
+sparsities, ways to train: arms.py), ship (the student of the repository and one of 90 %), spread (a dense model that
+is trained on; of it and of the students clips are kept for the blind test), apart (where a student's error is), timing.
 """
 
 from __future__ import annotations

@@ -115,8 +115,11 @@ def test_the_study_of_the_large_model_at_toy_size(toy: Path, monkeypatch, capsys
     run(reproduce.main, monkeypatch, *study, "--parts", "arms", "ship", "apart")  # now of the student that ships
     assert "seed 0, distilled: by head" in capsys.readouterr().out
     assert len(list((found / "pictures").glob("*.jpg"))) == 3
+    assert {path.name for path in found.glob("*.jpg")} == {f"samples_{x}.jpg" for x in ("0.951", "0.9", "trained-on")}
     run(blind.main, monkeypatch, "--clips", found / "clips-0.951-0.safetensors", "--out", toy / "blind")
     assert sorted(row["kind"] for row in tabular.read(toy / "blind" / "key.csv")) == ["distilled", "not trained"]
+    run(blind.main, monkeypatch, "--clips", found / "clips-trained-on-0.safetensors", "--out", toy / "others")
+    assert [row["kind"] for row in tabular.read(toy / "others" / "key.csv")] == ["trained on"]
 
 
 def test_a_teacher_is_asked_once_and_batches_come_in_their_order() -> None:
