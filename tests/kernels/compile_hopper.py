@@ -20,6 +20,7 @@ from sparge_compile.kernels.triton import (
     backward_query_hopper,
     forward_hopper,
     forward_hopper_8,
+    schedule,
 )
 from sparge_compile.kernels.triton.hopper import COLUMNS, ROWS
 
@@ -54,6 +55,7 @@ def main(direction: str, head_pad: int, causality: int, packed: bool) -> None:
     rings = {"Q_STAGES": stages[0], "DOUT_STAGES": stages[1]} if direction == "dkv" else {"STAGES": stages}
     constants = {"HEAD_SIZE": head_pad, "HEAD_PAD": head_pad, "KEYS": KEY_BLOCK, "HALF": ROWS, "COLUMNS": COLUMNS}
     constants |= {"HEAD": head_pad, "LANES": LANES}
+    constants |= {"TAIL": schedule.TAIL}
     constants |= {"CAUSAL": causality, "PACKED": packed, "WITH_DLSE": True} | rings
     constants |= {"LOADER_REGS": module.LOADER_REGISTERS, "CONSUMER_REGS": module.CONSUMER_REGISTERS}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import allocate
 from ..how import How
-from . import lists
+from . import lists, schedule
 from .backward_key import key_gradients
 from .backward_query import query_gradient
 from .trial import TRIED_BACKWARD, hopper_refusal
@@ -45,6 +45,8 @@ def backward(
         counters = None if hopper_refusal(query.device, TRIED_BACKWARD) else bits.new_empty(2)
         kept, readers = lists.unpack(bits, n_query, n_key, counters)
         first, second = (None, None) if counters is None else (counters[:1], counters[1:])
+        if counters is not None and schedule.pays_backward(readers.counts, query, key, given):
+            first, second = schedule.of_backward(kept.counts, readers.counts, query, key, given)
         dq, delta = query_gradient(grad_out, query, key, value, out, lse, grad_lse, kept, given, first)
         dk, dv = key_gradients(grad_out, query, key, value, lse, delta, readers, given, second)
     return dq, dk, dv

@@ -2,9 +2,9 @@
 
 As in :mod:`backward_key` each key block walks the list of query blocks that read it, and everything is transposed, keys
 by rows, so that P and dS are left operands as they stand in registers. One program stays on each multiprocessor. Its
-two consumers work on key blocks of their own, which they take from one counter, and so drift apart: where one begins or
-ends, the other computes. The loader of each fills a ring of q, and one of dout with lse and delta, 64 rows at a time,
-and brings K and V of the next key block as soon as the last products that read them are done.
+two consumers work on key blocks of their own, which they take as they are scheduled (schedule.py), and so drift apart:
+where one begins or ends, the other computes. The loader of each fills a ring of q, and one of dout with lse and delta,
+64 rows at a time, and brings K and V of the next key block as soon as the last products that read them are done.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .. import allocate, launch
 from ..block_map import KEY_BLOCK, BlockMap
 from ..how import How
 from . import hopper, recording, tiles
-from .hopper import COLUMNS, ROWS, copy, descriptor, diagonal_of, lse_in_log2, sequence, store_rows, word
+from .hopper import COLUMNS, ROWS, copy, descriptor, diagonal_of, lse_in_log2, number_at, sequence, store_rows, word
 
 LOADER_REGISTERS, CONSUMER_REGISTERS = 32, 240  # 128 threads each, of 65,536 registers
 # Tiles in each consumer's rings of q, which are kept longest, and of dout, by padded head size: 227 KB hold no more.
@@ -101,7 +101,7 @@ def _load(
     k_starts_ptr, items, rows, k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem, kv_full, kv_empty, q_full,
     q_empty, dout_full, dout_empty, map_stride_b, map_stride_h, heads, group, all_rows, all_keys, n_query, n_key, total,
     WHO: gl.constexpr, KEYS: gl.constexpr, HALF: gl.constexpr, COLUMNS: gl.constexpr, Q_STAGES: gl.constexpr,
-    DOUT_STAGES: gl.constexpr, PACKED: gl.constexpr,
+    DOUT_STAGES: gl.constexpr, PACKED: gl.constexpr, TAIL: gl.constexpr,
 ):  # fmt: skip
     """A loading warp. For each key block: a first tile of q and dout, a message, K, V, then the other tiles."""
     WORD: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
@@ -109,7 +109,7 @@ def _load(
     lane = gl.arange(0, HALF, layout=LINE)
     done = 0  # halves of query blocks so far: says the stages of the rings, and their phases
     turn = 0
-    number = gl.program_id(0) + WHO * gl.num_programs(0)
+    number = number_at(gl.program_id(0) + WHO * gl.num_programs(0), counter_ptr, total, TAIL)
     map_row = _map_row(number, n_key, heads, group, map_stride_b, map_stride_h)
     next_count = gl.load(counts_ptr + map_row, mask=number < total, other=0)
     next_block = gl.load(indices_ptr + map_row * n_query, mask=number < total, other=0)
@@ -119,8 +119,9 @@ def _load(
         b, key_head, block = _item(number, n_key, heads // group)
         q_start, length = sequence(q_starts_ptr, b, all_rows, PACKED)
         k_start, keys = sequence(k_starts_ptr, b, all_keys, PACKED)
-        next_number = 2 * gl.num_programs(0) + gl.atomic_add(counter_ptr, 1, sem="relaxed")
+        next_place = 2 * gl.num_programs(0) + gl.atomic_add(counter_ptr, 1, sem="relaxed")
         next_row = map_row
+        next_number = next_place
         in_all = count
         for member in range(1, group):
             in_all += gl.load(counts_ptr + map_row + member * map_stride_h)
@@ -154,6 +155,7 @@ def _load(
                         k_desc, v_desc, items, k_smem, v_smem, kv_full, kv_empty, turn, number, in_all, b, key_head,
                         block * KEYS, k_start, keys, WHO, KEYS, COLUMNS, PACKED,
                     )  # fmt: skip
+                    next_number = number_at(next_place, counter_ptr, total, TAIL)
                     next_row = _map_row(next_number, n_key, heads, group, map_stride_b, map_stride_h)
                     next_count = gl.load(counts_ptr + next_row, mask=next_number < total, other=0)
                     next_block = gl.load(indices_ptr + next_row * n_query, mask=next_number < total, other=0)
@@ -266,7 +268,7 @@ def _dkv_hopper_kernel(
     heads, group, length, keys, n_query, n_key, total, scale, scale_log2,
     HEAD_SIZE: gl.constexpr, HEAD_PAD: gl.constexpr, KEYS: gl.constexpr, HALF: gl.constexpr, COLUMNS: gl.constexpr,
     Q_STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr, CAUSAL: gl.constexpr, PACKED: gl.constexpr,
-    LOADER_REGS: gl.constexpr, CONSUMER_REGS: gl.constexpr,
+    LOADER_REGS: gl.constexpr, CONSUMER_REGS: gl.constexpr, TAIL: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, HEAD_PAD], dtype)
@@ -318,14 +320,14 @@ def _dkv_hopper_kernel(
                 q_starts_ptr, k_starts_ptr, items, rows, k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem,
                 kv_full, kv_empty, q_full, q_empty, dout_full, dout_empty, map_stride_b, map_stride_h,
                 heads, group, length, keys, n_query, n_key, total,
-                0, KEYS, HALF, COLUMNS, Q_STAGES, DOUT_STAGES, PACKED,
+                0, KEYS, HALF, COLUMNS, Q_STAGES, DOUT_STAGES, PACKED, TAIL,
             )),
             (_load, (
                 q_desc, k_desc, v_desc, dout_desc, counts_ptr, indices_ptr, counter_ptr, lse_ptr, delta_ptr,
                 q_starts_ptr, k_starts_ptr, items, rows, k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem,
                 kv_full, kv_empty, q_full, q_empty, dout_full, dout_empty, map_stride_b, map_stride_h,
                 heads, group, length, keys, n_query, n_key, total,
-                1, KEYS, HALF, COLUMNS, Q_STAGES, DOUT_STAGES, PACKED,
+                1, KEYS, HALF, COLUMNS, Q_STAGES, DOUT_STAGES, PACKED, TAIL,
             )),
         ],
         [4, 1, 1],
@@ -353,7 +355,7 @@ def key_gradients(
 ) -> None:
     """Fill ``dk`` and ``dv``, whose columns are adjacent; ``counter`` is one that holds 0.
 
-    The rest as :func:`backward_key.key_gradients`.
+    It is alone, or a schedule's (schedule.py). The rest as :func:`backward_key.key_gradients`.
     """
     heads, length, head_size = q.shape[1:]
     key_heads, keys = k.shape[1:3]
@@ -372,5 +374,5 @@ def key_gradients(
         heads, heads // key_heads, length, keys, n_query, n_key, total, how.scale, how.scale * tiles.LOG2_E,
         HEAD_SIZE=head_size, HEAD_PAD=head_pad, KEYS=KEY_BLOCK, HALF=ROWS, COLUMNS=COLUMNS,
         Q_STAGES=q_stages, DOUT_STAGES=dout_stages, CAUSAL=how.causality, PACKED=packed,
-        LOADER_REGS=LOADER_REGISTERS, CONSUMER_REGS=CONSUMER_REGISTERS, num_warps=4,
+        LOADER_REGS=LOADER_REGISTERS, CONSUMER_REGS=CONSUMER_REGISTERS, TAIL=counter.numel() - 1, num_warps=4,
     )  # fmt: skip

@@ -1,9 +1,9 @@
 """The gradient of the queries on Hopper, specialised by warp: one warp loads, two groups of four compute.
 
-As in :mod:`forward_hopper` one program stays on each multiprocessor and takes query blocks from a counter, and its
-loader walks the lists of key blocks, from their end, and fills a ring of K and V tiles, two blocks at a time. Each of
-the two consumers owns 64 of the query block's 128 rows. Delta, which :mod:`backward_key_hopper` reads too, is made on
-the way. Each of q, dout and ``out`` has one place: that of q is free for the next query block after this one's last
+As in :mod:`forward_hopper` one program stays on each multiprocessor and takes query blocks as they are scheduled, and
+its loader walks the lists of key blocks, from their end, and fills a ring of K and V tiles, two blocks at a time. Each
+of the two consumers owns 64 of the query block's 128 rows. Delta, which :mod:`backward_key_hopper` reads too, is made
+on the way. Each of q, dout and ``out`` has one place: that of q is free for the next query block after this one's last
 scores, that of dout after its last dP, that of ``out`` after delta.
 """
 
@@ -33,6 +33,7 @@ from .hopper import (
     load_pair,
     lse_in_log2,
     mask_scores,
+    number_at,
     pair_of,
     sequence,
     start_scores,
@@ -62,13 +63,13 @@ def _load(
     k_full, k_empty, v_full, v_empty,
     map_stride_b, map_stride_h, heads, group, all_rows, all_keys, n_tiles, n_key, total,
     KEYS: gl.constexpr, HALF: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr, PACKED: gl.constexpr,
+    CAUSAL: gl.constexpr, PACKED: gl.constexpr, TAIL: gl.constexpr,
 ):  # fmt: skip
     """The loading warp. For each query block: a message of four numbers, q, out, dout, and K and V of each pair."""
     WORD: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     done = 0  # pairs so far, over all query blocks: says the stage of the ring of K, and its phase
     turn = 0
-    number = gl.program_id(0)
+    number = number_at(gl.program_id(0), counter_ptr, total, TAIL)
     while number < total:
         b, h, i = item(number, n_tiles, heads, CAUSAL)
         q_start, q_rows = sequence(q_starts_ptr, b, all_rows, PACKED)
@@ -76,7 +77,7 @@ def _load(
         map_row = b.to(gl.int64) * map_stride_b + h * map_stride_h + i
         count = gl.load(counts_ptr + map_row)
         list_ptr = indices_ptr + map_row * n_key
-        next_number = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1, sem="relaxed")
+        next_place = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1, sem="relaxed")
         key_head = h // group
         pairs = (count + 1) // 2
         # The last block of an odd list has itself for a partner, which the consumers mask.
@@ -100,6 +101,7 @@ def _load(
         mbarrier.wait(dout_empty, phase ^ 1)
         _load_rows(dout_desc, dout_smem, dout_full, b, h, i, q_start, q_rows, HALF, COLUMNS, PACKED)
         turn += 1
+        next_number = number_at(next_place, counter_ptr, total, TAIL)
 
         for n in range(pairs):
             next_first, next_second = pair_of(list_ptr, pairs - n - 2, n + 2 <= pairs)
@@ -260,7 +262,7 @@ def _dq_hopper_kernel(
     heads, group, length, keys, n_tiles, n_key, total, scale, scale_log2,
     HEAD_SIZE: gl.constexpr, HEAD_PAD: gl.constexpr, KEYS: gl.constexpr, HALF: gl.constexpr, COLUMNS: gl.constexpr,
     STAGES: gl.constexpr, CAUSAL: gl.constexpr, PACKED: gl.constexpr, WITH_DLSE: gl.constexpr,
-    LOADER_REGS: gl.constexpr, CONSUMER_REGS: gl.constexpr,
+    LOADER_REGS: gl.constexpr, CONSUMER_REGS: gl.constexpr, TAIL: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, HEAD_PAD], dtype)
@@ -321,7 +323,7 @@ def _dq_hopper_kernel(
                 k_starts_ptr, work, q_smem, dout_smem, out_smem, k_smem, v_smem, q_full, q_empty, dout_full, dout_empty,
                 out_full, out_empty, k_full, k_empty, v_full, v_empty, map_stride_b, map_stride_h,
                 heads, group, length, keys, n_tiles, n_key, total,
-                KEYS, HALF, COLUMNS, STAGES, CAUSAL, PACKED,
+                KEYS, HALF, COLUMNS, STAGES, CAUSAL, PACKED, TAIL,
             )),
         ],
         [4, 1],
@@ -350,7 +352,7 @@ def query_gradient(
 ) -> None:
     """Fill ``dq``, whose columns are adjacent, and ``delta``; ``counter`` is one that holds 0.
 
-    The rest as :func:`backward_query.query_gradient`.
+    It is alone, or a schedule's (schedule.py). The rest as :func:`backward_query.query_gradient`.
     """
     heads, length, head_size = q.shape[1:]
     batch, packed, head_pad = how.sequences(q), how.packed, launch.pad_head(head_size)
@@ -369,5 +371,5 @@ def query_gradient(
         heads, heads // k.shape[1], length, k.shape[2], n_tiles, n_key, total, how.scale, how.scale * tiles.LOG2_E,
         HEAD_SIZE=head_size, HEAD_PAD=head_pad, KEYS=KEY_BLOCK, HALF=ROWS, COLUMNS=COLUMNS, STAGES=STAGES[head_pad],
         CAUSAL=how.causality, PACKED=packed, WITH_DLSE=dlse is not None,
-        LOADER_REGS=LOADER_REGISTERS, CONSUMER_REGS=CONSUMER_REGISTERS, num_warps=4,
+        LOADER_REGS=LOADER_REGISTERS, CONSUMER_REGS=CONSUMER_REGISTERS, TAIL=counter.numel() - 1, num_warps=4,
     )  # fmt: skip

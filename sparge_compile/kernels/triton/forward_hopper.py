@@ -1,7 +1,7 @@
 """Attention over the kept key blocks on Hopper, specialised by warp: one warp loads, two groups of four compute.
 
 The portable kernel (:mod:`forward`) leaves to Triton when a product is awaited. Here that is written out, in Gluon. One
-program stays on each multiprocessor and takes query blocks, one after the other, from a counter. Its loader walks the
+program stays on each multiprocessor and takes query blocks as they are scheduled (schedule.py). Its loader walks the
 lists of key blocks and fills a ring of K and V tiles, two blocks at a time, ahead of the consumers and into the next
 query block. Each of the two consumers owns 64 of the query block's 128 rows. It starts the scores of the next pair of
 blocks, then the output product of this pair, and does the next softmax while that product runs (FlashAttention-3, arXiv
@@ -13,7 +13,6 @@ come first, before the products overlap.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -38,6 +37,7 @@ from .hopper import (
     item,
     load_pair,
     mask_scores,
+    number_at,
     pair_of,
     reinterpret,
     sequence,
@@ -45,6 +45,7 @@ from .hopper import (
     tma_store,
     word,
 )
+from .schedule import counter_of_forward
 
 LOADER_REGISTERS, CONSUMER_REGISTERS = 24, 240  # 128 threads each, of 65,536 registers
 STAGES = {64: 3, 128: 2}  # pairs of K and V tiles in the ring, by padded head size: 227 KB hold no more
@@ -71,13 +72,13 @@ def _load(
     counts_stride_b, counts_stride_h, counts_stride_i, indices_stride_b, indices_stride_h, indices_stride_i,
     heads, group, length, keys, n_tiles, total,
     HEAD_PAD: gl.constexpr, KEYS: gl.constexpr, HALF: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr, PACKED: gl.constexpr,
+    CAUSAL: gl.constexpr, PACKED: gl.constexpr, TAIL: gl.constexpr,
 ):  # fmt: skip
     """The loading warp. For each query block: a message of four numbers, q, then K and V of each pair of key blocks."""
     WORD: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     done = 0  # pairs so far, over all query blocks: says the stage of the ring, and its phase
     turn = 0
-    number = gl.program_id(0)
+    number = number_at(gl.program_id(0), counter_ptr, total, TAIL)
     if PACKED:
         number = _next(number, counter_ptr, q_starts_ptr, n_tiles, heads, total, HALF, CAUSAL)
     while number < total:
@@ -87,9 +88,9 @@ def _load(
         count = gl.load(counts_ptr + b.to(gl.int64) * counts_stride_b + h * counts_stride_h + i * counts_stride_i)
         list_ptr = indices_ptr + b.to(gl.int64) * indices_stride_b + h.to(gl.int64) * indices_stride_h
         list_ptr += i.to(gl.int64) * indices_stride_i
-        next_number = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1, sem="relaxed")
+        next_place = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1, sem="relaxed")
         if PACKED:
-            next_number = _next(next_number, counter_ptr, q_starts_ptr, n_tiles, heads, total, HALF, CAUSAL)
+            next_place = _next(next_place, counter_ptr, q_starts_ptr, n_tiles, heads, total, HALF, CAUSAL)
         key_head = h // group
         pairs = (count + 1) // 2
         # The last block of an odd list has itself for a partner, which the consumers mask.
@@ -108,6 +109,7 @@ def _load(
             row = (2 * i + part) * HALF
             copy(q_desc, b, h, row, q_start, q_rows, tile, q_full.index(slot), HALF, COLUMNS, 0, PACKED)
         turn += 1
+        next_number = number_at(next_place, counter_ptr, total, TAIL)
 
         for n in range(pairs):
             next_first, next_second = pair_of(list_ptr, pairs - n - 2, n + 2 <= pairs)
@@ -290,7 +292,7 @@ def _forward_hopper_kernel(
     heads, group, length, keys, n_tiles, total, scale_log2,
     HEAD_PAD: gl.constexpr, KEYS: gl.constexpr, HALF: gl.constexpr, STAGES: gl.constexpr,
     COLUMNS: gl.constexpr, CAUSAL: gl.constexpr, PACKED: gl.constexpr,
-    LOADER_REGS: gl.constexpr, CONSUMER_REGS: gl.constexpr,
+    LOADER_REGS: gl.constexpr, CONSUMER_REGS: gl.constexpr, TAIL: gl.constexpr,
 ):  # fmt: skip
     TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, HEAD_PAD], q_desc.dtype)
     PAIR: gl.constexpr = gl.NVMMASharedLayout.get_default_for([2 * KEYS, HEAD_PAD], q_desc.dtype)
@@ -338,7 +340,7 @@ def _forward_hopper_kernel(
                 counts_stride_b, counts_stride_h, counts_stride_i,
                 indices_stride_b, indices_stride_h, indices_stride_i,
                 heads, group, length, keys, n_tiles, total,
-                HEAD_PAD, KEYS, HALF, COLUMNS, STAGES, CAUSAL, PACKED,
+                HEAD_PAD, KEYS, HALF, COLUMNS, STAGES, CAUSAL, PACKED, TAIL,
             )),
         ],
         [4, 1],
@@ -369,8 +371,8 @@ def forward(
     head_pad = launch.pad_head(head_size)
     n_tiles = ceil_div(how.length(q), QUERY_BLOCK)
     total = n_tiles * batch * heads
-    if counter is None:
-        counter = recording.zero(torch.empty(1, dtype=torch.int32, device=q.device))
+    n_key = 0 if packed else ceil_div(how.keys(k), KEY_BLOCK)  # packed sequences go by number
+    counter = counter_of_forward(counts, n_key, how.is_causal, counter)
     starts = (
         counter if x is None else x for x in (how.cu_seqlens_q, how.cu_seqlens_k)
     )  # what is not given is not read
@@ -383,5 +385,5 @@ def forward(
         heads, heads // k.shape[1], length, k.shape[2], n_tiles, total, how.scale * tiles.LOG2_E,
         HEAD_PAD=head_pad, KEYS=KEY_BLOCK, HALF=ROWS, COLUMNS=COLUMNS, STAGES=STAGES[head_pad],
         CAUSAL=how.causality, PACKED=packed,
-        LOADER_REGS=LOADER_REGISTERS, CONSUMER_REGS=CONSUMER_REGISTERS, num_warps=4,
+        LOADER_REGS=LOADER_REGISTERS, CONSUMER_REGS=CONSUMER_REGISTERS, TAIL=counter.numel() - 1, num_warps=4,
     )  # fmt: skip

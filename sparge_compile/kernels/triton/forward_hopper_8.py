@@ -12,7 +12,6 @@ fit into registers beside the scores. Sums of weights are products with ones, so
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -37,12 +36,14 @@ from .hopper import (
     descriptor,
     item,
     mask_scores,
+    number_at,
     pair_of,
     reinterpret,
     tma_load,
     tma_store,
     word,
 )
+from .schedule import counter_of_forward
 
 LOADER_REGISTERS, CONSUMER_REGISTERS = 24, 240  # 128 threads each, of 65,536 registers
 STAGES = {64: 6, 128: 4}  # pairs of K and V tiles in the ring, by head size
@@ -63,19 +64,19 @@ def _load(
     counts_stride_b, counts_stride_h, counts_stride_i, indices_stride_b, indices_stride_h, indices_stride_i,
     heads, group, n_tiles, total,
     HEAD: gl.constexpr, KEYS: gl.constexpr, HALF: gl.constexpr, STAGES: gl.constexpr, LANES: gl.constexpr,
-   
+    TAIL: gl.constexpr,
 ):  # fmt: skip
     """The loading warp. For each query block: a message of four numbers, q, then K and V of each pair of key blocks."""
     WORD: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     done = 0  # pairs so far, over all query blocks: says the stage of the ring, and its phase
     turn = 0
-    number = gl.program_id(0)
+    number = number_at(gl.program_id(0), counter_ptr, total, TAIL)
     while number < total:
         b, h, i = item(number, n_tiles, heads, False)
         count = gl.load(counts_ptr + b.to(gl.int64) * counts_stride_b + h * counts_stride_h + i * counts_stride_i)
         list_ptr = indices_ptr + b.to(gl.int64) * indices_stride_b + h.to(gl.int64) * indices_stride_h
         list_ptr += i.to(gl.int64) * indices_stride_i
-        next_number = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1, sem="relaxed")
+        next_place = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1, sem="relaxed")
         key_head = h // group
         pairs = (count + 1) // 2
         # The last block of an odd list has itself for a partner, which the consumers mask.
@@ -92,6 +93,7 @@ def _load(
         for part in gl.static_range(2):
             _load_block(q_desc, q_smem.index(2 * slot + part), q_full.index(slot), b, h, (2 * i + part) * HALF)
         turn += 1
+        next_number = number_at(next_place, counter_ptr, total, TAIL)
 
         for n in range(pairs):
             next_first, next_second = pair_of(list_ptr, pairs - n - 2, n + 2 <= pairs)
@@ -367,7 +369,7 @@ def _forward_hopper_8_kernel(
     counts_stride_b, counts_stride_h, counts_stride_i, indices_stride_b, indices_stride_h, indices_stride_i,
     heads, group, length, keys, n_tiles, total,
     HEAD: gl.constexpr, KEYS: gl.constexpr, HALF: gl.constexpr, STAGES: gl.constexpr, LANES: gl.constexpr,
-    LOADER_REGS: gl.constexpr, CONSUMER_REGS: gl.constexpr,
+    LOADER_REGS: gl.constexpr, CONSUMER_REGS: gl.constexpr, TAIL: gl.constexpr,
 ):  # fmt: skip
     TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, HEAD], q_desc.dtype)
     OUT_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, HEAD // 2], out_desc.dtype)
@@ -420,7 +422,7 @@ def _forward_hopper_8_kernel(
                 counts_stride_b, counts_stride_h, counts_stride_i,
                 indices_stride_b, indices_stride_h, indices_stride_i,
                 heads, group, n_tiles, total,
-                HEAD, KEYS, HALF, STAGES, LANES,
+                HEAD, KEYS, HALF, STAGES, LANES, TAIL,
             )),
         ],
         [4, 1],
@@ -452,8 +454,7 @@ def forward(
     counts, indices = (x.expand(batch, heads, *x.shape[2:]) for x in (counts, indices))
     n_tiles = ceil_div(length, QUERY_BLOCK)
     total = n_tiles * batch * heads
-    if counter is None:
-        counter = recording.zero(torch.empty(1, dtype=torch.int32, device=out.device))
+    counter = counter_of_forward(counts, codes.k_scale.shape[2], False, counter)
     recording.launch(
         _forward_hopper_8_kernel, (min(launch.multiprocessors(out.device), total),),
         _tiles(codes.q, ROWS, gl.int8), _tiles(codes.k, KEY_BLOCK, gl.int8), _tiles(codes.k_scale, 1, gl.float32),
@@ -462,5 +463,5 @@ def forward(
         *counts.stride(), *indices.stride()[:3],
         heads, heads // key_heads, length, keys, n_tiles, total,
         HEAD=head_size, KEYS=KEY_BLOCK, HALF=ROWS, STAGES=STAGES[head_size], LANES=LANES,
-        LOADER_REGS=LOADER_REGISTERS, CONSUMER_REGS=CONSUMER_REGISTERS, num_warps=4,
+        LOADER_REGS=LOADER_REGISTERS, CONSUMER_REGS=CONSUMER_REGISTERS, TAIL=counter.numel() - 1, num_warps=4,
     )  # fmt: skip

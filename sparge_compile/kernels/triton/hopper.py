@@ -44,6 +44,18 @@ def item(number, n_tiles, heads, CAUSAL: gl.constexpr):
 
 
 @gluon.jit
+def number_at(place, counter_ptr, total, TAIL: gl.constexpr):
+    """The number of the item that is taken after ``place`` others; with a TAIL, an order follows the counter
+    (schedule.py)."""
+    if TAIL == 0:
+        return place
+    else:
+        late = place - gl.maximum(total - TAIL, 0)
+        listed = (late >= 0) & (place < total)
+        return gl.where(listed, gl.load(counter_ptr + 1 + late, mask=listed, other=0), place)
+
+
+@gluon.jit
 def sequence(starts_ptr, b, rows, PACKED: gl.constexpr):
     """(first row, rows) of a sequence of a packed tensor; else all rows."""
     if PACKED:

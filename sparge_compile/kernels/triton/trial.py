@@ -106,7 +106,7 @@ def main(index: int) -> None:
 
 
 def _fault(device: torch.device) -> str:
-    from . import forward_hopper, lists
+    from . import forward_hopper, lists, schedule
     from .backward_key import key_gradients
     from .backward_query import query_gradient
 
@@ -114,16 +114,18 @@ def _fault(device: torch.device) -> str:
         q: Tensor, k: Tensor, v: Tensor, counts: Tensor, indices: Tensor, mask: None, is_causal: bool, scale: float
     ) -> tuple[Tensor, Tensor]:
         out, lse = allocate.new_out(q, v), allocate.new_lse(q)
-        forward_hopper.forward(q, k, v, counts, indices, How(mask, is_causal, scale), out, lse)
+        (order,) = schedule.schedule(schedule.Lists(counts.expand(*q.shape[:2], -1), reverse=is_causal))
+        forward_hopper.forward(q, k, v, counts, indices, How(mask, is_causal, scale), out, lse, order)
         return out, lse
 
     def backward(
         dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: None, bits: Tensor, *how: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        given, counters = How(*how), bits.new_empty(2)
-        kept, readers = lists.unpack(bits, *allocate.map_shape(q, k, given)[2:], counters)
-        dq, delta = query_gradient(dout, q, k, v, out, lse, dlse, kept, given, counters[:1])
-        return dq, *key_gradients(dout, q, k, v, lse, delta, readers, given, counters[1:])
+        given = How(*how)
+        kept, readers = lists.unpack(bits, *allocate.map_shape(q, k, given)[2:])
+        first, second = schedule.of_backward(kept.counts, readers.counts, q, k, given)
+        dq, delta = query_gradient(dout, q, k, v, out, lse, dlse, kept, given, first)
+        return dq, *key_gradients(dout, q, k, v, lse, delta, readers, given, second)
 
     face = SimpleNamespace(forward=forward, backward=backward, pack=lists.pack)
     with torch.cuda.device(device):
