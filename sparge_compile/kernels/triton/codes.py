@@ -65,6 +65,15 @@ def _step(low, high, INT8: tl.constexpr, LEAST: tl.constexpr):
 
 
 @triton.jit
+def _joined(low, high, HALF: tl.constexpr):
+    """Both halves of groups, [rows, columns]."""
+    ROWS: tl.constexpr = low.shape[0]
+    GROUPS: tl.constexpr = low.shape[1] // HALF
+    x = tl.permute(tl.reshape(tl.join(low, high), [ROWS, GROUPS, HALF, 2]), [0, 1, 3, 2])
+    return tl.reshape(x, [ROWS, GROUPS * 2 * HALF])
+
+
+@triton.jit
 def _samples(
     head_ptr, seen, column, stride_l, stride_d,
     HEAD_SIZE: tl.constexpr, SAMPLES: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr,
@@ -126,7 +135,7 @@ def _code_queries(
     """A block of queries, in parts: their codes, and their mean."""
     block, bh = number % n_query, number // n_query
     b, h = bh // heads, bh % heads
-    lane, low = tl.arange(0, ROWS), _columns(HEAD_PAD, GROUP)
+    lane, column, low = tl.arange(0, ROWS), tl.arange(0, HEAD_PAD), _columns(HEAD_PAD, GROUP)
     high = low + GROUP // 2
     center_ptr += (b * (heads // group) + h // group) * HEAD_PAD
     low_center, high_center = tl.load(center_ptr + low), tl.load(center_ptr + high)
@@ -155,8 +164,8 @@ def _code_queries(
         lift = tl.sum(x * low_center[None, :] + y * high_center[None, :], 1)
         tl.store(lift_ptr + at, lift * (step * scale), mask=inside)
         code_ptrs = code_ptr + at[:, None] * HEAD_SIZE
-        tl.store(code_ptrs + low[None, :], low_codes, mask=inside[:, None] & (low < HEAD_SIZE)[None, :])
-        tl.store(code_ptrs + high[None, :], high_codes, mask=inside[:, None] & (high < HEAD_SIZE)[None, :])
+        codes = _joined(low_codes, high_codes, GROUP // 2)
+        tl.store(code_ptrs + column[None, :], codes, mask=inside[:, None] & (column < HEAD_SIZE)[None, :])
     rows = tl.minimum((block + 1) * PARTS * ROWS, length) - tl.maximum(block * PARTS * ROWS, first_seeing)
     rows = tl.maximum(rows, 1).to(tl.float32)
     mean_ptr += number * HEAD_SIZE
@@ -173,7 +182,7 @@ def _code_keys(
 ):  # fmt: skip
     """A block of keys: its codes, and its mean."""
     block, bh = number % n_key, number // n_key
-    lane, low = tl.arange(0, KEYS), _columns(HEAD_PAD, GROUP)
+    lane, column, low = tl.arange(0, KEYS), tl.arange(0, HEAD_PAD), _columns(HEAD_PAD, GROUP)
     high = low + GROUP // 2
     tile = k_ptr + (bh // heads * stride_b + bh % heads * stride_h + block * KEYS * stride_l) * ALIGN
     center_ptr += bh * HEAD_PAD
@@ -198,8 +207,8 @@ def _code_keys(
     _, high_codes = _whole(y * inverse)
     code_ptrs = code_ptr + (bh * keys + row)[:, None] * HEAD_SIZE
     inside = (row < keys)[:, None]
-    tl.store(code_ptrs + low[None, :], low_codes, mask=inside & (low < HEAD_SIZE)[None, :])
-    tl.store(code_ptrs + high[None, :], high_codes, mask=inside & (high < HEAD_SIZE)[None, :])
+    codes = _joined(low_codes, high_codes, GROUP // 2)
+    tl.store(code_ptrs + column[None, :], codes, mask=inside & (column < HEAD_SIZE)[None, :])
 
 
 @triton.jit
