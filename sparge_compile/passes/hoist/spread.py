@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..match.sdpa import arguments_of, is_sdpa
+from ..read.fx_utils import asserts_metadata
 from .graphs import Place, Site, Use, maker
 from .order import Order
 
@@ -45,7 +46,8 @@ class Spread:
             value = self._waiting.popleft()
             self._look_back(value, self.places[value])
             for user in value.users:
-                self._look_at(value, self.places[value], user)
+                if not asserts_metadata(user):
+                    self._look_at(value, self.places[value], user)
         for writer in self._writers:
             target: Any = writer.args[0] if writer.target is operator.setitem else writer
             place = self.places.get(target)

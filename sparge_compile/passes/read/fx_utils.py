@@ -21,6 +21,11 @@ def value_of(node: Any) -> Any:
     return node.meta.get("example_value", node.meta.get("val"))
 
 
+def asserts_metadata(node: Node) -> bool:
+    """Whether a node asserts the dtype and device of a tensor, as torch.export does before casts, and reads no more."""
+    return node.target is torch.ops.aten._assert_tensor_metadata.default
+
+
 def bind(signature: inspect.Signature, node: Node) -> Mapping[str, Any]:
     """A call's arguments by name, with defaults filled in."""
     bound = signature.bind(*node.args, **node.kwargs)

@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 
 from .axes import COPIES, Layout, before, is_layout
 from .calls import Calls, Value, reads_number
+from .fx_utils import asserts_metadata
 from .stored import reached_by_inputs
 from .writes import Writes, may_write
 
@@ -106,8 +107,8 @@ class Reader:
         return dead
 
     def _may_die(self, node: Node) -> bool:
-        if node.target is torch.ops.aten._assert_tensor_metadata.default:
-            return True  # torch.export puts it before a cast, of what it has seen; where the tensor goes, it goes
+        if asserts_metadata(node):
+            return True  # where the tensor goes, it goes
         return self.fake(node) is not None and not node.is_impure() and self.is_pure(node)
 
     def is_stored(self, value: Value | Node) -> bool:

@@ -109,6 +109,14 @@ def test_two_blocks_have_one_order(monkeypatch):
     assert same_results(monkeypatch, finished(b, block(b, block(b, x)))) == ["x", "add_1"]
 
 
+def test_what_export_asserts_before_a_cast_needs_no_order(monkeypatch):
+    """Exported programs with casts between their sites gathered at each site."""
+    b = Builder()
+    x = block(b, b.input("x", 1, L, C))
+    b.opaque(torch.ops.aten._assert_tensor_metadata.default, x, None, None, torch.float32)
+    assert same_results(monkeypatch, finished(b, block(b, b.method("float", x)))) == ["x", "add_1"]
+
+
 def test_a_long_way_to_the_border(monkeypatch):
     b = Builder()
     x = b.input("x", 1, L, C)
