@@ -1,4 +1,5 @@
-"""What the op costs beside itself: copies and casts that Inductor makes because of it. There should be none.
+"""What the op costs beside itself: copies and casts that Inductor makes because of it. There should be none. And gathers
+into the order of blocks, each of them once.
 
 Counted where they arise, in the graphs that reach Inductor and where it brings an operand into another layout, and
 compared with the same model under the stock backend. The C++ of the other nodes is not compiled: it is not looked at.
@@ -52,7 +53,23 @@ def fused(unbind):
     return model, model
 
 
-MODELS = {"wan": wan, "chunk": lambda: fused(False), "unbind": lambda: fused(True)}
+class Modulated(Fused):
+    """The same behind a scale and a shift, whose gradients are sums over the tokens."""
+
+    def __init__(self):
+        super().__init__(False)
+        self.scale, self.shift = (torch.nn.Parameter(torch.zeros(WIDTH)) for _ in range(2))
+
+    def forward(self, x):
+        return super().forward(x * (1 + self.scale) + self.shift)
+
+
+def modulated():
+    model = Modulated().to(torch.bfloat16)
+    return model, model
+
+
+MODELS = {"wan": wan, "chunk": lambda: fused(False), "unbind": lambda: fused(True), "modulated": modulated}
 
 
 @pytest.fixture
@@ -70,9 +87,14 @@ def seen(monkeypatch):
         names = (node.target._opname for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload))
         seen.update(name for name in names if name in MOVES)
         seen["sparse"] += any("sparge" in str(node.target) for node in graph.nodes)
+        seen["gathers"] += sum(node.target is torch.ops.aten.index.Tensor for node in graph.nodes)
+
+    def compile_no_code(self, arguments, source):
+        seen["read by an index"] += source.count("index out of bounds")
+        return lambda *_: None
 
     monkeypatch.setattr(ExternKernel, "copy_input", staticmethod(counted))
-    monkeypatch.setattr(AsyncCompile, "cpp_pybinding", lambda *_, **__: lambda *_: None)
+    monkeypatch.setattr(AsyncCompile, "cpp_pybinding", compile_no_code)
     with config.patch({"post_grad_custom_post_pass": look, "force_disable_caches": True, "cpp.simdlen": 1}):
         yield seen
 
@@ -107,6 +129,12 @@ def test_the_op_causes_no_copy_and_no_cast(seen, model, train, dynamic):
     stock = moves(seen, model, {"backend": "inductor"}, train, dynamic)
     stock.pop("operand copied", 0)  # the stock op for a CPU wants its log-sum-exp in another layout
     assert ours <= stock
+
+
+def test_a_gather_is_written_once(seen):
+    tiles = {"token_order": "tiles", "grid": (2, 10, 10)}
+    found = moves(seen, "modulated", {**SPARSE, "options": {**SPARSE["options"], **tiles}}, True)
+    assert found["read by an index"] == found["gathers"] == 4
 
 
 def test_a_copy_would_be_counted(seen):
