@@ -19,11 +19,10 @@ from ..keeping import NOTHING, beside_longest
 from ..kernels import capability, eight_bits
 from ..kernels.block_map import QUERY_BLOCK, ceil_div
 from ..kernels.kept import Always, always_read
-from ..kernels.order import Grid, Tile, make_order
+from ..kernels.order import Grid, Tile, make_order, tile_of
 from ..kernels.rule import default_scale
 from ..options import Options
 from ..passes.match.attention import Attention
-from ..passes.order import tile_of
 from .curves import Sums, measure, measure_prefixes
 from .orders import FEWER, Scores
 

@@ -6,8 +6,9 @@ In: a model, its calibrated sites, calls of it. Out: relative errors of its outp
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..distill.forwards import GraphCalls
 from ..eager.replacement import Replacement, replace_attention
 from ..errors import value_error
 from ..keeping import Kept
-from ..kernels.order import Tile
+from ..kernels.order import TILE, Tile, made_as
 from ..notices import unsaid
 from ..options import Options
 from ..pair import Sites
@@ -57,6 +58,8 @@ class Trial:
         self._outputs: dict[tuple[int, int], list[Tensor]] = {}
         self._held = 0
         self._repeats, self._is_heard = False, False
+        self._tiles: dict[str, Tile | None] = {}  # that graphs are compiled for, once sites were reordered
+        self._made: Callable[[], AbstractContextManager[None]] = nullcontext  # how their orders are made
         self.forwards = 0
 
     def everything_kept(self, call: ModelCall) -> list[Tensor]:
@@ -70,8 +73,15 @@ class Trial:
         return exact
 
     def reorder(self, tiles: Mapping[str, Tile | None]) -> None:
-        """Have these sites run in other orders; what was compiled for an order stays."""
-        self._attached.set_tiles(tiles)
+        """Have these sites run in other orders. One of all is tried by the same graph as another; what was compiled for
+        several stays."""
+        orders = set(tiles.values())
+        self._made = partial(made_as, *orders) if len(orders) == 1 else nullcontext
+        compiled: dict[str, Tile | None] = {name: TILE if len(orders) == 1 else tile for name, tile in tiles.items()}
+        if compiled == self._tiles:
+            return
+        self._tiles = compiled
+        self._attached.set_tiles(compiled)
         if self._eager is not None:  # its calls are known by their forms alone
             self._eager.remove()
             self._eager, self._is_heard = None, False
@@ -126,7 +136,8 @@ class Trial:
 
     def _run(self, model: Callable[..., Any], call: ModelCall) -> list[Tensor]:
         self.forwards += 1
-        return _floats(call.run(model))
+        with self._made():
+            return _floats(call.run(model))
 
     def _check_repeats(self, model: Callable[..., Any], call: ModelCall, first: Sequence[Tensor]) -> None:
         if self._repeats:

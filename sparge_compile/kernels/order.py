@@ -6,8 +6,10 @@ Nothing but numbers goes in, so an order is made on its device, without a copy.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from ..errors import type_error, value_error
 from .block_map import KEY_BLOCK, QUERY_BLOCK, ceil_div
+from .sizes import surely
 
 Tile = tuple[int, int, int]  # frames, rows and columns
 
@@ -128,16 +131,26 @@ def parse_tile(tile: Any, where: str) -> Tile:
     return numbers
 
 
-def make_order(grid: Grid, tile: Sequence[int], device: torch.device) -> Order:
+def tile_of(tile: Tile, grid: Grid) -> Tile:
+    """The tile that a grid is cut into: in an image, which has one frame, frames are more rows and columns, so that it
+    is as square as it can be."""
+    frames, height, width = tile
+    if not surely(grid.frames == 1):
+        return tile
+    boxes = [(n * height, frames // n * width) for n in range(1, frames + 1) if frames % n == 0]
+    return (1, *min(boxes, key=lambda box: max(box) / min(box)))
+
+
+def make_order(grid: Grid, tile: Sequence[int] | None, device: torch.device) -> Order:
     """The order of a grid whose blocks are compact: they come as close to tiles as whole blocks can.
 
     The grid is cut in two, and so are its parts, along the axis on which a part has the most tiles, at a row where a
     query block begins, or a key block in the end (a k-d tree). The cuts lie between tiles where these fit, so that a
     grid of whole tiles is cut into them. Tokens before and behind the grid stay where they are: where the grid begins
-    or ends inside a block, it shares this one with them. All do in a sequence that is too short for the grid: where the
-    number of those is negative.
+    or ends inside a block, it shares this one with them. All do where there is no tile, and in a sequence that is too
+    short for the grid: where the number of those is negative.
     """
-    if min(grid.prefix, grid.suffix) < 0:
+    if tile is None or min(grid.prefix, grid.suffix) < 0:
         token = torch.arange(grid.tokens, dtype=torch.int32, device=device)
         return Order(token, token.clone())
     first, count = grid.prefix, grid.frames * grid.height * grid.width
@@ -208,9 +221,23 @@ def _tiles_in(where: Tensor, begin: Tensor, end: Tensor, tile: Sequence[int]) ->
 
 
 _made: dict[Any, Order] = {}
+_instead: ContextVar[tuple[Tile | None] | None] = ContextVar("instead", default=None)
 
 
-def _made_elsewhere(grid: Grid, tile: Sequence[int], device: torch.device) -> Order:
+@contextmanager
+def made_as(tile: Tile | None) -> Iterator[None]:
+    """Make each order as that of this tile, whatever the graph says; None: of raster.
+
+    A graph that runs eagerly, and whose sites have one order, so runs in any.
+    """
+    before = _instead.set((tile,))
+    try:
+        yield
+    finally:
+        _instead.reset(before)
+
+
+def _made_elsewhere(grid: Grid, tile: Sequence[int] | None, device: torch.device) -> Order:
     """An order that is kept: made in a thread of its own. While CUDA graphs are prepared (torch's ``reduce-overhead``)
     their thread is given memory of theirs, of which nothing may be kept. Inference mode is left behind, too."""
 
@@ -228,7 +255,9 @@ def copy_of_order(grid: Grid, tile: Sequence[int], device: torch.device) -> Orde
     """:func:`make_order` from a table of those that were made: a copy, for whoever writes to it."""
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    key = (grid, tuple(tile), device)
+    given = _instead.get()
+    wanted = tuple(tile) if given is None else given[0] and tile_of(given[0], grid)
+    key = (grid, wanted, device)
     found = _made.get(key)
     if found is None:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import SymInt
 from torch.fx import GraphModule, Node
 
-from ..kernels.order import Grid, Tile
+from ..kernels.order import Grid, Tile, tile_of
 from ..kernels.sizes import surely
 from ..options import Options
 from .find import Match
@@ -80,16 +80,6 @@ class SiteOrder:
         beside = [f"{size} {where}" for size, where in ((before, "before"), (after, "behind")) if size != 0]
         around = f" with {' and '.join(beside)}" if beside else ""
         return f"tiles {_product(tile)} of {_product(axes)}{around}"
-
-
-def tile_of(tile: Tile, grid: Grid) -> Tile:
-    """The tile that a grid is cut into: in an image, which has one frame, frames are more rows and columns, so that it
-    is as square as it can be."""
-    frames, height, width = tile
-    if not surely(grid.frames == 1):
-        return tile
-    boxes = [(n * height, frames // n * width) for n in range(1, frames + 1) if frames % n == 0]
-    return (1, *min(boxes, key=lambda box: max(box) / min(box)))
 
 
 def order_sites(

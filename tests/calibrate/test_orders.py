@@ -203,7 +203,7 @@ def call_of(x: Tensor) -> ModelCall:
 
 
 def test_each_site_is_asked_of_alone_at_the_density_that_is_aimed_at():
-    """What the model returns with one site sparse, or all, in each order; an order that was asked of stays compiled."""
+    """What the model returns with one site sparse, or all, in each order; all orders are tried by one graph."""
     model, x = made(), boxes(0)
     settings = SimpleNamespace(options=Options(min_seq_len=0))
     with torch.no_grad():
@@ -216,7 +216,7 @@ def test_each_site_is_asked_of_alone_at_the_density_that_is_aimed_at():
                 assert question.groups == [NAMES]  # so few heads that sites would not be asked of
                 found[order] = question.alone(orders, call_of(x), [[name] for name in NAMES])
                 found[order]["*"] = question.all_sparse(orders, call_of(x))
-            assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 2
+            assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 1
         for order, errors in found.items():
             for name, error in errors.items():
                 sites = {site: [(0.1, 0.0) if name in ("*", site) else (1.0, 0.0)] * 2 for site in NAMES}

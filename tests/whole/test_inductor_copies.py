@@ -1,5 +1,5 @@
-"""What the op costs beside itself: copies and casts that Inductor makes because of it. There should be none. And gathers
-into the order of blocks, each of them once.
+"""What the op costs beside itself: copies and casts that Inductor makes because of it. There should be none, and each
+gather into the order of blocks is there once.
 
 Counted where they arise, in the graphs that reach Inductor and where it brings an operand into another layout, and
 compared with the same model under the stock backend. The C++ of the other nodes is not compiled: it is not looked at.

@@ -17,11 +17,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
 from ... import ops  # noqa: F401  importing it registers the ops
-from ...kernels.order import Tile
+from ...kernels.order import Tile, tile_of
 from ...kernels.sizes import surely
 from ..find import Match
 from ..match.tokens import Part
-from ..order import SiteOrder, tile_of
+from ..order import SiteOrder
 from ..read.fx_utils import value_of
 from ..stated import Left, SizedGrid
 from .emit import call
