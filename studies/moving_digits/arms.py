@@ -51,6 +51,7 @@ def arms() -> list[Case]:
     """Each once; the first are what the rest is compared with."""
     first = [case(rule, order=order) for order in ORDERS for rule in RULES]
     listed = [case(), case().tuned(SHORT), case().tuned(LONG), *first, *(each.tuned(SHORT) for each in first)]
+    listed += [case("topk", order="mixed"), case("topk", order="mixed").tuned(SHORT)]
     listed += [case(rule).tuned(LONG) for rule in RULES[1:]]
     listed += [case().tuned(LONG, loss="flow"), case().tuned(LONG, ATTENTION)]
     listed += [case().tuned(SHORT, trained, rate=rate) for trained, rates in RATES.items() for rate in rates]

@@ -4,6 +4,7 @@
     python studies/moving_digits/blind.py --out new             # new ones, on a GPU: new/sheet1.png … and new/key.csv
     python studies/moving_digits/blind.py --setup large         # of the large model's student
     python studies/moving_digits/blind.py --setup large --clips found/clips-0.951-*  # that were kept
+    python studies/moving_digits/blind.py --setup large --clips found/clips-0.951-* --measure  # what differs in them
 
 Answers are lines "pair,answer" under a line of these words; an answer is the row, A or B, that is held for the sparse
 model's.
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import torch
 from lab import Lab
+from measures import grain, seams
 from pictures import EVERY, in_bytes, sheet
 from safetensors.torch import load_file, save_file
 from setups import Setup, add_setup
@@ -108,6 +110,20 @@ def by_chance(right: int, of: int) -> float:
     return sum(math.comb(of, count) for count in range(right, of + 1)) / 2**of
 
 
+def measured(found: list[Pair]) -> list[tuple[str, str, float, float, str, float]]:
+    """What differs in pairs: of each kind and measure the means of both models, in how many pairs the sparse clip has
+    more of it, and how probable it is that as many or as few have by chance."""
+    rows = []
+    for kind in dict.fromkeys(kind for kind, *_ in found):
+        dense, sparse = (torch.stack([pair[i] for pair in found if pair[0] == kind]) for i in (1, 2))
+        for name, measure in {"seams": seams, "grain": grain}.items():
+            a, b = measure(dense), measure(sparse)
+            more, of = int((b > a).sum()), len(a)
+            chance = min(1.0, 2 * by_chance(max(more, of - more), of))
+            rows.append((kind, name, a.mean().item(), b.mean().item(), f"{more} of {of}", chance))
+    return rows
+
+
 def drawn(setup: Setup) -> list[Pair]:
     torch._dynamo.config.recompile_limit = 64
     kind = {"setup": setup, "frames": setup.frames, "batch": setup.batch, "rounds": setup.rounds}
@@ -122,10 +138,15 @@ def main() -> None:
     add_setup(parser)
     parser.add_argument("--score", type=Path, nargs="+", metavar="CSV", help="answers; nothing is drawn")
     parser.add_argument("--clips", type=Path, nargs="+", default=[], help="draw nothing: those that reproduce.py kept")
+    parser.add_argument("--measure", action="store_true", help="no sheets: say what differs in the clips")
     parser.add_argument("--out", type=Path, help="the folder of sheets and key (blind, beside the setup's results)")
     parser.add_argument("--seed", type=int, default=0, help="of the order (0)")
     args = parser.parse_args()
     out = args.out or args.setup.results / "blind"
+    if args.measure:
+        found = [pair for path in args.clips for pair in kept_clips(path)] or drawn(args.setup)
+        print(tabulate(measured(found), headers=("pairs", "measure", "dense", "sparse", "more in the sparse", "p")))
+        return
     if not args.score:
         if (out / "key.csv").exists():
             parser.error(f"{out} holds sheets and a key already: give --out another folder")

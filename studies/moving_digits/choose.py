@@ -53,15 +53,16 @@ def one_pair(lab: Lab, seed: int, rule: str, sparsity: float, order: str = "rast
 def aimed(lab: Lab, seed: int, rule: str, sparsity: float, order: str, plain: nn.Module | None = None) -> Calibration:
     """The same for other weights: an uncompiled dense model that has them."""
     kept = kept_blocks(lab, sparsity)
+    layers = lab.setup.sizes[1]
     if rule == "topk":
-        return everywhere((kept / blocks(lab), 0.0), order)
+        return everywhere((kept / blocks(lab), 0.0), order, layers)
     topk = NO_TOPK if rule == "topp" else max(1, round(TOPK_SHARE * kept)) / blocks(lab)
     batch, low, high = lab.seen(seed)[0], 0.0, 1.0
     for _ in range(10):
         topp = (low + high) / 2
-        is_sparser = lab.sparsity(everywhere((topk, topp), order), batch, plain) > 1 - kept / blocks(lab)
+        is_sparser = lab.sparsity(everywhere((topk, topp), order, layers), batch, plain) > 1 - kept / blocks(lab)
         low, high = (topp, high) if is_sparser else (low, topp)
-    return everywhere((topk, high), order)
+    return everywhere((topk, high), order, layers)
 
 
 @functools.cache

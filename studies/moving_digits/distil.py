@@ -35,8 +35,16 @@ from sparge_compile.kernels.order import TILE, Tile
 DROPPED = 0.2  # of the clips the classes are left out, as sampling with guidance asks for both
 
 
-def everywhere(pair: tuple[float, float], order: str = "raster") -> Calibration:
-    """One pair for all heads of the model, whose blocks are of this order."""
+# Of one layer after another, so that the borders of their blocks lie in different places.
+MIXED: tuple[Tile, ...] = ((4, 4, 4), (2, 4, 8), (4, 8, 2), (1, 8, 8), (4, 4, 4), (2, 8, 4), (8, 4, 2), (2, 4, 8))
+
+
+def everywhere(pair: tuple[float, float], order: str = "raster", layers: int = len(MIXED)) -> Calibration:
+    """One pair for all heads of the model, whose blocks are of this order: raster, tiles, or mixed, tiles of
+    another shape in each layer."""
+    if order == "mixed":
+        tiles = {f"blocks.{number}.attention": tile for number, tile in enumerate(MIXED[:layers])}
+        return Calibration({name: [pair] for name in tiles}, tiles=tiles)
     return Calibration({"*": [pair]}, tiles={"*": TILE} if order == "tiles" else {})
 
 
@@ -176,7 +184,7 @@ def main() -> None:
     add_setup(parser)
     parser.add_argument("--topk", type=float, default=0.06, help="(0.06)")
     parser.add_argument("--topp", type=float, default=0.28, help="(0.28: with it 92 %% sparsity of the small model)")
-    parser.add_argument("--order", choices=("raster", "tiles"), default="raster")
+    parser.add_argument("--order", choices=("raster", "tiles", "mixed"), default="raster")
     parser.add_argument("--steps", type=int, default=4000, help="(4000)")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--frames", type=int, help="of a clip (those of the setup)")
@@ -190,7 +198,7 @@ def main() -> None:
     say = journal(args.out / "distil.log", device)
     names = ("setup", "train", "topk", "topp", "order", "steps", "batch", "lr")
     say(", ".join(f"{name} {getattr(args, name)}" for name in names))
-    calibration = everywhere((args.topk, args.topp), args.order)
+    calibration = everywhere((args.topk, args.topp), args.order, args.setup.sizes[1])
     torch._dynamo.config.recompile_limit = 64  # one class, compiled dense and sparse, to train and to run
     dense = load(device=device, setup=args.setup).requires_grad_(False)
     plain, teacher = load(device=device, setup=args.setup), compiled(dense, backend=inner(device))

@@ -84,6 +84,27 @@ def flicker(video: Tensor) -> Tensor:
     return (video[:, :-2] - 2 * video[:, 1:-1] + video[:, 2:]).float().abs().flatten(1).mean(1)
 
 
+def seams(video: Tensor, side: int = 4 * PATCH) -> Tensor:
+    """How much more neighbouring pixels of each video [B] differ across borders of tiles of this side than across
+    those of other patches: 1 where the tiles do not show."""
+    found = []
+    for axis in (2, 3):
+        after = torch.arange(1, video.shape[axis], device=video.device)
+        step = video.float().diff(dim=axis).abs().mean([i for i in (1, 2, 3) if i != axis])  # [B, side - 1]
+        on_tile, on_patch = after % side == 0, (after % PATCH == 0) & (after % side != 0)
+        found.append(step[:, on_tile].mean(1) / step[:, on_patch].mean(1))
+    return torch.stack(found).mean(0)
+
+
+def grain(video: Tensor, darkest: float = -0.2) -> Tensor:
+    """Mean of |4 x - its four neighbours| of each video [B], where it is as dark as the ground."""
+    x = video.float()
+    middle = x[:, :, 1:-1, 1:-1]
+    around = x[:, :, :-2, 1:-1] + x[:, :, 2:, 1:-1] + x[:, :, 1:-1, :-2] + x[:, :, 1:-1, 2:]
+    is_ground = middle < darkest
+    return ((4 * middle - around).abs() * is_ground).sum((1, 2, 3)) / is_ground.sum((1, 2, 3)).clamp(min=1)
+
+
 class Classifier(nn.Module):
     """Frames [n, side, side] to the logits [n, 10] of the classes in them."""
 

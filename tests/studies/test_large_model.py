@@ -13,6 +13,7 @@ import case
 import digits
 import distil
 import lessons
+import measures
 import pytest
 import reproduce
 import setups
@@ -120,6 +121,11 @@ def test_the_study_of_the_large_model_at_toy_size(toy: Path, monkeypatch, capsys
     assert sorted(row["kind"] for row in tabular.read(toy / "blind" / "key.csv")) == ["distilled", "not trained"]
     run(blind.main, monkeypatch, "--clips", found / "clips-trained-on-0.safetensors", "--out", toy / "others")
     assert [row["kind"] for row in tabular.read(toy / "others" / "key.csv")] == ["trained on"]
+    capsys.readouterr()
+    run(blind.main, monkeypatch, "--clips", found / "clips-0.9-0.safetensors", "--measure")
+    assert "distilled    seams" in capsys.readouterr().out
+    run(reproduce.main, monkeypatch, *study[:-1], "*mixed*", "--parts", "arms")
+    assert {row["order"] for row in tabular.read(found / "quality.csv")} >= {"mixed", "tiles"}
 
 
 def test_a_teacher_is_asked_once_and_batches_come_in_their_order() -> None:
@@ -153,6 +159,30 @@ def test_the_guided_loss_is_of_what_sampling_does() -> None:
     guided = (drawn(0.05 * said) - drawn(0.05 * taught)) / 0.05
     wanted = (said - taught).square().mean() + guided.square().mean()
     torch.testing.assert_close(distil.guided_loss(said, taught), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_seams_and_grain_are_what_they_say() -> None:
+    """Nothing shows in noise; a step at each border of a tile does; a smooth ground has no grain."""
+    video = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 0.01 - 0.5
+    torch.testing.assert_close(measures.seams(video), torch.ones(2), rtol=0.1, atol=0)
+    tiles = (torch.arange(64) // 16 % 2).float() * 0.05
+    assert (measures.seams(video + tiles + tiles[:, None]) > 3).all()
+    ramp = torch.linspace(-1, -0.5, 64).expand(1, 2, 64, 64)
+    assert measures.grain(ramp).item() < 1e-5 < 1e-3 < measures.grain(video).min().item()
+
+
+def test_what_differs_in_pairs_is_counted() -> None:
+    smooth = torch.full((4, 2, 32, 32), -0.5)
+    rough = smooth + 0.01 * torch.randn(4, 2, 32, 32, generator=torch.Generator().manual_seed(0))
+    rows = blind.measured([("distilled", a, b) for a, b in zip(rough, smooth, strict=True)])
+    kind, name, dense, sparse, more, chance = rows[1]
+    assert (kind, name, more) == ("distilled", "grain", "0 of 4") and dense > sparse and chance == 0.125
+
+
+def test_mixed_tiles_differ_from_layer_to_layer() -> None:
+    found = distil.everywhere((0.05, 0.0), "mixed", layers=3)
+    tiles = distil.tiles_of(replace(LARGE, sizes=(64, 3, 2)), found)
+    assert tiles == distil.MIXED[:3] and len(set(tiles)) == 3
 
 
 TOY_RUN = """
