@@ -74,4 +74,4 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert (
         "first: a.json" in shown and "only in the second: blocks.0, blocks.1" in shown and "model: – → Model" in shown
     )
-    assert main(["diff", "a.json", "none.json"]) == 2 and "sparge: No such file" in capsys.readouterr().err
+    assert main(["diff", "a.json", "none.json"]) == 2 and "sparge: no calibration file" in capsys.readouterr().err
