@@ -12,7 +12,7 @@ from .kernels import capability
 from .kernels.attend import visible_in_sequences
 from .kernels.block_map import BlockMap, visible_blocks
 from .kernels.how import How
-from .kernels.order import TILE, Grid, Orders, parse_grid, parse_tile
+from .kernels.order import TILE, Grid, Orders, Tile, parse_grid, parse_tile
 from .kernels.reorder import out_of_order
 from .kernels.rule import default_scale, pool_mask
 from .kernels.sizes import surely
@@ -33,7 +33,7 @@ def attention(
     keep_keys: int | tuple[int, int | None] | None = None,
     dense_queries: bool = False,
     grid: Grid | tuple[int, ...] | None = None,
-    tile: tuple[int, int, int] = TILE,
+    tile: Tile = TILE,
     block_map: BlockMap | None = None,
     precision: str | None = None,
     return_lse: bool = False,
@@ -63,7 +63,8 @@ def attention(
             tokens as ever. Keys that are as many as the queries have the same grid; others (a text) keep their order.
             Not with ``is_causal``.
         tile: the shape that blocks come close to: frames, rows and columns, at most 64 tokens together. A grid of
-            whole tiles of 64 is cut into just these.
+            whole tiles of 64 is cut into just these. Three numbers more say by how many tokens the borders of tiles are
+            moved along each axis.
         block_map: which key blocks to read instead of the rule: ``BlockMap.from_dense(bool [B, H, Nq, Nk])``. With a
             grid, of blocks of 64 rows in the order of ``torch.ops.sparge.order``.
         precision: ``"fp8"`` for a forward in eight bits: int8 scores, e4m3 weights and values (docs/kernel-notes.md has
@@ -145,7 +146,7 @@ def attention(
     return (out, *extra) if extra else out
 
 
-def _orders(query: Tensor, key: Tensor, grid: Grid | tuple[int, ...], tile: tuple[int, int, int]) -> Orders:
+def _orders(query: Tensor, key: Tensor, grid: Grid | tuple[int, ...], tile: Tile) -> Orders:
     """The orders of queries that are a grid, and of keys that are as many."""
     length, keys = query.shape[2], key.shape[2]
     found, of_tile = parse_grid(grid, "attention").within(length), parse_tile(tile, "attention")

@@ -62,10 +62,10 @@ class Options:
     """Which tokens form a block: `"raster"`, consecutive ones, or `"tiles"` of space and time, where a site's grid is
     known: as the graph shows it, as `grid` says, or as `attach(..., grid=)` does. `None` leaves it to the calibration,
     which has the order that each site was measured in; without one it is raster."""
-    tile: tuple[int, int, int] | None = None
+    tile: Tile | None = None
     """Frames, rows and columns of a tile, at most 64 tokens together: the shape that blocks come close to. An image has
-    one frame: there `(4, 4, 4)` is 8 rows of 8. `None` leaves it to the calibration; without one it is `(4, 4,
-    4)`."""
+    one frame: there `(4, 4, 4)` is 8 rows of 8. Three numbers more move the borders of tiles by as many tokens along
+    each axis. `None` leaves it to the calibration; without one it is `(4, 4, 4)`."""
     grid: Grid | tuple[int, ...] | Mapping[str, Any] | None = None
     """The grid of tokens, where the graph does not show it: `(frames, height, width)` in tokens, or `(prefix, frames,
     height, width, suffix)` with the numbers of tokens before and behind, of which one may be `-1`: what is left. Or a

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import value_error
-from ..kernels.order import Tile, parse_tile
+from ..kernels.order import Tile, parse_tile, tile_text
 
 RASTER = "raster"
 ORDERS: tuple[str | Tile, ...] = (RASTER, (2, 4, 8), (4, 4, 4), (4, 8, 2), (8, 4, 2), (1, 8, 8))
@@ -86,4 +86,4 @@ def said(tiles: Mapping[str, Tile | None]) -> str:
     for tile in tiles.values():
         counts[tile] = counts.get(tile, 0) + 1
     ordered = sorted(counts.items(), key=lambda item: -item[1])
-    return ", ".join(f"{n} in {RASTER if tile is None else '×'.join(map(str, tile))}" for tile, n in ordered)
+    return ", ".join(f"{n} in {RASTER if tile is None else tile_text(tile)}" for tile, n in ordered)

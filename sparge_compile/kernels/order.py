@@ -20,7 +20,8 @@ from ..errors import type_error, value_error
 from .block_map import KEY_BLOCK, QUERY_BLOCK, ceil_div
 from .sizes import surely
 
-Tile = tuple[int, int, int]  # frames, rows and columns
+# Frames, rows and columns; or these, and by how many of each the tiles are moved: the grid is a torus to them.
+Tile = tuple[int, int, int] | tuple[int, int, int, int, int, int]
 
 TILE: Tile = (4, 4, 4)
 LEFT = -1  # as a size before or behind a grid: what the sequence has left, as in ``Tensor.view``
@@ -114,31 +115,38 @@ def parse_grid(grid: Any, where: str) -> Grid:
 
 
 def parse_tile(tile: Any, where: str) -> Tile:
-    """A tile as a user gives it: frames, rows and columns, at most 64 tokens together.
+    """A tile as a user gives it: frames, rows and columns, at most 64 tokens together; and by how many it is moved.
 
     Raises:
         ValueError: it is something else. The message begins with ``where``.
     """
     numbers = tuple(tile) if isinstance(tile, (tuple, list)) else ()
-    whole = len(numbers) == 3 and all(type(x) is int and x > 0 for x in numbers)
+    whole = len(numbers) in (3, 6) and all(type(x) is int and x >= (i < 3) for i, x in enumerate(numbers))
     if not whole or numbers[0] * numbers[1] * numbers[2] > KEY_BLOCK:
         raise value_error(
             f"{where}: tile is no box of tokens that a key block holds",
             given=repr(tile),
-            allowed=f"(frames, rows, columns), at most {KEY_BLOCK} tokens, such as {TILE}, (3, 5, 4) or (1, 8, 8)",
+            allowed=f"(frames, rows, columns), at most {KEY_BLOCK} tokens, such as {TILE}, (3, 5, 4) or (1, 8, 8); or "
+            f"these and by how many, 0 or more, its borders are moved along each axis: {(*TILE, 0, 2, 2)}",
             todo=f"Choose three numbers whose product is {KEY_BLOCK}, or little less.",
         )
-    return numbers
+    return numbers if any(numbers[3:]) else numbers[:3]
+
+
+def tile_text(tile: Tile) -> str:
+    """A tile in words."""
+    moved = f" moved by {'×'.join(map(str, tile[3:]))}" if len(tile) > 3 else ""
+    return "×".join(map(str, tile[:3])) + moved
 
 
 def tile_of(tile: Tile, grid: Grid) -> Tile:
     """The tile that a grid is cut into: in an image, which has one frame, frames are more rows and columns, so that it
     is as square as it can be."""
-    frames, height, width = tile
+    frames, height, width = tile[:3]
     if not surely(grid.frames == 1):
         return tile
     boxes = [(n * height, frames // n * width) for n in range(1, frames + 1) if frames % n == 0]
-    return (1, *min(boxes, key=lambda box: max(box) / min(box)))
+    return (1, *min(boxes, key=lambda box: max(box) / min(box)), *tile[3:])
 
 
 def make_order(grid: Grid, tile: Sequence[int] | None, device: torch.device) -> Order:
@@ -148,7 +156,8 @@ def make_order(grid: Grid, tile: Sequence[int] | None, device: torch.device) -> 
     query block begins, or a key block in the end (a k-d tree). The cuts lie between tiles where these fit, so that a
     grid of whole tiles is cut into them. Tokens before and behind the grid stay where they are: where the grid begins
     or ends inside a block, it shares this one with them. All do where there is no tile, and in a sequence that is too
-    short for the grid: where the number of those is negative.
+    short for the grid: where the number of those is negative. A tile that is moved is that of the grid that is moved
+    the other way, whose planes, rows and columns come in again on the other side.
     """
     if tile is None or min(grid.prefix, grid.suffix) < 0:
         token = torch.arange(grid.tokens, dtype=torch.int32, device=device)
@@ -159,9 +168,20 @@ def make_order(grid: Grid, tile: Sequence[int] | None, device: torch.device) -> 
     )
     begin, end = torch.full_like(held, first), torch.full_like(held, first + count)
     for _ in range(_levels(count)):
-        held, begin, end = _cut(held, begin, end, grid, tile)
+        held, begin, end = _cut(held, begin, end, grid, tile[:3])
+    if len(tile) > 3:
+        held = _moved(held, grid, tile[3:])
     slots = torch.cat((tokens[:first], held, tokens[first + count :]))
     return Order(slots.to(torch.int32), slots.argsort().to(torch.int32))
+
+
+def _moved(held: Tensor, grid: Grid, by: Sequence[int]) -> Tensor:
+    """Tokens of the grid that are so many frames, rows and columns further on."""
+    number, found, size = held - grid.prefix, 0, 1
+    for length, step in zip(reversed(grid[1:4]), reversed(by), strict=True):
+        found = found + (number // size + step) % length * size
+        size *= length
+    return grid.prefix + found
 
 
 def _levels(count: int) -> int:

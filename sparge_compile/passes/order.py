@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import SymInt
 from torch.fx import GraphModule, Node
 
-from ..kernels.order import Grid, Tile, tile_of
+from ..kernels.order import Grid, Tile, tile_of, tile_text
 from ..kernels.sizes import surely
 from ..options import Options
 from .find import Match
@@ -63,7 +63,9 @@ class SiteOrder:
         """The order, as a report says it."""
         tile = None if self.is_raster else self.tile
         other = self.meant is not None and self.meant != tile
-        return self._sides() + (f"; thresholds measured in tiles {_product(self.meant or ())}" if other else "")
+        return self._sides() + (
+            f"; thresholds measured in tiles {tile_text(self.meant)}" if other and self.meant else ""
+        )
 
     def _sides(self) -> str:
         if self.is_raster:
@@ -79,7 +81,7 @@ class SiteOrder:
         before, *axes, after = map(size_text, sized.grid)
         beside = [f"{size} {where}" for size, where in ((before, "before"), (after, "behind")) if size != 0]
         around = f" with {' and '.join(beside)}" if beside else ""
-        return f"tiles {_product(tile)} of {_product(axes)}{around}"
+        return f"tiles {tile_text(tile)} of {_product(axes)}{around}"
 
 
 def order_sites(

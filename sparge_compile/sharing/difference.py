@@ -8,6 +8,7 @@ from statistics import fmean
 
 from tabulate import tabulate
 
+from ..kernels.order import tile_text
 from ..pair import Pair
 from ..thresholds.about import ABOUT
 from ..thresholds.calibration import Calibration
@@ -147,7 +148,8 @@ def _sites(first: Calibration, second: Calibration, names: Sequence[str]) -> Ite
 
 def _beside(first: Calibration, second: Calibration, name: str) -> str:
     said = []
-    tiles = ["×".join(map(str, each.tile_of(name) or ())) or "raster" for each in (first, second)]
+    ordered = [each.tile_of(name) for each in (first, second)]
+    tiles = ["raster" if tile is None else tile_text(tile) for tile in ordered]
     if tiles[0] != tiles[1]:
         said.append(f"{tiles[0]} → {tiles[1]}")
     kept = [each.kept_of(name) for each in (first, second)]

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import value_error
+from ..kernels.order import tile_text
 from ..report import Reason
 from ..thresholds.calibration import Calibration
 from ..thresholds.json_file import write_atomically
@@ -210,7 +211,7 @@ def _maps(survey: Survey | None) -> list[dict[str, Any]]:
 
 
 def _order(site: SiteSurvey) -> str:
-    return "raster order" if site.tile is None else f"tiles of {'×'.join(map(str, site.tile))}"
+    return "raster order" if site.tile is None else f"tiles of {tile_text(site.tile)}"
 
 
 def _several(count: int, what: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import value_error
+from ..kernels.order import tile_text
 from ..thresholds.calibration import Calibration
 from .clips import side_by_side
 from .curves import curves
@@ -169,7 +170,7 @@ def _map(site: Any, path: Path) -> Path:
         axes.imshow(kept.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
         axes.set_title(f"head {head}: {1 - kept.float().mean().item():.0%} skipped", fontsize=8)
         axes.tick_params(labelsize=6)
-    order = "" if site.tile is None else f", in tiles of {'×'.join(map(str, site.tile))}"
+    order = "" if site.tile is None else f", in tiles of {tile_text(site.tile)}"
     figure.suptitle(f"{site.name}, call {site.mapped}: query blocks down, key blocks across{order}", fontsize=9)
     return _saved(figure, path)
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from ..errors import type_error, value_error
 from ..keeping import NOTHING, Kept
-from ..kernels.order import Tile
+from ..kernels.order import Tile, tile_text
 from ..pair import Pair, Sites, Table
 from ..schedule import ALWAYS_SPARSE, Schedule
 from .about import check_about
@@ -101,6 +101,6 @@ class SiteThresholds:
             names = [name for name, own in self.tiles.items() if own == tile]
             most = len(names) > 4
             named = f"{len(names)} sites" if most else ", ".join(names)
-            yield f"tiles {'×'.join(map(str, tile))}: {named}"
+            yield f"tiles {tile_text(tile)}: {named}"
         if self.schedule != ALWAYS_SPARSE:
             yield f"dense by plan: {self.schedule}"

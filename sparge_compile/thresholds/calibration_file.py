@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from ..errors import value_error
 from ..keeping import Kept
-from ..kernels.order import Tile
+from ..kernels.order import TILE, Tile
 from ..pair import Sites
 from ..schedule import ALWAYS_SPARSE, Schedule
 from ..version import __version__
@@ -25,8 +25,8 @@ from .site_curves import SiteCurves
 
 FORMAT = "sparge-calibration"
 FORMAT_VERSION = 2
-_PLAIN_VERSION, _KEPT_VERSION, _ASKED_VERSION, _TILES_VERSION, _ABOUT_VERSION = 1, 3, 4, 5, 6
-_VERSIONS = (_PLAIN_VERSION, FORMAT_VERSION, _KEPT_VERSION, _ASKED_VERSION, _TILES_VERSION, _ABOUT_VERSION)
+_PLAIN_VERSION, _KEPT_VERSION, _ASKED_VERSION, _TILES_VERSION, _ABOUT_VERSION, _MOVED_VERSION = 1, 3, 4, 5, 6, 7
+_VERSIONS = (_PLAIN_VERSION, FORMAT_VERSION, *range(_KEPT_VERSION, _MOVED_VERSION + 1))
 _FIELDS = {
     1: {"format", "format_version", "created_by", "sites"},
     2: {"format", "format_version", "created_by", "phases", "origin", "sites", json_file.CHECKSUM},
@@ -56,7 +56,7 @@ def to_document(
     """Return the document, without its checksum. ``phases`` are all, by the progress they hold from; the first is 0."""
     return {
         "format": FORMAT,
-        "format_version": _ABOUT_VERSION if about else _version(origin, kept, tiles, schedule),
+        "format_version": _version(origin, kept, tiles, schedule, about),
         "created_by": f"sparge_compile {__version__}",
         **({"about": dict(about)} if about else {}),
         "phases": list(phases),
@@ -74,7 +74,17 @@ def to_document(
     }
 
 
-def _version(origin: Origin | None, kept: Mapping[str, Kept], tiles: Mapping[str, Tile], schedule: Schedule) -> int:
+def _version(
+    origin: Origin | None,
+    kept: Mapping[str, Kept],
+    tiles: Mapping[str, Tile],
+    schedule: Schedule,
+    about: Mapping[str, str],
+) -> int:
+    if any(len(tile) > len(TILE) for tile in tiles.values()):
+        return _MOVED_VERSION
+    if about:
+        return _ABOUT_VERSION
     if tiles:
         return _TILES_VERSION
     if schedule != ALWAYS_SPARSE or (origin is not None and origin.output is not None):

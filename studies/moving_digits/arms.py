@@ -18,7 +18,7 @@ from blind import keep_clips, paired
 from case import ALL, ATTENTION, Case, Table
 from choose import aimed, thresholds
 from digits import HELD_OUT_SEED, clips
-from distil import batches, held_out_error, save_student, weights_of
+from distil import IN_LAYERS, batches, held_out_error, save_student, weights_of
 from lab import Aim, Lab
 from lessons import Batch
 from measures import accuracy, psnr
@@ -51,7 +51,9 @@ def arms() -> list[Case]:
     """Each once; the first are what the rest is compared with."""
     first = [case(rule, order=order) for order in ORDERS for rule in RULES]
     listed = [case(), case().tuned(SHORT), case().tuned(LONG), *first, *(each.tuned(SHORT) for each in first)]
-    listed += [case("topk", order="mixed"), case("topk", order="mixed").tuned(SHORT)]
+    listed += [
+        each for order in IN_LAYERS for each in (case("topk", order=order), case("topk", order=order).tuned(SHORT))
+    ]
     listed += [case(rule).tuned(LONG) for rule in RULES[1:]]
     listed += [case().tuned(LONG, loss="flow"), case().tuned(LONG, ATTENTION)]
     listed += [case().tuned(SHORT, trained, rate=rate) for trained, rates in RATES.items() for rate in rates]

@@ -38,12 +38,15 @@ DROPPED = 0.2  # of the clips the classes are left out, as sampling with guidanc
 # Of one layer after another, so that the borders of their blocks lie in different places.
 MIXED: tuple[Tile, ...] = ((4, 4, 4), (2, 4, 8), (4, 8, 2), (1, 8, 8), (4, 4, 4), (2, 8, 4), (8, 4, 2), (2, 4, 8))
 
+# The same, in the second half of the layers with other borders besides.
+MOVED: tuple[Tile, ...] = (*MIXED[:4], *((*tile, 2, 2, 2) for tile in MIXED[4:]))
+IN_LAYERS = {"mixed": MIXED, "moved": MOVED}
+
 
 def everywhere(pair: tuple[float, float], order: str = "raster", layers: int = len(MIXED)) -> Calibration:
-    """One pair for all heads of the model, whose blocks are of this order: raster, tiles, or mixed, tiles of
-    another shape in each layer."""
-    if order == "mixed":
-        tiles = {f"blocks.{number}.attention": tile for number, tile in enumerate(MIXED[:layers])}
+    """One pair for all heads of the model, whose blocks are of this order: raster, tiles, or others in each layer."""
+    if order in IN_LAYERS:
+        tiles = {f"blocks.{number}.attention": tile for number, tile in enumerate(IN_LAYERS[order][:layers])}
         return Calibration({name: [pair] for name in tiles}, tiles=tiles)
     return Calibration({"*": [pair]}, tiles={"*": TILE} if order == "tiles" else {})
 
@@ -184,7 +187,7 @@ def main() -> None:
     add_setup(parser)
     parser.add_argument("--topk", type=float, default=0.06, help="(0.06)")
     parser.add_argument("--topp", type=float, default=0.28, help="(0.28: with it 92 %% sparsity of the small model)")
-    parser.add_argument("--order", choices=("raster", "tiles", "mixed"), default="raster")
+    parser.add_argument("--order", choices=("raster", "tiles", *IN_LAYERS), default="raster")
     parser.add_argument("--steps", type=int, default=4000, help="(4000)")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--frames", type=int, help="of a clip (those of the setup)")

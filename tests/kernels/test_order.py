@@ -23,7 +23,7 @@ from sparge_compile.keeping import END, OF_GRAPH
 from sparge_compile.kernels import order, reference
 from sparge_compile.kernels.block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap
 from sparge_compile.kernels.how import How
-from sparge_compile.kernels.order import TILE, copy_of_order, made_as, make_order
+from sparge_compile.kernels.order import TILE, copy_of_order, made_as, make_order, parse_tile, tile_text
 
 CPU = torch.device("cpu")
 TILES = [(2, 4, 8), (4, 4, 4), (1, 8, 8), (4, 8, 2), (1, 1, 64), (3, 5, 4), (1, 2, 3)]
@@ -68,6 +68,39 @@ def test_parts_are_cut_until_each_is_a_block(grid: Grid, tile: tuple[int, int, i
     found = blocks()
     with mock.patch.object(order, "_levels", lambda count: levels(count) + 3):
         assert blocks() == found
+
+
+def test_a_tile_that_is_moved_is_that_of_the_grid_moved_back() -> None:
+    """Borders lie where they are asked for; what is cut off on one side comes in on the other."""
+    grid = Grid(3, 8, 8, 8, 5)
+    slots, places = make_order(grid, (4, 4, 4, 0, 2, 3), CPU)
+    assert slots.sort().values.tolist() == list(range(grid.tokens))
+    assert torch.equal(slots[places.long()], torch.arange(grid.tokens, dtype=torch.int32))
+    number = torch.arange(grid.tokens)
+    assert torch.equal(slots[:3], number[:3].int()) and torch.equal(slots[-5:], number[-5:].int())
+    rolled = number[3:-5].view(8, 8, 8).roll((0, -2, -3), (0, 1, 2)).flatten()
+    plain = make_order(grid, (4, 4, 4), CPU).slots[3:-5] - 3
+    assert torch.equal(slots[3:-5], rolled[plain.long()].int())
+    assert (
+        parse_tile((4, 4, 4, 0, 0, 0), "here") == (4, 4, 4) and tile_text((1, 8, 8, 0, 4, 4)) == "1×8×8 moved by 0×4×4"
+    )
+    for wrong in ((4, 4, 4, 1), (4, 4, 4, 0, -1, 0), (4, 4, 5, 0, 0, 1)):
+        with pytest.raises(ValueError, match="tile is no box of tokens"):
+            parse_tile(wrong, "here")
+
+
+def test_attention_in_moved_tiles_is_that_of_moved_operands() -> None:
+    grid, by, seed = (8, 8, 8), (1, 2, 3), torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 512, 16, generator=seed).unbind()
+    options = {"topk": 0.3, "topp": 0.0, "grid": grid}
+
+    def moved(x: torch.Tensor, sign: int) -> torch.Tensor:
+        return x.unflatten(2, grid).roll([sign * n for n in by], (2, 3, 4)).flatten(2, 4)
+
+    wanted = moved(attention(*(moved(x, -1) for x in (q, k, v)), tile=(4, 4, 4), **options), 1)
+    found = attention(q, k, v, tile=(4, 4, 4, *by), **options)
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+    assert not torch.equal(found, attention(q, k, v, tile=(4, 4, 4), **options))
 
 
 def boxes(grid: Grid, tile: tuple[int, int, int], block: int) -> list[tuple[int, ...]]:

@@ -221,7 +221,7 @@ def test_a_duplicate_key_a_newer_format_and_another_file_say_what_they_are(tmp_p
     measured_calibration().save(path)
     text = path.read_text()
     for content, words in (
-        (text.replace('"format_version": 2', '"format_version": 7'), "newer version"),
+        (text.replace('"format_version": 2', '"format_version": 8'), "newer version"),
         (text.replace('"phases"', '"format": "x", "phases"'), "stands twice"),
         ('{"a": 1}', "format name"),
         ("[" * 100_000, "not JSON"),

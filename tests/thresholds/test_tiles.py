@@ -27,12 +27,12 @@ def fresh() -> None:
     forget_warnings()
 
 
-def by_hand() -> torch.Tensor:
+def by_hand(tiles: dict[str, tuple[int, ...]] = TILES) -> torch.Tensor:
     """One block after the other, each with the options that say the same."""
     model, outs = made(), []
     with torch.no_grad():
         x = video_of(GRID).flatten(2).transpose(1, 2).contiguous()
-        for block, tile in zip(model.blocks, TILES.values(), strict=True):
+        for block, tile in zip(model.blocks, tiles.values(), strict=True):
             options = {**OPTIONS, "token_order": "tiles", "tile": tile, "grid": GRID, "topk": 0.3, "topp": 0.0}
             x = torch.compile(block, backend="sparge", options=options)(x)
             outs.append(x)
@@ -47,6 +47,25 @@ def test_a_file_has_the_tiles_and_an_older_one_means_raster(tmp_path):
     assert CALIBRATION.at_progress(0.5).tiles == CALIBRATION.scheduled(dense_steps=2).tiles == TILES
     PLAIN.save(path)
     assert json.loads(path.read_text())["format_version"] == 2 and Calibration.load(path).tile_of(NAMES[0]) is None
+
+
+def test_a_file_has_tiles_that_are_moved_and_the_model_runs_in_them(tmp_path):
+    moved = {name: (*tile, 0, 2, 1) for name, tile in TILES.items()}
+    calibration = Calibration(CALIBRATION.sites, tiles=moved)
+    calibration.save(tmp_path / "moved.json")
+    assert json.loads((tmp_path / "moved.json").read_text())["format_version"] == 7
+    assert Calibration.load(tmp_path / "moved.json") == calibration and "moved by 0×2×1" in calibration.table()
+    model, options = made(), {**OPTIONS, "calibration": tmp_path / "moved.json", "grid": GRID}
+    with torch.no_grad():
+        out = torch.compile(model, backend="sparge", options=options)(video_of(GRID))
+        torch._dynamo.reset()
+        attach(model, calibration, grid=grid_of)
+        attached = by_blocks(model, options=OPTIONS)(video_of(GRID))
+    for found in (out, attached):
+        torch.testing.assert_close(found, by_hand(moved))
+        assert not torch.allclose(found, by_hand(), rtol=1e-4, atol=1e-4)
+    rows = explain(made(), options)(video_of(GRID))
+    assert rows.sites[0].order.startswith("tiles 2×4×8 moved by 0×2×1 of 4×8×8")
 
 
 @pytest.mark.parametrize(
