@@ -226,8 +226,8 @@ def restored(
         sites = {site: list(each) for site, each in pairs.items()}
         for site, head in heads:
             sites[site][head] = DENSE
-        tile = next(iter(calibration.tiles.values()), None)
-        attached.set(Calibration(sites, tiles={} if tile is None else dict.fromkeys(sites, tile)))
+        tiles = {site: tile for site in sites if (tile := calibration.tile_of(site)) is not None}
+        attached.set(Calibration(sites, tiles=tiles))
         found[name] = held_out_error(model, lab.teacher, data)[0]
     attached.set(calibration)
     return found

@@ -54,7 +54,7 @@ def everywhere(pair: tuple[float, float], order: str = "raster", layers: int = l
 def tiles_of(setup: Setup, calibration: Calibration) -> tuple[Tile | None, ...]:
     """The tile of each layer, None for raster order."""
     names = (f"blocks.{number}.attention" for number in range(setup.sizes[1]))
-    return tuple(calibration.tiles.get(calibration.key_of(name) or "") for name in names)
+    return tuple(calibration.tile_of(name) for name in names)
 
 
 class Student:

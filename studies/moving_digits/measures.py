@@ -61,7 +61,7 @@ def measured_sparsity(model: nn.Module, calibration: sparge_compile.Calibration,
         if pairs is None:
             raise ValueError(f"the calibration has no thresholds for {name}: calibrate this model anew")
         topk, topp = torch.tensor(pairs, device=query.device).unbind(1)
-        tile = calibration.tiles.get(calibration.key_of(name))
+        tile = calibration.tile_of(name)
         order = {} if tile is None else {"grid": grid, "tile": tile}
         sparse, sparsity = sparge_compile.attention(
             query, key, value, topk=topk, topp=topp, return_sparsity=True, **order

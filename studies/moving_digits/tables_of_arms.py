@@ -22,7 +22,8 @@ def arms_table(quality: list[Row]) -> str:
             words.append("not trained")
         else:
             words += [f"{named['steps']} steps", named["trained"], f"rate {named['rate']}"]
-            words += [words_of for loss, words_of in LOSSES.items() if loss == named["loss"]]
+            if named["loss"] in LOSSES:
+                words.append(LOSSES[named["loss"]])
             words += [f"{name} {named[name]}" for name in ("anneal", "outputs") if named[name] != "0"]
         of = where(rows, **named)
         lines.append([", ".join(words), *(shown(of, m) for m in ("sparsity", *MEASURES))])
