@@ -105,7 +105,7 @@ class FirstForward:
 
 _pending: list[FirstForward] = []
 _asked: WeakKeyDictionary[Module, list[Options]] = WeakKeyDictionary()  # by model, pending or over
-_classes: list[tuple[type[Module], Options]] = []  # of models that graphs were compiled for; others may run these
+_classes: list[tuple[set[type[Module]], Options]] = []  # of models that graphs were compiled for; others may run these
 
 
 def expect_first_forward(options: Options, root: Module, tell: Callable[[FirstForward], None]) -> None:
@@ -130,10 +130,16 @@ def expect_first_forward(options: Options, root: Module, tell: Callable[[FirstFo
         first.roots.add(root)
         _pending.append(first)
     first.sites.append((options, set()))
-    if (type(model), options) in _classes:
+    classes = _own_classes(model)
+    if any(options == own and classes & known for known, own in _classes):
         first.skip()
-    else:
-        _classes.append((type(model), options))
+    _classes.append((classes, options))
+
+
+def _own_classes(model: Module) -> set[type[Module]]:
+    """The classes whose code is compiled for a model: a wrapper runs graphs of the model in it."""
+    own = {type(each) for each in model.modules() if not type(each).__module__.startswith("torch.nn.modules.")}
+    return own | {type(model)}
 
 
 def note_first_forward(

@@ -137,6 +137,19 @@ def test_models_that_run_graphs_of_others_are_judged_by_whole_forwards(way, how)
     assert warned(lambda: (run(model, x), run(model, torch.randn(1, 400, 32)), run(model, x))) == []
 
 
+def test_a_wrapper_of_another_class_runs_graphs_of_the_model_in_it():
+    def ordered(second_tile):
+        model, tiles = Model(2), {NAMES[0]: (4, 4, 4), NAMES[1]: second_tile}
+        attach(model, Calibration(dict.fromkeys(NAMES[:2], FEW), tiles=tiles), grid=(4, 8, 8))
+        return by_block(model, FAST)
+
+    x = torch.randn(1, 256, 32)
+    first = ordered((4, 4, 4))
+    assert warned(lambda: run(first, x)) == []
+    around = Stack(1, lambda: ordered((2, 4, 8)))  # block 1 is compiled anew, block 0 runs the graph of the first model
+    assert warned(lambda: (run(around, x), run(around, x))) == []
+
+
 def test_somebody_elses_profiler_stays():
     profile = torch._dynamo.disable(lambda *event: None)
     model = given(by_block, Model(2), [*NAMES[:2], "blocks.1.attn"], "calibration")
