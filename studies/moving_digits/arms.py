@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+import by_step
 import torch
 from attention_study import ranking_gaps, record
 from blind import keep_clips, paired
@@ -31,7 +32,7 @@ from sparge_compile import Calibration
 
 SHORT, LONG = 500, 2000  # steps
 LESSONS, EPOCHS, GENTLER = 1500, 4, 600  # of the student that ships, each a step; of those that keep more, from it on
-SHIPPED, SHIP_SEED, SHIP_RATE = (0.951, 0.9), 50, 2e-3
+SHIPPED, SHIP_SEED, SHIP_RATE = ("0.951", "0.9", "by-step"), 50, 2e-3
 SHIFTS = (5.0, 2.0)  # of times, beside that of training: strokes get their edges at less noise
 SHOWN = 3  # clips of a picture
 TARGETS, RULES, ORDERS = (0.951, 0.9, 0.97), ("hybrid", "topk", "topp"), ("tiles", "raster")  # 19 of 392 blocks
@@ -45,6 +46,9 @@ TRAINED_ON = 3e-4  # the learning rate of the last stage of training
 
 def case(rule: str = "hybrid", target: float = TARGETS[0], order: str = "tiles", kind: str = "one pair") -> Case:
     return Case("arms", rule, kind, target, order)
+
+
+BY_STEP = case("topk", order="moved", kind="by step")
 
 
 def arms() -> list[Case]:
@@ -103,24 +107,30 @@ def aim(lab: Lab, seed: int, arm: Case) -> Aim | None:
     return lambda model: aimed(lab, seed, arm.rule, arm.target, arm.order, lab.copy_of(model))
 
 
+def shipped() -> dict[str, Case]:
+    """The student that ships; and from its weights on one that keeps more, and one that keeps more late in sampling."""
+    first, *others = (replace(each, part="shipped") for each in (case("topk"), case("topk", 0.9), BY_STEP))
+    rate, long = SHIP_RATE / 2, LESSONS * EPOCHS
+    tuned = first.tuned(long, rate=SHIP_RATE), others[0].tuned(GENTLER, rate=rate), others[1].tuned(long, rate=rate)
+    return dict(zip(SHIPPED, tuned, strict=True))
+
+
 def ship(lab: Lab, seed: int) -> None:
-    """The student that ships, and one that keeps more, from its weights on. Each is one; seeds are of what judges."""
-    paths = {target: lab.args.out / f"student-{target}.safetensors" for target in SHIPPED}
-    for target, path in paths.items():
-        begins = None if target == SHIPPED[0] else paths[SHIPPED[0]]
-        steps, rate = (GENTLER, SHIP_RATE / 2) if begins else (LESSONS * EPOCHS, SHIP_RATE)
-        arm = scaled(replace(case("topk", target).tuned(steps, rate=rate), part="shipped"), lab.args.scale)
-        if lab.has(arm, seed):
+    """The students that are kept. Each is one; seeds are of what judges."""
+    paths = {name: lab.args.out / f"student-{name}.safetensors" for name in SHIPPED}
+    for name, arm in shipped().items():
+        arm, path, begins = scaled(arm, lab.args.scale), paths[name], paths[SHIPPED[0]]
+        if lab.has(arm, seed) or not fnmatch.fnmatch(name, lab.args.students):
             continue
         calibration = thresholds(lab, seed, arm)
         if not path.exists():
-            weights = load_file(begins, str(lab.device)) if begins else None
-            model = lab.tuned(arm, 0, calibration, None, weights, sharper(lab, arm.steps))
+            weights = None if path == begins else load_file(begins, str(lab.device))
+            model = lab.tuned(arm, 0, calibration, None, weights, sharper(lab, arm, calibration))
             save_student(weights_of(model, ALL), calibration, path)
         model = lab.student(calibration).set(calibration, load_file(path, str(lab.device)))
         sparsity = lab.sparsity(calibration, next(lab.held_out(seed)), lab.copy_of(model))
-        lab.add(arm, seed, lab.quality(model, seed, sparsity), calibration)
-        show(lab, seed, str(target), "distilled", lab.samples(lab.sparse(calibration), seed)[0])
+        lab.add(arm, seed, lab.quality(lab.called(model, calibration), seed, sparsity), calibration)
+        show(lab, seed, name, "distilled", lab.samples(lab.called(lab.sparse(calibration), calibration), seed)[0])
 
 
 def show(lab: Lab, seed: int, name: str, kind: str, untrained: Tensor | None = None) -> None:
@@ -134,19 +144,21 @@ def show(lab: Lab, seed: int, name: str, kind: str, untrained: Tensor | None = N
     keep_clips(found, lab.args.out / f"clips-{name}-{seed}.safetensors")
 
 
-def sharper(lab: Lab, steps: int) -> Iterator[Batch]:
+def sharper(lab: Lab, arm: Case, calibration: Calibration) -> Iterator[Batch]:
     """Other clips than the arms', at times of training and at less noise by turns; as many as there are lessons, then
     the same again. Strokes get their edges in the last steps of sampling, at times below 0.75; of those of training
-    5 % are there."""
-    setups = (lab.setup, *(replace(lab.setup, shift=shift) for shift in SHIFTS))
-    count = min(steps, math.ceil(LESSONS * lab.args.scale))
+    5 % are there. Where thresholds have phases, a batch has the times of one of them."""
+    shifts = (lab.setup.shift, *SHIFTS)
+    within = by_step.times(lab.setup.shift) if calibration.phases else [(0.0, 1.0)] * len(shifts)
+    first = SHIP_SEED + len(shifts) * bool(calibration.phases)
+    count = min(arm.steps, math.ceil(LESSONS * lab.args.scale))
     how = {"size": lab.args.batch, "device": lab.device, "frames": lab.args.frames}
     each = [
-        batches(math.ceil(count / len(setups)), seed=SHIP_SEED + number, setup=setup, **how)
-        for number, setup in enumerate(setups)
+        batches(math.ceil(count / len(shifts)), seed=seed, setup=replace(lab.setup, shift=shift), within=times, **how)
+        for seed, (shift, times) in enumerate(zip(shifts, within, strict=True), first)
     ]
     lessons = itertools.islice(itertools.chain.from_iterable(zip(*each, strict=True)), count)
-    return itertools.islice(itertools.cycle(lessons), steps)
+    return itertools.islice(itertools.cycle(lessons), arm.steps)
 
 
 def scaled(arm: Case, share: float) -> Case:

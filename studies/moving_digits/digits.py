@@ -72,28 +72,41 @@ def flat_clips(
     return drawn * 2 - 1, multi_hot(labels).to(device)
 
 
-def noisy(video: Tensor, seed: int, shift: float = SMALL.shift) -> tuple[Tensor, Tensor, Tensor]:
+def noisy(
+    video: Tensor, seed: int, shift: float = SMALL.shift, within: tuple[float, float] = (0.0, 1.0)
+) -> tuple[Tensor, Tensor, Tensor]:
     """Flow matching's training triple of clips [B, T, side, side]: the mixture (1 − t) x + t ε, t [B], and ε − x.
 
-    t is logit-normal, moved towards noise by ``shift``, as Stable Diffusion 3 does (arXiv 2403.03206, equation 23).
+    t is logit-normal, moved towards noise by ``shift``, as Stable Diffusion 3 does (arXiv 2403.03206, equation 23), and
+    drawn anew until it is within these.
     """
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(video.shape, generator=generator).to(video.device)
-    time = torch.sigmoid(torch.randn(len(video), generator=generator))
-    time = (shift * time / (1 + (shift - 1) * time)).to(video.device)
+    time = torch.full((len(video),), torch.inf)
+    while (is_out := (time < within[0]) | (time > within[1])).any():
+        drawn = torch.sigmoid(torch.randn(len(video), generator=generator))
+        time = torch.where(is_out, shift * drawn / (1 + (shift - 1) * drawn), time)
+    time = time.to(video.device)
     return torch.lerp(video, noise, time[:, None, None, None]), time, noise - video
 
 
 def batch(
-    number: int, size: int, device: torch.device | str, setup: Setup = SMALL, *, free: float = 0.0, **kind: int | bool
+    number: int,
+    size: int,
+    device: torch.device | str,
+    setup: Setup = SMALL,
+    *,
+    free: float = 0.0,
+    within: tuple[float, float] = (0.0, 1.0),
+    **kind: int | bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Noisy clips, times, velocities and classes. ``kind`` goes to ``clips``; of a share ``free`` of the clips the
-    classes are left out, as sampling with guidance asks for both."""
+    classes are left out, as sampling with guidance asks for both; times are ``within`` these."""
     video, classes = clips(size, number, device, setup=setup, **kind)
     if free:
         left_out = torch.rand(size, generator=torch.Generator().manual_seed(OTHER + number)) < free
         classes = classes * ~left_out[:, None].to(device)
-    return *noisy(video, number, setup.shift), classes
+    return *noisy(video, number, setup.shift, within), classes
 
 
 def noise_of(

@@ -98,13 +98,15 @@ def batches(
     seed: int = 0,
     setup: Setup = SMALL,
     first: int = 0,
+    within: tuple[float, float] = (0.0, 1.0),
     **kind: int | bool,
 ) -> Iterator[Batch]:
-    """Noisy clips, times, velocities and classes of the steps from ``first`` on; ``kind`` goes to ``clips``."""
+    """Noisy clips, times ``within`` these, velocities and classes of the steps from ``first`` on; ``kind`` goes to
+    ``clips``."""
     begin = FINE_TUNE_SEED + 100_000 * seed
 
     def make(number: int) -> Batch:
-        return batch(number, size, device, setup, free=DROPPED, **kind)
+        return batch(number, size, device, setup, free=DROPPED, within=within, **kind)
 
     yield from made_ahead(make, range(begin + first, begin + steps), device)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from by_step import ByStep, in_each
 from case import KEY, QUALITY, Case, Table, key_of
 from digits import noise_of
 from distil import (
@@ -94,6 +96,10 @@ class Lab:
         """A student with the teacher's weights, and these thresholds."""
         return self.student(calibration).set(calibration)
 
+    def called(self, model: nn.Module, calibration: Calibration) -> nn.Module:
+        """What is called: a student whose thresholds have phases gets those of the times that it is called with."""
+        return ByStep(model, self.student(calibration).attached, self.setup.shift) if calibration.phases else model
+
     def shipped(self) -> tuple[Calibration, nn.Module]:
         """The distilled student of the repository, and its thresholds."""
         calibration = Calibration.load(self.setup.weights / "student.json")
@@ -121,7 +127,7 @@ class Lab:
             each.requires_grad_(True)
         data = data or self.lessons(case, seed)
         how: dict[str, Any] = {"every": max(1, case.steps // 4), "say": lambda text: print(f"    {text}", flush=True)}
-        if calibration is not None:
+        if calibration is not None and not calibration.phases:
             attached = self.student(calibration).attached
             schedule = sparge_compile.SparsitySchedule(attached, round(case.anneal * case.steps))
             aimed = {math.ceil(share * case.steps) for share in AIMED} if aim else set()
@@ -132,12 +138,13 @@ class Lab:
                     attached.set(aim(model))
 
             how["after"] = after
+        called = model if calibration is None else self.called(model, calibration)
         if case.loss == "distillation":
             teacher = self._copy() if case.outputs else self.teacher  # outputs: the hook compiles it as it needs it
             with sparge_compile.DistillationHook(
                 model, teacher, layers=case.outputs, compile=bool(case.outputs)
             ) as hook:
-                fine_tune(model, trained.values(), data, case.steps, case.rate, lambda *_: hook.loss(), **how)
+                fine_tune(called, trained.values(), data, case.steps, case.rate, lambda *_: hook.loss(), **how)
         elif case.loss == "guided":
             fine_tune(model, trained.values(), self.taught(data), case.steps, case.rate, guided_loss, **how)
         else:
@@ -210,7 +217,11 @@ class Lab:
 
     def sparsity(self, calibration: Calibration, clips: Batch, plain: nn.Module | None = None) -> float:
         """Of these thresholds in an uncompiled dense model, the teacher if none is given, on a batch of ``seen`` or
-        ``held_out``."""
+        ``held_out``; of phases the mean over the steps of sampling."""
+        if calibration.phases:
+            counted = in_each(self.args.sample_steps)
+            of = {start: self.sparsity(calibration.at_progress(start), clips, plain) for start in set(counted)}
+            return statistics.fmean(of[start] for start in counted)
         mixed, when, _, classes = clips
         with precision(self.device):
             return measured_sparsity(plain or self.plain, calibration, (mixed, when, classes))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import arms
 import blind
+import by_step
 import case
 import digits
 import distil
@@ -116,7 +117,7 @@ def test_the_study_of_the_large_model_at_toy_size(toy: Path, monkeypatch, capsys
     run(reproduce.main, monkeypatch, *study, "--parts", "arms", "ship", "apart")  # now of the student that ships
     assert "seed 0, distilled: by head" in capsys.readouterr().out
     assert len(list((found / "pictures").glob("*.jpg"))) == 3
-    assert {path.name for path in found.glob("*.jpg")} == {f"samples_{x}.jpg" for x in ("0.951", "0.9", "trained-on")}
+    assert {path.name for path in found.glob("*.jpg")} == {f"samples_{x}.jpg" for x in (*arms.SHIPPED, "trained-on")}
     run(blind.main, monkeypatch, "--clips", found / "clips-0.951-0.safetensors", "--out", toy / "blind")
     assert sorted(row["kind"] for row in tabular.read(toy / "blind" / "key.csv")) == ["distilled", "not trained"]
     run(blind.main, monkeypatch, "--clips", found / "clips-trained-on-0.safetensors", "--out", toy / "others")
@@ -126,6 +127,45 @@ def test_the_study_of_the_large_model_at_toy_size(toy: Path, monkeypatch, capsys
     assert "distilled    seams" in capsys.readouterr().out
     run(reproduce.main, monkeypatch, *study[:-1], "*mixed*", "--parts", "arms")
     assert {row["order"] for row in tabular.read(found / "quality.csv")} >= {"mixed", "tiles"}
+
+
+def test_what_a_step_keeps_follows_its_time() -> None:
+    """Each clip of a batch has the thresholds of its own time, and a batch of one time is asked once."""
+    asked: list[float] = []
+
+    class Attached:
+        def set_progress(self, fraction: float) -> None:
+            asked.append(fraction)
+
+    class Model(torch.nn.Module):
+        def forward(self, mixed: torch.Tensor, when: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+            return torch.full_like(mixed, asked[-1])
+
+    model = by_step.ByStep(Model(), Attached(), LARGE.shift)  # type: ignore[arg-type]
+    first, second, third = by_step.KEPT
+    ends = [by_step.time_at(start, LARGE.shift) for start in (second, third)]
+    when = torch.tensor([0.0, 1.0, ends[0] + 1e-4, ends[0] - 1e-4, ends[1] + 1e-4, ends[1] - 1e-4])
+    found = model(torch.zeros(6, 2, 2, 2), when, torch.zeros(6, 10))
+    assert found[:, 0, 0, 0].tolist() == [pytest.approx(x) for x in (third, first, first, second, second, third)]
+    asked.clear()
+    model(torch.zeros(2, 2, 2, 2), torch.ones(2), torch.zeros(2, 10))
+    assert asked == [first]
+
+
+def test_steps_keep_as_many_blocks_over_a_run_as_the_student_that_keeps_the_same_in_all() -> None:
+    kept = [by_step.KEPT[start] for start in by_step.in_each(25)]
+    assert kept == sorted(kept) and sum(kept) / 25 <= 19.5 / 392
+    assert set(by_step.in_phases(LARGE, "moved").all_phases()) == set(by_step.KEPT)
+
+
+@pytest.mark.parametrize("within", by_step.times(LARGE.shift))
+def test_lessons_of_a_phase_have_its_times(within: tuple[float, float]) -> None:
+    video = torch.zeros(8, 1, 4, 4)
+    _, time, _ = digits.noisy(video, 3, 5.0, within)
+    assert ((time >= within[0]) & (time <= within[1])).all() and len(time.unique()) == 8
+    _, free, _ = digits.noisy(video, 3, 5.0)
+    inside = (free >= within[0]) & (free <= within[1])
+    assert torch.equal(time[inside], free[inside])
 
 
 def test_a_teacher_is_asked_once_and_batches_come_in_their_order() -> None:
