@@ -148,9 +148,11 @@ def sharper(lab: Lab, arm: Case, calibration: Calibration) -> Iterator[Batch]:
     """Other clips than the arms', at times of training and at less noise by turns; as many as there are lessons, then
     the same again. Strokes get their edges in the last steps of sampling, at times below 0.75; of those of training
     5 % are there. Where thresholds have phases, a batch has the times of one of them."""
-    shifts = (lab.setup.shift, *SHIFTS)
-    within = by_step.times(lab.setup.shift) if calibration.phases else [(0.0, 1.0)] * len(shifts)
-    first = SHIP_SEED + len(shifts) * bool(calibration.phases)
+    shifts, within = (lab.setup.shift, *SHIFTS), [(0.0, 1.0)] * (1 + len(SHIFTS))
+    if calibration.phases:
+        within = by_step.times(lab.setup.shift)
+        shifts = tuple((low + high) / (2 - low - high) for low, high in within)  # half are later than the middle
+    first = SHIP_SEED + (1 + len(SHIFTS)) * bool(calibration.phases)
     count = min(arm.steps, math.ceil(LESSONS * lab.args.scale))
     how = {"size": lab.args.batch, "device": lab.device, "frames": lab.args.frames}
     each = [
