@@ -28,8 +28,11 @@ def arms_table(quality: list[Row]) -> str:
         of = where(rows, **named)
         lines.append([", ".join(words), *(shown(of, m) for m in ("sparsity", *MEASURES))])
     others = {}
-    for target, of in grouped(where(quality, part="shipped"), "target").items():
-        others[f"{float(target):.0%}, {'trained on from it' if others else 'the student of the repository'}"] = of
+    for kind, same in grouped(where(quality, part="shipped"), "thresholds").items():
+        late = ", more blocks late in sampling" if kind == "by step" else ""
+        for target, of in grouped(same, "target").items():
+            words = "trained on from it" if others else "the student of the repository"
+            others[f"{float(target):.0%}{late}, {words}"] = of
     others["dense"] = where(quality, part="floor", rule="dense")
     lines += [[name, *(shown(of, m) for m in ("sparsity", *MEASURES))] for name, of in others.items() if of]
     return markdown(("", "sparsity", *MEASURES), lines)
