@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .errors import value_error
+from .errors import type_error, value_error
 from .keeping import NOTHING, Kept, parse_kept
 from .kernels import capability
 from .kernels.attend import visible_in_sequences
@@ -33,7 +33,7 @@ def attention(
     keep_keys: int | tuple[int, int | None] | None = None,
     dense_queries: bool = False,
     grid: Grid | tuple[int, ...] | None = None,
-    tile: Tile = TILE,
+    tile: Tile | None = None,
     block_map: BlockMap | None = None,
     precision: str | None = None,
     return_lse: bool = False,
@@ -62,9 +62,9 @@ def attention(
             one may be -1, what is left. A block is then compact in space and time; the result has the order of the
             tokens as ever. Keys that are as many as the queries have the same grid; others (a text) keep their order.
             Not with ``is_causal``.
-        tile: the shape that blocks come close to: frames, rows and columns, at most 64 tokens together. A grid of
-            whole tiles of 64 is cut into just these. Three numbers more say by how many tokens the borders of tiles are
-            moved along each axis.
+        tile: with a grid, the shape that blocks come close to: frames, rows and columns, at most 64 tokens together;
+            4 x 4 x 4 by default. A grid of whole tiles of 64 is cut into just these. Three numbers more say by how many
+            tokens the borders of tiles are moved along each axis.
         block_map: which key blocks to read instead of the rule: ``BlockMap.from_dense(bool [B, H, Nq, Nk])``. With a
             grid, of blocks of 64 rows in the order of ``torch.ops.sparge.order``.
         precision: ``"fp8"`` for a forward in eight bits: int8 scores, e4m3 weights and values (docs/kernel-notes.md has
@@ -84,10 +84,11 @@ def attention(
 
     Raises:
         ValueError: shapes, dtypes, devices or thresholds that do not fit; the message says what is allowed.
-        TypeError: a block map that is none.
+        TypeError: operands or a mask that are no tensors, a scale that is no number, a block map that is none.
 
     Source: SpargeAttention2 (arXiv 2602.13515), Eq. 9.
     """
+    _check_kinds(query, key, value, attn_mask, scale)
     if dropout_p != 0:
         raise value_error(
             "dropout is not supported",
@@ -128,7 +129,14 @@ def attention(
             todo="None is the operands' own dtype.",
         )
     how = How(attn_mask, is_causal, default_scale(query.shape[-1], scale), eight_bits=precision == "fp8")
-    orders = Orders() if grid is None else _orders(query, key, grid, tile)
+    if grid is None and tile is not None:
+        raise value_error(
+            "attention: a tile without a grid",
+            given=f"tile={tile!r}",
+            allowed="tile with grid=(frames, height, width)",
+            todo="Give the grid of the tokens, or drop the tile.",
+        )
+    orders = Orders() if grid is None else _orders(query, key, grid, TILE if tile is None else tile)
     if orders.given:
         query, key, value, how = ops.in_order(query, key, value, how, orders)
     if block_map is None and return_sparsity:
@@ -144,6 +152,24 @@ def attention(
         extra += (sparsity(block_map, query, key, how),)
     out = out_of_order(out, orders)
     return (out, *extra) if extra else out
+
+
+def _check_kinds(query: object, key: object, value: object, attn_mask: object, scale: object) -> None:
+    for name, given in {"query": query, "key": key, "value": value, "attn_mask": attn_mask}.items():
+        if not isinstance(given, Tensor) and not (name == "attn_mask" and given is None):
+            raise type_error(
+                f"attention: {name} is no tensor",
+                given=type(given).__name__,
+                allowed="torch.Tensor",
+                todo="torch.as_tensor(…) makes one of an array or a list.",
+            )
+    if not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt, type(None))):
+        raise type_error(
+            "attention: scale is no number",
+            given=repr(scale)[:80],
+            allowed="a number; None: 1 / sqrt(head size)",
+            todo="Give float(scale).",
+        )
 
 
 def _orders(query: Tensor, key: Tensor, grid: Grid | tuple[int, ...], tile: Tile) -> Orders:

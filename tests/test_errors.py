@@ -53,6 +53,7 @@ CASES = {
         "block_map",
         "int32",
     ),
+    "tile without a grid": (lambda: call(tile=(2, 4, 8)), "tile without a grid", "grid=(frames, height, width)"),
     "thresholds of other heads": (
         lambda: torch.ops.sparge.attention(*qkv(), torch.ones(3, 2)),
         "thresholds",
@@ -68,6 +69,12 @@ def test_bad_input_is_refused_in_four_parts(case):
         make()
     message = str(caught.value)
     assert what in message and "got " in message and "allowed: " in message and allowed in message, message
+
+
+@pytest.mark.parametrize("given", [{"q": "q"}, {"v": [1.0]}, {"attn_mask": [[True]]}, {"scale": "0.1"}])
+def test_operands_of_another_type_are_refused_in_four_parts(given):
+    with pytest.raises(TypeError, match=r"attention: .* got .*; allowed: (torch\.Tensor|a number; .*)\. \w"):
+        call(**given)
 
 
 @pytest.mark.parametrize("make, kind", [(value_error, ValueError), (type_error, TypeError)])
