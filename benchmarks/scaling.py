@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import groupby, product
 from pathlib import Path
@@ -43,7 +44,7 @@ from sparge_compile import DistillationHook
 from sparge_compile.parallel.heads import balanced, imbalance
 from sparge_compile.parallel.measured import attention_seconds_by_rank
 
-STEPS = {"forward": 5, "training": 3}  # that are timed, after two
+STEPS = {"forward": 5, "training": 3, "distillation": 3}  # that are timed, after two
 
 
 class Job(NamedTuple):
@@ -67,11 +68,12 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
     found = []
     if args.losses:
         for n in args.gpus:
-            found += [Job(n, "losses", "sparse", way) for way in (("FSDP2", "heads", "ring") if n > 1 else ("",))]
+            ways = ("FSDP2", "heads", "ring") if n > 1 else ("",)
+            found += [Job(n, "losses", "sparse", way, overlap=args.overlap[0] * (way == "heads")) for way in ways]
         return found
     launches = ["kernels", *["graph"] * args.graphs]
     for launch, step, n, attention in product(launches, args.steps, args.gpus, args.attention):
-        if launch == "graph" and step == "training":
+        if (launch == "graph" and step != "forward") or (step == "distillation" and attention == "dense"):
             continue
         ways = args.ways if n > 1 else [""]
         overlaps = args.overlap[: None if launch == "kernels" else 1] if n > 1 and attention == "sparse" else [""]
@@ -100,14 +102,14 @@ def sent(args: argparse.Namespace, world: int, way: str, trains: bool) -> float:
 
 def measure(run: Run, job: Job) -> dict[str, Any]:
     """One row: a step with one kind of attention on so many GPUs."""
-    args, trains = run.args, job.step == "training"
+    args, trains = run.args, job.step != "forward"
     row: dict[str, Any] = {"attention": job.attention, "step": job.step, "way": job.way, "GPUs": job.gpus}
     row |= {"tokens": tokens_of(args), "layers": args.layers, "heads": args.heads, "ffn": args.ffn}
     row |= {"sparsity": args.sparsity, "GB sent": sent(args, run.world, job.way, trains)}
     row |= {"heads are": job.heads, "overlap": job.overlap, "launched": job.launch}
     inputs = run.inputs()
     model = run.model(trains, job.way, job.heads != "as they come")
-    run.compiled(model if trains else model.requires_grad_(False).eval(), job.attention, job.overlap)
+    run.compiled(model if trains else model.requires_grad_(False).eval(), job.attention)
     run.peak()
     if not trains:
         call = torch.no_grad()(lambda: model(*inputs))
@@ -121,16 +123,21 @@ def measure(run: Run, job: Job) -> dict[str, Any]:
             mean = sum(seconds) / run.world
             row |= {"attention ms": 1000 * mean, "dearest ÷ mean": max(seconds) / mean}
         return row
-    if run.world > 1:
-        run.sharded(model)
+    teacher = run.model(False, job.way) if job.step == "distillation" else None
+    for one in (model, teacher) if run.world > 1 else ():
+        if one is not None:
+            run.sharded(one)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=run.device.type == "cuda")
 
     def train() -> None:
-        F.mse_loss(model(*inputs).float(), inputs[0].float()).backward()
+        out = model(*inputs)
+        loss = F.mse_loss(out.float(), inputs[0].float()) if hook is None else hook.loss()
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    took = run.seconds(train, STEPS[job.step])
+    with nullcontext() if teacher is None else DistillationHook(model, teacher) as hook:
+        took = run.seconds(train, STEPS[job.step])
     return row | {"ms": 1000 * took.all, "host ms": 1000 * took.host, "GiB": run.peak()}
 
 
@@ -169,7 +176,7 @@ def work(rank: int, world: int, plans: list[tuple[argparse.Namespace, list[Job]]
     if world > 1:
         how = {"backend": "nccl", "device_id": device} if kind == "cuda" else {"backend": "gloo"}
         dist.init_process_group(**how, init_method=f"file://{rendezvous}/processes", rank=rank, world_size=world)
-        wanted = {(job.gpus, job.overlap == "first") for _, jobs in plans for job in jobs if job.gpus > 1}
+        wanted = {(job.gpus, job.overlap) for _, jobs in plans for job in jobs if job.gpus > 1}
         groups = groups_of(world, sorted(wanted), device)
         rate = Run(plans[0][0], device, dist.group.WORLD).exchange_rate()
         if rank == 0:
@@ -179,7 +186,7 @@ def work(rank: int, world: int, plans: list[tuple[argparse.Namespace, list[Job]]
             for i, job in enumerate(turn):
                 if i % (world // job.gpus) == rank // job.gpus:
                     gc.collect()  # models of before
-                    run = Run(args, device, groups.get((job.gpus, job.overlap == "first")))
+                    run = Run(args, device, groups.get((job.gpus, job.overlap)), job.overlap)
                     row = (losses if args.losses else measure)(run, job)
                     if run.rank == 0:
                         keep(args, job, row)
@@ -229,7 +236,7 @@ def arguments(given: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--shares", type=float, nargs=2, help="of the sparsest head and of the densest")
     parser.add_argument("--attention", nargs="+", default=["sparse", "dense"], choices=("dense", "sparse"))
     parser.add_argument("--ways", nargs="+", default=["heads"], choices=("heads", "ring"))
-    parser.add_argument("--steps", nargs="+", default=["forward", "training"], choices=("forward", "training"))
+    parser.add_argument("--steps", nargs="+", default=["forward", "training"], choices=STEPS)
     parser.add_argument(
         "--losses", type=int, default=0, help="steps of a distillation whose losses are compared, instead"
     )

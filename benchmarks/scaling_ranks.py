@@ -43,27 +43,27 @@ class Timed(NamedTuple):
     host: float
 
 
-def groups_of(world: int, wanted: list[tuple[int, bool]], device: torch.device) -> dict[tuple[int, bool], Any]:
-    """This process's group of each size, and whether its exchanges go first; all processes call this alike."""
+def groups_of(world: int, wanted: list[tuple[int, str]], device: torch.device) -> dict[tuple[int, str], Any]:
+    """This process's group of each size, and what is under way how; all processes call this alike."""
     found = {}
-    for size, goes_first in wanted:
+    for size, overlap in wanted:
         options: Any = None
         if device.type == "cuda":
             options = dist.ProcessGroupNCCL.Options()
-            options.is_high_priority_stream = goes_first
+            options.is_high_priority_stream = overlap == "first"
         for first in range(0, world, size):
             members = list(range(first, first + size))
             group = dist.new_group(members, pg_options=options)
             if dist.get_rank() in members:
-                found[size, goes_first] = group
+                found[size, overlap] = group
     return found
 
 
 class Run:
     """One process of a group, or alone."""
 
-    def __init__(self, args: argparse.Namespace, device: torch.device, group: Any = None) -> None:
-        self.args, self.device, self.group = args, device, group
+    def __init__(self, args: argparse.Namespace, device: torch.device, group: Any = None, overlap: str = "on") -> None:
+        self.args, self.device, self.group, self.overlap = args, device, group, overlap
         self.rank = 0 if group is None else dist.get_rank(group)
         self.world = 1 if group is None else dist.get_world_size(group)
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -92,13 +92,14 @@ class Run:
         moved = (x.to(self.device, self.dtype) for x in (latents, text))
         return *moved, torch.full((batch,), 500.0, device=self.device)
 
-    def compiled(self, model: nn.Module, attention: str, overlap: str = "on") -> nn.Module:
+    def compiled(self, model: nn.Module, attention: str) -> nn.Module:
         """Its blocks compiled, one graph for all; sparse, or by the inner backend alone, without its unsound fusion."""
         torch._dynamo.reset()
         how: dict[str, Any] = {"backend": self.args.inner, "fullgraph": True}
         if attention == "sparse":
             calibration = Calibration({"blocks.*.attn1": [(share, 0.0) for share in self.costs]})
             options = {"calibration": calibration, "min_seq_len": 1024, "inner": self.args.inner}
+            overlap = self.overlap
             turns.TURNS = 3 if overlap == "thirds" else TURNS
             turns.LEAST_BYTES = math.inf if overlap in ("whole", "off") else LEAST_BYTES
             if overlap == "off" and self.args.inner == "inductor":
