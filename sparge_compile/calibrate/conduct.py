@@ -16,6 +16,7 @@ from torch import nn
 
 from ..errors import value_error
 from ..kernels.block_map import KEY_BLOCK, QUERY_BLOCK
+from ..kernels.order import Tile
 from ..notices import warn
 from ..thresholds.calibration import Calibration
 from ..thresholds.measured import Origin
@@ -33,7 +34,7 @@ from .settings import DEFAULT_ERROR, Settings
 from .stages import Stages, bar_of
 from .state import Folder
 from .steps import with_step_ends
-from .trial import on_trial
+from .trial import KeptTrial
 
 
 class Run:
@@ -68,6 +69,8 @@ class Run:
             noted=self._noted,
             tile=settings.orders[0] if len(settings.orders) == 1 else None,
         )
+        self._trials = KeptTrial(target, settings.options)
+        self._orders: dict[str, Tile | None] = {}  # that were chosen, of all sites with a grid
         self._processes = Processes(share_batches)
         self._out = out
         partial_folder = Path(f"{os.fspath(out)}.partial") if out is not None else None
@@ -80,10 +83,11 @@ class Run:
         call = with_step_ends(call, self._recorder.end_step)
         whole = False
         try:
-            with self._stages("samples"):
-                count = self._measure(batches, call)
-            done = self._processes.gather(self._done)
-            calibration = self._aimed({n: batch for n, batch in done.items() if n < count}) if count else None
+            with self._trials:
+                with self._stages("samples"):
+                    count = self._measure(batches, call)
+                done = self._processes.gather(self._done)
+                calibration = self._aimed({n: batch for n, batch in done.items() if n < count}) if count else None
             whole = True
         finally:
             # Whatever ended it, an interruption above all: what was measured is worth a file.
@@ -138,7 +142,7 @@ class Run:
                 with self._stages("orders"):
                     noted = self._noted or NotedCalls()
                     self._recorder.noted = noted
-                    tiles, batch = choose_orders(self.model, self._recorder, noted, self._settings, run)
+                    tiles, batch = choose_orders(self._trials, self._recorder, noted, self._settings, run)
                     self._recorder.noted = self._noted
                 if batch is not None:
                     self._keep(0, batch)
@@ -146,10 +150,10 @@ class Run:
                     noted.forget()  # it is recorded once more
                     if self._folder:
                         self._folder.save_tiles(tiles)
-        tiles = self._processes.gather({0: tiles or {}} if self._processes.is_first else {})[0]
-        self._recorder.use(tiles)
-        if tiles:
-            self._stages.note("orders", said(tiles))
+        self._orders = self._processes.gather({0: tiles or {}} if self._processes.is_first else {})[0]
+        self._recorder.use(self._orders)
+        if self._orders:
+            self._stages.note("orders", said(self._orders))
         return batch is not None
 
     def _keep(self, number: int, batch: Batch) -> None:
@@ -175,12 +179,9 @@ class Run:
         """What the model says of its output; samples of runs that are held out are left out."""
         settings = self._settings
         sites = {name: phases[0].error.shape[1] for name, phases in measured.items()}
-        beside: dict[str, Any] = {
-            "kept": {name: settings.options.kept_of(name) for name in sites},
-            "tiles": tiles_of(done),
-        }
         try:
-            with on_trial(self.model, sites, settings.options, **beside) as trial:
+            with self._trials.of(sites) as trial:
+                trial.reorder(self._orders or tiles_of(done))
                 inquiry = Inquiry(
                     trial,
                     calls,

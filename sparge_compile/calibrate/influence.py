@@ -80,8 +80,8 @@ def head_influence(
     density = min(aimed_at, DENSEST) if density is None else _checked(density)
     sites = {name: len(pairs) for name, pairs in calibration.sites.items()}
     found = []
-    beside: dict[str, Any] = {"kept": calibration.kept, "tiles": calibration.tiles}
-    with on_trial(target, sites, Options.parse(options), **beside) as trial:
+    with on_trial(target, sites, Options.parse(options), calibration.kept) as trial:
+        trial.reorder(calibration.tiles)
         for number, batch in enumerate(listed(batches)):
             call = ModelCall.of(number, 0, *arguments(batch))
             found.append(of_call(trial, call, points_at(curves, 0, density), 1, progress))

@@ -9,11 +9,8 @@ their own must win by a margin.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-from torch import nn
 
 from ..errors import is_of_user
 from ..kernels.order import Tile
@@ -22,7 +19,7 @@ from .influence import forwards
 from .orders import best_for_attention, shares_for
 from .record import Batch, Recorder
 from .settings import Settings
-from .trial import Trial, on_trial
+from .trial import KeptTrial, Trial
 
 BEST = 3  # of the orders: in which sites are asked of alone
 PART = 8  # in the best order, sites are asked of by so small a part of the forwards that their influence will take
@@ -35,30 +32,32 @@ Alone = Mapping["Tile | None", Mapping[str, float]]  # relative errors of the ou
 
 
 def choose_orders(
-    model: nn.Module, recorder: Recorder, noted: NotedCalls, settings: Settings, run: Callable[[], Any]
+    trials: KeptTrial, recorder: Recorder, noted: NotedCalls, settings: Settings, run: Callable[[], Any]
 ) -> tuple[Tiles, Batch | None]:
     """Return the tile of each site with a grid, None for raster order; and where there is no such site, the batch as it
     was recorded.
 
     Args:
-        model: the model that ``recorder`` looks at.
+        trials: of the model that ``recorder`` looks at.
         noted: gets the calls that the recorder notes.
         run: runs the first batch.
     """
     sites, batch = recorder.find_grids(0, run)
     if not sites:
         return {}, batch
+    others = {sample.site: len(sample.sums.error) for sample in batch.samples}
     shares = shares_for(settings.aim.get("target_sparsity"))
     calls = noted.calls()
     one, other = calls[len(calls) // 4], calls[3 * len(calls) // 4]
     try:
-        with asking(model, settings, sites, shares[len(shares) // 2]) as question:
+        with trials.of(others | sites) as trial:
+            question = Question(trial, sites, shares[len(shares) // 2])
             return chosen(question, settings.orders, one, other, settings.asks_model), None
     except ValueError as error:  # a model that cannot be asked; whoever must ask it says so
         if not is_of_user(error):
             raise
-        trials = recorder.try_orders(0, run, settings.orders, shares)
-        return dict.fromkeys(sites, best_for_attention(trials)), None
+        errors = recorder.try_orders(0, run, settings.orders, shares)
+        return dict.fromkeys(sites, best_for_attention(errors)), None
 
 
 class Question:
@@ -89,18 +88,6 @@ class Question:
             error = self._trial.error(call, {name: self.pairs[name] for name in group})
             found |= dict.fromkeys(group, error)
         return found
-
-
-@contextmanager
-def asking(model: nn.Module, settings: Settings, sites: Mapping[str, int], share: float) -> Iterator[Question]:
-    """A question to a model, about sites with so many heads, that read this share of their blocks.
-
-    Raises:
-        ValueError: a model that cannot be tried (:mod:`.trial`).
-    """
-    kept = {name: settings.options.kept_of(name) for name in sites}
-    with on_trial(model, sites, settings.options, kept=kept) as trial:
-        yield Question(trial, sites, share)
 
 
 def chosen(question: Question, orders: Sequence[Tile | None], one: ModelCall, other: ModelCall, by_site: bool) -> Tiles:

@@ -5,15 +5,15 @@ In: a model, its calibrated sites, calls of it. Out: relative errors of its outp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
 from ..backend import sparge
@@ -25,10 +25,10 @@ from ..kernels.order import TILE, Tile, made_as
 from ..notices import unsaid
 from ..options import Options
 from ..pair import Sites
+from ..passes.hoist.hoist import made_at_sites
 from ..running.listeners import heard_by
 from ..running.observe import NO_LIMITS, uncompiled
 from ..thresholds.attached import Attachment
-from ..thresholds.attachment import attach
 from ..thresholds.buffers import attached_to
 from ..thresholds.calibration import Calibration
 from ..thresholds.fronts import DENSE
@@ -53,14 +53,22 @@ class Trial:
     ) -> None:
         self._model, self._sparse, self._attached, self._open_eagerly = model, sparse, attached, open_eagerly
         start = attached.get()
-        self._sites, self._kept = {name: len(pairs) for name, pairs in start.sites.items()}, start.kept
+        self.sites, self._kept = {name: len(pairs) for name, pairs in start.sites.items()}, start.kept
         self._eager: Replacement | None = None
-        self._outputs: dict[tuple[int, int], list[Tensor]] = {}
-        self._held = 0
-        self._repeats, self._is_heard = False, False
         self._tiles: dict[str, Tile | None] = {}  # that graphs are compiled for, once sites were reordered
         self._made: Callable[[], AbstractContextManager[None]] = nullcontext  # how their orders are made
-        self.forwards = 0
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget all calls, and leave eager code as it is until one is made; graphs stay."""
+        self._outputs: dict[tuple[int, int], list[Tensor]] = {}
+        self._held, self.forwards, self._repeats = 0, 0, False
+        self._close_eagerly()
+
+    def _close_eagerly(self) -> None:
+        if self._eager is not None:
+            self._eager.remove()
+        self._eager, self._is_heard = None, False
 
     def everything_kept(self, call: ModelCall) -> list[Tensor]:
         """What the model returns by the op, with all blocks kept, float32.
@@ -68,13 +76,15 @@ class Trial:
         Raises:
             ValueError: a calibrated site did not become sparse, or the model does not return the same twice.
         """
-        exact = self._checked(call)
+        exact = self._checked(call, self.sites)
         self._check_repeats(self._sparse, call, exact)
         return exact
 
     def reorder(self, tiles: Mapping[str, Tile | None]) -> None:
-        """Have these sites run in other orders. One of all is tried by the same graph as another; what was compiled for
-        several stays."""
+        """Have these sites run in other orders: those with a grid, or of them those in tiles.
+
+        One order of all is tried by the same graph as another; what was compiled for several stays.
+        """
         orders = set(tiles.values())
         self._made = partial(made_as, *orders) if len(orders) == 1 else nullcontext
         compiled: dict[str, Tile | None] = {name: TILE if len(orders) == 1 else tile for name, tile in tiles.items()}
@@ -83,15 +93,14 @@ class Trial:
         self._tiles = compiled
         self._attached.set_tiles(compiled)
         if self._eager is not None:  # its calls are known by their forms alone
-            self._eager.remove()
-            self._eager, self._is_heard = None, False
+            self._close_eagerly()
 
-    def _checked(self, call: ModelCall) -> list[Tensor]:
-        """What it returns under the thresholds that hold, where all sites run sparse."""
-        missing, outputs = self._heard(call)
+    def _checked(self, call: ModelCall, sites: Collection[str]) -> list[Tensor]:
+        """What it returns under the thresholds that hold, where these sites run sparse."""
+        missing, outputs = self._heard(call, sites)
         if missing and self._eager is None:
             self._eager = self._open_eagerly()
-            missing, outputs = self._heard(call)
+            missing, outputs = self._heard(call, sites)
         if missing:
             raise value_error(
                 "calibrate: measured attention does not run sparse when the model is asked for its output",
@@ -102,22 +111,22 @@ class Trial:
         self._is_heard = True
         return outputs
 
-    def _heard(self, call: ModelCall) -> tuple[set[str], list[Tensor]]:
-        """The sites that are not sparse in a call, and what it returns."""
+    def _heard(self, call: ModelCall, sites: Collection[str]) -> tuple[set[str], list[Tensor]]:
+        """Which of these sites are not sparse in a call, and what it returns."""
         graphs = GraphCalls()
         with heard_by(graphs):
             outputs = self._run(self._sparse, call)
         eager = [row.name for row in self._eager.report.sparse] if self._eager else []
-        return set(self._sites).difference(graphs.names, eager), outputs
+        return set(sites).difference(graphs.names, eager), outputs
 
     def sparse(self, call: ModelCall, sites: Sites) -> list[Tensor]:
         """What it returns under thresholds; sites that are not named keep all blocks."""
         kept = {name: what for name, what in self._kept.items() if name in sites}
         self._attached.set(Calibration(sites, kept=kept))
         try:
-            return self._run(self._sparse, call) if self._is_heard else self._checked(call)
+            return self._run(self._sparse, call) if self._is_heard else self._checked(call, sites)
         finally:
-            self._attached.set(Calibration({name: dense_pairs(self._sites[name]) for name in sites}, kept=kept))
+            self._attached.set(Calibration({name: dense_pairs(self.sites[name]) for name in sites}, kept=kept))
 
     def error(self, call: ModelCall, sites: Sites) -> float:
         """The relative L2 error ‖u − v‖ ÷ ‖v‖ of the output u under these thresholds; v is that of the model as it is.
@@ -136,7 +145,9 @@ class Trial:
 
     def _run(self, model: Callable[..., Any], call: ModelCall) -> list[Tensor]:
         self.forwards += 1
-        with self._made():
+        # Each order is compiled once, however many there are.
+        no_limits = torch._dynamo.config.patch(NO_LIMITS)
+        with unsaid(), uncompiled(self._model), torch.no_grad(), no_limits, made_at_sites(), self._made():
             return _floats(call.run(model))
 
     def _check_repeats(self, model: Callable[..., Any], call: ModelCall, first: Sequence[Tensor]) -> None:
@@ -152,27 +163,47 @@ class Trial:
         self._repeats = True
 
 
-@contextmanager
-def on_trial(
-    model: nn.Module,
-    sites: Mapping[str, int],
-    options: Options,
-    *,
-    kept: Mapping[str, Kept] = MappingProxyType({}),
-    tiles: Mapping[str, Tile] = MappingProxyType({}),
-) -> Iterator[Trial]:
-    """A model that takes thresholds, by the names of its sites and their numbers of heads.
+class KeptTrial(ExitStack):
+    """The trial of a run. A context manager: the trial ends with it.
 
-    What sites keep, and which tiles are their blocks, is by name, too.
+    It stays open for whoever asks next of the same sites, since Dynamo would trace the model for another.
+    """
+
+    def __init__(self, model: nn.Module, options: Options) -> None:
+        super().__init__()
+        self._model, self._options = model, options
+        self._trial: Trial | None = None
+
+    @contextmanager
+    def of(self, sites: Mapping[str, int]) -> Iterator[Trial]:
+        """The trial of these sites, with their numbers of heads. What it heard is forgotten in the end.
+
+        Raises:
+            ValueError: as :func:`on_trial`.
+        """
+        if self._trial is None or self._trial.sites != sites:
+            self._trial = None
+            self.close()
+            kept = {name: self._options.kept_of(name) for name in sites}
+            self._trial = self.enter_context(on_trial(self._model, sites, self._options, kept))
+        try:
+            yield self._trial
+        finally:
+            self._trial.forget()
+
+
+@contextmanager
+def on_trial(model: nn.Module, sites: Mapping[str, int], options: Options, kept: Mapping[str, Kept]) -> Iterator[Trial]:
+    """A model that takes thresholds, by the names of its sites and their numbers of heads; ``kept`` is what they keep.
 
     It runs as the options say (masks, the order of tokens), but for thresholds and for who compiles it. What this
-    process has compiled, of this model or others, is compiled anew when it is used next.
+    process has compiled, of this model or others, is compiled anew when it is used after the trial.
 
     Raises:
         ValueError: a model in training mode, or with thresholds attached.
     """
     _check_model(model)
-    start = Calibration({name: dense_pairs(heads) for name, heads in sites.items()}, kept=kept, tiles=tiles)
+    start = Calibration({name: dense_pairs(heads) for name, heads in sites.items()}, kept=kept)
     eager = replace(
         options.with_thresholds(*DENSE[:2]),
         dense_steps=None,
@@ -182,19 +213,19 @@ def on_trial(
         inductor={},
         inductor_mode=None,
     )
-    # Each order is compiled once, however many there are.
-    no_limits = torch._dynamo.config.patch(NO_LIMITS)
-    with (
-        unsaid(),
-        attach(model, start) as attached,
-        uncompiled(model),
-        torch.no_grad(),
-        no_limits,
-        ExitStack() as stack,
-    ):
-        compiled: Any = replace(eager, inner="eager")
-        sparse = torch.compile(model, backend=sparge, options=compiled)
-        yield Trial(model, sparse, attached, lambda: stack.enter_context(replace_attention(model, eager)))
+    compiled = replace(eager, inner="eager")
+
+    def backend(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        return sparge(graph_module, example_inputs, options=compiled)
+
+    # Dynamo knows compiled code by its backend: this one's is of this trial alone, whatever was compiled before.
+    sparse = torch.compile(model, backend=backend)
+    with Attachment(model, start) as attached:
+        trial = Trial(model, sparse, attached, partial(replace_attention, model, eager))
+        try:
+            yield trial
+        finally:
+            trial.forget()
 
 
 def dense_pairs(heads: int) -> tuple[tuple[float, float], ...]:

@@ -27,7 +27,10 @@ logger = logging.getLogger("sparge_compile")
 
 
 class Attachment:
-    """Thresholds that :func:`attach` put on a model. A context manager: leaving it is ``remove``."""
+    """Thresholds that :func:`attach` put on a model. A context manager: leaving it is ``remove``.
+
+    Whoever makes one sees to it that code is not used that was compiled before (:func:`compile_anew`).
+    """
 
     def __init__(self, model: nn.Module, calibration: Calibration, grid: Grids | None = None) -> None:
         self._model = model
@@ -50,7 +53,6 @@ class Attachment:
                 child.grid = self._grids.of(site_name(target))
         self._hook = None if self._grids is None else self._grids.hook(model)
         self._begin(self._phases.first)
-        _compile_anew(model)
 
     @property
     def model(self) -> nn.Module:
@@ -210,7 +212,7 @@ class Attachment:
         self._sites = {}
         if self._hook is not None:
             self._hook.remove()
-        _compile_anew(self._model)
+        compile_anew(self._model)
 
     def __enter__(self) -> Attachment:
         return self
@@ -255,7 +257,7 @@ def _device(module: nn.Module, model: nn.Module) -> torch.device:
     return next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
 
 
-def _compile_anew(model: nn.Module) -> None:
+def compile_anew(model: nn.Module) -> None:
     """Drop compiled code if there is any for this model: Dynamo's guards do not see that a hook came or went."""
     if was_compiled(model):
         logger.info("sparge: thresholds were attached to or removed from a compiled model; it is compiled anew")

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import type_error
 from ..user_model import user_model
-from .attached import Attachment
+from .attached import Attachment, compile_anew
 from .calibration import Calibration, planned
 from .followed import Grids
 
@@ -67,4 +67,6 @@ def attach(
     if dense_steps is not None or dense_layers is not None or sparsities:
         plan = {"dense_steps": dense_steps, "dense_layers": dense_layers, "sparsities": sparsities}
         calibration = planned(calibration, "attach", **plan)
-    return Attachment(root, calibration, grid)
+    attached = Attachment(root, calibration, grid)
+    compile_anew(root)
+    return attached

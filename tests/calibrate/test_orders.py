@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,9 +11,10 @@ from sparge_compile import Calibration, Options, attention, calibrate, explain
 from sparge_compile.calibrate import conduct, influence, order_choice, orders, stages
 from sparge_compile.calibrate.calls import ModelCall
 from sparge_compile.calibrate.curves import TOPK
-from sparge_compile.calibrate.order_choice import Question, asking, chosen, own_orders
+from sparge_compile.calibrate.order_choice import Question, chosen, own_orders
 from sparge_compile.calibrate.orders import Trials, best_for_attention, parse_orders, shares_for
 from sparge_compile.calibrate.record import Recorder
+from sparge_compile.calibrate.trial import KeptTrial
 from sparge_compile.errors import is_of_user
 from sparge_compile.kernels.order import TILE as DEFAULT
 
@@ -205,11 +204,12 @@ def call_of(x: Tensor) -> ModelCall:
 def test_each_site_is_asked_of_alone_at_the_density_that_is_aimed_at():
     """What the model returns with one site sparse, or all, in each order; all orders are tried by one graph."""
     model, x = made(), boxes(0)
-    settings = SimpleNamespace(options=Options(min_seq_len=0))
+    sites = dict.fromkeys(NAMES, 2)
     with torch.no_grad():
         exact = model(x)
         found = {}
-        with asking(model, settings, dict.fromkeys(NAMES, 2), 0.1) as question:
+        with KeptTrial(model, Options(min_seq_len=0)) as trials, trials.of(sites) as trial:
+            question = Question(trial, sites, 0.1)
             before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
             for order in (None, TILE, None):
                 orders = dict.fromkeys(NAMES, order)
@@ -241,8 +241,9 @@ def test_a_model_in_eager_code_is_asked_in_the_order_that_is_tried():
     """Its calls are prepared once for each form, which says nothing of orders."""
     model, x = made(1), boxes(0)
     model.layers[0].forward = torch.compiler.disable(model.layers[0].forward)
-    settings = SimpleNamespace(options=Options(min_seq_len=0, grid=GRID))
-    with torch.no_grad(), asking(model, settings, {"layers.0": 2}, 0.1) as question:
+    sites = {"layers.0": 2}
+    with KeptTrial(model, Options(min_seq_len=0, grid=GRID)) as trials, trials.of(sites) as trial:
+        question = Question(trial, sites, 0.1)
         raster, tiles = (question.all_sparse({"layers.0": order}, call_of(x)) for order in (None, TILE))
     assert 0 < tiles < 0.9 * raster
 
@@ -319,10 +320,10 @@ def test_attention_chooses_where_the_model_cannot_be_asked(monkeypatch):
 
 
 def test_a_fault_of_the_model_is_not_taken_for_one_that_cannot_be_asked(monkeypatch):
-    def asking(*args):
+    def fail(*args):
         raise ValueError("not a word to the user")
 
-    monkeypatch.setattr(order_choice, "asking", asking)
+    monkeypatch.setattr(order_choice, "Question", fail)
     with pytest.raises(ValueError, match="not a word"):
         calibrate(made(), batches(1), target_error=0.1, options=OPTIONS, orders=["raster", TILE])
 

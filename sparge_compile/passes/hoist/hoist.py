@@ -10,7 +10,9 @@ from __future__ import annotations
 import logging
 import operator
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -32,6 +34,18 @@ logger = logging.getLogger("sparge_compile")
 
 ROWS = torch.ops.sparge.rows.default
 
+_at_sites: ContextVar[bool] = ContextVar("at_sites", default=False)
+
+
+@contextmanager
+def made_at_sites() -> Iterator[None]:
+    """Leave each order at its sites in what is compiled meanwhile: to run it once or twice is cheaper than a plan."""
+    before = _at_sites.set(True)
+    try:
+        yield
+    finally:
+        _at_sites.reset(before)
+
 
 class Plan(NamedTuple):
     """What is to be gathered so that the sites of an order gather nothing."""
@@ -51,6 +65,8 @@ def plan_gathers(root: GraphModule, done: set[Node]) -> Plan | None:
 
     ``done`` are the nodes of orders that were looked at, and is added to. The graph is only read.
     """
+    if _at_sites.get():
+        return None
     for order, sites in _orders(Graphs(root)):
         if order.node not in done:
             done.add(order.node)
