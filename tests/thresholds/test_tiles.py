@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_followed import Video, by_blocks, grid_of, made, video_of
 
-from sparge_compile import Calibration, attach, explain
+from sparge_compile import Calibration, attach, explain, rewrite
 from sparge_compile.notices import forget_warnings
 from sparge_compile.options import Options
 
@@ -61,7 +61,9 @@ def test_a_file_has_tiles_that_are_moved_and_the_model_runs_in_them(tmp_path):
         torch._dynamo.reset()
         attach(model, calibration, grid=grid_of)
         attached = by_blocks(model, options=OPTIONS)(video_of(GRID))
-    for found in (out, attached):
+        program = torch.export.export(model, (video_of(GRID),))
+        exported = rewrite(program, {"min_seq_len": 0, "grid": GRID}).module()(video_of(GRID))
+    for found in (out, attached, exported):
         torch.testing.assert_close(found, by_hand(moved))
         assert not torch.allclose(found, by_hand(), rtol=1e-4, atol=1e-4)
     rows = explain(made(), options)(video_of(GRID))

@@ -44,7 +44,7 @@ class Marker(NamedTuple):
     def tile(self) -> Tile | None:
         """The tile whose tokens are the blocks that the thresholds are for; None: no order is said."""
         sizes: Any = self.node.args[2] if len(self.node.args) > 2 else self.node.kwargs.get("tile", ())
-        return (sizes[0], sizes[1], sizes[2]) if sizes else None
+        return tuple(sizes) if sizes else None
 
     @property
     def keeps(self) -> bool:
