@@ -19,7 +19,7 @@ from ..keeping import NOTHING, beside_longest
 from ..kernels import capability, eight_bits
 from ..kernels.block_map import QUERY_BLOCK, ceil_div
 from ..kernels.kept import Always, always_read
-from ..kernels.order import Grid, Tile, make_order, tile_of
+from ..kernels.order import Grid, Tile, copy_of_order, tile_of
 from ..kernels.rule import default_scale
 from ..options import Options
 from ..passes.match.attention import Attention
@@ -112,7 +112,7 @@ class Operands:
 
 def _tokens(grid: Grid, tile: Tile, device: torch.device) -> Tensor:
     """The token of each row, int32 [L], where blocks are tiles of a grid."""
-    return make_order(grid, tile_of(tile, grid), device).slots
+    return copy_of_order(grid, tile_of(tile, grid), device).slots
 
 
 class Measuring:

@@ -50,7 +50,7 @@ def choose_orders(
     calls = noted.calls()
     one, other = calls[len(calls) // 4], calls[3 * len(calls) // 4]
     try:
-        with trials.of(others | sites) as trial:
+        with trials.of(others | sites, recorder.codes) as trial:
             question = Question(trial, sites, shares[len(shares) // 2])
             return chosen(question, settings.orders, one, other, settings.asks_model), None
     except ValueError as error:  # a model that cannot be asked; whoever must ask it says so

@@ -25,12 +25,14 @@ class SiteCalls(Observer):
 
     Attributes:
         turns: how often each site was met; to be cleared with each call of the model.
+        codes: what computes each site: a graph, and the number of the attention in it. Equal blocks may share one.
     """
 
     def __init__(self, model: Module, options: Options) -> None:
         super().__init__(model)
         self._options = options
         self.turns: Counter[str] = Counter()
+        self.codes: dict[str, tuple[Watched, int]] = {}
 
     @property
     def wants_grids(self) -> bool:
@@ -53,6 +55,7 @@ class SiteCalls(Observer):
         warn_of_failures(graph.failures)
         if not wanted:
             return graph.run(args)
+        self.codes |= {name: (graph, number) for number, name in wanted.items()}
         for number, name in wanted.items():
             attention = graph.matches[number].attention
             if attention is not None and attention.is_shared:

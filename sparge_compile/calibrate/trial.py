@@ -5,10 +5,11 @@ In: a model, its calibrated sites, calls of it. Out: relative errors of its outp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -50,13 +51,16 @@ class Trial:
         sparse: Callable[..., Any],
         attached: Attachment,
         open_eagerly: Callable[[], Replacement],
+        codes: Mapping[str, Hashable],
     ) -> None:
         self._model, self._sparse, self._attached, self._open_eagerly = model, sparse, attached, open_eagerly
         start = attached.get()
         self.sites, self._kept = {name: len(pairs) for name, pairs in start.sites.items()}, start.kept
         self._eager: Replacement | None = None
+        numbers = {code: number for number, code in enumerate(dict.fromkeys(codes.values()))}
+        self._stand_ins = {name: (*TILE, 0, 0, 1 + numbers[code]) for name, code in codes.items()}
         self._tiles: dict[str, Tile | None] = {}  # that graphs are compiled for, once sites were reordered
-        self._made: Callable[[], AbstractContextManager[None]] = nullcontext  # how their orders are made
+        self._made: dict[Tile, Tile | None] = {}  # as which orders of these are made
         self.forget()
 
     def forget(self) -> None:
@@ -83,11 +87,14 @@ class Trial:
     def reorder(self, tiles: Mapping[str, Tile | None]) -> None:
         """Have these sites run in other orders: those with a grid, or of them those in tiles.
 
-        One order of all is tried by the same graph as another; what was compiled for several stays.
+        All are tried by the same graphs, which are compiled for tiles that stand for others; but where sites that share
+        their code are to have several, that is compiled for each.
         """
-        orders = set(tiles.values())
-        self._made = partial(made_as, *orders) if len(orders) == 1 else nullcontext
-        compiled: dict[str, Tile | None] = {name: TILE if len(orders) == 1 else tile for name, tile in tiles.items()}
+        stand_ins = {name: self._stand_ins.get(name, TILE) for name in tiles}
+        self._made = {stand_ins[name]: tile for name, tile in tiles.items()}
+        are_apart = all(self._made[stand_ins[name]] == tile for name, tile in tiles.items())
+        self._made = self._made if are_apart else {}
+        compiled: dict[str, Tile | None] = {**stand_ins} if are_apart else dict(tiles)
         if compiled == self._tiles:
             return
         self._tiles = compiled
@@ -147,7 +154,7 @@ class Trial:
         self.forwards += 1
         # Each order is compiled once, however many there are.
         no_limits = torch._dynamo.config.patch(NO_LIMITS)
-        with unsaid(), uncompiled(self._model), torch.no_grad(), no_limits, made_at_sites(), self._made():
+        with unsaid(), uncompiled(self._model), torch.no_grad(), no_limits, made_at_sites(), made_as(self._made):
             return _floats(call.run(model))
 
     def _check_repeats(self, model: Callable[..., Any], call: ModelCall, first: Sequence[Tensor]) -> None:
@@ -175,8 +182,12 @@ class KeptTrial(ExitStack):
         self._trial: Trial | None = None
 
     @contextmanager
-    def of(self, sites: Mapping[str, int]) -> Iterator[Trial]:
+    def of(self, sites: Mapping[str, int], codes: Mapping[str, Hashable] = MappingProxyType({})) -> Iterator[Trial]:
         """The trial of these sites, with their numbers of heads. What it heard is forgotten in the end.
+
+        Args:
+            sites: by name.
+            codes: what computes each, as far as it is known: sites of equal codes share theirs.
 
         Raises:
             ValueError: as :func:`on_trial`.
@@ -185,7 +196,7 @@ class KeptTrial(ExitStack):
             self._trial = None
             self.close()
             kept = {name: self._options.kept_of(name) for name in sites}
-            self._trial = self.enter_context(on_trial(self._model, sites, self._options, kept))
+            self._trial = self.enter_context(on_trial(self._model, sites, self._options, kept, codes))
         try:
             yield self._trial
         finally:
@@ -193,8 +204,16 @@ class KeptTrial(ExitStack):
 
 
 @contextmanager
-def on_trial(model: nn.Module, sites: Mapping[str, int], options: Options, kept: Mapping[str, Kept]) -> Iterator[Trial]:
-    """A model that takes thresholds, by the names of its sites and their numbers of heads; ``kept`` is what they keep.
+def on_trial(
+    model: nn.Module,
+    sites: Mapping[str, int],
+    options: Options,
+    kept: Mapping[str, Kept],
+    codes: Mapping[str, Hashable] = MappingProxyType({}),
+) -> Iterator[Trial]:
+    """A model that takes thresholds, by the names of its sites and their numbers of heads.
+
+    What sites keep is by name, too, and what computes them (:meth:`KeptTrial.of`).
 
     It runs as the options say (masks, the order of tokens), but for thresholds and for who compiles it. What this
     process has compiled, of this model or others, is compiled anew when it is used after the trial.
@@ -221,7 +240,7 @@ def on_trial(model: nn.Module, sites: Mapping[str, int], options: Options, kept:
     # Dynamo knows compiled code by its backend: this one's is of this trial alone, whatever was compiled before.
     sparse = torch.compile(model, backend=backend)
     with Attachment(model, start) as attached:
-        trial = Trial(model, sparse, attached, partial(replace_attention, model, eager))
+        trial = Trial(model, sparse, attached, partial(replace_attention, model, eager), codes)
         try:
             yield trial
         finally:

@@ -6,10 +6,11 @@ Nothing but numbers goes in, so an order is made on its device, without a copy.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -241,16 +242,13 @@ def _tiles_in(where: Tensor, begin: Tensor, end: Tensor, tile: Sequence[int]) ->
 
 
 _made: dict[Any, Order] = {}
-_instead: ContextVar[tuple[Tile | None] | None] = ContextVar("instead", default=None)
+_instead: ContextVar[Mapping[Tile, Tile | None]] = ContextVar("instead", default=MappingProxyType({}))
 
 
 @contextmanager
-def made_as(tile: Tile | None) -> Iterator[None]:
-    """Make each order as that of this tile, whatever the graph says; None: of raster.
-
-    A graph that runs eagerly, and whose sites have one order, so runs in any.
-    """
-    before = _instead.set((tile,))
+def made_as(instead: Mapping[Tile, Tile | None]) -> Iterator[None]:
+    """Make orders of some tiles as those of others, None: of raster. A graph that runs eagerly so runs in any order."""
+    before = _instead.set(instead)
     try:
         yield
     finally:
@@ -275,8 +273,11 @@ def copy_of_order(grid: Grid, tile: Sequence[int], device: torch.device) -> Orde
     """:func:`make_order` from a table of those that were made: a copy, for whoever writes to it."""
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    given = _instead.get()
-    wanted = tuple(tile) if given is None else given[0] and tile_of(given[0], grid)
+    wanted: Any = tuple(tile)
+    for other, made in _instead.get().items():
+        if wanted in (other, tile_of(other, grid)):
+            wanted = made and tile_of(made, grid)
+            break
     key = (grid, wanted, device)
     found = _made.get(key)
     if found is None:

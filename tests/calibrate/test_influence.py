@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sparge_compile
-from sparge_compile import Calibration, head_influence
+from sparge_compile import Calibration, Options, head_influence
 from sparge_compile.calibrate import influence
 from sparge_compile.notices import forget_warnings
 
@@ -97,6 +97,16 @@ def test_the_model_and_its_compiled_code_are_left_as_they_were(measured) -> None
     assert list(after) == list(before) and all(torch.equal(after[name], value) for name, value in before.items())
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert torch.equal(compiled(batches[0])["hidden"], exact)
+
+
+def test_code_that_was_compiled_with_the_same_options_is_not_what_is_tried(measured) -> None:
+    """It knows nothing of the thresholds that are attached for the trial."""
+    model, (x, *_), calibration = measured
+    expected = head_influence(model, calibration, [x])
+    options = {"topk": 1.0, "topp": 0.0, "min_seq_len": 0, "on_unsupported": "dense", "inner": "eager"}
+    with torch.no_grad():
+        torch.compile(model, backend="sparge", options=Options.parse(options))(x)
+    assert head_influence(model, calibration, [x]) == expected
 
 
 def test_blocks_that_are_compiled_on_their_own_run_plain(measured) -> None:

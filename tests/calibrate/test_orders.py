@@ -227,6 +227,26 @@ def test_each_site_is_asked_of_alone_at_the_density_that_is_aimed_at():
                 assert error == pytest.approx(((out - exact).norm() / exact.norm()).item(), rel=1e-3)
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_sites_have_orders_of_their_own_in_the_graph_that_is_there(shared):
+    """Unless they share their code, as far as it is known: then what has other orders is compiled anew."""
+    model, x, sites = made(), boxes(0), dict.fromkeys(NAMES, 2)
+    codes = dict.fromkeys(NAMES, "block") if shared else {name: name for name in NAMES}
+    own = {NAMES[0]: TILE, NAMES[1]: None}
+    with KeptTrial(model, Options(min_seq_len=0)) as trials, trials.of(sites, codes) as trial:
+        question = Question(trial, sites, 0.1)
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        found = [question.all_sparse(orders, call_of(x)) for orders in (dict.fromkeys(NAMES, TILE), own)]
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 1 + shared
+    calibration = Calibration({name: [(0.1, 0.0)] * 2 for name in NAMES}, tiles={NAMES[0]: TILE})
+    with torch.no_grad():
+        out = torch.compile(model, backend="sparge", options={**OPTIONS, "inner": "eager", "calibration": calibration})(
+            x
+        )
+        expected = ((out - model(x)).norm() / model(x).norm()).item()
+    assert found[1] == pytest.approx(expected, rel=1e-3) and found[1] > 1.1 * found[0]
+
+
 def test_very_many_sites_are_asked_of_together():
     def groups(sites: int, heads: int) -> list[int]:
         return [len(group) for group in Question(None, {str(n): heads for n in range(sites)}, 0.1).groups]
@@ -338,6 +358,33 @@ def test_a_choice_of_orders_takes_half_as_many_forwards_more():
 
     without = forwards(["raster"])
     assert without < forwards(["raster", "2x4x8", "4x4x4", "2x8x4"]) <= 1.5 * without
+
+
+@pytest.mark.parametrize("in_line", [False, True], ids=["grids", "and a line"])
+def test_a_choice_of_orders_is_made_by_the_graphs_of_a_calibration_without_one(in_line):
+    """Dynamo makes one to record by and one that is tried, also where a site has no grid."""
+
+    def found(orders) -> Calibration:
+        torch._dynamo.reset()
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        found = calibrate(made(in_line=in_line), batches(), target_sparsity=0.75, options=OPTIONS, orders=orders)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 2
+        return found
+
+    chosen = found(["raster", TILE])
+    assert chosen.tiles == dict.fromkeys(NAMES, TILE) and chosen == found([TILE])
+
+
+def test_eager_code_is_measured_as_it_is_once_orders_were_tried():
+    """While they are, it is replaced."""
+
+    def found(orders) -> Calibration:
+        model = made(1)
+        model.layers[0].forward = torch.compiler.disable(model.layers[0].forward)
+        options = {**OPTIONS, "grid": GRID}
+        return calibrate(model, batches(), target_sparsity=0.75, options=options, orders=orders)
+
+    assert found(["raster", TILE]) == found([TILE])
 
 
 def test_the_time_of_a_stage_inside_another_counts_once(monkeypatch):

@@ -23,7 +23,7 @@ from sparge_compile.keeping import END, OF_GRAPH
 from sparge_compile.kernels import order, reference
 from sparge_compile.kernels.block_map import KEY_BLOCK, QUERY_BLOCK, BlockMap
 from sparge_compile.kernels.how import How
-from sparge_compile.kernels.order import TILE, copy_of_order, made_as, make_order, parse_tile, tile_text
+from sparge_compile.kernels.order import TILE, copy_of_order, made_as, make_order, parse_tile, tile_of, tile_text
 
 CPU = torch.device("cpu")
 TILES = [(2, 4, 8), (4, 4, 4), (1, 8, 8), (4, 8, 2), (1, 1, 64), (3, 5, 4), (1, 2, 3)]
@@ -328,9 +328,10 @@ def test_operands_that_do_not_fit_are_refused() -> None:
 
 def test_an_order_is_made_as_that_of_another_tile_while_it_is_tried():
     grid, image, device = Grid(3, 4, 8, 16, 5), Grid(0, 1, 16, 32, 0), torch.device("cpu")
-    with made_as((2, 4, 8)):
+    other = (*TILE, 0, 0, 1)
+    with made_as({TILE: (2, 4, 8), other: None}):
         for sizes, tile in ((grid, (2, 4, 8)), (image, (1, 8, 8))):  # an image has no frames to cut
-            torch.testing.assert_close(copy_of_order(sizes, TILE, device), make_order(sizes, tile, device))
-    with made_as(None):
-        assert copy_of_order(grid, TILE, device).slots.tolist() == list(range(grid.tokens))
+            for given in (TILE, tile_of(TILE, sizes)):
+                torch.testing.assert_close(copy_of_order(sizes, given, device), make_order(sizes, tile, device))
+            assert copy_of_order(sizes, other, device).slots.tolist() == list(range(sizes.tokens))
     torch.testing.assert_close(copy_of_order(grid, TILE, device), make_order(grid, TILE, device))

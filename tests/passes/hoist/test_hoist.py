@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 from sparge_compile import cost
 from sparge_compile.options import Options
 from sparge_compile.passes import pipeline
-from sparge_compile.passes.hoist.hoist import ROWS
+from sparge_compile.passes.hoist.hoist import ROWS, made_at_sites
 from sparge_compile.passes.read.fx_utils import clone, size_hint, value_of
 from sparge_compile.passes.work import Work, graphs_of
 from sparge_compile.report import Reason
@@ -83,11 +83,10 @@ def results(graph_module: GraphModule, real: list[Tensor]) -> list[Tensor]:
     return [*(x.detach() for x in outputs), *(x.grad for x in inputs if x.grad is not None)]
 
 
-def same_results(monkeypatch: pytest.MonkeyPatch, given: GraphModule, options: Options = TILES) -> list[str]:
+def same_results(given: GraphModule, options: Options = TILES) -> list[str]:
     """What is gathered, once it is shown that results and gradients are those of sites that gather by themselves."""
     hoisted = rewritten(given, options)
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "plan_gathers", lambda root, done: None)
+    with made_at_sites():
         plain = rewritten(given, options)
     torch.manual_seed(0)
     real = [_real(node) for node in given.graph.find_nodes(op="placeholder")]
@@ -103,32 +102,32 @@ def _real(node: Node) -> Tensor:
     return torch.rand(shape) > 0.5 if fake.dtype == torch.bool else torch.randn(shape)
 
 
-def test_two_blocks_have_one_order(monkeypatch):
+def test_two_blocks_have_one_order():
     b = Builder()
     x = b.input("x", 1, L, C)
-    assert same_results(monkeypatch, finished(b, block(b, block(b, x)))) == ["x", "add_1"]
+    assert same_results(finished(b, block(b, block(b, x)))) == ["x", "add_1"]
 
 
-def test_what_export_asserts_before_a_cast_needs_no_order(monkeypatch):
+def test_what_export_asserts_before_a_cast_needs_no_order():
     """Exported programs with casts between their sites gathered at each site."""
     b = Builder()
     x = block(b, b.input("x", 1, L, C))
     b.opaque(torch.ops.aten._assert_tensor_metadata.default, x, None, None, torch.float32)
-    assert same_results(monkeypatch, finished(b, block(b, b.method("float", x)))) == ["x", "add_1"]
+    assert same_results(finished(b, block(b, b.method("float", x)))) == ["x", "add_1"]
 
 
-def test_a_long_way_to_the_border(monkeypatch):
+def test_a_long_way_to_the_border():
     b = Builder()
     x = b.input("x", 1, L, C)
     for _ in range(600):
         x = b.call(operator.neg, x)
-    assert len(same_results(monkeypatch, finished(b, block(b, block(b, x))))) == 2
+    assert len(same_results(finished(b, block(b, block(b, x))))) == 2
 
 
-def test_a_site_alone_gathers_by_itself(monkeypatch):
+def test_a_site_alone_gathers_by_itself():
     b = Builder()
     x = b.call(F.scaled_dot_product_attention, *(b.input(name, 1, 2, L, 4) for name in "qkv"))
-    assert same_results(monkeypatch, finished(b, x)) == []
+    assert same_results(finished(b, x)) == []
 
 
 def test_gathers_that_are_made_elsewhere_are_not_paid_for(monkeypatch):
@@ -202,10 +201,10 @@ MIXING = {
 
 
 @pytest.mark.parametrize("name", MIXING)
-def test_what_mixes_tokens_is_a_border(monkeypatch, name):
+def test_what_mixes_tokens_is_a_border(name):
     b = Builder()
     x = MIXING[name](b, block(b, block(b, b.input("x", 1, L, C))))
-    found = same_results(monkeypatch, finished(b, block(b, block(b, x))))
+    found = same_results(finished(b, block(b, block(b, x))))
     once = {"mean", "first"}  # the stream itself goes on in the order of blocks
     assert found[0] == "x" and len(found) == (3 if name in once else 4)
 
@@ -264,20 +263,20 @@ KEEPING = {
 
 
 @pytest.mark.parametrize("name", KEEPING)
-def test_what_keeps_tokens_apart_is_none(monkeypatch, name):
+def test_what_keeps_tokens_apart_is_none(name):
     b = Builder()
     x = KEEPING[name](b, block(b, b.input("x", 1, L, C)))
-    found = same_results(monkeypatch, finished(b, block(b, x)))
+    found = same_results(finished(b, block(b, x)))
     assert "x" in found and len(found) == (3 if name == "gated" else 2)
 
 
-def test_rows_that_are_stacked_are_gathered(monkeypatch):
+def test_rows_that_are_stacked_are_gathered():
     b = Builder()
     x = stacked(b, block(b, b.input("x", 1, L, C)))
-    assert len(same_results(monkeypatch, finished(b, block(b, x)))) == 3
+    assert len(same_results(finished(b, block(b, x)))) == 3
 
 
-def test_a_graph_that_is_run_twice_reads_in_the_order_of_tokens(monkeypatch):
+def test_a_graph_that_is_run_twice_reads_in_the_order_of_tokens():
     b = Builder()
     inner = Builder(of=b)
     y = inner.input("y", 1, L, C)
@@ -287,7 +286,7 @@ def test_a_graph_that_is_run_twice_reads_in_the_order_of_tokens(monkeypatch):
     again = b.opaque(CHECKPOINT, once.args[0], x, value=value_of(once))
     for part in (b.call(operator.getitem, call, i) for call in (once, again) for i in (0, 1)):
         x = b.call(operator.add, x, part)
-    assert len(same_results(monkeypatch, finished(b, block(b, block(b, x))))) > 3
+    assert len(same_results(finished(b, block(b, block(b, x))))) > 3
 
 
 def joined(b: Builder, x: Node) -> Node:
@@ -296,14 +295,14 @@ def joined(b: Builder, x: Node) -> Node:
     return b.call(operator.getitem, joint, (slice(None), slice(TEXT, None)))
 
 
-def test_a_part_of_a_joint_sequence_has_an_order(monkeypatch):
+def test_a_part_of_a_joint_sequence_has_an_order():
     b = Builder()
     x = b.input("x", 1, L, C)
-    found = same_results(monkeypatch, finished(b, joined(b, joined(b, b.call(F.gelu, x)))))
+    found = same_results(finished(b, joined(b, joined(b, b.call(F.gelu, x)))))
     assert len(found) == 2 and found[0] in ("x", "gelu")
 
 
-def test_parts_are_split_and_written_into(monkeypatch):
+def test_parts_are_split_and_written_into():
     b = Builder()
     x, text = b.input("x", 1, L, C), b.input("text", 1, TEXT, C)
     joint = block(b, b.call(torch.cat, [x, text], 1))
@@ -313,22 +312,22 @@ def test_parts_are_split_and_written_into(monkeypatch):
     parts = b.method("split", block(b, out), [L, TEXT], 1)
     video, text = (b.call(operator.getitem, parts, i) for i in (0, 1))
     options = Options(**{**vars(TILES), "grid": (0, T, H, W, TEXT)})
-    found = same_results(monkeypatch, finished(b, video, b.method("mean", text, 1)), options)
+    found = same_results(finished(b, video, b.method("mean", text, 1)), options)
     assert found == ["x", video.name]
 
 
-def test_a_part_that_cuts_the_grid_is_a_border(monkeypatch):
+def test_a_part_that_cuts_the_grid_is_a_border():
     b = Builder()
     y = block(b, block(b, b.input("x", 1, L, C)))
     some = b.call(operator.getitem, y, (slice(None), slice(0, H * W)))
-    assert same_results(monkeypatch, finished(b, y, some)) == ["x", "add_1"]
+    assert same_results(finished(b, y, some)) == ["x", "add_1"]
 
 
-def test_masks_stay_as_they_are(monkeypatch):
+def test_masks_stay_as_they_are():
     b = Builder()
     x, keep = b.input("x", 1, L, C), b.input("keep", 1, 1, 1, L, dtype=torch.bool)
     y = block(b, block(b, x, attn_mask=keep), attn_mask=keep)
-    assert same_results(monkeypatch, finished(b, y)) == ["x", "add_1"]
+    assert same_results(finished(b, y)) == ["x", "add_1"]
 
 
 def test_what_users_attend_to_is_returned_in_the_order_of_tokens():
@@ -361,52 +360,52 @@ def around(b: Builder, x: Node) -> Node:
     return b.call(operator.add, x, attend(b, x))
 
 
-def test_checkpointed_blocks_have_one_order(monkeypatch):
+def test_checkpointed_blocks_have_one_order():
     b = Builder()
     x = b.input("x", 1, L, C)
     y = checkpointed(b, lambda b, x: b.call(F.gelu, x), checkpointed(b, around, x))
     given = finished(b, checkpointed(b, around, y))
-    found = same_results(monkeypatch, given)
+    found = same_results(given)
     assert len(found) == 2 and len(rows_in(rewritten(given))) == 2
 
 
-def test_a_border_inside_checkpointed_code(monkeypatch):
+def test_a_border_inside_checkpointed_code():
     b = Builder()
     y = checkpointed(b, lambda b, x: b.call(torch.roll, x, 3, 1), block(b, block(b, b.input("x", 1, L, C))))
-    assert len(same_results(monkeypatch, finished(b, block(b, block(b, y))))) == 4
+    assert len(same_results(finished(b, block(b, block(b, y))))) == 4
 
 
-def test_each_grid_has_a_region(monkeypatch):
+def test_each_grid_has_a_region():
     b = Builder()
     with b.inside("first"):
         x = block(b, block(b, b.input("x", 1, L, C)))
     with b.inside("second"):
         x = block(b, block(b, x))
     options = Options(**{**vars(TILES), "grid": {"first*": (T, H, W), "second*": (H, T, W)}})
-    assert len(same_results(monkeypatch, finished(b, x), options)) == 4
+    assert len(same_results(finished(b, x), options)) == 4
 
 
-def test_a_grid_with_a_text_behind_it_and_without_is_one(monkeypatch):
+def test_a_grid_with_a_text_behind_it_and_without_is_one():
     b = Builder()
     x, text = b.input("x", 1, L, C), b.input("text", 1, TEXT, C)
     x = block(b, x)
     joint = block(b, b.call(torch.cat, [x, text], 1))
     x = block(b, b.call(operator.getitem, joint, (slice(None), slice(None, L))))
-    assert same_results(monkeypatch, finished(b, x)) == ["x", x.name]
+    assert same_results(finished(b, x)) == ["x", x.name]
 
 
-def test_gathers_are_outside_of_code_without_gradients(monkeypatch):
+def test_gathers_are_outside_of_code_without_gradients():
     b = Builder()
     x = b.input("x", 1, L, C)
     b.opaque(torch._C._set_grad_enabled, False)
     noise = b.call(F.gelu, x)
     b.opaque(torch._C._set_grad_enabled, True)
     y = block(b, block(b, b.call(operator.add, x, noise)))
-    assert len(same_results(monkeypatch, finished(b, y))) == 2
+    assert len(same_results(finished(b, y))) == 2
 
 
 @pytest.mark.parametrize("text_first", [True, False])
-def test_sizes_that_are_symbols(monkeypatch, text_first):
+def test_sizes_that_are_symbols(text_first):
     b = Builder()
     video = b.input("x", 1, 4, T, H, W, dynamic=(2, 3, 4))
     x = b.method("transpose", b.method("flatten", b.call(F.conv3d, video, weight(b, C, 4, 1, 1, 1)), 2), 1, 2)
@@ -418,7 +417,7 @@ def test_sizes_that_are_symbols(monkeypatch, text_first):
         part = b.call(operator.mul, part_of(b, joint, where), 2.0)
         b.opaque(operator.setitem, joint, (slice(None), where), b.call(F.silu, part))
         x = part_of(b, block(b, joint), where)
-    found = same_results(monkeypatch, finished(b, x), Options(**{**vars(TILES), "grid": None}))
+    found = same_results(finished(b, x), Options(**{**vars(TILES), "grid": None}))
     assert len(found) == 2
 
 
