@@ -273,7 +273,8 @@ class Lab:
             raise OutOfTime(f"{what} would take {seconds:.0f} s")
 
     def add(self, case: Case, seed: int, found: dict[str, float], calibration: Calibration | None = None) -> None:
-        pairs = set() if calibration is None else {pair for pairs in calibration.sites.values() for pair in pairs}
+        phases = () if calibration is None else calibration.all_phases().values()
+        pairs = {pair for sites in phases for pairs in sites.values() for pair in pairs}
         pair = "{:.5g}, {:.5g}".format(*pairs.pop()) if len(pairs) == 1 else ""
         self.quality_table.add([{**dict(zip(KEY, key_of(case, seed), strict=True)), "pair": pair, **found}])
         text = ", ".join(f"{name} {value:.4g}" for name, value in found.items())

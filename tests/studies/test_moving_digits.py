@@ -255,6 +255,11 @@ def test_the_pairs_of_the_page_were_found_as_often_as_it_says() -> None:
     assert all(found["not trained"] == (12, 12) for found in twice)
     (first, of), (second, _) = (found["trained on"] for found in twice)
     assert f"they found {first} and {second} of the {of}, by a ground" in text
+    folder = LARGE.results / "blind_by_step"
+    twice = [blind.score(folder / name, folder / "key.csv") for name in ("answers.csv", "answers2.csv")]
+    assert all(found["not trained"] == (12, 12) for found in twice)
+    (first, of), (second, _) = (found["distilled"] for found in twice)
+    assert f"Two readers found it in {first} and {second} of {of} pairs" in text
 
 
 @pytest.mark.slow
