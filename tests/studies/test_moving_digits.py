@@ -260,6 +260,10 @@ def test_the_pairs_of_the_page_were_found_as_often_as_it_says() -> None:
     assert all(found["not trained"] == (12, 12) for found in twice)
     (first, of), (second, _) = (found["distilled"] for found in twice)
     assert f"Two readers found it in {first} and {second} of {of} pairs" in text
+    folder = LARGE.results / "blind_90"
+    found = blind.score(folder / "answers.csv", folder / "key.csv")
+    (right, of), chance = found["distilled"], blind.by_chance(*found["distilled"])
+    assert f"{right} of {of} (p = {chance:.3f}) and all {found['not trained'][0]} controls".replace("0.", ".") in text
 
 
 @pytest.mark.slow
