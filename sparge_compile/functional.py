@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 import torch
 from torch import Tensor
 
@@ -163,7 +165,7 @@ def _check_kinds(query: object, key: object, value: object, attn_mask: object, s
                 allowed="torch.Tensor",
                 todo="torch.as_tensor(…) makes one of an array or a list.",
             )
-    if not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt, type(None))):
+    if not isinstance(scale, (Real, Tensor, torch.SymFloat, torch.SymInt, type(None))):
         raise type_error(
             "attention: scale is no number",
             given=repr(scale)[:80],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -75,6 +76,12 @@ def test_bad_input_is_refused_in_four_parts(case):
 def test_operands_of_another_type_are_refused_in_four_parts(given):
     with pytest.raises(TypeError, match=r"attention: .* got .*; allowed: (torch\.Tensor|a number; .*)\. \w"):
         call(**given)
+
+
+@pytest.mark.parametrize("scale", [np.float32(0.5), np.float64(0.5), torch.tensor(0.5)], ids=["32", "64", "tensor"])
+def test_a_scale_is_any_number_that_sdpa_takes(scale):
+    q, k, v = (torch.randn(1, 2, 100, 16) for _ in range(3))
+    assert torch.equal(attention(q, k, v, scale=scale), attention(q, k, v, scale=0.5))
 
 
 @pytest.mark.parametrize("make, kind", [(value_error, ValueError), (type_error, TypeError)])
