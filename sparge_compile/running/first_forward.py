@@ -22,6 +22,8 @@ from .stack import outermost_call, outward
 
 # How many forwards may end by an exception before nobody asks any more.
 _TRIES = 3
+# Packages whose modules say nothing of the model that they are in.
+_OF_ALL = ("torch", __name__.partition(".")[0])
 
 
 class FirstForward:
@@ -105,7 +107,7 @@ class FirstForward:
 
 _pending: list[FirstForward] = []
 _asked: WeakKeyDictionary[Module, list[Options]] = WeakKeyDictionary()  # by model, pending or over
-_classes: list[tuple[set[type[Module]], Options]] = []  # of models that graphs were compiled for; others may run these
+_classes: list[tuple[Options, set[type[Module]]]] = []  # of models that graphs were compiled for; others may run these
 
 
 def expect_first_forward(options: Options, root: Module, tell: Callable[[FirstForward], None]) -> None:
@@ -131,15 +133,19 @@ def expect_first_forward(options: Options, root: Module, tell: Callable[[FirstFo
         _pending.append(first)
     first.sites.append((options, set()))
     classes = _own_classes(model)
-    if any(options == own and classes & known for known, own in _classes):
+    known = next((known for own, known in _classes if own == options), None)
+    if known is None:
+        _classes.append((options, known := set()))
+    if known & classes:
         first.skip()
-    _classes.append((classes, options))
+    known |= classes
 
 
 def _own_classes(model: Module) -> set[type[Module]]:
-    """The classes whose code is compiled for a model: a wrapper runs graphs of the model in it."""
-    own = {type(each) for each in model.modules() if not type(each).__module__.startswith("torch.nn.modules.")}
-    return own | {type(model)}
+    """The classes whose code is compiled for a model: a wrapper runs graphs of the model in it. Those of torch, and of
+    thresholds that are attached, are in all models."""
+    own = {type(each) for each in model.modules()}
+    return {each for each in own if each.__module__.partition(".")[0] not in _OF_ALL} | {type(model)}
 
 
 def note_first_forward(

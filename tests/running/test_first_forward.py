@@ -12,6 +12,7 @@ from test_names import FAST, NAMES, WAYS, Block, Model, X, by_block, run, wrappe
 from toys import Stack
 
 from sparge_compile import Calibration, attach
+from sparge_compile.notices import forget_warnings
 from sparge_compile.running import first_forward
 
 FEW = [(0.1, 0.0)]
@@ -148,6 +149,26 @@ def test_a_wrapper_of_another_class_runs_graphs_of_the_model_in_it():
     assert warned(lambda: run(first, x)) == []
     around = Stack(1, lambda: ordered((2, 4, 8)))  # block 1 is compiled anew, block 0 runs the graph of the first model
     assert warned(lambda: (run(around, x), run(around, x))) == []
+
+
+class Other(Stack):
+    """It has no class of those in a Model."""
+
+
+@pytest.mark.parametrize("way", [by_block, wrapped])
+def test_what_is_in_all_models_makes_none_wait_for_its_second_forward(way):
+    """Modules of torch, and those that hold attached thresholds."""
+    for model, names in ((Model(2), NAMES[:2]), (Other(2), ["blocks.0", "blocks.1"])):
+        forget_warnings()
+        model = given(way, model, [*names, names[1] + "#1"], "attach")
+        (text,) = warned(lambda model=model: run(model, torch.randn(X)))
+        assert type(model).__name__ in text
+
+
+def test_options_are_held_once_however_many_models_are_compiled_with_them():
+    for _ in range(3):
+        run(given(compiled, Model(2), NAMES[:2], "attach"), torch.randn(X))
+    assert len(first_forward._classes) == 1
 
 
 def test_somebody_elses_profiler_stays():
