@@ -6,7 +6,7 @@ In: a model, its calibrated sites, calls of it. Out: relative errors of its outp
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
@@ -68,6 +68,10 @@ class Trial:
         self._outputs: dict[tuple[int, int], list[Tensor]] = {}
         self._held, self.forwards, self._repeats = 0, 0, False
         self._close_eagerly()
+
+    def off(self) -> AbstractContextManager[None]:
+        """The model as it was before, until it is asked again."""
+        return self._attached.off()
 
     def _close_eagerly(self) -> None:
         if self._eager is not None:
@@ -173,13 +177,15 @@ class Trial:
 class KeptTrial(ExitStack):
     """The trial of a run. A context manager: the trial ends with it.
 
-    It stays open for whoever asks next of the same sites, since Dynamo would trace the model for another.
+    It stays open for whoever asks next of the same sites, since Dynamo would trace the model for another; meanwhile
+    nothing is attached to the model, which its user may save, load or copy.
     """
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         super().__init__()
         self._model, self._options = model, options
         self._trial: Trial | None = None
+        self._off = ExitStack()  # of what is taken off the model while nobody asks
 
     @contextmanager
     def of(self, sites: Mapping[str, int], codes: Mapping[str, Hashable] = MappingProxyType({})) -> Iterator[Trial]:
@@ -192,6 +198,7 @@ class KeptTrial(ExitStack):
         Raises:
             ValueError: as :func:`on_trial`.
         """
+        self._off.close()
         if self._trial is None or self._trial.sites != sites:
             self._trial = None
             self.close()
@@ -201,6 +208,8 @@ class KeptTrial(ExitStack):
             yield self._trial
         finally:
             self._trial.forget()
+            self._off = self.enter_context(ExitStack())
+            self._off.enter_context(self._trial.off())
 
 
 @contextmanager

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 
 import torch
@@ -15,7 +16,7 @@ from ..keeping import WIDTH, Kept
 from ..kernels.order import Tile
 from ..pair import check_pair, check_progress
 from ..user_model import was_compiled
-from .buffers import Attached, attached_to, child_of, remove_child
+from .buffers import Attached, attached_to, child_of, put_child, remove_child
 from .calibration import Calibration
 from .followed import GridHook, Grids
 from .phases import DENSE_STEP, Phases, keeps_all
@@ -197,6 +198,19 @@ class Attachment:
                 held, tile = self._held(*target), tiles[name]
                 others = {index: known for index, known in held.tiles.items() if index != target[1]}
                 held.tiles = others if tile is None else {**others, target[1]: tile}
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """The model without buffers and hooks, which come back as they were: code that was compiled with them fits."""
+        held = {module: attached_to(module) for module in self._sites.values()}
+        for module in held:
+            remove_child(module)
+        try:
+            yield
+        finally:
+            for module, child in held.items():
+                assert child is not None
+                put_child(module, child)
 
     def remove(self) -> None:
         """Take buffers and hooks off the model, whose sites then have the option ``calibration`` or the defaults."""

@@ -197,10 +197,15 @@ def child_of(module: Module, name: str) -> Attached:
                 todo="Give the thresholds as the option 'calibration'.",
             )
         child = Attached()
-        module.add_module(CHILD, child)
-        module.register_forward_pre_hook(mark)
+        put_child(module, child)
         is_no_frame(mark)
     return child
+
+
+def put_child(module: Module, child: Attached) -> None:
+    """Put a child that holds thresholds, and its hook, on a module."""
+    module.add_module(CHILD, child)
+    module.register_forward_pre_hook(mark)
 
 
 def remove_child(module: Module) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -373,6 +375,21 @@ def test_a_choice_of_orders_is_made_by_the_graphs_of_a_calibration_without_one(i
 
     chosen = found(["raster", TILE])
     assert chosen.tiles == dict.fromkeys(NAMES, TILE) and chosen == found([TILE])
+
+
+def test_a_model_is_as_it_was_while_its_samples_are_recorded():
+    """Whoever makes the batches may load its weights, which names of thresholds would keep from fitting."""
+    model = made()
+    weights, before = copy.deepcopy(model.state_dict()), torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+    def loaded():
+        for each in batches():
+            model.load_state_dict(weights)
+            yield each
+
+    found = calibrate(model, loaded(), target_sparsity=0.75, options=OPTIONS, orders=["raster", TILE])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 2
+    assert found.tiles == dict.fromkeys(NAMES, TILE) and model.state_dict().keys() == weights.keys()
 
 
 def test_eager_code_is_measured_as_it_is_once_orders_were_tried():
