@@ -25,14 +25,14 @@ class SiteCalls(Observer):
 
     Attributes:
         turns: how often each site was met; to be cleared with each call of the model.
-        codes: what computes each site: a graph, and the number of the attention in it. Equal blocks may share one.
+        codes: for each site the names of those that may run its graph, as equal blocks do that are compiled apart.
     """
 
     def __init__(self, model: Module, options: Options) -> None:
         super().__init__(model)
         self._options = options
         self.turns: Counter[str] = Counter()
-        self.codes: dict[str, tuple[Watched, int]] = {}
+        self.codes: dict[str, frozenset[str]] = {}
 
     @property
     def wants_grids(self) -> bool:
@@ -55,8 +55,9 @@ class SiteCalls(Observer):
         warn_of_failures(graph.failures)
         if not wanted:
             return graph.run(args)
-        self.codes |= {name: (graph, number) for number, name in wanted.items()}
         for number, name in wanted.items():
+            slot = graph.slots[number]
+            self.codes[name] = frozenset({name, *map(slot.name, (slot.locator.first, *slot.others()))})
             attention = graph.matches[number].attention
             if attention is not None and attention.is_shared:
                 raise value_error(

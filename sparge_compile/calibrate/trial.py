@@ -193,7 +193,7 @@ class KeptTrial(ExitStack):
 
         Args:
             sites: by name.
-            codes: what computes each, as far as it is known: sites of equal codes share theirs.
+            codes: what computes each, as far as it is known: sites of equal codes may run the same graph.
 
         Raises:
             ValueError: as :func:`on_trial`.

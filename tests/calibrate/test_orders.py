@@ -377,6 +377,26 @@ def test_a_choice_of_orders_is_made_by_the_graphs_of_a_calibration_without_one(i
     assert chosen.tiles == dict.fromkeys(NAMES, TILE) and chosen == found([TILE])
 
 
+class Broken(Video):
+    """Its layers have a graph each, in which no marker says what is attached: each may run the others'."""
+
+    def forward(self, video: Tensor) -> Tensor:
+        x = video.flatten(2).transpose(1, 2)
+        for layer in self.layers:
+            x = layer(x) + x
+            torch._dynamo.graph_break()
+        return x
+
+
+def test_the_order_that_suits_the_inputs_is_chosen_where_the_graph_breaks_between_layers():
+    options = {**OPTIONS, "grid": GRID}
+    found, other = (
+        calibrate(Broken().eval(), batches(), target_sparsity=0.75, options=options, orders=orders)
+        for orders in (["raster", TILE], [TILE])
+    )
+    assert found.tiles == dict.fromkeys(NAMES, TILE) and found.sites == other.sites
+
+
 def test_a_model_is_as_it_was_while_its_samples_are_recorded():
     """Whoever makes the batches may load its weights, which names of thresholds would keep from fitting."""
     model = made()
