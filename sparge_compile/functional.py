@@ -156,18 +156,20 @@ def attention(
     return (out, *extra) if extra else out
 
 
-def _check_kinds(query: object, key: object, value: object, attn_mask: object, scale: object) -> None:
+def _check_kinds(
+    query: object, key: object, value: object, attn_mask: object, scale: object, who: str = "attention"
+) -> None:
     for name, given in {"query": query, "key": key, "value": value, "attn_mask": attn_mask}.items():
         if not isinstance(given, Tensor) and not (name == "attn_mask" and given is None):
             raise type_error(
-                f"attention: {name} is no tensor",
+                f"{who}: {name} is no tensor",
                 given=type(given).__name__,
                 allowed="torch.Tensor",
                 todo="torch.as_tensor(…) makes one of an array or a list.",
             )
     if not isinstance(scale, (Real, Tensor, torch.SymFloat, torch.SymInt, type(None))):
         raise type_error(
-            "attention: scale is no number",
+            f"{who}: scale is no number",
             given=repr(scale)[:80],
             allowed="a number; None: 1 / sqrt(head size)",
             todo="Give float(scale).",
@@ -232,9 +234,11 @@ def varlen_attention(
 
     Raises:
         ValueError: shapes, dtypes, devices or thresholds that do not fit; the message says what is allowed.
+        TypeError: operands that are no tensors, a scale that is no number.
 
     Source: SpargeAttention2 (arXiv 2602.13515), Eq. 9; packed sequences as in FlashAttention-2 (arXiv 2307.08691).
     """
+    _check_kinds(query, key, value, None, scale, "varlen_attention")
     if causal not in ("", "top_left", "bottom_right"):
         raise value_error(
             "causal is not an alignment",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparge_compile import BlockMap, attention
+from sparge_compile import BlockMap, attention, varlen_attention
 from sparge_compile.errors import type_error, value_error
 
 
@@ -82,6 +82,11 @@ def test_operands_of_another_type_are_refused_in_four_parts(given):
 def test_a_scale_is_any_number_that_sdpa_takes(scale):
     q, k, v = (torch.randn(1, 2, 100, 16) for _ in range(3))
     assert torch.equal(attention(q, k, v, scale=scale), attention(q, k, v, scale=0.5))
+
+
+def test_packed_operands_of_another_type_are_refused():
+    with pytest.raises(TypeError, match=r"varlen_attention: key is no tensor: got list; allowed: torch\.Tensor\. \w"):
+        varlen_attention(torch.ones(4, 1, 16), [1.0], torch.ones(4, 1, 16), *2 * [torch.tensor([0, 4])], 4, 4)
 
 
 @pytest.mark.parametrize("make, kind", [(value_error, ValueError), (type_error, TypeError)])

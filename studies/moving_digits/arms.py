@@ -40,6 +40,7 @@ RATES = {ALL: (5e-4, 1e-3, 4e-3, 8e-3), ATTENTION: (2e-3, 8e-3)}  # beside those
 TIMES = (0.99, 0.97, 0.95, 0.9, 0.8, 0.6, 0.3)
 DENSE_STEPS = (2, 5)  # of sampling
 DENSE = (1.0, 0.0)
+LATE = "more blocks late in sampling"
 PART_SECONDS = 60  # that a part of a student taken apart is thought to take
 TRAINED_ON = 3e-4  # the learning rate of the last stage of training
 
@@ -124,6 +125,8 @@ def ship(lab: Lab, seed: int) -> None:
             continue
         calibration = thresholds(lab, seed, arm)
         if not path.exists():
+            if path != begins and not begins.exists():
+                raise SystemExit(f"{name} goes on from {begins}, which is not there: --students {SHIPPED[0]} makes it")
             weights = None if path == begins else load_file(begins, str(lab.device))
             model = lab.tuned(arm, 0, calibration, None, weights, sharper(lab, arm, calibration))
             save_student(weights_of(model, ALL), calibration, path)
@@ -192,7 +195,7 @@ def apart(lab: Lab, seed: int) -> None:
     table = Table(lab.args.out, "apart")
     for name, calibration, model in judged(lab, seed):
         for what, part in APART.items():
-            if table.has(seed, name, what, "all"):
+            if table.has(seed, name, what, "all") or (calibration.phases and what != "time"):
                 continue
             lab.check_time(f"{name} by {what}", PART_SECONDS)
             found = part(lab, seed, calibration, model)
@@ -202,13 +205,20 @@ def apart(lab: Lab, seed: int) -> None:
 
 
 def judged(lab: Lab, seed: int) -> Iterator[tuple[str, Calibration, nn.Module]]:
-    """The student that ships, if it is there; and its thresholds, or those of 95 %, on the dense model's weights."""
+    """The student that ships, if it is there; and its thresholds, or those of 95 %, on the dense model's weights. Then
+    the same of the one that keeps more late in sampling, if it was trained, which is asked by time alone."""
     calibration = thresholds(lab, seed, case("topk"))
     paths = lab.args.out / f"student-{TARGETS[0]}.safetensors", lab.setup.weights / "student.safetensors"
     for path in [path for path in paths if path.exists()][:1]:
         calibration = Calibration.load(path.with_suffix(".json"))
         yield "distilled", calibration, lab.student(calibration).set(calibration, load_file(path, str(lab.device)))
     yield "not trained", calibration, lab.sparse(calibration)
+    path = lab.args.out / f"student-{SHIPPED[-1]}.safetensors"
+    if path.exists():
+        calibration = Calibration.load(path.with_suffix(".json"))
+        student = lab.student(calibration)
+        yield LATE, calibration, lab.called(student.set(calibration, load_file(path, str(lab.device))), calibration)
+        yield f"{LATE}, not trained", calibration, lab.called(student.set(calibration), calibration)
 
 
 def by_time(lab: Lab, seed: int, calibration: Calibration, model: nn.Module) -> dict[str, float]:

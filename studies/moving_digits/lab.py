@@ -139,6 +139,7 @@ class Lab:
 
             how["after"] = after
         called = model if calibration is None else self.called(model, calibration)
+        assert calibration is None or not (calibration.phases and case.anneal), "a schedule has no phases"
         if case.loss == "distillation":
             teacher = self._copy() if case.outputs else self.teacher  # outputs: the hook compiles it as it needs it
             with sparge_compile.DistillationHook(
@@ -146,10 +147,10 @@ class Lab:
             ) as hook:
                 fine_tune(called, trained.values(), data, case.steps, case.rate, lambda *_: hook.loss(), **how)
         elif case.loss == "guided":
-            fine_tune(model, trained.values(), self.taught(data), case.steps, case.rate, guided_loss, **how)
+            fine_tune(called, trained.values(), self.taught(data), case.steps, case.rate, guided_loss, **how)
         else:
             fine_tune(
-                model, trained.values(), data, case.steps, case.rate, lambda u, v: F.mse_loss(u.float(), v), **how
+                called, trained.values(), data, case.steps, case.rate, lambda u, v: F.mse_loss(u.float(), v), **how
             )
         model.requires_grad_(False)
         return model

@@ -131,9 +131,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=200, help="of fine-tuning, of the small model (200)")
     parser.add_argument("--long-steps", type=int, default=1000, help="of the students (1000)")
     parser.add_argument("--arms", default="*", help="pattern of their names: arms, chosen-orders, distilled-orders (*)")
-    parser.add_argument(
-        "--students", default="*", help="pattern of the names of those that ship: 0.951, 0.9, by-step (*)"
-    )
+    parser.add_argument("--students", default="*", help=f"pattern of those that ship: {', '.join(arms.SHIPPED)} (*)")
     parser.add_argument("--scale", type=float, default=1.0, help="of the arms' steps, to try them out (1)")
     parser.add_argument("--batch", type=int, help="clips; samples are drawn from half as many (16; large 4)")
     parser.add_argument("--rounds", type=int, help="batches of held-out clips and of samples (4; large 16)")
