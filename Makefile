@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 .PHONY: help demo test test-slow test-gpu test-multigpu scaling test-matrix lint format docs package bench coverage clean
 help:
-	@echo "make demo      a trained video model, dense, sparse and distilled (about 3 minutes on 2 cores)"
+	@echo "make demo      a trained video model, dense, sparse and distilled (3 to 7 minutes on 2 cores)"
 	@echo "make test      the test suite (CPU and Triton's interpreter)"
 	@echo "make test-slow the tests that take longer"
 	@echo "make test-gpu  the GPU tests, with the python on the PATH (PYTHON=...)"
