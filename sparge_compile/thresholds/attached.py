@@ -201,7 +201,7 @@ class Attachment:
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """The model without buffers and hooks, which come back as they were: code that was compiled with them fits."""
+        """Sites without buffers and hooks, which come back as they were: code that was compiled with them fits."""
         held = {module: attached_to(module) for module in self._sites.values()}
         for module in held:
             remove_child(module)

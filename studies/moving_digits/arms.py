@@ -16,7 +16,7 @@ import by_step
 import torch
 from attention_study import ranking_gaps, record
 from blind import keep_clips, paired
-from case import ALL, ATTENTION, Case, Table
+from case import ALL, ATTENTION, LATE, Case, Table
 from choose import aimed, thresholds
 from digits import HELD_OUT_SEED, clips
 from distil import IN_LAYERS, batches, held_out_error, save_student, weights_of
@@ -40,7 +40,6 @@ RATES = {ALL: (5e-4, 1e-3, 4e-3, 8e-3), ATTENTION: (2e-3, 8e-3)}  # beside those
 TIMES = (0.99, 0.97, 0.95, 0.9, 0.8, 0.6, 0.3)
 DENSE_STEPS = (2, 5)  # of sampling
 DENSE = (1.0, 0.0)
-LATE = "more blocks late in sampling"
 PART_SECONDS = 60  # that a part of a student taken apart is thought to take
 TRAINED_ON = 3e-4  # the learning rate of the last stage of training
 

@@ -10,6 +10,7 @@ from typing import Any
 
 BUFFER = 1 << 20  # bytes: what is added to a table is written at once, also beside another process
 ALL, ATTENTION = "all weights", "attention layers"  # what trains
+LATE = "more blocks late in sampling"  # what thresholds "by step" keep, in words
 RATES = {ALL: 2e-3, ATTENTION: 4e-3}  # docs/fidelity.md, "Learning rates"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 
+from case import LATE
 from tabular import MEASURES, RULES, Row, grouped, markdown, numbers, shown, where
 
 LOSSES = {"flow": "plain loss", "guided": "guided loss"}
@@ -29,7 +30,7 @@ def arms_table(quality: list[Row]) -> str:
         lines.append([", ".join(words), *(shown(of, m) for m in ("sparsity", *MEASURES))])
     others = {}
     for kind, same in grouped(where(quality, part="shipped"), "thresholds").items():
-        late = ", more blocks late in sampling" if kind == "by step" else ""
+        late = f", {LATE}" if kind == "by step" else ""
         for target, of in grouped(same, "target").items():
             words = "trained on from it" if others else "the student of the repository"
             others[f"{float(target):.0%}{late}, {words}"] = of

@@ -238,6 +238,15 @@ def test_pairs_to_judge_are_of_the_same_noise(tmp_path, monkeypatch) -> None:
         assert not torch.equal(dense, sparse)
 
 
+def read_twice(folder: str, kind: str) -> tuple[int, int, int]:
+    """How many pairs of a kind two readers found, and of how many; both found all controls."""
+    place = LARGE.results / folder
+    twice = [blind.score(place / name, place / "key.csv") for name in ("answers.csv", "answers2.csv")]
+    assert all(found["not trained"] == (12, 12) for found in twice)
+    (first, of), (second, _) = (found[kind] for found in twice)
+    return first, second, of
+
+
 def test_the_pairs_of_the_page_were_found_as_often_as_it_says() -> None:
     folder = SMALL.results / "blind"
     found = blind.score(folder / "answers.csv", folder / "key.csv")
@@ -245,22 +254,13 @@ def test_the_pairs_of_the_page_were_found_as_often_as_it_says() -> None:
     text, start = (" ".join(page.read_text().split()) for page in (fidelity.PAGE, fidelity.DOCS.parent / "README.md"))
     assert controls == all_controls and f"found the sparse row of all {controls}, and of {right} of the {of}" in text
     assert f"p = {blind.by_chance(right, of):.2f};" in text
-    folder = LARGE.results / "blind"
-    twice = [blind.score(folder / name, folder / "key.csv") for name in ("answers.csv", "answers2.csv")]
-    assert all(found["not trained"] == (12, 12) for found in twice)
-    (first, of), (second, _) = (found["distilled"] for found in twice)
+    first, second, of = read_twice("blind", "distilled")
     assert f"row of all 12 controls, and of {first} and {second} of the {of} pairs (chance" in text
     assert f"told from it in {first} and {second} of {of} pairs" in start
-    folder = LARGE.results / "blind_trained_on"
-    twice = [blind.score(folder / name, folder / "key.csv") for name in ("answers.csv", "answers2.csv")]
-    assert all(found["not trained"] == (12, 12) for found in twice)
-    (first, of), (second, _) = (found["trained on"] for found in twice)
+    first, second, of = read_twice("blind_trained_on", "trained on")
     assert f"they found {first} and {second} of the {of}, by a ground" in text
     assert f"another training of the dense model in {first} and {second}." in start
-    folder = LARGE.results / "blind_by_step"
-    twice = [blind.score(folder / name, folder / "key.csv") for name in ("answers.csv", "answers2.csv")]
-    assert all(found["not trained"] == (12, 12) for found in twice)
-    (first, of), (second, _) = (found["distilled"] for found in twice)
+    first, second, of = read_twice("blind_by_step", "distilled")
     assert f"Two readers found it in {first} and {second} of {of} pairs" in text
     assert f"late in sampling in {first} and {second}, with" in start
     folder = LARGE.results / "blind_90"
