@@ -87,11 +87,12 @@ def bare(heads: int, overlap: str) -> tuple[float, int]:
     """What nothing hides of an exchange of so many heads a rank: a share of its bytes, and collectives.
 
     ``off``: all of it, values, keys with queries, and the result. ``whole``: values go while keys and queries are
-    projected. ``on``: so do keys and queries of the second turn, and the result of the first; ``thirds``: of three.
+    projected. ``on``, ``engines``: so do keys and queries of the second turn, and the result of the first; ``thirds``:
+    of three.
     """
     if overlap == "off":
         return 1.0, 3
-    turns = min(heads, {"whole": 1, "thirds": 3}.get(overlap, 2))
+    turns = min(heads, {"whole": 1, "thirds": 3}.get(overlap.removeprefix("engines-"), 2))
     first, last = heads // turns / heads, -(-heads // turns) / heads
     return (2 * first + last) / 4, 2
 

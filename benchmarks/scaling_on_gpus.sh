@@ -54,6 +54,7 @@ timed training 120 "$training"
 wanted losses && scaling losses 190 $losses &
 if wanted tests && [ -z "$on" ]; then # the longest, side by side; then the others, in what is left
     (
+        tests "NCCL: copy engines" $first multigpu tests/parallel/test_engines.py &
         tests "NCCL: sharded attention" $second multigpu tests/parallel/test_sharded_attention.py &
         tests "NCCL: diffusers" $first multigpu tests/parallel/test_models.py &
         tests "NCCL: distillation, slow" $second "multigpu and slow" tests/distill/test_parallel.py &
@@ -71,7 +72,7 @@ timed 14B 90 "$large"
 wait
 shown losses 8
 wanted losses && table losses $losses
-for name in "sharded attention" diffusers "distillation, slow" overlap context_parallel distillation recipe "sparge calibrate"; do
+for name in "copy engines" "sharded attention" diffusers "distillation, slow" overlap context_parallel distillation recipe "sparge calibrate"; do
     shown "NCCL: $name" 2
 done
 for file in scaling scaling_training scaling_14b; do

@@ -33,6 +33,9 @@ OVERLAPS = {
     "thirds": "as on, but heads take three turns, not two",
     "whole": "as on, but heads do not take turns",
     "off": "nothing: exchanges are waited for at once",
+    "engines": "as on, by copy engines",
+    "engines-whole": "as whole, by copy engines",
+    "engines-thirds": "as thirds, by copy engines",
 }
 
 
@@ -77,7 +80,7 @@ class Run:
             model = Wan(args.layers, args.heads * args.head_size, args.ffn, checkpointed, args.head_size)
         model = model.to(self.dtype)
         if self.world > 1 and shared:
-            model.group, ranks = self.group, Ranks.of(self.group)
+            model.group, ranks = self.group, Ranks.of(self.group, self.overlap.startswith("engines"))
             best = balanced(self.costs, self.world)
             order = torch.tensor(best, device=self.device) if ordered and best != sorted(best) else None
             for block in model.blocks:
@@ -100,8 +103,8 @@ class Run:
             calibration = Calibration({"blocks.*.attn1": [(share, 0.0) for share in self.costs]})
             options = {"calibration": calibration, "min_seq_len": 1024, "inner": self.args.inner}
             overlap = self.overlap
-            turns.TURNS = 3 if overlap == "thirds" else TURNS
-            turns.LEAST_BYTES = math.inf if overlap in ("whole", "off") else LEAST_BYTES
+            turns.TURNS = 3 if overlap.endswith("thirds") else TURNS
+            turns.LEAST_BYTES = math.inf if overlap.endswith("whole") or overlap == "off" else LEAST_BYTES
             if overlap == "off" and self.args.inner == "inductor":
                 options["inductor"] = {"reorder_for_compute_comm_overlap": False}
             how |= {"backend": "sparge", "options": options}

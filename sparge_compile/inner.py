@@ -18,6 +18,7 @@ from torch.torch_version import TorchVersion
 
 from .errors import value_error
 from .options import Options
+from .parallel import engines
 from .version import __version__
 
 
@@ -99,7 +100,7 @@ def _compile(graph_module: GraphModule, inputs: Sequence[Any], settings: Options
     fixed = replace(settings, calibration=None, topk=1.0, topp=0.0)
     patches["unsafe_marked_cacheable_functions"] = {
         **patches.get("unsafe_marked_cacheable_functions", config.unsafe_marked_cacheable_functions),
-        "sparge_compile": f"{source_digest()}-{fixed.digest()}",
+        "sparge_compile": f"{source_digest()}-{fixed.digest()}-{sorted(engines.lanes)}",
     }
     compiled = compile_fx(graph_module, inputs, config_patches=patches)
     return compiled

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import value_error
+from . import engines
 from . import exchange as _exchange  # noqa: F401  which define the ops
 from . import ring as _ring  # noqa: F401
 
@@ -29,11 +30,20 @@ class Ranks(NamedTuple):
     group: str
 
     @staticmethod
-    def of(group: Any = None) -> Ranks:
-        """Those of a process group, or of a mesh of one dimension; None: of all processes."""
+    def of(group: Any = None, copy_engines: bool = False) -> Ranks:
+        """Those of a process group, or of a mesh of one dimension; None: of all processes.
+
+        ``copy_engines``: heads are exchanged by the GPUs' copy engines, not by NCCL's kernels, which take processors
+        from what is computed meanwhile. All processes of the group call it, on GPUs of one host.
+
+        Raises:
+            ValueError: ``copy_engines`` where processes do not share memory.
+        """
         if hasattr(group, "get_group"):
             group = group.get_group()
         group = dist.group.WORLD if group is None else group
+        if copy_engines:
+            engines.use(group)
         return Ranks(dist.get_rank(group), dist.get_world_size(group), group.group_name)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import ops  # noqa: F401  which defines the library
 from ..errors import value_error
+from . import engines
 
 library = torch.library.Library("sparge", "FRAGMENT")
 _RANKS = "Tensor? order, int rank, int ranks, str group"
@@ -73,7 +74,8 @@ def to_heads_in_turns(
     # early as it can. Keys and queries, which most compilers write in one kernel, go together.
     together = [[values]]
     for q, k in in_turns:
-        together += [[k, q]] if key.shape[2:] == query.shape[2:] else [[k], [q]]
+        is_one = key.shape[2:] == query.shape[2:] and group not in engines.lanes
+        together += [[k, q]] if is_one else [[k], [q]]
     came = _AllToAll.apply(ranks, group, *(torch.cat(some, 3) if len(some) > 1 else some[0] for some in together))
     v, *others = (
         x.permute(1, 2, 0, 3)  # [B, heads, L, D]
@@ -134,6 +136,9 @@ class _AllToAll(torch.autograd.Function):
 def all_to_all(tensors: Sequence[Tensor], ranks: int, group: str) -> tuple[Tensor, ...]:
     """Exchange the parts of each x [P, ...] among the ranks of a group: all are under way before one is waited for."""
     collectives, sizes = torch.ops._c10d_functional, [1] * ranks
+    if group in engines.lanes:
+        sent = [torch.ops.sparge.all_to_all(x, group) for x in tensors]
+        return tuple(collectives.wait_tensor(x) for x in sent)
     sent = [collectives.all_to_all_single(x.contiguous().flatten(1), sizes, sizes, group) for x in tensors]
     return tuple(collectives.wait_tensor(x).view(y.shape) for x, y in zip(sent, tensors, strict=True))
 

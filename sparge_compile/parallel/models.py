@@ -90,7 +90,7 @@ class Sharded:
         return f"{head}\n{tabulate(rows, headers=columns)}" if rows else head
 
 
-def shard_attention(model: Module, calibration: Calibration | str | None = None) -> Sharded:
+def shard_attention(model: Module, calibration: Calibration | str | None = None, copy_engines: bool = False) -> Sharded:
     """Divide the attention of a diffusers model for which ``enable_parallelism`` was called among its processes.
 
     diffusers splits the sequence and gathers the output, as it did; its exchanges for Ulysses, and its ring, are
@@ -105,9 +105,11 @@ def shard_attention(model: Module, calibration: Calibration | str | None = None)
         model: on its device; compiled or not.
         calibration: heads are assigned to ranks by the share of blocks that they keep, as it was measured, or at most
             by their thresholds. None: as they come.
+        copy_engines: heads are exchanged by the GPUs' copy engines, as :meth:`Ranks.of` says.
 
     Raises:
-        ValueError: no context parallelism of diffusers in this model, or heads that the ranks do not divide.
+        ValueError: no context parallelism of diffusers in this model, heads that the ranks do not divide, or
+            ``copy_engines`` where processes do not share memory.
     """
     target = user_model(model)
     assert isinstance(target, Module)
@@ -127,7 +129,7 @@ def shard_attention(model: Module, calibration: Calibration | str | None = None)
     for name, module in found:
         processor = module.processor
         config = copy.copy(getattr(processor, CONFIG))
-        heads, ring = _ranks(config.context_parallel_config)
+        heads, ring = _ranks(config.context_parallel_config, copy_engines)
         found_sites = [] if heads is None else _sites(name, module, heads, calibration)
         sites += found_sites[:1]
         changed = [x.order for x in found_sites if list(x.order) != sorted(x.order)]
@@ -146,7 +148,7 @@ def _sharded_modules(model: Module) -> Iterator[tuple[str, Module]]:
             yield name, module
 
 
-def _ranks(config: Any) -> tuple[Ranks | None, Ranks | None]:
+def _ranks(config: Any, copy_engines: bool) -> tuple[Ranks | None, Ranks | None]:
     """Who exchanges heads, and who forms a ring.
 
     Raises:
@@ -159,7 +161,7 @@ def _ranks(config: Any) -> tuple[Ranks | None, Ranks | None]:
             allowed="equal parts of the sequence",
             todo="Leave that out, and pad the sequence to a multiple of the number of ranks.",
         )
-    heads = Ranks.of(config._ulysses_mesh) if config.ulysses_degree > 1 else None
+    heads = Ranks.of(config._ulysses_mesh, copy_engines) if config.ulysses_degree > 1 else None
     return heads, Ranks.of(config._ring_mesh) if config.ring_degree > 1 else None
 
 
