@@ -13,7 +13,8 @@ far outputs are from one GPU's. Weights are random. In training they are sharded
 block is checkpointed. With ``--shares`` also the time that attention takes, and that of the dearest GPU over the mean.
 
 Rows of fewer GPUs than there are run at the same time, on GPUs of their own: first all of one GPU, then forwards, then
-training, then forwards as CUDA graphs. ``--csv`` keeps the table, for scaling_model.py, and the kernels of each row.
+training, then forwards as CUDA graphs (``--launches``). ``--csv`` keeps the table, for scaling_model.py, and the
+kernels of each row.
 With ``--rows`` each row is kept in a folder as soon as it is there, and what is there is not measured again; with
 ``--gpus 0`` nothing is.
 """
@@ -47,6 +48,9 @@ from sparge_compile.parallel.measured import attention_seconds_by_rank
 STEPS = {"forward": 5, "training": 3, "distillation": 3}  # that are timed, after two
 
 
+LAUNCHES = {"kernels": "", "graph": "as a graph", "reduce-overhead": "by reduce-overhead"}  # who is in a CUDA graph
+
+
 class Job(NamedTuple):
     """What makes a row."""
 
@@ -59,7 +63,7 @@ class Job(NamedTuple):
     launch: str = "kernels"
 
     def __str__(self) -> str:
-        said = [self.step, self.attention, self.way, self.heads, self.overlap, "as a graph" * (self.launch == "graph")]
+        said = [self.step, self.attention, self.way, self.heads, self.overlap, LAUNCHES[self.launch]]
         return f"{self.gpus} GPUs, {', '.join(filter(None, said))}"
 
 
@@ -71,12 +75,11 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
             ways = ("FSDP2", "heads", "ring") if n > 1 else ("",)
             found += [Job(n, "losses", "sparse", way, overlap=args.overlap[0] * (way == "heads")) for way in ways]
         return found
-    launches = ["kernels", *["graph"] * args.graphs]
-    for launch, step, n, attention in product(launches, args.steps, args.gpus, args.attention):
-        if (launch == "graph" and step != "forward") or (step == "distillation" and attention == "dense"):
+    for launch, step, n, attention in product(args.launches, args.steps, args.gpus, args.attention):
+        if (launch != "kernels" and step != "forward") or (step == "distillation" and attention == "dense"):
             continue
         ways = args.ways if n > 1 else [""]
-        overlaps = args.overlap[: None if launch == "kernels" else 1] if n > 1 and attention == "sparse" else [""]
+        overlaps = args.overlap if n > 1 and attention == "sparse" else [""]
         for way, overlap in product(ways, overlaps):
             unequal = args.shares and (way, attention) == ("heads", "sparse") and n > 1
             for heads in ("as they come", "balanced") if unequal else ("",):
@@ -89,7 +92,8 @@ def turn_of(job: Job, args: argparse.Namespace) -> tuple[int, ...]:
     if args.losses:
         return (args.gpus.index(job.gpus),)
     step = 0 if job.gpus == 1 else 1 + args.steps.index(job.step)
-    return job.launch == "graph", step, args.overlap.index(job.overlap or args.overlap[0]), args.gpus.index(job.gpus)
+    overlap = args.overlap.index(job.overlap or args.overlap[0])
+    return args.launches.index(job.launch), step, overlap, args.gpus.index(job.gpus)
 
 
 def sent(args: argparse.Namespace, world: int, way: str, trains: bool) -> float:
@@ -109,7 +113,7 @@ def measure(run: Run, job: Job) -> dict[str, Any]:
     row |= {"heads are": job.heads, "overlap": job.overlap, "launched": job.launch}
     inputs = run.inputs()
     model = run.model(trains, job.way, job.heads != "as they come")
-    run.compiled(model if trains else model.requires_grad_(False).eval(), job.attention)
+    run.compiled(model if trains else model.requires_grad_(False).eval(), job.attention, job.launch)
     run.peak()
     if not trains:
         call = torch.no_grad()(lambda: model(*inputs))
@@ -117,7 +121,7 @@ def measure(run: Run, job: Job) -> dict[str, Any]:
             call = run.captured(call)
         took = run.seconds(call, STEPS[job.step])
         row |= {"ms": 1000 * took.all, "host ms": 1000 * took.host, "GiB": run.peak(), "out": call().float().cpu()}
-        row |= {"kernels": run.kernels_of(call) if job.launch == "kernels" else {}}
+        row |= {"kernels": run.kernels_of(call)}
         if args.shares and run.world > 1 and job.attention == "sparse":
             seconds = attention_seconds_by_rank(call, run.group)
             mean = sum(seconds) / run.world
@@ -245,7 +249,13 @@ def arguments(given: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to see that everything runs")
     parser.add_argument("--csv", help="write the table to this file as well, and kernels to another beside it")
     parser.add_argument("--rows", help="a folder where rows are kept, and others may be")
-    parser.add_argument("--graphs", action="store_true", help="forwards as one CUDA graph, too")
+    parser.add_argument(
+        "--launches",
+        nargs="+",
+        default=["kernels"],
+        choices=LAUNCHES,
+        help="of forwards: kernel by kernel, the model as one CUDA graph, each block as one by torch.compile's mode",
+    )
     under_way = "; ".join(f"{name}: {said}" for name, said in OVERLAPS.items())
     parser.add_argument("--overlap", nargs="+", default=["on"], choices=OVERLAPS, help=f"under way: {under_way}")
     args = parser.parse_args(given)
@@ -254,8 +264,8 @@ def arguments(given: Sequence[str]) -> argparse.Namespace:
         args.layers, args.heads, args.head_size, args.ffn, args.latents, args.inner = 2, 4, 16, 64, [4, 32, 32], "eager"
     counts = args.gpus if args.gpus is not None else [n for n in (1, 2, 4) if n <= max(1, torch.cuda.device_count())]
     args.gpus = [n for n in counts if n]
-    if args.graphs and args.device == "cpu":
-        parser.error("--graphs: there are no CUDA graphs on a CPU")
+    if args.launches != ["kernels"] and args.device == "cpu":
+        parser.error("--launches: there are no CUDA graphs on a CPU")
     return args
 
 
@@ -320,7 +330,8 @@ def show(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     ]
     shown += ["host ms", "computing ms", "exchange ms", "apart", "attention ms", "dearest ÷ mean"]
     shown = [name for name in shown if any(row.get(name) not in (None, "") for row in rows)]
-    rows.sort(key=lambda row: (row["launched"] == "graph", row["step"], row["attention"], row["way"] == "ring"))
+    launches = list(LAUNCHES)
+    rows.sort(key=lambda row: (launches.index(row["launched"]), row["step"], row["attention"], row["way"] == "ring"))
     print(harness.table([{name: row.get(name) for name in shown} for row in rows]), flush=True)
     if args.csv:
         kernels = [(row["job"], name, ms) for row in rows for name, ms in row.get("kernels", {}).items()]

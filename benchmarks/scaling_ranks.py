@@ -16,6 +16,7 @@ import harness
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._inductor import list_mode_options
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from wan_stand_in import CHANNELS, TEXT, Wan
@@ -95,13 +96,15 @@ class Run:
         moved = (x.to(self.device, self.dtype) for x in (latents, text))
         return *moved, torch.full((batch,), 500.0, device=self.device)
 
-    def compiled(self, model: nn.Module, attention: str) -> nn.Module:
-        """Its blocks compiled, one graph for all; sparse, or by the inner backend alone, without its unsound fusion."""
+    def compiled(self, model: nn.Module, attention: str, launch: str = "kernels") -> nn.Module:
+        """Its blocks compiled, one graph for all; sparse, or by the inner backend alone, without its unsound fusion.
+        ``launch``: ``reduce-overhead`` has each block as a CUDA graph."""
         torch._dynamo.reset()
         how: dict[str, Any] = {"backend": self.args.inner, "fullgraph": True}
+        mode = launch if launch == "reduce-overhead" else None
         if attention == "sparse":
             calibration = Calibration({"blocks.*.attn1": [(share, 0.0) for share in self.costs]})
-            options = {"calibration": calibration, "min_seq_len": 1024, "inner": self.args.inner}
+            options = {"calibration": calibration, "min_seq_len": 1024, "inner": self.args.inner, "inductor_mode": mode}
             overlap = self.overlap
             turns.TURNS = 3 if overlap.endswith("thirds") else TURNS
             turns.LEAST_BYTES = math.inf if overlap.endswith("whole") or overlap == "off" else LEAST_BYTES
@@ -109,7 +112,7 @@ class Run:
                 options["inductor"] = {"reorder_for_compute_comm_overlap": False}
             how |= {"backend": "sparge", "options": options}
         elif self.args.inner == "inductor":
-            how["options"] = sound()
+            how["options"] = {**list_mode_options(mode or "default"), **sound()}
         for block in model.blocks:
             block.compile(**how)
         return model
