@@ -112,7 +112,7 @@ def test_what_is_expected_of_several_gpus():
 def test_rows_are_measured_in_turns_of_groups_that_are_as_large():
     """All of one GPU at once, then forwards, then training, then graphs; each number of GPUs in the order given."""
     (args,) = scaling.settings(["--device", "cpu", "--gpus", "1", "4", "2"])
-    args.graphs = True  # there are none on a CPU
+    args.launches = ["kernels", "graph"]  # there are none on a CPU
     jobs = scaling.jobs_of(args)
     assert [(job.gpus, job.step, job.launch) for job in jobs[::2]] == [
         *[(1, step, "kernels") for step in ("forward", "training")],
