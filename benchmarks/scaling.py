@@ -116,7 +116,7 @@ def measure(run: Run, job: Job) -> dict[str, Any]:
     run.compiled(model if trains else model.requires_grad_(False).eval(), job.attention, job.launch)
     run.peak()
     if not trains:
-        call = torch.no_grad()(lambda: model(*inputs))
+        call = torch.no_grad()(partial(run.step, model, inputs))
         if job.launch == "graph":
             call = run.captured(call)
         took = run.seconds(call, STEPS[job.step])

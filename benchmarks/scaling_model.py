@@ -26,6 +26,7 @@ import harness
 import torch
 
 from sparge_compile.cost import CostModel, Shape, class_costs, idle
+from sparge_compile.passes.write.turns import LEAST_BYTES
 
 TEXT, HEAD_SIZE, BYTES = 512, 128, 2
 
@@ -83,16 +84,17 @@ def split(ranks: int, heads: int, machine: Machine, ring_alone: bool = False) ->
     return exchanging, ranks // exchanging
 
 
-def bare(heads: int, overlap: str) -> tuple[float, int]:
+def bare(heads: int, overlap: str, queries: float = LEAST_BYTES) -> tuple[float, int]:
     """What nothing hides of an exchange of so many heads a rank: a share of its bytes, and collectives.
 
     ``off``: all of it, values, keys with queries, and the result. ``whole``: values go while keys and queries are
     projected. ``on``, ``engines``: so do keys and queries of the second turn, and the result of the first; ``thirds``:
-    of three.
+    of three; where a rank's ``queries``, in bytes, are too few for turns, as ``whole``.
     """
     if overlap == "off":
         return 1.0, 3
-    turns = min(heads, {"whole": 1, "thirds": 3}.get(overlap.removeprefix("engines-"), 2))
+    wanted = {"whole": 1, "thirds": 3}.get(overlap.removeprefix("engines-"), 2)
+    turns = min(heads, wanted) if queries >= LEAST_BYTES else 1
     first, last = heads // turns / heads, -(-heads // turns) / heads
     return (2 * first + last) / 4, 2
 
@@ -133,7 +135,7 @@ def predict(
     attention = attention_seconds(model, length / ring, length, heads, density, trains) * imbalance
 
     sent = passes * 4 * rows * model.width * BYTES * (heads_among - 1) / heads_among
-    share, collectives = bare(heads, overlap or ("off" if density is None else "on"))
+    share, collectives = bare(heads, overlap or ("off" if density is None else "on"), rows * model.width * BYTES)
     exchange = sent * share / machine.inside + collectives * passes * machine.latency if heads_among > 1 else 0.0
     if ring > 1:
         part = 2 * rows * heads_among * heads * HEAD_SIZE * BYTES  # keys and values of the rows that a step has

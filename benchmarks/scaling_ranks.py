@@ -29,7 +29,7 @@ from sparge_compile.passes.write import turns
 LEAST_BYTES, TURNS = turns.LEAST_BYTES, turns.TURNS
 # What is under way while something is computed, and who gets a GPU's processors first.
 OVERLAPS = {
-    "on": "exchanges, heads in two turns",
+    "on": "exchanges, heads in two turns where that pays",
     "first": "as on, but exchanges go before kernels that compute, in a stream of high priority",
     "thirds": "as on, but heads take three turns, not two",
     "whole": "as on, but heads do not take turns",
@@ -123,6 +123,12 @@ class Run:
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
+
+    def step(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+        """A forward. What blocks that are CUDA graphs have given lives until the next one."""
+        torch.compiler.cudagraph_mark_step_begin()
+        out: Tensor = model(*inputs)
+        return out
 
     def captured(self, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """The call as one CUDA graph: the host launches it whole."""

@@ -104,6 +104,7 @@ def test_what_is_expected_of_several_gpus():
     assert one_at_a_time.exchange > steps[2].exchange and one_at_a_time.bytes == steps[2].bytes
     assert [scaling_model.bare(6, overlap) for overlap in ("on", "whole", "off")] == [(0.375, 2), (0.75, 2), (1.0, 3)]
     assert scaling_model.bare(3, "on")[0] == pytest.approx((2 * 1 / 3 + 2 / 3) / 4)
+    assert scaling_model.bare(6, "on", queries=2**24) == scaling_model.bare(6, "whole")
     assert scaling_model.bare(3, "thirds")[0] == pytest.approx((2 * 1 / 3 + 1 / 3) / 4)
     dear = scaling_model.predict(model, 32_760, 4, 0.05, imbalance=2.0)
     assert dear.attention == pytest.approx(2 * steps[4].attention) and dear.tokens == steps[4].tokens

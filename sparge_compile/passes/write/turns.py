@@ -22,8 +22,9 @@ from .emit import call, values_like
 sparge, aten = torch.ops.sparge, torch.ops.aten
 _TO_HEADS = {sparge.to_heads, sparge.to_heads.default}
 _TO_ROWS = {sparge.to_rows, sparge.to_rows.default}
-# Of a rank's queries: some 50 µs over NVLink, which is what a second exchange costs, and smaller kernels.
-LEAST_BYTES = 2**24
+# Of a rank's queries: some 0.1 ms over NVLink. A turn more takes a host 0.6 ms (two exchanges, a map, its attention);
+# with fewer, a GPU does not compute for so long in a layer that its host is ahead.
+LEAST_BYTES = 2**25
 TURNS = 2
 
 
