@@ -1,12 +1,12 @@
 #!/bin/sh
-# Everything that wants several GPUs, four or else two, in some 420 s: forwards, training steps, losses, tests under
+# Everything that wants several GPUs, four or else two, in some 480 s: forwards, training steps, losses, tests under
 # NCCL, unequal heads, Wan-14B's shape.
 #   PYTHON=python OUT=folder sh benchmarks/scaling_on_gpus.sh [--tiny] [forward] [training] [losses] [tests] [unequal] [14B]
 # --tiny: processes over gloo, to try it; no names: all parts, what matters most first. Each part has its time, all have
 # $LIMIT seconds; what has used it up is ended with all its processes, and the rows that it measured stand. Losses and
 # tests, which are not timed, run beside unequal heads and 14B, each test file on a pair of GPUs. $OVERLAPS: exchanges that are
 # measured (scaling.py --help), the first of them with all else.
-PYTHON=${PYTHON:-python} OUT=${OUT:-.} LIMIT=${LIMIT:-420} OVERLAPS=${OVERLAPS:-on}
+PYTHON=${PYTHON:-python} OUT=${OUT:-.} LIMIT=${LIMIT:-480} OVERLAPS=${OVERLAPS:-on}
 here=$(dirname "$0") kept=$(mktemp -d) begin=$(date +%s)
 export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
 export TORCHINDUCTOR_COMPILE_THREADS=8 TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$kept/triton}"  # one for all GPUs
@@ -49,8 +49,8 @@ large="$on --gpus 1 $most --heads 40 --ffn 13824 --layers 2 --latents 21 90 160 
 losses="$on --gpus 1 $most --heads 24 --head-size 64 --layers 4 --losses 20 --latents $latents --inner aot_eager --overlap $how --rows $kept/losses"
 
 timed() { wanted "$1" || return; scaling "$1" "$2" $3; shown "$1" 16; table "$1" $3; }
-timed forward 70 "$forward"
-timed training 120 "$training"
+timed forward 100 "$forward"
+timed training 150 "$training"
 wanted losses && scaling losses 190 $losses &
 if wanted tests && [ -z "$on" ]; then # the longest, side by side; then the others, in what is left
     (
