@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import choosing_orders
 import limits
 import messages
 import methods
@@ -360,3 +361,16 @@ def test_the_list_of_messages_knows_which_test_raised_one():
     found = raised_messages.witnesses(["tests/test_errors.py", "-k", "dropout", "-p", "no:cacheprovider"])
     assert {place.partition(":")[0] for place in found} >= {"sparge_compile/functional.py"}
     assert {*found.values()} == {"tests/test_errors.py::test_bad_input_is_refused_in_four_parts[dropout]"}
+
+
+def test_what_a_choice_of_orders_adds_is_told_by_round():
+    rows = [("raster", 8.0), ("chosen", 10.0), ("raster", 10.0), ("chosen", 11.0)]
+    rows = [{"orders": orders, "seconds": seconds} for orders, seconds in rows]
+    assert choosing_orders.added(rows) == pytest.approx([0.25, 0.1])
+
+
+def test_a_choice_of_orders_is_measured_with_as_many_graphs():
+    torch._dynamo.reset()
+    raster, chosen = (choosing_orders.calibrated(choosing_orders.wan(CPU, True), way) for way in choosing_orders.WAYS)
+    assert raster["graphs"] == chosen["graphs"] == 2
+    assert "orders" in chosen["of which"] and "orders" not in raster["of which"]
