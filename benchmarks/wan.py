@@ -6,7 +6,8 @@
 
 The weights are random and so is the input, whose pooled scores are flat: every head keeps its Top-k share, and shares
 differ between heads. First the sparse model with all blocks kept is compared with the dense one; then both are timed,
-with raster blocks and with tiles, and the profiler says what of each time is attention. Needs diffusers.
+with raster blocks and with tiles, and the profiler says what of each time is attention. Rows are printed as they come,
+and once more in a table. Needs diffusers.
 """
 
 from __future__ import annotations
@@ -124,11 +125,17 @@ def main() -> None:
     model, inputs, heads, tokens = build(args, device, dtype)
     dense = compile_with(model, args.inner, by_block=args.by_block)
     want = dense(**inputs)[0].clone()
-    times = harness.seconds_each({"dense": lambda: dense(**inputs)}, device, 3.0)
-    rows: list[dict[str, object]] = [{"backend": args.inner, "ms": 1000 * times["dense"], "x": 1.0}]
-    if device.type == "cuda":
-        rows[0] |= dict(zip(("GPU ms", "attention ms", "ours ms"), profile(lambda: dense(**inputs)), strict=True))
+    rows: list[dict[str, Any]] = []
 
+    def measure(call: Callable[[], object], **what: Any) -> None:
+        """Add a row, and print it: a run that is cut off has said what it knew."""
+        ms = 1000 * harness.seconds_each({"": call}, device, 3.0)[""]
+        rows.append({**what, "ms": ms, "x": rows[0]["ms"] / ms if rows else 1.0})
+        print(*what.values(), f"{ms:.1f} ms, {rows[-1]['x']:.3f}x", flush=True)
+        if device.type == "cuda":
+            rows[-1] |= dict(zip(("GPU ms", "attention ms", "ours ms"), profile(call), strict=True))
+
+    measure(partial(dense, **inputs), backend=args.inner)
     whole = compile_with(model, args.inner, {"topk": ALL_BUT_NONE, "min_seq_len": MIN_LENGTH}, args.by_block)
     error = relative(whole(**inputs)[0], want)
     print(f"L {tokens}: all blocks kept, error against dense {error:.2g}")
@@ -137,20 +144,15 @@ def main() -> None:
 
     calibrations = {density: calibration_of(density, heads) for density in args.density}
     first = calibrations[args.density[0]]
-    report = sparge_compile.explain(model, {"calibration": first, "min_seq_len": MIN_LENGTH})(**inputs)
-    print(f"{len(report.sparse)} of {len(report)} attentions sparse; mean shares of key blocks {args.density}")
     for order in ("raster", "tiles"):
         options = {"calibration": first, "min_seq_len": MIN_LENGTH, "token_order": order}
         with sparge_compile.attach(model, first, grid=grid_of) as attached:
             sparse = compile_with(model, args.inner, options, args.by_block)
             for density, calibration in calibrations.items():
                 attached.set(calibration)
-                call = partial(sparse, **inputs)
-                ms = 1000 * harness.seconds_each({"sparse": call}, device, 3.0)["sparse"]
-                row = {"backend": f"sparge, {order}", "density": density, "ms": ms, "x": rows[0]["ms"] / ms}
-                if device.type == "cuda":
-                    row |= dict(zip(("GPU ms", "attention ms", "ours ms"), profile(call), strict=True))
-                rows.append(row)
+                measure(partial(sparse, **inputs), backend=f"sparge, {order}", density=density)
+    report = sparge_compile.explain(model, {"calibration": first, "min_seq_len": MIN_LENGTH})(**inputs)
+    print(f"{len(report.sparse)} of {len(report)} attentions sparse; mean shares of key blocks {args.density}")
     print(harness.table(rows))
     if args.csv:
         harness.write_csv(args.csv, rows)
