@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import value_error
 from ..keeping import WIDTH, Kept
@@ -40,6 +42,7 @@ class Attachment:
         entries = find_targets(model, calibration)
         self._sites = {(name, index): modules[name] for name, index in entries}
         _check_names(calibration, grid, modules)
+        _warn_of_two_names(calibration, entries, modules)
         self._phases = Phases.of(calibration, calibration.schedule, lambda phase: find_targets(model, phase))
         for (name, index), values in self._phases.values(0).items():
             target = name, index
@@ -52,7 +55,8 @@ class Attachment:
                 child.planned[index] = planned
             if self._grids is not None:
                 child.grid = self._grids.of(site_name(target))
-        self._hook = None if self._grids is None else self._grids.hook(model)
+        self._hook: RemovableHandle | None = None
+        self._follow_grids(True)
         self._begin(self._phases.first)
 
     @property
@@ -201,16 +205,31 @@ class Attachment:
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Sites without buffers and hooks, which come back as they were: code that was compiled with them fits."""
+        """Sites without buffers and hooks, which come back as they were: code that was compiled with them fits.
+
+        Raises:
+            ValueError: in the end, where somebody attached others meanwhile; these stay.
+        """
         held = {module: attached_to(module) for module in self._sites.values()}
         for module in held:
             remove_child(module)
+        self._follow_grids(False)
         try:
             yield
         finally:
+            others = [site_name(target) for target, module in self._sites.items() if attached_to(module) is not None]
+            if others:
+                self._sites = {}
+                raise value_error(
+                    "attach: thresholds were attached while others were off the model for a while",
+                    given=", ".join(others),
+                    allowed="those of one call of attach at a time",
+                    todo="Call remove() of what attach returned before you go on; attach when calibrate is done.",
+                )
             for module, child in held.items():
                 assert child is not None
                 put_child(module, child)
+            self._follow_grids(True)
 
     def remove(self) -> None:
         """Take buffers and hooks off the model, whose sites then have the option ``calibration`` or the defaults."""
@@ -224,9 +243,14 @@ class Attachment:
             if not child.indices:
                 remove_child(module)
         self._sites = {}
+        self._follow_grids(False)
+        compile_anew(self._model)
+
+    def _follow_grids(self, follows: bool) -> None:
+        """Put the hook that follows grids on the model, if it is to have one, or take it off."""
         if self._hook is not None:
             self._hook.remove()
-        compile_anew(self._model)
+        self._hook = self._grids.hook(self._model) if follows and self._grids is not None else None
 
     def __enter__(self) -> Attachment:
         return self
@@ -260,6 +284,21 @@ def _check_names(calibration: Calibration, grid: Grids | None, modules: Mapping[
                 given=", ".join(map(repr, missed)),
                 allowed=f"modules that may compute attention, as {', '.join(near_names(missed, modules))}",
                 todo="sparge_compile.explain(model)(...) lists the sites.",
+            )
+
+
+def _warn_of_two_names(
+    calibration: Calibration, entries: Mapping[Target, str], modules: Mapping[str, nn.Module]
+) -> None:
+    """Warn where a module has several names with different thresholds: its buffers hold those of the last one."""
+    known: dict[tuple[nn.Module, int], Target] = {}
+    for target, entry in entries.items():
+        first = known.setdefault((modules[target[0]], target[1]), target)
+        if calibration.sites[entries[first]] != calibration.sites[entry]:
+            warnings.warn(
+                f"sparge: {site_name(first)} and {site_name(target)} are one module, whose thresholds are those of "
+                f"{site_name(target)}. The option 'calibration' tells them apart, where the whole model is compiled.",
+                stacklevel=4,
             )
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparge_compile import Calibration, Options, attention, calibrate, explain
+from sparge_compile import Calibration, Options, attach, attention, calibrate, explain
 from sparge_compile.calibrate import conduct, influence, order_choice, orders, stages
 from sparge_compile.calibrate.calls import ModelCall
 from sparge_compile.calibrate.curves import TOPK
@@ -247,6 +247,21 @@ def test_sites_have_orders_of_their_own_in_the_graph_that_is_there(shared):
         )
         expected = ((out - model(x)).norm() / model(x).norm()).item()
     assert found[1] == pytest.approx(expected, rel=1e-3) and found[1] > 1.1 * found[0]
+
+
+def test_thresholds_that_a_user_attaches_between_questions_are_refused_and_stay():
+    model, sites = made(), dict.fromkeys(NAMES, 2)
+    own = Calibration({NAMES[0]: [(0.3, 0.0)]})
+    with KeptTrial(model, Options(min_seq_len=0)) as trials:
+        with trials.of(sites):
+            pass
+        attached = attach(model, own)
+        said = f"attached while others were off the model for a while: got {NAMES[0]}"
+        with pytest.raises(ValueError, match=said), trials.of(sites):
+            pass
+    assert attached.names == (NAMES[0],) and torch.equal(attached.buffers()[NAMES[0]], torch.tensor([[0.3, 0.0]]))
+    attached.remove()
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_very_many_sites_are_asked_of_together():

@@ -371,3 +371,13 @@ def test_a_saved_model_with_thresholds_is_built_and_attached_before_it_is_loaded
     handle = attach(fresh, Calibration({"*.inner": [(1, 0)] * 4}))
     fresh.load_state_dict(saved.state_dict())
     assert handle.get().sites[NAMES[1]] == ((0.25, 0.5),) * 4
+
+
+def test_a_module_with_two_names_has_the_thresholds_of_the_last_and_says_so(recwarn):
+    model = Model(2)
+    model.blocks[1].attn = model.blocks[0].attn
+    attach(model, calibration(["*"])).remove()
+    assert not recwarn
+    with pytest.warns(UserWarning, match=f"{NAMES[0]} and {NAMES[1]} are one module, whose thresholds are those of"):
+        attached = attach(model, calibration(NAMES[:2]))
+    assert torch.equal(attached.buffers()[NAMES[0]], torch.tensor(calibration(NAMES[:2]).sites[NAMES[1]]))

@@ -169,6 +169,18 @@ def test_a_copy_follows_its_own_calls_and_a_removed_grid_is_gone(opened_graphs) 
     assert orders_of(model, GRIDS[0], opened_graphs) == ["raster: no grid known"]
 
 
+def test_a_grid_is_not_asked_for_while_thresholds_are_off() -> None:
+    model, asked = made(), []
+    attached = attach(model, SPARSE, grid=lambda video: asked.append(1) or grid_of(video))
+    with attached.off():
+        model(video_of(GRIDS[0]))
+        assert not model._forward_pre_hooks and not asked
+    model(video_of(GRIDS[0]))
+    assert len(asked) == 1 == len(model._forward_pre_hooks)
+    attached.remove()
+    assert not model._forward_pre_hooks
+
+
 def test_a_grid_that_is_none_is_refused() -> None:
     with pytest.raises(TypeError, match="attach: grid cannot be read"):
         attach(made(), SPARSE, grid="21x30x52")
