@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import itertools
 import math
 import statistics
@@ -32,10 +33,14 @@ from sparge_compile import Calibration
 
 SHORT, LONG = 500, 2000  # steps
 LESSONS, EPOCHS, GENTLER = 1500, 4, 600  # of the student that ships, each a step; of those that keep more, from it on
-SHIPPED, SHIP_SEED, SHIP_RATE = ("0.951", "0.9", "by-step"), 50, 2e-3
+SHIP_SEED, SHIP_RATE = 50, 2e-3
 SHIFTS = (5.0, 2.0)  # of times, beside that of training: strokes get their edges at less noise
 SHOWN = 3  # clips of a picture
 TARGETS, RULES, ORDERS = (0.951, 0.9, 0.97), ("hybrid", "topk", "topp"), ("tiles", "raster")  # 19 of 392 blocks
+MILDER, UNTRAINED = (
+    (0.9, 0.8, 0.7),
+    (0.8, 0.7, 0.5),
+)  # sparsities of other students, and of the dense weights, to be told
 RATES = {ALL: (5e-4, 1e-3, 4e-3, 8e-3), ATTENTION: (2e-3, 8e-3)}  # beside those of case.RATES
 TIMES = (0.99, 0.97, 0.95, 0.9, 0.8, 0.6, 0.3)
 DENSE_STEPS = (2, 5)  # of sampling
@@ -48,7 +53,7 @@ def case(rule: str = "hybrid", target: float = TARGETS[0], order: str = "tiles",
     return Case("arms", rule, kind, target, order)
 
 
-BY_STEP = case("topk", order="moved", kind="by step")
+FIRST, BY_STEP = str(TARGETS[0]), "by-step"  # students
 
 
 def arms() -> list[Case]:
@@ -108,42 +113,57 @@ def aim(lab: Lab, seed: int, arm: Case) -> Aim | None:
 
 
 def shipped() -> dict[str, Case]:
-    """The student that ships; and from its weights on one that keeps more, and one that keeps more late in sampling."""
-    first, *others = (replace(each, part="shipped") for each in (case("topk"), case("topk", 0.9), BY_STEP))
-    rate, long = SHIP_RATE / 2, LESSONS * EPOCHS
-    tuned = first.tuned(long, rate=SHIP_RATE), others[0].tuned(GENTLER, rate=rate), others[1].tuned(long, rate=rate)
-    return dict(zip(SHIPPED, tuned, strict=True))
+    """The student that ships; from its weights on those that keep more, and one that keeps more late in sampling. What
+    has the dense weights, for the blind test, is not trained."""
+    long, rate = LESSONS * EPOCHS, SHIP_RATE / 2
+    students = {FIRST: case("topk").tuned(long, rate=SHIP_RATE)}
+    students |= {str(target): case("topk", target).tuned(GENTLER, rate=rate) for target in MILDER}
+    students[BY_STEP] = case("topk", order="moved", kind="by step").tuned(long, rate=rate)
+    students = {name: replace(each, part="shipped") for name, each in students.items()}
+    return students | {f"{target}-untrained": case("topk", target, "moved") for target in UNTRAINED}
 
 
 def ship(lab: Lab, seed: int) -> None:
-    """The students that are kept. Each is one; seeds are of what judges."""
-    paths = {name: lab.args.out / f"student-{name}.safetensors" for name in SHIPPED}
+    """What is shown: the students, each is one, and models that are not trained; seeds are of what judges."""
     for name, arm in shipped().items():
-        arm, path, begins = scaled(arm, lab.args.scale), paths[name], paths[SHIPPED[0]]
-        if lab.has(arm, seed) or not fnmatch.fnmatch(name, lab.args.students):
+        arm = scaled(arm, lab.args.scale)
+        if lab.has(arm, seed) or not any(fnmatch.fnmatch(name, pattern) for pattern in lab.args.students):
             continue
         calibration = thresholds(lab, seed, arm)
-        if not path.exists():
-            if path != begins and not begins.exists():
-                raise SystemExit(f"{name} goes on from {begins}, which is not there: --students {SHIPPED[0]} makes it")
-            weights = None if path == begins else load_file(begins, str(lab.device))
-            model = lab.tuned(arm, 0, calibration, None, weights, sharper(lab, arm, calibration))
-            save_student(weights_of(model, ALL), calibration, path)
-        model = lab.student(calibration).set(calibration, load_file(path, str(lab.device)))
+        weights = learned(lab, name, arm, calibration) if arm.steps else None
+        model = lab.student(calibration).set(calibration, weights)
         sparsity = lab.sparsity(calibration, next(lab.held_out(seed)), lab.copy_of(model))
         lab.add(arm, seed, lab.quality(lab.called(model, calibration), seed, sparsity), calibration)
-        show(lab, seed, name, "distilled", lab.samples(lab.called(lab.sparse(calibration), calibration), seed)[0])
+        show(lab, seed, name, "distilled" if arm.steps else "dense weights")
 
 
-def show(lab: Lab, seed: int, name: str, kind: str, untrained: Tensor | None = None) -> None:
-    """Keep the pairs for a blind test of what was drawn last; of seed 0 a picture."""
+def learned(lab: Lab, name: str, arm: Case, calibration: Calibration) -> dict[str, Tensor]:
+    """The weights of a student. It is trained if its file is not there."""
+    path, first = (lab.args.out / f"student-{each}.safetensors" for each in (name, FIRST))
+    if not path.exists():
+        if path != first and not first.exists():
+            raise SystemExit(f"{name} goes on from {first}, which is not there: --students {FIRST} makes it")
+        begins = None if path == first else load_file(first, str(lab.device))
+        model = lab.tuned(arm, 0, calibration, None, begins, sharper(lab, arm, calibration))
+        save_student(weights_of(model, ALL), calibration, path)
+    return load_file(path, str(lab.device))
+
+
+def show(lab: Lab, seed: int, name: str, kind: str) -> None:
+    """Keep the pairs for a blind test of what was drawn last, and controls; of seed 0 a picture."""
     assert lab.drawn is not None
     dense = lab.dense_samples(seed)
     if not seed:
         picture = lab.args.out / f"samples_{name}.jpg"
         sheet({"dense": dense[:SHOWN], kind: lab.drawn[:SHOWN]}).save(picture, quality=90)
-    found = paired(lab.setup, dense, lab.drawn, kind, untrained)
+    found = paired(lab.setup, dense, controls(lab, seed), lab.drawn, kind)
     keep_clips(found, lab.args.out / f"clips-{name}-{seed}.safetensors")
+
+
+@functools.cache
+def controls(lab: Lab, seed: int) -> Tensor:
+    """Samples that anyone should find: at the sparsity of the student that ships, without training."""
+    return lab.samples(lab.sparse(thresholds(lab, seed, case("topk"))), seed)[0]
 
 
 def sharper(lab: Lab, arm: Case, calibration: Calibration) -> Iterator[Batch]:
@@ -207,12 +227,12 @@ def judged(lab: Lab, seed: int) -> Iterator[tuple[str, Calibration, nn.Module]]:
     """The student that ships, if it is there; and its thresholds, or those of 95 %, on the dense model's weights. Then
     the same of the one that keeps more late in sampling, if it was trained, which is asked by time alone."""
     calibration = thresholds(lab, seed, case("topk"))
-    paths = lab.args.out / f"student-{TARGETS[0]}.safetensors", lab.setup.weights / "student.safetensors"
+    paths = lab.args.out / f"student-{FIRST}.safetensors", lab.setup.weights / "student.safetensors"
     for path in [path for path in paths if path.exists()][:1]:
         calibration = Calibration.load(path.with_suffix(".json"))
         yield "distilled", calibration, lab.student(calibration).set(calibration, load_file(path, str(lab.device)))
     yield "not trained", calibration, lab.sparse(calibration)
-    path = lab.args.out / f"student-{SHIPPED[-1]}.safetensors"
+    path = lab.args.out / f"student-{BY_STEP}.safetensors"
     if path.exists():
         calibration = Calibration.load(path.with_suffix(".json"))
         student = lab.student(calibration)

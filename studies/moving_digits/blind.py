@@ -38,14 +38,11 @@ ON_A_SHEET = 6
 Pair = tuple[str, Tensor, Tensor]  # its kind, the dense clip [T, side, side], the sparse clip
 
 
-def paired(
-    setup: Setup, dense: Tensor, other: Tensor, kind: str = "distilled", untrained: Tensor | None = None
-) -> list[Pair]:
-    """Of samples of the dense model and another, every third frame; controls where there are untrained ones."""
+def paired(setup: Setup, dense: Tensor, untrained: Tensor, other: Tensor, kind: str = "distilled") -> list[Pair]:
+    """Of samples of the dense model and another, every third frame; controls are of untrained ones."""
     first, controls, count = setup.blind  # clips before the first are in other pictures, with their names
-    kinds = {} if untrained is None else {"not trained": (untrained, range(first, first + controls))}
-    kinds[kind] = other, range(first + controls, first + controls + count)
-    some = slice(None, None, EVERY)
+    second, some = first + controls, slice(None, None, EVERY)
+    kinds = {"not trained": (untrained, range(first, second)), kind: (other, range(second, second + count))}
     return [(kind, dense[i, some], sparse[i, some]) for kind, (sparse, which) in kinds.items() for i in which]
 
 
@@ -56,7 +53,7 @@ def pairs(lab: Lab) -> list[Pair]:
         calibration, student = lab.shipped()
         distilled = lab.samples(student, seed)[0]
         untrained = lab.samples(lab.sparse(calibration), seed)[0]
-        found += paired(lab.setup, lab.dense_samples(seed), distilled, untrained=untrained)
+        found += paired(lab.setup, lab.dense_samples(seed), untrained, distilled)
     return found
 
 

@@ -15,7 +15,7 @@ from sparge_compile import Calibration
 from sparge_compile.thresholds.attached import Attachment
 
 # Share of the key blocks, from this share of the steps on. The last steps go far in time: nothing mends their errors.
-KEPT = {0.0: 8 / 392, 0.62: 20 / 392, 0.82: 48 / 392, 0.94: 110 / 392}
+KEPT = {0.0: 14 / 392, 0.62: 24 / 392, 0.82: 30 / 392, 0.94: 50 / 392}
 
 
 def in_phases(setup: Setup, order: str) -> Calibration:

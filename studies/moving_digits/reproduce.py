@@ -15,8 +15,9 @@ Top-p, hybrid, training-free), orders (raster and tiles, training-free), chosen-
 chooses), distilled-orders (the same after long distillation), rates (learning rates of distillation), losses
 (distillation against the plain loss, matched and shifted data), distilled (the rules after distillation), students
 (long distillation; pictures), shipped (the student of the repository); of the large model arms (rules, orders,
-sparsities, ways to train: arms.py), ship (the student of the repository and one of 90 %), spread (a dense model that
-is trained on; of it and of the students clips are kept for the blind test), apart (where a student's error is), timing.
+sparsities, ways to train: arms.py), ship (the student of the repository, others that go on from it, sparse models with
+the dense weights), spread (a dense model that is trained on; of it and of those of ship clips are kept for the blind
+test), apart (where a student's error is), timing.
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=200, help="of fine-tuning, of the small model (200)")
     parser.add_argument("--long-steps", type=int, default=1000, help="of the students (1000)")
     parser.add_argument("--arms", default="*", help="pattern of their names: arms, chosen-orders, distilled-orders (*)")
-    parser.add_argument("--students", default="*", help=f"pattern of those that ship: {', '.join(arms.SHIPPED)} (*)")
+    parser.add_argument("--students", nargs="+", default=["*"], help=f"patterns: {', '.join(arms.shipped())} (*)")
     parser.add_argument("--scale", type=float, default=1.0, help="of the arms' steps, to try them out (1)")
     parser.add_argument("--batch", type=int, help="clips; samples are drawn from half as many (16; large 4)")
     parser.add_argument("--rounds", type=int, help="batches of held-out clips and of samples (4; large 16)")

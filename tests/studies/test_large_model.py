@@ -119,11 +119,15 @@ def test_the_study_of_the_large_model_at_toy_size(toy: Path, monkeypatch, capsys
     assert "seed 0, distilled: by head" in printed and f"seed 0, {arms.LATE}: by time" in printed
     assert f"{arms.LATE}: by head" not in printed
     assert len(list((found / "pictures").glob("*.jpg"))) == 3
-    assert {path.name for path in found.glob("*.jpg")} == {f"samples_{x}.jpg" for x in (*arms.SHIPPED, "trained-on")}
+    assert {path.name for path in found.glob("*.jpg")} == {f"samples_{x}.jpg" for x in (*arms.shipped(), "trained-on")}
     run(blind.main, monkeypatch, "--clips", found / "clips-0.951-0.safetensors", "--out", toy / "blind")
     assert sorted(row["kind"] for row in tabular.read(toy / "blind" / "key.csv")) == ["distilled", "not trained"]
     run(blind.main, monkeypatch, "--clips", found / "clips-trained-on-0.safetensors", "--out", toy / "others")
-    assert [row["kind"] for row in tabular.read(toy / "others" / "key.csv")] == ["trained on"]
+    assert sorted(row["kind"] for row in tabular.read(toy / "others" / "key.csv")) == ["not trained", "trained on"]
+    kinds = {kind for kind, *_ in blind.kept_clips(found / "clips-0.5-untrained-0.safetensors")}
+    assert kinds == {"not trained", "dense weights"}
+    for row in tabular.where(tabular.read(found / "quality.csv"), order="moved", loss="none"):
+        assert float(row["sparsity"]) == pytest.approx(float(row["target"]), abs=0.13)  # of four blocks
     capsys.readouterr()
     run(blind.main, monkeypatch, "--clips", found / "clips-0.9-0.safetensors", "--measure")
     assert "distilled    seams" in capsys.readouterr().out
