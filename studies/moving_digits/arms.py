@@ -37,10 +37,7 @@ SHIP_SEED, SHIP_RATE = 50, 2e-3
 SHIFTS = (5.0, 2.0)  # of times, beside that of training: strokes get their edges at less noise
 SHOWN = 3  # clips of a picture
 TARGETS, RULES, ORDERS = (0.951, 0.9, 0.97), ("hybrid", "topk", "topp"), ("tiles", "raster")  # 19 of 392 blocks
-MILDER, UNTRAINED = (
-    (0.9, 0.8, 0.7),
-    (0.8, 0.7, 0.5),
-)  # sparsities of other students, and of the dense weights, to be told
+MILDER, UNTRAINED = (0.9, 0.8, 0.7), (0.8, 0.7, 0.5)  # targets of other students, and with the dense weights
 RATES = {ALL: (5e-4, 1e-3, 4e-3, 8e-3), ATTENTION: (2e-3, 8e-3)}  # beside those of case.RATES
 TIMES = (0.99, 0.97, 0.95, 0.9, 0.8, 0.6, 0.3)
 DENSE_STEPS = (2, 5)  # of sampling
