@@ -12,6 +12,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 import by_step
 import torch
@@ -32,7 +33,7 @@ from train import precision
 from sparge_compile import Calibration
 
 SHORT, LONG = 500, 2000  # steps
-LESSONS, EPOCHS, GENTLER = 1500, 4, 600  # of the student that ships, each a step; of those that keep more, from it on
+SHIP_STEPS, EVENER, GENTLER, EPOCHS = 6000, 2000, 600, 4  # of students; long ones see each batch in each epoch
 SHIP_SEED, SHIP_RATE = 50, 2e-3
 SHIFTS = (5.0, 2.0)  # of times, beside that of training: strokes get their edges at less noise
 SHOWN = 3  # clips of a picture
@@ -50,7 +51,7 @@ def case(rule: str = "hybrid", target: float = TARGETS[0], order: str = "tiles",
     return Case("arms", rule, kind, target, order)
 
 
-FIRST, BY_STEP = str(TARGETS[0]), "by-step"  # students
+FIRST, *BY_STEP = str(TARGETS[0]), "by-step", "evener"  # students
 
 
 def arms() -> list[Case]:
@@ -109,39 +110,49 @@ def aim(lab: Lab, seed: int, arm: Case) -> Aim | None:
     return lambda model: aimed(lab, seed, arm.rule, arm.target, arm.order, lab.copy_of(model))
 
 
-def shipped() -> dict[str, Case]:
-    """The student that ships; from its weights on those that keep more, and one that keeps more late in sampling. What
-    has the dense weights, for the blind test, is not trained."""
-    long, rate = LESSONS * EPOCHS, SHIP_RATE / 2
-    students = {FIRST: case("topk").tuned(long, rate=SHIP_RATE)}
-    students |= {str(target): case("topk", target).tuned(GENTLER, rate=rate) for target in MILDER}
-    students[BY_STEP] = case("topk", order="moved", kind="by step").tuned(long, rate=rate)
-    students = {name: replace(each, part="shipped") for name, each in students.items()}
-    return students | {f"{target}-untrained": case("topk", target, "moved") for target in UNTRAINED}
+class Recipe(NamedTuple):
+    """How a model is made that is shown: from which student it goes on, if not from the dense model."""
+
+    arm: Case
+    begins: str = ""
+    epochs: int = 1
+
+
+def shipped() -> dict[str, Recipe]:
+    """The student that ships; from its weights on those that keep more, and two that keep more late in sampling, one
+    after the other. What has the dense weights, for the blind test, is not trained."""
+    rate = SHIP_RATE / 2
+    found = {FIRST: Recipe(case("topk").tuned(SHIP_STEPS, rate=SHIP_RATE), "", EPOCHS)}
+    found |= {str(target): Recipe(case("topk", target).tuned(GENTLER, rate=rate), FIRST) for target in MILDER}
+    stages = zip(BY_STEP, by_step.KEPT, (SHIP_STEPS, EVENER), (FIRST, *BY_STEP), strict=False)
+    for name, kind, steps, begins in stages:
+        found[name] = Recipe(case("topk", order="moved", kind=kind).tuned(steps, rate=rate), begins, EPOCHS)
+    found = {name: each._replace(arm=replace(each.arm, part="shipped")) for name, each in found.items()}
+    return found | {f"{target}-untrained": Recipe(case("topk", target, "moved")) for target in UNTRAINED}
 
 
 def ship(lab: Lab, seed: int) -> None:
     """What is shown: the students, each is one, and models that are not trained; seeds are of what judges."""
-    for name, arm in shipped().items():
-        arm = scaled(arm, lab.args.scale)
+    for name, recipe in shipped().items():
+        arm = scaled(recipe.arm, lab.args.scale)
         if lab.has(arm, seed) or not any(fnmatch.fnmatch(name, pattern) for pattern in lab.args.students):
             continue
         calibration = thresholds(lab, seed, arm)
-        weights = learned(lab, name, arm, calibration) if arm.steps else None
+        weights = learned(lab, name, recipe._replace(arm=arm), calibration) if arm.steps else None
         model = lab.student(calibration).set(calibration, weights)
         sparsity = lab.sparsity(calibration, next(lab.held_out(seed)), lab.copy_of(model))
         lab.add(arm, seed, lab.quality(lab.called(model, calibration), seed, sparsity), calibration)
         show(lab, seed, name, "distilled" if arm.steps else "dense weights")
 
 
-def learned(lab: Lab, name: str, arm: Case, calibration: Calibration) -> dict[str, Tensor]:
+def learned(lab: Lab, name: str, recipe: Recipe, calibration: Calibration) -> dict[str, Tensor]:
     """The weights of a student. It is trained if its file is not there."""
-    path, first = (lab.args.out / f"student-{each}.safetensors" for each in (name, FIRST))
+    path, begins = (lab.args.out / f"student-{each}.safetensors" for each in (name, recipe.begins))
     if not path.exists():
-        if path != first and not first.exists():
-            raise SystemExit(f"{name} goes on from {first}, which is not there: --students {FIRST} makes it")
-        begins = None if path == first else load_file(first, str(lab.device))
-        model = lab.tuned(arm, 0, calibration, None, begins, sharper(lab, arm, calibration))
+        if recipe.begins and not begins.exists():
+            raise SystemExit(f"{name} goes on from {begins}, which is not there: --students {recipe.begins} makes it")
+        weights = load_file(begins, str(lab.device)) if recipe.begins else None
+        model = lab.tuned(recipe.arm, 0, calibration, None, weights, sharper(lab, recipe, calibration))
         save_student(weights_of(model, ALL), calibration, path)
     return load_file(path, str(lab.device))
 
@@ -163,23 +174,23 @@ def controls(lab: Lab, seed: int) -> Tensor:
     return lab.samples(lab.sparse(thresholds(lab, seed, case("topk"))), seed)[0]
 
 
-def sharper(lab: Lab, arm: Case, calibration: Calibration) -> Iterator[Batch]:
-    """Other clips than the arms', at times of training and at less noise by turns; as many as there are lessons, then
-    the same again. Strokes get their edges in the last steps of sampling, at times below 0.75; of those of training
-    5 % are there. Where thresholds have phases, a batch has the times of one of them."""
+def sharper(lab: Lab, recipe: Recipe, calibration: Calibration) -> Iterator[Batch]:
+    """Other clips than the arms', at times of training and at less noise by turns; the same in each epoch. Strokes get
+    their edges in the last steps of sampling, at times below 0.75; of those of training 5 % are there. Where thresholds
+    have phases, a batch has the times of one of them."""
     shifts, within = (lab.setup.shift, *SHIFTS), [(0.0, 1.0)] * (1 + len(SHIFTS))
     if calibration.phases:
         within = by_step.times(lab.setup.shift)
         shifts = tuple((low + high) / (2 - low - high) for low, high in within)  # half are later than the middle
     first = SHIP_SEED + (1 + len(SHIFTS)) * bool(calibration.phases)
-    count = min(arm.steps, math.ceil(LESSONS * lab.args.scale))
+    count = math.ceil(recipe.arm.steps / recipe.epochs)
     how = {"size": lab.args.batch, "device": lab.device, "frames": lab.args.frames}
     each = [
         batches(math.ceil(count / len(shifts)), seed=seed, setup=replace(lab.setup, shift=shift), within=times, **how)
         for seed, (shift, times) in enumerate(zip(shifts, within, strict=True), first)
     ]
     lessons = itertools.islice(itertools.chain.from_iterable(zip(*each, strict=True)), count)
-    return itertools.islice(itertools.cycle(lessons), arm.steps)
+    return itertools.islice(itertools.cycle(lessons), recipe.arm.steps)
 
 
 def scaled(arm: Case, share: float) -> Case:
@@ -222,19 +233,20 @@ def apart(lab: Lab, seed: int) -> None:
 
 def judged(lab: Lab, seed: int) -> Iterator[tuple[str, Calibration, nn.Module]]:
     """The student that ships, if it is there; and its thresholds, or those of 95 %, on the dense model's weights. Then
-    the same of the one that keeps more late in sampling, if it was trained, which is asked by time alone."""
+    the same of those that keep more late in sampling, where they were trained, which are asked by time alone."""
     calibration = thresholds(lab, seed, case("topk"))
     paths = lab.args.out / f"student-{FIRST}.safetensors", lab.setup.weights / "student.safetensors"
     for path in [path for path in paths if path.exists()][:1]:
         calibration = Calibration.load(path.with_suffix(".json"))
         yield "distilled", calibration, lab.student(calibration).set(calibration, load_file(path, str(lab.device)))
     yield "not trained", calibration, lab.sparse(calibration)
-    path = lab.args.out / f"student-{BY_STEP}.safetensors"
-    if path.exists():
-        calibration = Calibration.load(path.with_suffix(".json"))
-        student = lab.student(calibration)
-        yield LATE, calibration, lab.called(student.set(calibration, load_file(path, str(lab.device))), calibration)
-        yield f"{LATE}, not trained", calibration, lab.called(student.set(calibration), calibration)
+    for name, kind in zip(BY_STEP, by_step.KEPT, strict=True):
+        path, late = lab.args.out / f"student-{name}.safetensors", kind.replace("by step", LATE)
+        if path.exists():
+            calibration = Calibration.load(path.with_suffix(".json"))
+            student = lab.student(calibration)
+            yield late, calibration, lab.called(student.set(calibration, load_file(path, str(lab.device))), calibration)
+            yield f"{late}, not trained", calibration, lab.called(student.set(calibration), calibration)
 
 
 def by_time(lab: Lab, seed: int, calibration: Calibration, model: nn.Module) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 import torch
-from by_step import in_phases
+from by_step import KEPT, in_phases
 from case import Case
 from distil import everywhere
 from lab import Lab
@@ -35,8 +35,8 @@ def blocks(lab: Lab) -> int:
 def thresholds(lab: Lab, seed: int, case: Case) -> Calibration:
     """Those that a case names."""
     assert isinstance(case.target, float)
-    if case.thresholds == "by step":
-        return in_phases(lab.setup, case.order)
+    if case.thresholds in KEPT:
+        return in_phases(lab.setup, case.thresholds, case.order)
     if case.thresholds == "one pair":
         return one_pair(lab, seed, case.rule, case.target, case.order)
     wanted = 1 - kept_blocks(lab, case.target) / blocks(lab)

@@ -30,7 +30,7 @@ def arms_table(quality: list[Row]) -> str:
         lines.append([", ".join(words), *(shown(of, m) for m in ("sparsity", *MEASURES))])
     others = {}
     for kind, same in grouped(where(quality, part="shipped"), "thresholds").items():
-        late = f", {LATE}" if kind == "by step" else ""
+        late = f", {kind.replace('by step', LATE)}" if "by step" in kind else ""
         for target, of in grouped(same, "target").items():
             words = "trained on from it" if others else "the student of the repository"
             others[f"{float(target):.0%}{late}, {words}"] = of
