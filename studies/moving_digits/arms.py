@@ -12,6 +12,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import by_step
@@ -147,14 +148,21 @@ def ship(lab: Lab, seed: int) -> None:
 
 def learned(lab: Lab, name: str, recipe: Recipe, calibration: Calibration) -> dict[str, Tensor]:
     """The weights of a student. It is trained if its file is not there."""
-    path, begins = (lab.args.out / f"student-{each}.safetensors" for each in (name, recipe.begins))
+    path = lab.args.out / f"student-{name}.safetensors"
     if not path.exists():
-        if recipe.begins and not begins.exists():
-            raise SystemExit(f"{name} goes on from {begins}, which is not there: --students {recipe.begins} makes it")
-        weights = load_file(begins, str(lab.device)) if recipe.begins else None
+        begins = stored(lab, recipe.begins)
+        if recipe.begins and begins is None:
+            raise SystemExit(f"{name} goes on from {recipe.begins}, which is not in {lab.args.out}: ship that one, too")
+        weights = None if begins is None else load_file(begins, str(lab.device))
         model = lab.tuned(recipe.arm, 0, calibration, None, weights, sharper(lab, recipe, calibration))
         save_student(weights_of(model, ALL), calibration, path)
     return load_file(path, str(lab.device))
+
+
+def stored(lab: Lab, name: str) -> Path | None:
+    """The file of a student, if there is one; of the first it may be the repository's."""
+    paths = lab.args.out / f"student-{name}.safetensors", lab.setup.weights / "student.safetensors"
+    return next((path for path in paths[: 1 + (name == FIRST)] if path.exists()), None)
 
 
 def show(lab: Lab, seed: int, name: str, kind: str) -> None:
@@ -222,7 +230,7 @@ def apart(lab: Lab, seed: int) -> None:
     table = Table(lab.args.out, "apart")
     for name, calibration, model in judged(lab, seed):
         for what, part in APART.items():
-            if table.has(seed, name, what, "all") or (calibration.phases and what != "time"):
+            if table.has(seed, name, what, "all") or (calibration.phases and "time" not in what):
                 continue
             lab.check_time(f"{name} by {what}", PART_SECONDS)
             found = part(lab, seed, calibration, model)
@@ -235,15 +243,13 @@ def judged(lab: Lab, seed: int) -> Iterator[tuple[str, Calibration, nn.Module]]:
     """The student that ships, if it is there; and its thresholds, or those of 95 %, on the dense model's weights. Then
     the same of those that keep more late in sampling, where they were trained, which are asked by time alone."""
     calibration = thresholds(lab, seed, case("topk"))
-    paths = lab.args.out / f"student-{FIRST}.safetensors", lab.setup.weights / "student.safetensors"
-    for path in [path for path in paths if path.exists()][:1]:
+    if (path := stored(lab, FIRST)) is not None:
         calibration = Calibration.load(path.with_suffix(".json"))
         yield "distilled", calibration, lab.student(calibration).set(calibration, load_file(path, str(lab.device)))
     yield "not trained", calibration, lab.sparse(calibration)
     for name, kind in zip(BY_STEP, by_step.KEPT, strict=True):
-        path, late = lab.args.out / f"student-{name}.safetensors", kind.replace("by step", LATE)
-        if path.exists():
-            calibration = Calibration.load(path.with_suffix(".json"))
+        if (path := stored(lab, name)) is not None:
+            calibration, late = Calibration.load(path.with_suffix(".json")), kind.replace("by step", LATE)
             student = lab.student(calibration)
             yield late, calibration, lab.called(student.set(calibration, load_file(path, str(lab.device))), calibration)
             yield f"{late}, not trained", calibration, lab.called(student.set(calibration), calibration)
@@ -259,6 +265,15 @@ def by_time(lab: Lab, seed: int, calibration: Calibration, model: nn.Module) -> 
         batch = torch.lerp(video, noise, time), when, noise - video, classes
         found[f"{time:g}"] = held_out_error(model, lab.dense, [batch])[0]
     return {**found, "all": held_out_error(model, lab.teacher, lab.held_out(seed))[0]}
+
+
+def by_time_of_half(lab: Lab, seed: int, calibration: Calibration, model: nn.Module) -> dict[str, float]:
+    """The same with half of the blocks at all times: what is left then is what weights learned that have fewer."""
+    attached = lab.student(calibration).attached
+    attached.set(Calibration({site: [(0.5, 0.0)] for site in calibration.sites}, tiles=calibration.tiles))
+    found = by_time(lab, seed, calibration, model.model if isinstance(model, by_step.ByStep) else model)
+    attached.set(calibration)
+    return found
 
 
 def pairs_of(lab: Lab, calibration: Calibration) -> dict[str, list[tuple[float, float]]]:
@@ -342,4 +357,11 @@ def by_dense_steps(lab: Lab, seed: int, calibration: Calibration, model: nn.Modu
     return found
 
 
-APART = {"time": by_time, "layer": by_layer, "head": by_head, "ranking": by_ranking, "steps": by_dense_steps}
+APART = {
+    "time": by_time,
+    "time, half of the blocks": by_time_of_half,
+    "layer": by_layer,
+    "head": by_head,
+    "ranking": by_ranking,
+    "steps": by_dense_steps,
+}

@@ -116,7 +116,7 @@ def test_the_study_of_the_large_model_at_toy_size(toy: Path, monkeypatch, capsys
     study = (*study[:-1], "*guided*")
     run(reproduce.main, monkeypatch, *study, "--parts", "arms", "ship", "apart")  # now of the student that ships
     printed = capsys.readouterr().out
-    assert "seed 0, distilled: by head" in printed and f"seed 0, {arms.LATE}, evener: by time" in printed
+    assert "seed 0, distilled: by head" in printed and f"seed 0, {arms.LATE}, evener: by time, half" in printed
     assert f"{arms.LATE}: by head" not in printed
     assert len(list((found / "pictures").glob("*.jpg"))) == 3
     assert {path.name for path in found.glob("*.jpg")} == {f"samples_{x}.jpg" for x in (*arms.shipped(), "trained-on")}
