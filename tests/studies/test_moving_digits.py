@@ -262,6 +262,9 @@ def test_the_pairs_of_the_page_were_found_as_often_as_it_says() -> None:
     assert f"another training of the dense model in {first} and {second}." in start
     first, second, of = read_twice("blind_by_step", "distilled")
     assert f"Two readers found it in {first} and {second} of {of} pairs" in text
+    first, second, of = read_twice("blind_evener", "distilled")
+    one, other = (f"{blind.by_chance(found, of):.3f}".lstrip("0") for found in (first, second))
+    assert f"one found it in {first} of {of} pairs (p = {one}) and the other in {second} (p = {other})" in text
     assert f"late in sampling in {first} and {second}, with" in start
     folder = LARGE.results / "blind_90"
     found = blind.score(folder / "answers.csv", folder / "key.csv")
