@@ -121,13 +121,15 @@ class Recipe(NamedTuple):
 
 def shipped() -> dict[str, Recipe]:
     """The student that ships; from its weights on those that keep more, and two that keep more late in sampling, one
-    after the other. What has the dense weights, for the blind test, is not trained."""
+    after the other; from there on those that keep more at all times. What has the dense weights is not trained."""
     rate = SHIP_RATE / 2
     found = {FIRST: Recipe(case("topk").tuned(SHIP_STEPS, rate=SHIP_RATE), "", EPOCHS)}
     found |= {str(target): Recipe(case("topk", target).tuned(GENTLER, rate=rate), FIRST) for target in MILDER}
     stages = zip(BY_STEP, by_step.KEPT, (SHIP_STEPS, EVENER), (FIRST, *BY_STEP), strict=False)
     for name, kind, steps, begins in stages:
         found[name] = Recipe(case("topk", order="moved", kind=kind).tuned(steps, rate=rate), begins, EPOCHS)
+    for target in MILDER[:2]:
+        found[f"{name}-{target}"] = Recipe(case("topk", target, "moved", kind).tuned(GENTLER, rate=rate), name)
     found = {name: each._replace(arm=replace(each.arm, part="shipped")) for name, each in found.items()}
     return found | {f"{target}-untrained": Recipe(case("topk", target, "moved")) for target in UNTRAINED}
 

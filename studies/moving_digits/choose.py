@@ -36,7 +36,7 @@ def thresholds(lab: Lab, seed: int, case: Case) -> Calibration:
     """Those that a case names."""
     assert isinstance(case.target, float)
     if case.thresholds in KEPT:
-        return in_phases(lab.setup, case.thresholds, case.order)
+        return in_phases(lab.setup, case.thresholds, case.order, case.target)
     if case.thresholds == "one pair":
         return one_pair(lab, seed, case.rule, case.target, case.order)
     wanted = 1 - kept_blocks(lab, case.target) / blocks(lab)

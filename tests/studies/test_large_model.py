@@ -166,6 +166,10 @@ def test_steps_keep_as_many_blocks_over_a_run_as_the_student_that_keeps_the_same
     phases = by_step.in_phases(LARGE, kind, "moved").all_phases()
     pairs = {start: sites["blocks.0.attention"][0] for start, sites in phases.items()}
     assert pairs == {start: (blocks / 392, 0.0) for start, blocks in of.items()}
+    twice = by_step.in_phases(LARGE, kind, "moved", 0.9).all_phases()
+    assert {start: sites["blocks.0.attention"][0][0] for start, sites in twice.items()} == {
+        start: 2 * blocks / 392 for start, blocks in of.items()
+    }
 
 
 @pytest.mark.parametrize("within", by_step.times(LARGE.shift))
