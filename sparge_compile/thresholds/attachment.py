@@ -45,7 +45,8 @@ def attach(
             single blocks: ``(frames, height, width)`` in tokens, or ``(prefix, frames, height, width, suffix)``; or a
             function of the model's inputs that gives one of these, or None, and is asked at each call: ``lambda x,
             **kwargs: (x.shape[2], x.shape[3] // 2, x.shape[4] // 2)``. A dict has them by site name or pattern. Dynamo
-            may trace the function. Another grid compiles nothing anew where sizes are dynamic.
+            may trace the function. Another grid compiles nothing anew where sizes are dynamic. A module that attends in
+            its own forward and is compiled by itself does not see it, and takes the option ``grid``.
 
     Returns:
         An :class:`Attachment`: change the values with ``set``, take them off with ``remove`` or as a context manager.
