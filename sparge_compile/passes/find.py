@@ -23,11 +23,11 @@ from ..naming import SiteNames, code_of, join, module_path
 from ..report import Reason, Site
 from .match.attention import Attention, Refusal
 from .match.decomposed import match_softmax
-from .match.dialects import Spoken, match_spoken, spoken
+from .match.dialects import match_spoken, spoken
 from .match.foreign import known_of, match_foreign
 from .match.joint import Parts, joint_parts
 from .match.ranks import exchanged, is_ring, match_ring
-from .match.scope import TRANSPARENT
+from .match.scope import TRANSPARENT, Scope
 from .match.sdpa import is_sdpa, match_sdpa
 from .match.softmax import is_softmax
 from .mha.autograd_function import is_autograd_function, open_function
@@ -64,7 +64,7 @@ class Match:
     path: str
     graph_module: GraphModule
     node: Node
-    reader: Reader
+    scope: Scope
     callers: tuple[Caller, ...] = ()
     inside: GraphModule | None = None
     attention: Attention | None = None
@@ -73,12 +73,17 @@ class Match:
     tile: Tile | None = None
     keeps: bool = False
 
+    @property
+    def reader(self) -> Reader:
+        """The graph that it stands in, to be read."""
+        return self.scope.reader
+
     @cached_property
     def parts(self) -> Parts | str:
         """The parts that the attention's sequence is put together of, or why there are none."""
         if self.attention is None or self.inside is not None:
             return "nothing is known of what is inside a larger call"
-        return joint_parts(self.attention, self.reader)
+        return joint_parts(self.attention, self.scope)
 
     def gathering(self) -> Match:
         """The match as one whose operands are brought into an order of tokens, and its result back, where it stands."""
@@ -100,23 +105,18 @@ def find(graph_module: GraphModule, stored: Collection[Node] = ()) -> list[Match
 
     ``stored`` are the inputs that are parameters, buffers or constants; graphs of Dynamo tell themselves.
     """
-    return list(_find(graph_module, SiteNames(), (), None, stored))
+    return list(_find(Scope(Reader(graph_module, stored)), SiteNames(), (), None))
 
 
-def _find(
-    owner: GraphModule,
-    names: SiteNames,
-    callers: tuple[Caller, ...],
-    obstacle: Reason | None,
-    stored: Collection[Node],
-) -> Iterator[Match]:
-    reader = Reader(owner, stored)
+def _find(scope: Scope, names: SiteNames, callers: tuple[Caller, ...], obstacle: Reason | None) -> Iterator[Match]:
+    reader = scope.reader
+    owner = reader.owner
     transforms = 0  # of torch.func, entered and not yet left
     for node in owner.graph.nodes:
         target = getattr(node.target, "__name__", "")
         transforms += (target in _ENTER_TRANSFORM) - (target in _LEAVE_TRANSFORM)
         around = Reason.TRANSFORM if transforms > 0 else obstacle
-        where: dict[str, Any] = {"graph_module": owner, "node": node, "reader": reader, "callers": callers}
+        where: dict[str, Any] = {"graph_module": owner, "node": node, "scope": scope, "callers": callers}
         where["path"] = module_path(node)
         if is_sdpa(node):
             yield _match(names, "sdpa", match_sdpa(node, reader), around, where)
@@ -143,7 +143,9 @@ def _find(
             yield _match(names, *match_spoken(call, reader), around, where)
         elif is_autograd_function(node) and (opened := open_function(node, owner)) is not None:
             where["inside"], called = opened
-            yield _match(names, *_called_inside(where["inside"], called, Caller(owner, node), reader), around, where)
+            reading = scope.into(opened[0], node).reader
+            kind, found = ("op", called) if isinstance(called, Refusal) else match_spoken(called, reading)
+            yield _match(names, kind, found, around, where)
         elif (foreign := match_foreign(node)) is not None:
             yield _match(names, foreign.kind, foreign.refusal, around, where, **foreign.known)
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
@@ -153,23 +155,8 @@ def _find(
                 if nested is not None:
                     once = node.target.name() in TRANSPARENT and len(argument.users) == 1
                     inner = around if once else Reason.CONTROL_FLOW
-                    yield from _find(nested, names, (*callers, caller), inner, _stored_inside(nested, caller, reader))
-
-
-def _called_inside(
-    inside: GraphModule, called: Spoken | Refusal, caller: Caller, reader: Reader
-) -> tuple[str, Attention | Refusal]:
-    """The kind and the attention of the one call in an autograd function."""
-    if isinstance(called, Refusal):
-        return "op", called
-    return match_spoken(called, Reader(inside, _stored_inside(inside, caller, reader)))
-
-
-def _stored_inside(nested: GraphModule, caller: Caller, reader: Reader) -> list[Node]:
-    """The inputs of a nested graph that are what the module stores: its operands are those behind it."""
-    inputs = nested.graph.find_nodes(op="placeholder")
-    operands = caller.node.args[-len(inputs) :] if inputs else ()
-    return [each for each, x in zip(inputs, operands, strict=False) if isinstance(x, Node) and reader.is_stored(x)]
+                    inner_scope = scope.nested(node) or scope.into(nested, node)
+                    yield from _find(inner_scope, names, (*callers, caller), inner)
 
 
 def _opened(inside: GraphModule | None) -> Attention | Refusal | None:

@@ -19,11 +19,9 @@ from ..options import Options
 from .find import Match
 from .match.attention import Operand
 from .match.find_grid import Grids
-from .match.scope import Scope
 from .mha.open import inputs_of
 from .read.axes import Dim
 from .read.fx_utils import size_hint, size_text
-from .read.reader import Reader
 from .stated import SizedGrid, fitted, stated_grids
 
 NO_GRID = "no grid known"
@@ -113,7 +111,7 @@ def order_sites(
     if not wanted:
         return {}
     markers = stated_grids(graph_module, matches)
-    orders = _Orders(graph_module, matches)
+    orders = _Orders(graph_module)
     found = {}
     for match in matches:
         node, wish = match.node, wishes[match.node]
@@ -148,10 +146,8 @@ def _wish(match: Match, attached: bool, options: Options) -> _Wish:
 class _Orders:
     """Tells the order of each site of one graph and of those nested in it."""
 
-    def __init__(self, root: GraphModule, matches: Iterable[Match]) -> None:
-        readers = [match.reader for match in matches if match.graph_module is root]
-        self._root = Scope(readers[0] if readers else Reader(root))
-        self._grids = Grids()
+    def __init__(self, root: GraphModule) -> None:
+        self._root, self._grids = root, Grids()
 
     def of(self, match: Match, stated: SizedGrid | None, tile: Tile) -> SiteOrder:
         """The order of a site in such tiles; this grid is stated for it, if one is."""
@@ -178,10 +174,12 @@ class _Orders:
         fitting = None if stated is None else fitted(stated, size, match)
         if fitting is not None:
             return fitting
-        scope = self._scope(match)
-        shown = None if scope is None else self._grids.of(operand, tokens, scope)
+        scope = match.scope
+        if match.inside is not None:
+            scope = scope.into(match.inside, match.node, inputs_of(match.node, match.reader))
+        shown = self._grids.of(operand, tokens, scope)
         if shown is not None and not isinstance(shown, str):
-            return SizedGrid(shown.grid, shown.terms, self._root.reader.owner)
+            return SizedGrid(shown.grid, shown.terms, self._root)
         if stated is None:
             return shown or NO_GRID
         axes = _product(stated.grid[1:4])
@@ -190,15 +188,6 @@ class _Orders:
         given = f"the grid {axes} {_GIVEN} has {size_text(stated.grid.tokens)} tokens"
         changes = isinstance(size, SymInt) and size_hint(size) == size_hint(stated.grid.tokens)
         return f"{given}, and their number here changes" if changes else f"{given}, not {size_text(size)}"
-
-    def _scope(self, match: Match) -> Scope | None:
-        """Where the operands of a match stand; None where that is not known."""
-        scope: Scope | None = self._root
-        for caller in match.callers:
-            scope = None if scope is None else scope.nested(caller.node)
-        if scope is None or match.inside is None:
-            return scope
-        return scope.into(match.inside, match.node, Reader(match.inside), inputs_of(match.node, match.reader))
 
 
 def _product(sizes: Iterable[Any]) -> str:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
 from toys import Stack
 
 from sparge_compile import Calibration, attach, explain, replace_attention
@@ -77,10 +78,23 @@ class Single(nn.Module):
 
     def forward(self, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
         x = torch.cat([text, image], 1)
-        for norm, qkv, out in zip(self.norms, self.qkv, self.out, strict=True):
-            q, k, v = (heads(part) for part in qkv(norm(x) * 1.5 + 0.1).chunk(3, -1))
-            attended = F.scaled_dot_product_attention(turned(q), turned(k), v)
-            x = x + F.silu(out(attended.transpose(1, 2).flatten(2)))
+        for i in range(len(self.norms)):
+            x = self.block(x, i)
+        return x[:, : text.shape[1]], x[:, text.shape[1] :]
+
+    def block(self, x: Tensor, i: int) -> Tensor:
+        q, k, v = (heads(part) for part in self.qkv[i](self.norms[i](x) * 1.5 + 0.1).chunk(3, -1))
+        attended = F.scaled_dot_product_attention(turned(q), turned(k), v)
+        return x + F.silu(self.out[i](attended.transpose(1, 2).flatten(2)))
+
+
+class Checkpointed(Single):
+    """Each block is checkpointed, and what joins text and image stands outside of all."""
+
+    def forward(self, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.cat([text, image], 1)
+        for i in range(len(self.norms)):
+            x = checkpoint(self.block, x, i, use_reentrant=False)
         return x[:, : text.shape[1]], x[:, text.shape[1] :]
 
 
@@ -115,6 +129,7 @@ MODELS = {
     "sd3": lambda: Dual(text_first=False, dim=1),
     "hunyuanvideo": lambda: Dual(text_first=False, dim=2),
     "single": lambda: Single(),
+    "checkpointed": lambda: Checkpointed(),
     "written": lambda: Written(text_first=True, dim=1),
 }
 
@@ -133,14 +148,14 @@ def made(name: str) -> nn.Module:
 def test_text_is_found(name: str) -> None:
     report = explain(made(name), OPTIONS)(*inputs())
     place = "200:240" if name in ("sd3", "hunyuanvideo") else "0:40"
-    assert len(report.sparse) == (2 if name == "single" else 1)
+    assert len(report.sparse) == (2 if name in ("single", "checkpointed") else 1)
     for row in report:
         assert f"keeps text with dense queries, here tokens {place}" in row.detail
 
 
-@pytest.mark.parametrize("name", ["flux", "sd3", "single"])
+@pytest.mark.parametrize("name", ["flux", "sd3", "single", "checkpointed"])
 def test_dense_queries_are_those_of_dense_attention(name: str) -> None:
-    model = made(name) if name != "single" else Single(blocks=1).eval()
+    model = {"single": Single, "checkpointed": Checkpointed}[name](blocks=1).eval() if "e" in name else made(name)
     with torch.no_grad():
         dense = model(*inputs())
         found = torch.compile(model, backend="sparge", options={**OPTIONS, "inner": "eager"})(*inputs())
@@ -209,6 +224,14 @@ def test_dynamic_shapes_take_as_many_graphs_as_without_us(name: str) -> None:
         kept = 0 if text < image else 1
         torch.testing.assert_close(got[kept], want[kept], atol=1e-5, rtol=1e-4)
         assert not torch.allclose(got[1 - kept], want[1 - kept], atol=1e-4)
+
+
+def test_a_size_that_changes_is_not_known_in_checkpointed_code() -> None:
+    compiled = torch.compile(
+        made("checkpointed"), backend="sparge", dynamic=True, options={**OPTIONS, "inner": "eager"}
+    )
+    with torch.no_grad(), pytest.warns(UserWarning, match="no text is kept at"):
+        compiled(*inputs())
 
 
 class Alike(nn.Module):

@@ -11,14 +11,16 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
+from torch import Tensor
 from torch.fx import Node
 
 from ...keeping import beside_longest
-from ..read.axes import Dim, Layout, same, settle, settle_dim
+from ..read.axes import Dim, Layout, broadcast, same, settle, settle_dim
 from ..read.calls import Value
 from ..read.fx_utils import size_hint
 from ..read.reader import Reader
 from .attention import Attention, Operand
+from .scope import Scope
 from .tokens import Part, earlier, parts_of_cat, rows_of
 
 MOST = 4000  # values that are looked at for one operand
@@ -27,15 +29,15 @@ MOST = 4000  # values that are looked at for one operand
 Parts = tuple[Part, ...]
 
 
-def joint_parts(attention: Attention, reader: Reader) -> Parts | str:
+def joint_parts(attention: Attention, scope: Scope) -> Parts | str:
     """The parts of the sequence of an attention, in order, or in words why it has none."""
     axes = attention.axes
     if attention.packing is not None:
         return "its rows hold several sequences"
     if not same(attention.length, attention.keys):
         return "queries and keys are not one sequence"
-    queries = _parts(attention.query, axes.rows, reader)
-    keys = _parts(attention.key, axes.keys, reader)
+    queries = _parts(attention.query, axes.rows, scope)
+    keys = _parts(attention.key, axes.keys, scope)
     if not queries or not keys:
         return "queries and keys are not put together of parts in this graph"
     if len(queries) != len(keys) or not all(same(q.size, k.size) for q, k in zip(queries, keys, strict=True)):
@@ -52,37 +54,53 @@ def hints(parts: Parts) -> list[int]:
     return [size_hint(part.size) or 0 for part in parts]
 
 
-def _parts(operand: Operand, tokens: Dim, reader: Reader) -> Parts | None:
+def _parts(operand: Operand, tokens: Dim, scope: Scope) -> Parts | None:
     """The parts along the axes of the tokens; None where nothing puts them together."""
-    begun = rows_of(operand, tokens, reader)
+    begun = rows_of(operand, tokens, scope.reader)
     if begun is None:
         return None
     value, start, token = begun
-    waiting: deque[tuple[Value, Node, Layout]] = deque([(value, operand.user, start)])
+    waiting: deque[tuple[Scope, Value, Node, Layout]] = deque([(scope, value, operand.user, start)])
     seen: set[Any] = set()
     while waiting and len(seen) < MOST:
-        value, user, layout = waiting.popleft()
+        here, value, user, layout = waiting.popleft()
         key = value if value.node is None else value.node
         if key in seen or not any(axis in dim for dim in settle(layout) for axis in settle_dim(token)):
             continue
         seen.add(key)
-        made = _definition(value, user, reader)
-        if made is None or made[0].call is None:
+        value, user = _definition(value, user, here.reader)
+        if value.call is None:
+            waiting += _around(here, value, layout)
             continue
-        found = parts_of_cat(made[0].call, settle(layout), settle_dim(token))
-        if found is not None:
-            return found
-        waiting += ((earlier_value, made[1], at) for earlier_value, at in earlier(made[0].call, layout))
+        found = parts_of_cat(value.call, settle(layout), settle_dim(token))
+        if found is not None:  # a size is read where the attention stands, which has no other tensors
+            return found if here is scope or all(isinstance(part.size, int) for part in found) else None
+        waiting += ((here, earlier_value, user, at) for earlier_value, at in earlier(value.call, layout))
     return None
 
 
-def _definition(value: Value, user: Node, reader: Reader) -> tuple[Value, Node] | None:
-    """What computed a value, and the node of that; what is written into a tensor moves none of its tokens."""
+def _definition(value: Value, user: Node, reader: Reader) -> tuple[Value, Node]:
+    """What computed a value, and the node of that; what is written into a tensor moves none of its tokens.
+
+    Without a call it comes from another graph, or nothing is known of it.
+    """
     while value.call is None:
         found = reader.made(value, user)
         if found is None and value.node is not None and (before := reader.value(value.node)) is not None:
             found = before, value.node
         if found is None:
-            return None
+            break
         value, user = found
     return value, user
+
+
+def _around(scope: Scope, value: Value, layout: Layout) -> list[tuple[Scope, Value, Node, Layout]]:
+    """What a value is in the graph around this one, or in one that is run in this."""
+    found = None if value.node is None else scope.around(value.node)
+    if found is None:
+        return []
+    there, node, user = found
+    fake = there.reader.fake(node)
+    if not isinstance(fake, Tensor) or len(fake.shape) != len(layout):
+        return []
+    return [(there, Value(tuple(fake.shape), fake.dtype, fake.device, node=node), user, broadcast(layout, fake.shape))]

@@ -58,7 +58,7 @@ class Scope:
                 graphs = [submodule_of(x, self.reader.owner) for x in call.all_input_nodes]
                 found = [graph for graph in graphs if graph is not None]
                 if len(found) == 1:
-                    self._nested[call] = self.into(found[0], call, Reader(found[0]))
+                    self._nested[call] = self.into(found[0], call)
         return self._nested[call]
 
     def below(self) -> Iterator[Scope]:
@@ -70,11 +70,13 @@ class Scope:
                 if inside is not None:
                     yield from inside.below()
 
-    def into(self, graph_module: GraphModule, call: Node, reader: Reader, operands: Sequence[Node] = ()) -> Scope:
+    def into(self, graph_module: GraphModule, call: Node, operands: Sequence[Node] = ()) -> Scope:
         """The scope of a graph that a call here runs; its operands are the last arguments of the call, if not given."""
-        count = len(graph_module.graph.find_nodes(op="placeholder"))
-        given = operands or [x for x in (call.args[-count:] if count else ()) if isinstance(x, Node)]
-        return Scope(reader, self, call, given if len(given) == count else ())
+        inputs = graph_module.graph.find_nodes(op="placeholder")
+        given = operands or (call.args[-len(inputs) :] if inputs else ())
+        handed = [(each, x) for each, x in zip(inputs, given, strict=False) if isinstance(x, Node)]
+        reader = Reader(graph_module, [each for each, x in handed if self.reader.is_stored(x)])
+        return Scope(reader, self, call, [x for _, x in handed] if len(handed) == len(inputs) else ())
 
 
 def runs_once(call: Node) -> bool:
