@@ -29,6 +29,7 @@ from .order import order_sites
 from .read.fx_utils import clone
 from .substitute import substitute_match
 from .work import Pass, Step, Work, graphs_of, run, sheltered
+from .write.few_keys import take_in_parts
 from .write.orders import write_orders
 from .write.outputs import dense_outputs, return_also
 from .write.threshold_inputs import Marker, attached_thresholds, markers_of, new_input
@@ -239,6 +240,13 @@ def in_turns(work: Work) -> None:
     take_turns(op for _, op in work.substituted)
 
 
+def in_parts(work: Work) -> None:
+    """Beside sparse sites, dense attention to few keys has its queries in parts, where a backward gains by it."""
+    dense = [match for match, decision in work.steps if decision.status == "dense"]
+    if work.substituted:
+        take_in_parts(dense)
+
+
 def erase_markers(work: Work) -> None:
     """Remove the markers that ``attach`` left, those without a site too."""
     work.changed |= erase_all_markers(work.graph_module)
@@ -255,4 +263,4 @@ def rewriting_passes(options: Options, as_input: Callable[[Tensor], Any], with_o
     """The passes that change a graph, after ``decide_sites``."""
     passes: list[Pass] = [partial(substitute, options=options, as_input=as_input)]
     turns = [in_turns] * bool(options.inductor.get("reorder_for_compute_comm_overlap", True))
-    return [*passes, *[return_outputs] * with_outputs, hoist, *turns, erase_markers, check]
+    return [*passes, *[return_outputs] * with_outputs, hoist, *turns, in_parts, erase_markers, check]
