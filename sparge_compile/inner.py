@@ -50,8 +50,17 @@ def sound() -> dict[str, Any]:
 
 def exchanges(graph_module: GraphModule) -> bool:
     """Whether heads are exchanged among processes in a graph."""
+    return _calls(graph_module, "sparge.to_heads")
+
+
+def has_op_of_ours(graph_module: GraphModule) -> bool:
+    """Whether attention is sparse in a graph."""
+    return _calls(graph_module, "sparge.")
+
+
+def _calls(graph_module: GraphModule, name: str) -> bool:
     graphs = (module.graph for module in graph_module.modules() if isinstance(module, GraphModule))
-    return any("sparge.to_heads" in str(node.target) for graph in graphs for node in graph.nodes)
+    return any(name in str(node.target) for graph in graphs for node in graph.nodes)
 
 
 def compile_graph(graph_module: GraphModule, inputs: Sequence[Any], settings: Options) -> Callable[..., Any]:
@@ -84,9 +93,10 @@ def _compile(graph_module: GraphModule, inputs: Sequence[Any], settings: Options
         return compiled
     # Not torch.compile again: nested, it would silently run eager.
     from torch._inductor import config, list_mode_options
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     from .lowering import call_directly
+    from .sums import in_pieces
 
     call_directly()
     patches = {
@@ -102,7 +112,8 @@ def _compile(graph_module: GraphModule, inputs: Sequence[Any], settings: Options
         **patches.get("unsafe_marked_cacheable_functions", config.unsafe_marked_cacheable_functions),
         "sparge_compile": f"{source_digest()}-{fixed.digest()}-{sorted(engines.lanes)}",
     }
-    compiled = compile_fx(graph_module, inputs, config_patches=patches)
+    compile_inner = in_pieces(compile_fx_inner) if has_op_of_ours(graph_module) else compile_fx_inner
+    compiled = compile_fx(graph_module, inputs, inner_compile=compile_inner, config_patches=patches)
     return compiled
 
 

@@ -18,7 +18,7 @@ ROOMS = [
     ["version", "errors", "user_model", "limit", "cost_table"],
     ["pair", "keeping", "schedule", "report", "naming", "sharding", "host", "installed"],
     ["kernels", "dialects"],
-    ["ops", "cost"],
+    ["ops", "cost", "sums"],
     ["functional", "lowering", "thresholds"],
     ["options", "parallel", "sharing"],
     ["passes"],

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from spelling import SPELLINGS
 from torch.library import opcheck
 
-from sparge_compile import Calibration, attention, explain, host
+from sparge_compile import Calibration, attention, explain, host, sums
 from sparge_compile.kernels import reference
+from sparge_compile.passes import pipeline
+from sparge_compile.passes.write import few_keys
 from sparge_compile.report import Reason
 
 pytestmark = pytest.mark.gpu
@@ -174,6 +176,48 @@ def test_gradients_of_slices_of_one_parameter(mode):
         found[inner] = model.table.grad.float()
     error = (found["inductor"] - found["aot_eager"]).norm() / found["aot_eager"].norm()
     assert error < 2e-2
+
+
+class Layer(torch.nn.Module):
+    """A layer of a video transformer: attention to itself and to a text, and layers between that are wider."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.query, self.text = (torch.nn.Linear(1536, 1536 * n) for n in (3, 1, 2))
+        self.norm = torch.nn.LayerNorm(1536)
+        self.ffn = torch.nn.Sequential(torch.nn.Linear(1536, 8960), torch.nn.SiLU(), torch.nn.Linear(8960, 1536))
+
+    def forward(self, x, text):
+        def heads(y):
+            return y.unflatten(2, (12, 128)).transpose(1, 2)
+
+        q, k, v = (heads(y) for y in self.qkv(self.norm(x)).chunk(3, 2))
+        x = x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        k, v = (heads(y) for y in self.text(text).chunk(2, 2))
+        x = x + F.scaled_dot_product_attention(heads(self.query(x)), k, v).transpose(1, 2).flatten(2)
+        return x + self.ffn(self.norm(x))
+
+
+def test_training_beside_sparse_attention(monkeypatch):
+    """Attention to a text takes its queries in parts, and sums are taken in parts: gradients stay those of eager."""
+    torch.manual_seed(0)
+    model = Layer().cuda().bfloat16()
+    x, text = (torch.randn(1, n, 1536, device="cuda", dtype=torch.bfloat16) for n in (16_384, 512))
+    made = {"queries": [], "sums": []}
+    for name, module, function in (("queries", few_keys, "take_in_parts"), ("sums", sums, "split_columns")):
+        plain = getattr(module, function)
+        monkeypatch.setattr(
+            pipeline if name == "queries" else module,
+            function,
+            lambda given, plain=plain, name=name: made[name].append(plain(given)) or made[name][-1],
+        )
+    found = []
+    for run in (model, torch.compile(model, backend="sparge", options={"topk": 1.0, "topp": 0.0, "min_seq_len": 1024})):
+        model.zero_grad(set_to_none=True)
+        run(x, text).square().mean().backward()
+        found.append(torch.cat([p.grad.float().flatten() for p in model.parameters()]))
+    assert made["queries"] == [1] and sum(made["sums"]) == 1
+    assert (found[1] - found[0]).norm() / found[0].norm() < 2e-2
 
 
 def test_autocast():
