@@ -44,13 +44,13 @@ def run(work: Work, options=SPARSE, **more) -> Work:
 
 
 def test_passes_run_in_the_order_of_the_list():
-    rewriting = ["substitute", "hoist", "in_turns", "erase_markers", "check"]
+    rewriting = ["substitute", "hoist", "in_turns", "in_parts", "erase_markers", "check"]
     assert run(work_of("sdpa")).passes == ["find", "decide_sites", *rewriting]
     names = [
         getattr(each, "func", each).__name__
         for each in pipeline.rewriting_passes(SPARSE, lambda x: x, with_outputs=True)
     ]
-    assert names == ["substitute", "return_outputs", "hoist", "in_turns", "erase_markers", "check"]
+    assert names == ["substitute", "return_outputs", "hoist", "in_turns", "in_parts", "erase_markers", "check"]
 
 
 def test_each_pass_finds_what_the_one_before_it_left():
@@ -215,11 +215,12 @@ def test_the_log_numbers_passes_and_counts_the_nodes_that_each_changed(caplog):
         (3, "substitute", 4),
         (4, "hoist", 0),
         (5, "in_turns", 0),
-        (6, "erase_markers", 0),
-        (7, "check", 0),
+        (6, "in_parts", 0),
+        (7, "erase_markers", 0),
+        (8, "check", 0),
     ]
-    assert [count for *_, count in logged(caplog, work_of("dropout"))] == [0] * 7
-    assert [count for *_, count in logged(caplog, work_of("dropout", marked="first"))] == [0, 0, 0, 0, 0, 1, 0]
+    assert [count for *_, count in logged(caplog, work_of("dropout"))] == [0] * 8
+    assert [count for *_, count in logged(caplog, work_of("dropout", marked="first"))] == [0, 0, 0, 0, 0, 0, 1, 0]
 
 
 def test_without_debugging_nothing_is_logged(caplog):
