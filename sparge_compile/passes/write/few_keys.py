@@ -14,6 +14,7 @@ from torch.fx import Node
 
 from ...kernels.block_map import ceil_div
 from ...kernels.launch import multiprocessors
+from ...sharding import is_sharded
 from ..find import Match
 from ..match.sdpa import arguments_of, is_sdpa
 from ..match.sdpa_kernels import gives_several
@@ -63,7 +64,8 @@ def _parts(match: Match) -> int:
     if not is_sdpa(node) or gives_several(node) or attention.masks or attention.is_causal or attention.dropout:
         return 1
     query, key, value = (value_of(x) for x in _operands(node))
-    if not all(type(n) is int for x in (query, key, value) for n in (*x.shape, *x.stride())):
+    given = (query, key, value)
+    if any(map(is_sharded, given)) or not all(type(n) is int for x in given for n in (*x.shape, *x.stride())):
         return 1
     # Where rows lie behind one another, with all of their heads, parts of them are views.
     if query.dim() != 4 or not query.transpose(1, 2).is_contiguous() or key.shape[:2] != query.shape[:2]:
