@@ -106,13 +106,15 @@ def _compile(graph_module: GraphModule, inputs: Sequence[Any], settings: Options
         **settings.inductor,
     }
     # Inductor's caches know our ops by name alone; what they do enters the key here, and the options with it. Not the
-    # thresholds: they are run-time inputs, and another pair may use what was compiled for this one.
+    # thresholds: they are run-time inputs, and another pair may use what was compiled for this one. How Inductor adds
+    # up is no part of a graph, so whether it is ours stands there too.
+    adds_up = has_op_of_ours(graph_module)
     fixed = replace(settings, calibration=None, topk=1.0, topp=0.0)
     patches["unsafe_marked_cacheable_functions"] = {
         **patches.get("unsafe_marked_cacheable_functions", config.unsafe_marked_cacheable_functions),
-        "sparge_compile": f"{source_digest()}-{fixed.digest()}-{sorted(engines.lanes)}",
+        "sparge_compile": f"{source_digest()}-{fixed.digest()}-{sorted(engines.lanes)}" + "-sums" * adds_up,
     }
-    compile_inner = in_pieces(compile_fx_inner) if has_op_of_ours(graph_module) else compile_fx_inner
+    compile_inner = in_pieces(compile_fx_inner) if adds_up else compile_fx_inner
     compiled = compile_fx(graph_module, inputs, inner_compile=compile_inner, config_patches=patches)
     return compiled
 

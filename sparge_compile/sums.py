@@ -1,13 +1,13 @@
 """How Inductor adds up beside attention: what is left of a training step's time once attention is sparse.
 
-Rows of up to 2,048 numbers, as norms have them, are added up in one piece and not read twice (Inductor: 1,024). Sums
-over many rows, as gradients of biases, are taken in parts where columns are many as well: Inductor has a program for
-some columns then, which reads all rows one after the other, with whatever made them.
-Where Inductor's insides are not those that we know, it chooses as ever: right, and a little slower.
+Rows are added up in one piece (rows.py). Sums over many rows, as gradients of biases, are taken in parts where columns
+are many as well: Inductor has a program for some columns then, which reads all rows one after the other, with whatever
+made them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable
@@ -23,63 +23,38 @@ logger = logging.getLogger("sparge_compile")
 
 aten = torch.ops.aten
 
-MOST_IN_ONE_PIECE = 2048
 # From so many columns for each multiprocessor on Inductor splits no sum over rows.
 COLUMNS_UNSPLIT = 64
 LEAST_ROWS, PARTS = 4096, 16
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def in_pieces(compile_inner: Callable[..., Any]) -> Callable[..., Any]:
     """Inductor's compilation of a graph, forward or backward, with these sums."""
-    try:
-        handler = _choices()
-    except (ImportError, AttributeError) as error:
-        logger.info("Inductor adds up as ever: %s", error)
-        return compile_inner
-    from torch._inductor import config
-    from torch._inductor.virtualized import V
 
     @functools.wraps(compile_inner)
     def compiled(graph_module: Any, *args: Any, **kwargs: Any) -> Any:
         if split_columns(graph_module.graph):
             graph_module.recompile()
-        if config.inductor_choices_class is not None:  # whose choices are the user's
-            return compile_inner(graph_module, *args, **kwargs)
-        with V.set_choices_handler(handler()):
+        with whole_rows():
             return compile_inner(graph_module, *args, **kwargs)
 
     return compiled
 
 
-@functools.cache
-def _choices() -> type[Any]:
-    """Inductor's choices, but for rows."""
-    from torch._inductor import config
-    from torch._inductor.choices import InductorChoices
-    from torch._inductor.virtualized import V
+def whole_rows() -> contextlib.AbstractContextManager[Any]:
+    """Inductor adds up rows in one piece, where its choices are its own and neither a user's nor unknown to us."""
+    try:
+        from torch._inductor.choices import InductorChoices
+        from torch._inductor.virtualized import V
 
-    plain = InductorChoices.should_use_persistent_reduction
+        from .rows import WholeRows
 
-    class Choices(InductorChoices):
-        @staticmethod
-        def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
-            known, numel = V.graph.sizevars.statically_known_leq, features.reduction_numel
-            medium = known(numel, MOST_IN_ONE_PIECE) and not known(numel, 1024) and config.triton.persistent_reductions
-            return (medium and _reads_whole_rows(features)) or plain(features, cooperative_reduction)
-
-    return Choices
-
-
-def _reads_whole_rows(features: Any) -> bool:
-    """Whether a kernel adds up along rows, and reads them whole: of rows in heads, as rotary positions want, not."""
-    for node in features.scheduler_nodes():
-        columns, reduced = node.get_ranges()
-        reads = [x for x in node.read_writes.reads if getattr(x, "var_names", ())]
-        if reduced and any(x.index.coeff(x.var_names[-1]) not in (0, 1) for x in reads):
-            return False
-        if not reduced and len(columns) > 1 and columns[-1] not in (1, features.reduction_numel):
-            return False
-    return True
+        own = type(V.choices) is InductorChoices
+        return V.set_choices_handler(WholeRows()) if own else contextlib.nullcontext()
+    except (ImportError, AttributeError) as error:
+        logger.info("Inductor adds up rows as ever: %s", error)
+        return contextlib.nullcontext()
 
 
 def split_columns(graph: Graph) -> int:
@@ -97,17 +72,15 @@ def split_columns(graph: Graph) -> int:
 
 
 def _parts_of(node: Node) -> int:
-    x, value = node.args[0], node.meta.get("val")
+    """In how many parts a sum is taken; 1: it stays as it is."""
+    x = node.args[0]
     given = x.meta.get("val") if isinstance(x, Node) else None
-    if (
-        not isinstance(given, Tensor)
-        or given.dim() != 2
-        or given.device.type != "cuda"
-        or not isinstance(value, Tensor)
-    ):
+    if not isinstance(given, Tensor) or "val" not in node.meta or node.kwargs or list(node.args[1]) != [0]:  # type: ignore[arg-type]
+        return 1
+    if given.dim() != 2 or given.device.type != "cuda" or given.dtype not in DTYPES:
         return 1
     rows, columns = given.shape
-    if list(node.args[1]) != [0] or node.kwargs or not (type(rows) is type(columns) is int):  # type: ignore[arg-type]
+    if not all(type(n) is int for n in (*given.shape, *given.stride())) or given.stride() != (columns, 1):
         return 1
     if rows < LEAST_ROWS or columns < COLUMNS_UNSPLIT * multiprocessors(given.device):
         return 1

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "sparge_compile"
 # reasons. A folder is one room; a file of the package's root is one, too.
 ROOMS = [
     ["version", "errors", "user_model", "limit", "cost_table"],
-    ["pair", "keeping", "schedule", "report", "naming", "sharding", "host", "installed"],
+    ["pair", "keeping", "schedule", "report", "naming", "sharding", "host", "installed", "rows"],
     ["kernels", "dialects"],
     ["ops", "cost", "sums"],
     ["functional", "lowering", "thresholds"],
