@@ -21,8 +21,9 @@ TIMEOUT = 300  # seconds, against a process that waits for the other for ever
 def run_in_processes(function: Callable[[torch.device], Any], folder: Path, ranks: int = 2) -> list[Any]:
     """What a function of the process's device gives in each of the processes.
 
-    They are forks of this one, which has imported what they need; on GPUs, where CUDA forbids that, they are started
-    anew, and find the function in its file. Where one fails, the others are ended, and the error has its trace.
+    They are forks of this one, which has imported what they need; with a torch for GPUs, where CUDA and autograd's
+    threads forbid that, they are started anew, and find the function in its file. Where one fails, the others are
+    ended, and the error has its trace.
     """
     if not dist.is_available():
         pytest.skip("torch without torch.distributed")
@@ -32,7 +33,7 @@ def run_in_processes(function: Callable[[torch.device], Any], folder: Path, rank
         _run,
         (Path(function.__code__.co_filename), function.__name__, folder, ranks, on_gpus),
         nprocs=ranks,
-        start_method="spawn" if on_gpus else "fork",
+        start_method="fork" if torch.version.cuda is None else "spawn",
         join=False,
     )
     end = time.monotonic() + TIMEOUT

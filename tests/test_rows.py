@@ -48,6 +48,8 @@ class Features:
     def strict_sum_rblock(self):  # from torch 2.14 on
         return None
 
+    strict_reduction_rblock = strict_sum_rblock  # from torch 2.15 on
+
 
 @pytest.mark.parametrize("hint", [ReductionHint.INNER, ReductionHint.DEFAULT])
 @pytest.mark.parametrize("length", [1025, 1536, 2048])
