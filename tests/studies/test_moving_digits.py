@@ -238,13 +238,12 @@ def test_pairs_to_judge_are_of_the_same_noise(tmp_path, monkeypatch) -> None:
         assert not torch.equal(dense, sparse)
 
 
-def read_twice(folder: str, kind: str) -> tuple[int, int, int]:
-    """How many pairs of a kind two readers found, and of how many; both found all controls."""
+def readings(folder: str, kind: str) -> tuple[int, ...]:
+    """How many pairs of a kind each reader found, and of how many; all found all controls."""
     place = LARGE.results / folder
-    twice = [blind.score(place / name, place / "key.csv") for name in ("answers.csv", "answers2.csv")]
-    assert all(found["not trained"] == (12, 12) for found in twice)
-    (first, of), (second, _) = (found[kind] for found in twice)
-    return first, second, of
+    each = [blind.score(path, place / "key.csv") for path in sorted(place.glob("answers*.csv"))]
+    assert all(found["not trained"] == (12, 12) for found in each)
+    return *(found[kind][0] for found in each), each[0][kind][1]
 
 
 def test_the_pairs_of_the_page_were_found_as_often_as_it_says() -> None:
@@ -254,18 +253,18 @@ def test_the_pairs_of_the_page_were_found_as_often_as_it_says() -> None:
     text, start = (" ".join(page.read_text().split()) for page in (fidelity.PAGE, fidelity.DOCS.parent / "README.md"))
     assert controls == all_controls and f"found the sparse row of all {controls}, and of {right} of the {of}" in text
     assert f"p = {blind.by_chance(right, of):.2f};" in text
-    first, second, of = read_twice("blind", "distilled")
+    first, second, of = readings("blind", "distilled")
     assert f"row of all 12 controls, and of {first} and {second} of the {of} pairs (chance" in text
     assert f"told from it in {first} and {second} of {of} pairs" in start
-    first, second, of = read_twice("blind_trained_on", "trained on")
+    first, second, of = readings("blind_trained_on", "trained on")
     assert f"they found {first} and {second} of the {of}, by a ground" in text
     assert f"another training of the dense model in {first} and {second}." in start
-    first, second, of = read_twice("blind_by_step", "distilled")
+    first, second, of = readings("blind_by_step", "distilled")
     assert f"Two readers found it in {first} and {second} of {of} pairs" in text
-    first, second, of = read_twice("blind_evener", "distilled")
-    one, other = (f"{blind.by_chance(found, of):.3f}".lstrip("0") for found in (first, second))
-    assert f"one found it in {first} of {of} pairs (p = {one}) and the other in {second} (p = {other})" in text
-    assert f"late in sampling in {first} and {second}, with" in start
+    *found, of = readings("blind_evener", "distilled")
+    of_each = (", ".join(f"{x}" for x in found), ", ".join(f"{blind.by_chance(x, of):.3f}".lstrip("0") for x in found))
+    assert "Four readers found it in {} of {} pairs (p = {})".format(of_each[0], of, of_each[1]) in text
+    assert f"late in sampling in {min(found)} to {max(found)}, with" in start
     folder = LARGE.results / "blind_90"
     found = blind.score(folder / "answers.csv", folder / "key.csv")
     (right, of), chance = found["distilled"], blind.by_chance(*found["distilled"])
