@@ -262,8 +262,9 @@ def test_the_pairs_of_the_page_were_found_as_often_as_it_says() -> None:
     first, second, of = readings("blind_by_step", "distilled")
     assert f"Two readers found it in {first} and {second} of {of} pairs" in text
     *found, of = readings("blind_evener", "distilled")
-    of_each = (", ".join(f"{x}" for x in found), ", ".join(f"{blind.by_chance(x, of):.3f}".lstrip("0") for x in found))
-    assert "Four readers found it in {} of {} pairs (p = {})".format(of_each[0], of, of_each[1]) in text
+    counts = ", ".join(map(str, found))
+    chances = ", ".join(f"{blind.by_chance(right, of):.3f}".lstrip("0") for right in found)
+    assert f"Four readers found it in {counts} of {of} pairs (p = {chances})" in text
     assert f"late in sampling in {min(found)} to {max(found)}, with" in start
     folder = LARGE.results / "blind_90"
     found = blind.score(folder / "answers.csv", folder / "key.csv")
