@@ -54,7 +54,7 @@ def exchanges(graph_module: GraphModule) -> bool:
 
 
 def has_op_of_ours(graph_module: GraphModule) -> bool:
-    """Whether attention is sparse in a graph."""
+    """Whether attention is sparse in a graph, or exchanges its heads."""
     return _calls(graph_module, "sparge.")
 
 
@@ -108,11 +108,11 @@ def _compile(graph_module: GraphModule, inputs: Sequence[Any], settings: Options
     # Inductor's caches know our ops by name alone; what they do enters the key here, and the options with it. Not the
     # thresholds: they are run-time inputs, and another pair may use what was compiled for this one. How Inductor adds
     # up is no part of a graph, so whether it is ours stands there too.
-    adds_up = has_op_of_ours(graph_module)
+    adds_up, lanes = has_op_of_ours(graph_module), sorted(engines.lanes) if exchanges(graph_module) else []
     fixed = replace(settings, calibration=None, topk=1.0, topp=0.0)
     patches["unsafe_marked_cacheable_functions"] = {
         **patches.get("unsafe_marked_cacheable_functions", config.unsafe_marked_cacheable_functions),
-        "sparge_compile": f"{source_digest()}-{fixed.digest()}-{sorted(engines.lanes)}" + "-sums" * adds_up,
+        "sparge_compile": f"{source_digest()}-{fixed.digest()}-{lanes}" + "-sums" * adds_up,
     }
     compile_inner = in_pieces(compile_fx_inner) if adds_up else compile_fx_inner
     compiled = compile_fx(graph_module, inputs, inner_compile=compile_inner, config_patches=patches)

@@ -75,9 +75,9 @@ def _parts_of(node: Node) -> int:
     """In how many parts a sum is taken; 1: it stays as it is."""
     x = node.args[0]
     given = x.meta.get("val") if isinstance(x, Node) else None
-    if not isinstance(given, Tensor) or "val" not in node.meta or node.kwargs or list(node.args[1]) != [0]:  # type: ignore[arg-type]
+    if not isinstance(given, Tensor) or "val" not in node.meta or node.kwargs:
         return 1
-    if given.dim() != 2 or given.device.type != "cuda" or given.dtype not in DTYPES:
+    if list(node.args[1] or ()) != [0] or given.dim() != 2 or given.device.type != "cuda" or given.dtype not in DTYPES:  # type: ignore[arg-type]
         return 1
     rows, columns = given.shape
     if not all(type(n) is int for n in (*given.shape, *given.stride())) or given.stride() != (columns, 1):

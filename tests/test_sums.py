@@ -34,7 +34,7 @@ def a_sum(*shape: int, dims=(0,), keeps=True, of=torch.bfloat16, turned=False, d
     given = {} if dtype is None else {"dtype": dtype}
     if turned:
         x = b.call(aten.t.default, x)
-    graph_module = b.module(b.call(aten.sum.dim_IntList, x, list(dims), keeps, **given))
+    graph_module = b.module(b.call(aten.sum.dim_IntList, x, dims and list(dims), keeps, **given))
     for node in graph_module.graph.nodes:
         node.meta["val"] = node.meta.get("example_value")
     return graph_module
@@ -60,6 +60,7 @@ def test_a_sum_over_many_rows_of_many_columns_is_taken_in_parts(keeps):
         pytest.param({"shape": (32749, COLUMNS)}, id="a prime number of rows"),
         pytest.param({"shape": (ROWS, COLUMNS), "dims": (1,)}, id="along rows"),
         pytest.param({"shape": (1, ROWS, COLUMNS), "dims": (1,)}, id="three dimensions"),
+        pytest.param({"shape": (ROWS, COLUMNS), "dims": None}, id="over all dimensions"),
         pytest.param({"shape": (ROWS, COLUMNS), "dtype": torch.float64}, id="in another dtype"),
         pytest.param({"shape": (ROWS, COLUMNS), "of": torch.float64}, id="of float64"),
         pytest.param({"shape": (ROWS, COLUMNS), "of": torch.int64}, id="of whole numbers"),

@@ -34,7 +34,7 @@ class Ranks(NamedTuple):
         """Those of a process group, or of a mesh of one dimension; None: of all processes.
 
         ``copy_engines``: heads are exchanged by the GPUs' copy engines, not by NCCL's kernels, which take processors
-        from what is computed meanwhile. All processes of the group call it, on GPUs of one host.
+        from what is computed meanwhile, as long as the group lives. All its processes call it, on GPUs of one host.
 
         Raises:
             ValueError: ``copy_engines`` where processes do not share memory.
@@ -42,6 +42,7 @@ class Ranks(NamedTuple):
         if hasattr(group, "get_group"):
             group = group.get_group()
         group = dist.group.WORLD if group is None else group
+        engines.drop_of_a_group_before(group)
         if copy_engines:
             engines.use(group)
         return Ranks(dist.get_rank(group), dist.get_world_size(group), group.group_name)

@@ -43,7 +43,7 @@ def rows_of(x: Tensor) -> tuple[int, int, int] | None:
         elif size != 1:
             dims.append((size, stride))
     (width, step), *outer = dims or [(1, 1)]
-    if step != 1 or len(outer) > 1:
+    if step != 1 or len(outer) > 1 or (outer and outer[0][1] < width):  # apart: an expanded row lies on itself
         return None
     rows, pitch = outer[0] if outer else (1, width)
     return rows, width, pitch
@@ -83,9 +83,12 @@ _FUNCTIONS = {
 }
 
 
-def _checked(code: int) -> None:
+def _checked(code: int, function: Any, arguments: Any) -> None:
     if code:
-        raise RuntimeError(f"the CUDA driver answered {code}")
+        raise RuntimeError(
+            f"sparge: copy engines did not exchange heads: {function.__name__} of the CUDA driver answered {code}. "
+            "Leave copy_engines out: NCCL exchanges heads."
+        )
 
 
 @functools.cache
@@ -94,7 +97,7 @@ def _driver() -> ctypes.CDLL:
     library = ctypes.CDLL("libcuda.so.1")
     for name, takes in _FUNCTIONS.items():
         function = getattr(library, name)
-        function.argtypes, function.restype = takes, _checked
+        function.argtypes, function.errcheck = takes, _checked
     return library
 
 
@@ -149,7 +152,7 @@ class Lane:
     def __init__(self, group: Any, capacity: int) -> None:
         from torch.distributed import _symmetric_memory as symmetric
 
-        self.group, self.capacity, self.count = group, -(-capacity // 512) * 512, 0
+        self.group, self.capacity, self.count, self.is_recorded = group, -(-capacity // 512) * 512, 0, False
         self.device, size = torch.cuda.current_device(), PLACES * self.capacity + _NUMBERS
         torch.cuda.synchronize()  # nobody waits for what an earlier lane sent
         self.memory = symmetric.empty(size, dtype=torch.uint8, device=torch.device("cuda", self.device)).zero_()
@@ -181,6 +184,7 @@ class Lane:
         captured = torch.cuda.is_current_stream_capturing()
         begin, end, place = x.data_ptr(), out.data_ptr(), (2 if captured else self.count % 2) * self.capacity
         self.count += not captured
+        self.is_recorded |= captured
         number, event = self.count & 0xFFFFFFFF, next(self.events)
         driver.cuEventRecord(self.ready, torch._C._cuda_getCurrentRawStream(self.device))
         driver.cuStreamWaitEvent(stream, self.ready, 0)
@@ -207,10 +211,11 @@ class Lane:
 
 
 lanes: dict[str, Lane] = {}  # by group, whose exchanges go this way
+_recorded: list[Lane] = []  # smaller ones, whose memory CUDA graphs have recorded
 
 
 def use(group: Any) -> None:
-    """From now on heads are exchanged by copy engines among the processes of a group; all of them call it.
+    """As long as a group lives, heads are exchanged by copy engines among its processes; all of them call it.
 
     Raises:
         ValueError: not on GPUs, or GPUs that do not share memory.
@@ -222,7 +227,7 @@ def use(group: Any) -> None:
         if not torch.cuda.is_available():
             raise RuntimeError("no GPU")
         lanes[name] = Lane(group, 2**21)
-    except (ImportError, RuntimeError) as error:
+    except (ImportError, OSError, AttributeError, RuntimeError) as error:
         raise value_error(
             "heads cannot be exchanged by copy engines",
             given=f"processes that share no memory ({error})",
@@ -230,6 +235,13 @@ def use(group: Any) -> None:
             todo="Leave copy_engines out: NCCL exchanges heads.",
         ) from error
     tell_inductor()
+
+
+def drop_of_a_group_before(group: Any) -> None:
+    """A group that has the name of one that was destroyed has nothing of it."""
+    lane = lanes.get(group.group_name)
+    if lane is not None and lane.group is not group:
+        del lanes[group.group_name]
 
 
 def all_to_all(parts: Tensor, group: str) -> Tensor:
@@ -245,7 +257,14 @@ def all_to_all(parts: Tensor, group: str) -> Tensor:
     needed = parts.numel() * parts.element_size()
     if lane.capacity < needed:
         if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("sparge: heads are first exchanged inside a CUDA graph. Call the model once before.")
+            raise value_error(
+                "heads cannot be exchanged by copy engines",
+                given=f"{needed:,} bytes in a CUDA graph that is recorded, where {lane.capacity:,} are shared by now",
+                allowed="sizes that were exchanged before",
+                todo="Call the model once with these inputs before it is recorded.",
+            )
+        if lane.is_recorded:
+            _recorded.append(lane)
         lane = lanes[group] = Lane(lane.group, needed)
     return lane.exchange(parts)
 

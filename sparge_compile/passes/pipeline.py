@@ -1,5 +1,5 @@
-"""The passes in the order in which they run: find, (place,) decide_sites, substitute, return_outputs,
-erase_markers, check.
+"""The passes in the order in which they run: find, (place,) decide_sites, substitute, return_outputs, hoist, in_turns,
+in_parts, erase_markers, check.
 
 The first three only read the graph and are run by :func:`analyse`. A pass takes the :class:`Work` and notes in it what
 it found or made; its settings are bound when a list is put together. ``place`` belongs to graphs of Dynamo

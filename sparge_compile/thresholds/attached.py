@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -291,13 +292,21 @@ def _warn_of_two_names(
     calibration: Calibration, entries: Mapping[Target, str], modules: Mapping[str, nn.Module]
 ) -> None:
     """Warn where a module has several names with different thresholds: its buffers hold those of the last one."""
-    known: dict[tuple[nn.Module, int], Target] = {}
-    for target, entry in entries.items():
-        first = known.setdefault((modules[target[0]], target[1]), target)
-        if calibration.sites[entries[first]] != calibration.sites[entry]:
+    each: dict[tuple[nn.Module, int], list[Target]] = {}
+    for target in entries:
+        each.setdefault((modules[target[0]], target[1]), []).append(target)
+
+    def given(target: Target) -> list[Any]:
+        entry = entries[target]
+        by_phase = (sites.get(entry) for sites in (calibration.sites, *calibration.phases.values()))
+        return [*by_phase, calibration.tiles.get(entry)]
+
+    for targets in each.values():
+        *others, last = targets
+        if any(given(target) != given(last) for target in others):
             warnings.warn(
-                f"sparge: {site_name(first)} and {site_name(target)} are one module, whose thresholds are those of "
-                f"{site_name(target)}. The option 'calibration' tells them apart, where the whole model is compiled.",
+                f"sparge: {' and '.join(map(site_name, targets))} are one module, whose thresholds are those of "
+                f"{site_name(last)}. The option 'calibration' tells them apart, where the whole model is compiled.",
                 stacklevel=4,
             )
 

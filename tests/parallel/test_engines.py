@@ -35,8 +35,10 @@ WAYS = ("eager", "aot_eager", "turns")
         (torch.empty(1, 10, 12, 8).transpose(1, 2)[:, 2:4].permute(2, 0, 1, 3), (10, 16, 96)),
         (torch.empty(2, 10, 12, 8)[:, :, :3].transpose(0, 1), None),
         (torch.empty(4, 6).T, None),
+        (torch.empty(7).expand(5, 7), None),
+        (torch.empty(8).as_strided((5, 4), (1, 1)), None),
     ],
-    ids=["contiguous", "a number", "some heads", "of a model", "two samples", "columns"],
+    ids=["contiguous", "a number", "some heads", "of a model", "two samples", "columns", "one row", "overlapping"],
 )
 def test_rows_that_are_as_far_apart(x, want):
     if want is not None and want[0] > 1:
@@ -50,6 +52,36 @@ def test_processes_that_share_no_memory_are_refused(monkeypatch):
         engines.use(SimpleNamespace(group_name="none"))
     with pytest.raises(ValueError, match=r"the group 'none'.*Ranks\.of\(group, copy_engines=True\)"):
         engines.all_to_all(torch.empty(2, 3), "none")
+
+
+def lane_of(group: Any, capacity: int, is_recorded: bool = False) -> SimpleNamespace:
+    return SimpleNamespace(group=group, capacity=capacity, is_recorded=is_recorded, exchange=torch.clone)
+
+
+def test_memory_that_a_cuda_graph_has_recorded_outlives_larger_exchanges(monkeypatch):
+    group = SimpleNamespace(group_name="a group")
+    monkeypatch.setattr(engines, "lanes", {})
+    monkeypatch.setattr(engines, "_recorded", [])
+    monkeypatch.setattr(engines, "Lane", lane_of)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    recorded = engines.lanes["a group"] = lane_of(group, 4)
+    for size, is_recorded in ((1, False), (2, True), (4, False)):
+        engines.lanes["a group"].is_recorded = is_recorded
+        engines.all_to_all(torch.zeros(2, size), "a group")
+        assert engines.lanes["a group"].capacity == 8 * size
+    assert recorded not in engines._recorded and [lane.capacity for lane in engines._recorded] == [8]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(ValueError, match=r"64 bytes in a CUDA graph.*32 are shared.*Call the model once"):
+        engines.all_to_all(torch.zeros(2, 8), "a group")
+
+
+def test_a_group_has_nothing_of_one_before_that_had_its_name(monkeypatch):
+    before, now = (SimpleNamespace(group_name="0") for _ in range(2))
+    monkeypatch.setattr(engines, "lanes", {"0": lane_of(before, 4)})
+    engines.drop_of_a_group_before(before)
+    assert "0" in engines.lanes
+    engines.drop_of_a_group_before(now)
+    assert not engines.lanes
 
 
 class Block(nn.Module):
@@ -74,7 +106,7 @@ def with_engines(device: torch.device) -> Ranks:
     group = dist.new_group([0, 1])
     if device.type == "cuda":
         return Ranks.of(group, copy_engines=True)
-    engines.lanes[group.group_name] = mock.Mock()
+    engines.lanes[group.group_name] = mock.Mock(group=group)
     engines.tell_inductor()
     return Ranks.of(group)
 
@@ -92,7 +124,7 @@ def exchanged(device: torch.device) -> dict[str, Any]:
             options = {**OPTIONS, "inner": "inductor" if inner == "turns" else inner}
             run = torch.compile(model, backend="sparge", options=options, fullgraph=True)
             with mock.patch.object(turns, "LEAST_BYTES", 0 if inner == "turns" else turns.LEAST_BYTES):
-                out, codes = run_and_get_code(run, x, ranks)
+                out = run(x, ranks)
                 model.zero_grad()
                 out.square().sum().backward()
             found[f"{way}, {inner}"] = [out.detach().cpu(), *(p.grad.cpu() for p in model.parameters())]
@@ -125,6 +157,8 @@ def alike(ranks: Ranks) -> list[bool]:
             (got,) = all_to_all([got + ranks.rank], 2, ranks.group)
     for n in range(5):
         x.fill_(n)
+        if n == 3:  # a larger exchange, behind the graph's recording
+            all_to_all([torch.zeros(2, 4_000_000, device="cuda")], 2, ranks.group)
         graph.replay()
         want = x.clone()
         for _ in range(3):

@@ -373,6 +373,21 @@ def test_a_saved_model_with_thresholds_is_built_and_attached_before_it_is_loaded
     assert handle.get().sites[NAMES[1]] == ((0.25, 0.5),) * 4
 
 
+@pytest.mark.parametrize("differ", ["a name between", "phases", "tiles"])
+def test_names_of_one_module_may_differ_in_anything(differ):
+    model = Model(3)
+    model.blocks[1].attn = model.blocks[2].attn = model.blocks[0].attn
+    first, between, last = NAMES[:3]
+    one, other = ([(share, 0.0)] * 4 for share in (0.1, 0.2))
+    how = {
+        "a name between": {"sites": {first: one, between: other, last: one}},
+        "phases": {"phases": {0.5: {first: one, between: one, last: other}}},
+        "tiles": {"tiles": {last: (2, 4, 8)}},
+    }[differ]
+    with pytest.warns(UserWarning, match=f"{first} and {between} and {last} are one .* those of {last}"):
+        attach(model, Calibration(**{"sites": dict.fromkeys(NAMES[:3], one), **how}))
+
+
 def test_a_module_with_two_names_has_the_thresholds_of_the_last_and_says_so(recwarn):
     model = Model(2)
     model.blocks[1].attn = model.blocks[0].attn

@@ -68,7 +68,9 @@ def _parts(match: Match) -> int:
     if any(map(is_sharded, given)) or not all(type(n) is int for x in given for n in (*x.shape, *x.stride())):
         return 1
     # Where rows lie behind one another, with all of their heads, parts of them are views.
-    if query.dim() != 4 or not query.transpose(1, 2).is_contiguous() or key.shape[:2] != query.shape[:2]:
+    if query.dim() != 4 or not query.transpose(1, 2).is_contiguous():
+        return 1
+    if key.shape[:-2] != query.shape[:-2] or value.shape[:-1] != key.shape[:-1]:
         return 1
     batch, heads, length, _ = query.shape
     return parts_of(length, key.shape[2], batch * heads, multiprocessors(query.device))

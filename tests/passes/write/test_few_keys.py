@@ -39,7 +39,8 @@ def attention(
     b = Builder()
     q = b.input("q", 2, *((4096, heads) if rows_first else (heads, 4096)), 8, device=device)
     q = b.method("transpose", q, 1, 2) if rows_first else q
-    k, v = (b.input(name, 2, 2, 77, 8, device=device) for name in "kv")
+    k = b.input("k", 2, 2, 77, 8, device=device)
+    v = b.input("v", *given.pop("values", (2, 2, 77, 8)), device=device)
     if given.pop("mask", False):
         given["attn_mask"] = b.input("mask", 4096, 77, dtype=torch.bool, device=device)
     (match,) = find(b.module(b.call(SDPA, q, k, v, **given)))
@@ -73,6 +74,8 @@ def test_attention_is_taken_in_parts():
         pytest.param({"dropout_p": 0.1}, id="dropout"),
         pytest.param({"heads": 4, "enable_gqa": True}, id="key heads that are shared"),
         pytest.param({"rows_first": False}, id="queries of a head behind one another"),
+        pytest.param({"values": (1, 2, 77, 8)}, id="values that both sequences share"),
+        pytest.param({"values": (2, 77, 8)}, id="values without a batch"),
     ],
 )
 def test_other_attention_stays_as_it_is(how):
