@@ -22,7 +22,7 @@ KEPT = {"by step": (8, 20, 48, 110), "by step, evener": (14, 24, 30, 50)}
 def in_phases(setup: Setup, kind: str, order: str, target: float = 0.951) -> Calibration:
     """The thresholds, each phase one pair of Top-k; twice as many blocks for 90 %, four times as many for 80 %."""
     times = round((1 - target) / (1 - 0.951))
-    pairs = ((times * kept / 392, 0.0) for kept in KEPT[kind])
+    pairs = ((min(1.0, times * kept / 392), 0.0) for kept in KEPT[kind])
     first, *others = (everywhere(pair, order, setup.sizes[1]) for pair in pairs)
     phases = zip(STARTS[1:], others, strict=True)
     return Calibration(first.sites, {start: each.sites for start, each in phases}, tiles=first.tiles)
